@@ -1,0 +1,125 @@
+"""
+A forward flag that gives a causal LM the position KL, in the way TRL's `add_fused_lm_head` gives it log-probabilities.
+
+The reference is called with `completion_states=True` and answers with its hidden states at the completion positions and
+the head that goes with them; the policy is called with `reference=` those states and answers with per-token results. Both
+run inside the model's own forward, where PEFT has the right adapter active and DDP, FSDP2 and ZeRO-3 see the use of the
+head.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..kernels.position_kl import position_kl
+
+
+@dataclass
+class CompletionStates:
+    """
+    A model's hidden states at the N completion positions of a batch, and its LM head. Deliberately not a
+    `ModelOutput`: accelerate would convert the head to fp32 on the way out of the forward.
+    """
+
+    hidden: torch.Tensor  # (N, H)
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+@dataclass
+class PositionKLOutput(FusedCausalLMOutput):
+    """
+    [`~trl.trainer.utils.FusedCausalLMOutput`] with two more per-token fields of shape `(2B, T)`, zero outside the
+    completions: `ref_log_probs` and `position_kl`.
+    """
+
+    ref_log_probs: torch.Tensor | None = None
+    position_kl: torch.Tensor | None = None
+
+
+def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
+    """
+    Scale and soft-capping that a text config applies to its logits, under the names `add_fused_lm_head` knows.
+
+    Returns:
+        `tuple[float, float | None]`: the multiplier (`1.0` for none) and the soft cap (`None` for none).
+    """
+    softcap = getattr(config, "final_logit_softcapping", None)
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse Glimmer, Falcon-H1
+        if getattr(config, name, None) is not None:
+            return getattr(config, name), softcap
+    if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM3 divide, HyperCLOVA X multiplies
+        multiplies = config.model_type == "hyperclovax"
+        return (config.logits_scaling if multiplies else 1 / config.logits_scaling), softcap
+    return 1.0, softcap
+
+
+def add_position_kl_head(model: PreTrainedModel) -> None:
+    """
+    Add the flags `completion_states=True` and `reference=...` to `model.forward`. Without them the forward is unchanged.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Causal language model to patch, not wrapped by PEFT (patch its base model).
+    """
+    original_forward = model.forward
+    text_config = model.config.get_text_config()
+    logit_scale, softcap = logit_transform(text_config)
+
+    # Keep the original signature: `generate` validates its model kwargs against it
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, labels=None, completion_states=False, reference=None, **kwargs):
+        if not completion_states and reference is None:
+            if labels is not None:
+                kwargs["labels"] = labels
+            return original_forward(*args, **kwargs)
+
+        backbone_outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
+        # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
+        head = self.get_output_embeddings()
+        weight, bias = head.weight, head.bias
+        if isinstance(weight, DTensor):  # FSDP2
+            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        labels = labels[:, 1:].to(weight.device)  # (2B, T)
+        mask = labels != -100
+        hidden = backbone_outputs.last_hidden_state[:, :-1].to(weight.device)[mask]  # (N, H)
+        if completion_states:
+            return CompletionStates(hidden, weight, bias, logit_scale, softcap)
+
+        per_token = position_kl(
+            hidden,
+            weight,
+            bias,
+            reference.hidden,
+            reference.weight,
+            reference.bias,
+            labels[mask],
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ref_logit_scale=reference.logit_scale,
+            ref_softcap=reference.softcap,
+        )
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            # Mixtral's load-balancing loss is the one every MoE family pulls in through the modular system
+            aux_loss = load_balancing_loss_func(
+                backbone_outputs.router_logits,
+                text_config.num_experts,
+                text_config.num_experts_per_tok,
+                kwargs.get("attention_mask"),
+            )
+        # `masked_scatter` keeps the output connected to the model even when no label is valid
+        per_token = {
+            name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in per_token._asdict().items()
+        }  # (2B, T)
+        return PositionKLOutput(**per_token, label_mask=mask, aux_loss=aux_loss)
+
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,46 @@
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+
+@dataclass
+class TDPOConfig(DPOConfig):
+    r"""
+    Configuration class for the [`TDPOTrainer`].
+
+    [`TDPOConfig`] inherits every parameter from [`~trl.DPOConfig`] and adds the two of Token-level DPO
+    (https://huggingface.co/papers/2404.11999). In `loss_type`, `"sigmoid"` stands for the TDPO loss.
+
+    Parameters:
+        variant (`str`, *optional*, defaults to `"tdpo2"`):
+            `"tdpo1"` or `"tdpo2"`. The paper's code advises TDPO1 for a low learning rate and TDPO2 for a higher one.
+        alpha (`float`, *optional*, defaults to `0.5`):
+            Weight α of the difference of the sequential KLs in TDPO2, at least 0; 0.5 is the paper's default. Larger
+            values keep the policy closer to the reference; `0` is DPO. TDPO1 does not use it.
+
+    Raises:
+        `ValueError`: unknown `variant`, or a negative `alpha`.
+    """
+
+    variant: str = field(
+        default="tdpo2",
+        metadata={
+            "help": "'tdpo1' or 'tdpo2'. The paper's code advises TDPO1 for a low learning rate and TDPO2 for a higher "
+            "one.",
+            "choices": ["tdpo1", "tdpo2"],
+        },
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "Weight of the difference of the sequential KLs in TDPO2, at least 0; 0.5 is the paper's default. "
+            "Larger values keep the policy closer to the reference; 0 is DPO. TDPO1 does not use it."
+        },
+    )
+
+    def __post_init__(self):
+        if self.variant not in ("tdpo1", "tdpo2"):
+            raise ValueError(f"`variant` must be 'tdpo1' or 'tdpo2', got {self.variant!r}.")
+        if self.alpha < 0:
+            raise ValueError(f"`alpha` must be at least 0, got {self.alpha}. 0 is DPO; the paper's default is 0.5.")
+        super().__post_init__()
