@@ -1,0 +1,102 @@
+"""
+Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
+
+A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines; whatever it or its libraries print
+goes to a log file. It dies with its parent.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+LOG_TAIL_LINES = 25
+PR_SET_PDEATHSIG = 1
+
+
+class ChildError(RuntimeError):
+    """A stage's process failed. The message has the end of its log and the log's path."""
+
+
+def run_child(module: str, job: dict[str, Any], log: Path, on_progress: Callable[[int, int], None]) -> None:
+    """
+    Run `python -m module` on a job and wait for it.
+
+    Args:
+        module (`str`):
+            A module that ends in `child_main(main)`.
+        job (`dict`):
+            Passed to its `main`, through a JSON file beside the log.
+        log (`Path`):
+            Where its output goes (appended).
+        on_progress (`Callable[[int, int], None]`):
+            Called with (done, total).
+
+    Raises:
+        [`ChildError`]: it ended with an error.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    job_file = log.with_suffix(".job.json")
+    job_file.write_text(json.dumps(job, indent=2), encoding="utf-8")
+    with open(log, "a", encoding="utf-8") as log_file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, str(job_file), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log_file,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,  # a group of its own: it is ended with all its children
+        )
+        try:
+            for line in child.stdout:
+                report = json.loads(line)
+                on_progress(report["done"], report["total"])
+            code = child.wait()
+        finally:
+            end_group(child)
+    if code != 0:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        raise ChildError(
+            f"{module} ended with exit code {code}. The end of {log}:\n\n" + "\n".join(lines[-LOG_TAIL_LINES:])
+        )
+
+
+def end_group(child: subprocess.Popen) -> None:
+    """End a child and everything it started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+    child.stdout.close()
+
+
+def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None]) -> None:
+    """The other side of [`run_child`]: `main(job, progress)` with the job of the command line."""
+    job_file, parent = Path(sys.argv[1]), int(sys.argv[2])
+    die_with_parent(parent)
+    # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def progress(done: int, total: int) -> None:
+        reports.write(json.dumps({"done": done, "total": total}) + "\n")
+        reports.flush()
+
+    main(json.loads(job_file.read_text(encoding="utf-8")), progress)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that happens (Linux)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)

@@ -1,0 +1,271 @@
+"""
+How answers are generated: embedded vLLM, in a child process that ends with the stage.
+
+In: a job, a JSON file that names the policy and the files of prompts to answer. Out: `answers.jsonl` beside each, one
+chain per row, appended to `answers.jsonl.part` as chains end and continued from it after a crash. Ending the process is
+the one sure way to give the GPU's memory back to the trainer. This is the only module that imports vLLM.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from .children import child_main
+from .config import DraftsConfig, GenerationConfig
+from .records import Answer, Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
+
+
+@dataclass
+class Task:
+    """One file of prompts to answer."""
+
+    prompts: Path
+    answers: Path
+    turns: int
+    sampling: DraftsConfig
+    seed: tuple[Any, ...]  # joined by prompt and turn
+
+
+class Engine(Protocol):
+    """What `run_chains` needs: requests in, finished answers out, in any order."""
+
+    def submit(self, chain: Chain) -> bool:
+        """Start the chain's next request; `False` if there is none, and the chain is finished."""
+
+    def step(self) -> list[Chain]:
+        """Wait for some requests, add their answers to their chains, and return those."""
+
+
+def run_chains(engine: Engine, chains: Iterable[Chain], window: int, on_finished: Callable[[Chain], None]) -> None:
+    """
+    Advance every chain on its own: no barrier at which a batch waits for its longest answer, and a prompt's prefix is
+    still in the cache when its refinement arrives.
+
+    Args:
+        engine ([`Engine`]):
+            Answers requests.
+        chains (iterable of [`Chain`]):
+            New chains; drawn when there is room.
+        window (`int`):
+            Chains in progress at once. More than the engine decodes together would only queue.
+        on_finished (`Callable`):
+            Called with each finished chain.
+    """
+    waiting = iter(chains)
+    active = 0
+
+    def refill() -> int:
+        started = 0
+        while active + started < window and (chain := next(waiting, None)) is not None:
+            if engine.submit(chain):
+                started += 1
+            else:
+                on_finished(chain)
+        return started
+
+    active += refill()
+    while active:
+        for chain in engine.step():
+            if not engine.submit(chain):
+                on_finished(chain)
+                active -= 1
+        active += refill()
+
+
+class EmbeddedEngine:
+    """
+    vLLM's `LLMEngine`, driven step by step in this process.
+
+    Args:
+        model (`str`):
+            Path or id of the base model; its tokenizer renders the prompts.
+        adapter (`tuple[str, int, str]`, *optional*):
+            Name, id and path of the LoRA adapter that all requests use. Both must be new in each round: vLLM may answer
+            from stale weights or prefixes under an old one.
+        config ([`GenerationConfig`]):
+            The recipe's section.
+        max_lora_rank (`int`):
+            The adapter's rank.
+        trust_remote_code (`bool`):
+            Whether the model may run its own code.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapter: tuple[str, int, str] | None,
+        config: GenerationConfig,
+        max_lora_rank: int,
+        template: str,
+        trust_remote_code: bool = False,
+    ):
+        # In this process: 5 s to start on a CPU against 34 s, and one process to end
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
+
+        from transformers import AutoTokenizer
+        from vllm import EngineArgs, LLMEngine, SamplingParams
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
+
+        from .drafts import encode_prompt, request_seed, stop_token_ids
+        from .refinements import compile_template, next_prompt
+
+        settings: dict[str, Any] = {}
+        if current_platform.is_cpu():
+            # Seeded sampling of large batches dies on CPU ("CPU Generator does not use offset") unless prompts are
+            # prefilled whole and a step can take all of them
+            settings = {
+                "enforce_eager": True,
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": config.max_num_seqs * config.max_model_len,
+            }
+        if adapter is not None:
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank}
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                **{"enforce_eager": config.enforce_eager}
+                | settings
+                | {
+                    "model": model,
+                    "dtype": config.dtype,
+                    "max_model_len": config.max_model_len,
+                    "max_num_seqs": config.max_num_seqs,
+                    "gpu_memory_utilization": config.gpu_memory_utilization,
+                    "tensor_parallel_size": config.tensor_parallel_size,
+                    "quantization": config.quantization,
+                    "enable_prefix_caching": True,
+                    "generation_config": "vllm",  # the model's own must not change sampling silently
+                    "trust_remote_code": trust_remote_code,
+                    "seed": 0,  # requests bring their own
+                    "disable_log_stats": True,
+                }
+            )
+        )
+        self._lora = None if adapter is None else LoRARequest(*adapter)
+        self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model))
+        self._template = compile_template(template)
+        self._max_model_len = config.max_model_len
+        self._chains: dict[str, tuple[Chain, Task]] = {}
+        self._task: Task | None = None
+        self._encode, self._seed, self._next_prompt = encode_prompt, request_seed, next_prompt
+        self._params = lambda sampling, seed: SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            stop_token_ids=self._stop_token_ids,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def start(self, task: Task) -> None:
+        """Answer this task's prompts from now on."""
+        self._task = task
+
+    def submit(self, chain: Chain) -> bool:
+        task = self._task
+        turn = len(chain.answers) + 1
+        if turn > task.turns:
+            return False
+        token_ids = self._encode(self._tokenizer, self._next_prompt(chain, self._template))
+        if len(token_ids) + task.sampling.max_tokens > self._max_model_len:
+            chain.stopped = "prompt_too_long"
+            return False
+        request_id = f"{chain.prompt_id}/{turn}"
+        params = self._params(task.sampling, self._seed(*task.seed, chain.prompt_id, turn))
+        [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
+        self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
+        self._chains[request_id] = (chain, task)
+        return True
+
+    def step(self) -> list[Chain]:
+        advanced = []
+        for output in self._engine.step():
+            if not output.finished:
+                continue
+            chain, _ = self._chains.pop(output.request_id)
+            [completion] = output.outputs
+            answer = Answer(
+                turn=len(chain.answers) + 1,
+                text=completion.text.strip(),
+                tokens=len(completion.token_ids),
+                finish_reason=completion.finish_reason,
+            )
+            chain.answers.append(answer)
+            advanced.append(chain)
+        return advanced
+
+
+def _generation_config(model: str) -> Any:
+    from transformers import GenerationConfig as HFGenerationConfig
+
+    try:
+        return HFGenerationConfig.from_pretrained(model)
+    except OSError:  # the model has none
+        return None
+
+
+def answer_task(engine: EmbeddedEngine, task: Task, window: int, progress: Callable[[int], None]) -> None:
+    """Answer a file of prompts, continuing from what a previous process left."""
+    part = task.answers.with_name(task.answers.name + ".part")
+    finished = {row["prompt_id"]: row for row in recover_jsonl(part)}
+    prompts = read_jsonl(task.prompts)
+    progress(len(finished))
+
+    def todo() -> Iterator[Chain]:
+        for row in prompts:
+            if row["prompt_id"] not in finished:
+                yield Chain(row["prompt_id"], row["prompt"])
+
+    with open(part, "a", encoding="utf-8") as file:
+
+        def on_finished(chain: Chain) -> None:
+            finished[chain.prompt_id] = chain.to_row()
+            file.write(to_line(chain.to_row()))
+            file.flush()
+            progress(len(finished))
+
+        engine.start(task)
+        run_chains(engine, todo(), window, on_finished)
+
+    write_jsonl(task.answers, (finished[row["prompt_id"]] for row in prompts))
+    part.unlink()
+
+
+def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+    """The child process: one engine start, all tasks of the job."""
+    config = GenerationConfig(**job["generation"])
+    tasks = [
+        Task(
+            Path(task["prompts"]),
+            Path(task["answers"]),
+            task["turns"],
+            DraftsConfig(**task["sampling"]),
+            tuple(task["seed"]),
+        )
+        for task in job["tasks"]
+        if not Path(task["answers"]).exists()
+    ]
+    sizes = [sum(1 for _ in open(task.prompts, encoding="utf-8")) for task in tasks]
+    progress(0, sum(sizes))
+    engine = EmbeddedEngine(
+        model=job["model"],
+        adapter=tuple(job["adapter"]) if job["adapter"] else None,
+        config=config,
+        max_lora_rank=job["max_lora_rank"],
+        template=job["template"],
+        trust_remote_code=job["trust_remote_code"],
+    )
+    for i, task in enumerate(tasks):
+        answer_task(engine, task, config.max_num_seqs, lambda done, i=i: progress(sum(sizes[:i]) + done, sum(sizes)))
+
+
+if __name__ == "__main__":
+    child_main(main)

@@ -1,0 +1,139 @@
+"""
+Pairs: scored chains in, one TRL preference dataset out, and a count of everything dropped.
+
+A pair gives up to three rows: the direct one, and two refinement rows whose prompt is the refinement template around the
+rejected and around the chosen draft (https://huggingface.co/papers/2502.05605; each square of its refinement loss is a
+preference pair under such a prompt). So any pairwise trainer learns to answer and to refine from the same file.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from jinja2 import Template
+
+from .config import PairsConfig
+from .records import Answer, Chain, as_completion
+from .refinements import refinement_prompt
+
+
+@dataclass
+class Pair:
+    """A chosen and a rejected answer to the same prompt."""
+
+    chain: Chain
+    chosen: Answer
+    rejected: Answer
+    chosen_score: float | None
+    rejected_score: float | None
+
+
+def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfig) -> Pair | str:
+    """
+    The paper's reward-model scoring: the best answer chosen, the worst rejected. [house]: an answer cut off by
+    `max_tokens` is never chosen; among equals the latest is chosen and the earliest rejected.
+
+    Returns:
+        [`Pair`] or `str`: the pair, or why there is none.
+    """
+    scored = [(answer, score) for answer, score in zip(chain.answers, scores, strict=True) if score is not None]
+    whole = [(answer, score) for answer, score in scored if answer.finish_reason == "stop"]
+    if len(scored) < 2:
+        return chain.stopped or "fewer_than_two_scores"
+    if not whole:
+        return "all_answers_truncated"
+    chosen, chosen_score = max(whole, key=lambda item: (item[1], item[0].turn))
+    rejected, rejected_score = min(scored, key=lambda item: (item[1], item[0].turn))
+    if chosen_score - rejected_score <= config.min_margin:
+        return "no_margin"
+    if chosen.text == rejected.text:
+        return "identical_answers"
+    if config.min_chosen_score is not None and chosen_score < config.min_chosen_score:
+        return "chosen_score_too_low"
+    if config.max_rejected_score is not None and rejected_score > config.max_rejected_score:
+        return "rejected_score_too_high"
+    return Pair(chain, chosen, rejected, chosen_score, rejected_score)
+
+
+def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) -> Pair | str:
+    """
+    Selection without a reward model. The paper does not spell its rule out; ours is [house]: the last refinement is
+    chosen and the draft rejected where the chain has settled (its last two answers are alike) and the two differ.
+
+    Returns:
+        [`Pair`] or `str`: the pair, or why there is none.
+    """
+    if len(chain.answers) < 2:
+        return chain.stopped or "fewer_than_two_answers"
+    draft, (previous, last) = chain.answers[0], chain.answers[-2:]
+    if last.finish_reason != "stop":
+        return "last_answer_truncated"
+    if len(chain.answers) > 2 and similarity(previous.text, last.text) < config.settled_similarity:
+        return "not_settled"
+    if last.text == draft.text:
+        return "identical_answers"
+    return Pair(chain, last, draft, scores[-1], scores[0])
+
+
+def similarity(text: str, other: str) -> float:
+    """Similarity of two texts in [0, 1]: difflib's ratio over their words."""
+    return SequenceMatcher(None, text.split(), other.split(), autojunk=False).ratio()
+
+
+SELECTIONS = {"best_over_worst": best_over_worst, "rule_based": rule_based}
+
+
+def select_pairs(
+    chains: list[Chain], scores: list[list[float | None]], config: PairsConfig
+) -> tuple[list[Pair], dict[str, int]]:
+    """
+    At most one pair per chain.
+
+    Returns:
+        `tuple[list[Pair], dict[str, int]]`: the pairs, and the number of chains dropped by reason.
+    """
+    select = SELECTIONS[config.selection]
+    pairs: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    for chain, chain_scores in zip(chains, scores, strict=True):
+        selected = select(chain, chain_scores, config)
+        if isinstance(selected, Pair):
+            pairs.append(selected)
+        else:
+            dropped[selected] += 1
+    return pairs, dict(sorted(dropped.items()))
+
+
+def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list[dict[str, Any]]:
+    """
+    The rows of a pair, each a row of a TRL preference dataset.
+
+    Returns:
+        `list[dict]`: rows with `prompt`, `chosen`, `rejected`; `turn` (0 for direct answering, 1 for refining), `draft`
+        (which answer is refined: "rejected", "chosen", or `None`), `weight` (how often an epoch shows the row), and
+        where they come from: `prompt_id`, `chosen_turn`, `rejected_turn`, `chosen_score`, `rejected_score`.
+    """
+    prompt = pair.chain.prompt
+    drafts = {None: config.direct_weight, "rejected": config.refinement_weight, "chosen": config.refinement_weight}
+    rows = []
+    for draft, weight in drafts.items():
+        if weight == 0:
+            continue
+        text = {None: None, "rejected": pair.rejected.text, "chosen": pair.chosen.text}[draft]
+        rows.append(
+            {
+                "prompt": prompt if draft is None else refinement_prompt(prompt, [text], template),
+                "chosen": as_completion(prompt, pair.chosen.text),
+                "rejected": as_completion(prompt, pair.rejected.text),
+                "turn": 0 if draft is None else 1,
+                "draft": draft,
+                "weight": weight,
+                "prompt_id": pair.chain.prompt_id,
+                "chosen_turn": pair.chosen.turn,
+                "rejected_turn": pair.rejected.turn,
+                "chosen_score": pair.chosen_score,
+                "rejected_score": pair.rejected_score,
+            }
+        )
+    return rows

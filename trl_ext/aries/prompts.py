@@ -1,0 +1,109 @@
+"""
+Prompts: a dataset in, the fresh prompts of one round out, each with an id that leads back to its row.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from ..recipe import RecipeError
+from .records import read_jsonl
+
+
+FILE_LOADERS = {".json": "json", ".parquet": "parquet"}
+
+
+def load_rows(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
+    """
+    Rows of a local file, a local directory or a Hub dataset.
+
+    Args:
+        dataset (`str`), split (`str`):
+            As in a recipe's `prompts` section.
+        where (`str`):
+            The recipe key, for error messages.
+
+    Raises:
+        [`RecipeError`]: nothing there, or no rows.
+    """
+    path = Path(dataset)
+    if path.suffix == ".jsonl":
+        if not path.is_file():
+            raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
+        rows = read_jsonl(path)
+    else:
+        import datasets
+
+        if path.suffix in FILE_LOADERS:
+            if not path.is_file():
+                raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
+            loaded = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
+        else:
+            try:
+                loaded = datasets.load_dataset(dataset, split=split)
+            except (FileNotFoundError, ValueError, ConnectionError) as error:
+                raise RecipeError(
+                    f"`{where}`: cannot load {dataset!r}, split {split!r}: {error}. Name a .jsonl, .json or .parquet "
+                    "file, a directory of them, or a dataset id on the Hub."
+                ) from error
+        rows = loaded.to_list()
+    if not rows:
+        raise RecipeError(f"`{where}`: {dataset} has no rows.")
+    return rows
+
+
+def load_prompts(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
+    """
+    Rows with a usable `prompt`, in the dataset's order, each with `prompt_id`.
+
+    Raises:
+        [`RecipeError`]: a row without `prompt`, with an empty one, or with messages that do not end with the user's.
+    """
+    rows = load_rows(dataset, split, where)
+    for number, row in enumerate(rows, start=1):
+        problem = prompt_problem(row)
+        if problem:
+            raise RecipeError(f"`{where}`: {dataset}, row {number}: {problem}")
+    return [{"prompt_id": f"{Path(dataset).stem}-{number:07d}", **row} for number, row in enumerate(rows, start=1)]
+
+
+def prompt_problem(row: dict[str, Any]) -> str | None:
+    """What makes a row unusable as a prompt, or `None`."""
+    if "prompt" not in row:
+        return f"no column `prompt`; its columns are {sorted(row)}. Rename the column that holds the question."
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return None if prompt.strip() else "the prompt is empty."
+    is_messages = isinstance(prompt, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
+    )
+    if not is_messages or not prompt:
+        return "`prompt` must be text or a non-empty list of messages with `role` and `content`."
+    if prompt[-1]["role"] != "user":
+        return f"the messages must end with the user's, these end with the {prompt[-1]['role']}'s."
+    if not isinstance(prompt[-1]["content"], str) or not prompt[-1]["content"].strip():
+        return "the last user message must be non-empty text."
+    return None
+
+
+def prompts_per_round(rows: int, per_round: int | None, rounds: int) -> int:
+    """
+    Size of a round.
+
+    Raises:
+        [`RecipeError`]: the dataset is too small for fresh prompts in every round.
+    """
+    size = rows // rounds if per_round is None else per_round
+    if size == 0 or size * rounds > rows:
+        raise RecipeError(
+            f"`prompts.per_round`: {rounds} rounds of {max(size, 1)} fresh prompts need {max(size, 1) * rounds} rows, and "
+            f"the dataset has {rows}. Lower `prompts.per_round` or `rounds`, or add prompts."
+        )
+    return size
+
+
+def select_prompts(rows: list[dict[str, Any]], round_number: int, size: int, seed: int) -> list[dict[str, Any]]:
+    """The prompts of a round (from 1): a slice of one seeded shuffle, so that no round sees another's."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    return [rows[i] for i in order[(round_number - 1) * size : round_number * size]]

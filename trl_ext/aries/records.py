@@ -1,0 +1,114 @@
+"""
+Rows on disk: JSON lines, written whole or appended, and read back with the place named when they are broken.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..recipe import RecipeError
+
+
+Prompt = str | list[dict[str, Any]]  # plain text, or messages
+
+
+@dataclass
+class Answer:
+    """One answer y_k of a chain."""
+
+    turn: int  # 1 is the draft
+    text: str
+    tokens: int
+    finish_reason: str  # "stop", or "length" for a truncated answer
+
+
+@dataclass
+class Chain:
+    """A prompt and its answers so far, y1 -> y2 -> ..."""
+
+    prompt_id: str
+    prompt: Prompt
+    answers: list[Answer] = field(default_factory=list)
+    stopped: str | None = None  # why the chain ended early
+
+    def to_row(self) -> dict[str, Any]:
+        return {"prompt_id": self.prompt_id, "answers": [asdict(a) for a in self.answers], "stopped": self.stopped}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], prompt: Prompt) -> "Chain":
+        return cls(row["prompt_id"], prompt, [Answer(**answer) for answer in row["answers"]], row["stopped"])
+
+
+def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
+    """An answer in the format of its prompt: text, or one assistant message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """
+    Raises:
+        [`RecipeError`]: a line is not a JSON object; the message names file and line.
+    """
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecipeError(
+                    f"{path}:{number}: not valid JSON ({error.msg}). Each line must be a JSON object."
+                ) from error
+            if not isinstance(row, dict):
+                raise RecipeError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
+            rows.append(row)
+    return rows
+
+
+def to_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_atomically(path: Path, lines: Iterable[str]) -> None:
+    """Write `path` so that it exists whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_atomically(path, map(to_line, rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, [json.dumps(value, ensure_ascii=False, indent=2) + "\n"])
+
+
+def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Read back a file that was being appended to, and cut off its last line if it was torn."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    yield from (json.loads(line) for line in content[:whole].splitlines())
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, or of the files of a directory, names included."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in files:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,363 @@
+"""
+The loop: prompts -> drafts -> refinements -> scores -> pairs -> training -> next round.
+
+Each stage writes one file of the round's directory and is skipped where that file exists, so a run that was killed
+continues with the first missing file. One engine start per round answers the evaluation prompts, with the policy that
+the previous round made, and the round's own prompts.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..recipe import RecipeError
+from .children import run_child
+from .config import AriesConfig, sft_settings, trainer_settings
+from .evaluation import evaluation_metrics
+from .pairs import preference_rows, select_pairs
+from .progress import RunProgress, duration, score_table
+from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
+from .records import read_jsonl, sha256, write_json, write_jsonl
+from .refinements import compile_template
+from .run_dir import RunDir, is_locked
+from .scores import load_chains, load_verifier, score_chains
+from .sft import check_sft_rows, sft_row
+
+
+# vLLM accepts these as the largest LoRA rank
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass
+class Policy:
+    """A model, and the LoRA adapter on it."""
+
+    model: str
+    adapter: str | None
+
+
+def run(config: AriesConfig, recipe_path: Path) -> int:
+    """
+    Run a recipe, or continue it.
+
+    Args:
+        config ([`AriesConfig`]):
+            The recipe.
+        recipe_path (`Path`):
+            Its file, copied into the run directory.
+
+    Returns:
+        `int`: exit code, 0.
+
+    Raises:
+        [`RecipeError`]: bad input, before any model is loaded.
+        [`~aries.children.ChildError`]: a stage failed; running again continues from it.
+    """
+    start = time.monotonic()
+    loop = Rounds(config)
+    with loop.dir.opened(config, recipe_path.read_text(encoding="utf-8")):
+        if not loop.dir.round(config.rounds).manifest.exists():
+            loop.check()
+        loop.sft()
+        for number in range(1, config.rounds + 1):
+            loop.round(number)
+        loop.evaluate_last()
+    loop.print_results(duration(time.monotonic() - start))
+    return 0
+
+
+def status(config: AriesConfig) -> int:
+    """Print how far a run is, whether it is running, and the scores so far."""
+    loop = Rounds(config)
+    console = loop.progress.console
+    if not loop.dir.path.exists():
+        console.print(f"{loop.dir.path} does not exist: the run has not been started.", markup=False)
+        return 0
+    running = "running" if is_locked(loop.dir.lock) else "not running"
+    console.print(f"{loop.dir.path}: {running}", markup=False)
+    for number in range(config.rounds + 1):
+        round_dir = loop.dir.round(number)
+        stages = {
+            "prompts": round_dir.prompts,
+            "answers": round_dir.answers,
+            "scores": round_dir.scores,
+            "pairs": round_dir.pairs,
+            "training": loop.product(number),
+            "evaluation": round_dir.metrics,
+        }
+        if number == 0:
+            stages = {"sft": loop.product(0)} if config.sft else {}
+            stages["evaluation"] = round_dir.metrics
+        words = [f"{name} {'done' if path.exists() else partial(path)}" for name, path in stages.items()]
+        console.print(f"  round {number}: " + ", ".join(words), markup=False)
+    if loop.dir.events.exists():
+        console.print(f"  last event: {read_jsonl(loop.dir.events)[-1]}", markup=False)
+    loop.print_results(None)
+    return 0
+
+
+def partial(path: Path) -> str:
+    """How far a stage that appends to its file has come."""
+    part = path.with_name(path.name + ".part")
+    return f"{len(part.read_bytes().splitlines())} so far" if part.exists() else "-"
+
+
+class Rounds:
+    """The stages of a run, in the order of the data."""
+
+    def __init__(self, config: AriesConfig):
+        self.config = config
+        self.dir = RunDir(Path(config.output_dir))
+        self.progress = RunProgress(config.rounds)
+        self.template = compile_template(config.refinements.template)
+        self.verifier = load_verifier(config.scores.verifier) if config.scores.verifier else None
+        self.prompts = load_prompts(config.prompts.dataset, config.prompts.split, "prompts.dataset")
+        self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
+        evaluation = load_prompts(config.evaluation.dataset, config.evaluation.split, "evaluation.dataset")
+        self.evaluation_prompts = evaluation[: config.evaluation.samples]
+        self.sft_rows = load_rows(config.sft["dataset"], "train", "sft.dataset") if config.sft else []
+
+    def check(self) -> None:
+        """Construct every setting in a child process, so that a wrong one shows before any work is done."""
+        sections = {"training": trainer_settings(self.config, 1, str(self.dir.round(1).training))}
+        if self.config.sft is not None:
+            check_sft_rows(self.sft_rows, self.config.sft["dataset"])
+            sections["sft"] = sft_settings(self.config, str(self.dir.round(0).training))
+        job = {
+            "check_only": True,
+            "sections": sections,
+            "model": self.config.model["model_name_or_path"],
+            "model_args": self.config.model,
+            "adapter": None,
+            "trust_remote_code": self.trust_remote_code,
+            "conversational": not isinstance(self.prompts[0]["prompt"], str),
+        }
+        with self.stage(0, "check") as update:
+            run_child("trl_ext.aries.training", job, self.dir.path / "logs" / "check.log", update)
+
+    # The stages
+
+    def sft(self) -> None:
+        """SFT on direct and refinement targets: `−[log π(y_w|x) + log π(y_w|x, y_l, z)]` in rows."""
+        round_dir = self.dir.round(0)
+        round_dir.path.mkdir(exist_ok=True)
+        if self.config.sft is None or self.product(0).exists():
+            return
+        if not round_dir.sft.exists():
+            write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
+        job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
+        job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
+        with self.stage(0, "sft") as update:
+            run_child("trl_ext.aries.training", job, round_dir.logs / "sft.log", update)
+
+    def round(self, number: int) -> None:
+        start = time.monotonic()
+        round_dir = self.dir.round(number)
+        if self.product(number).exists() and self.dir.round(number - 1).manifest.exists():
+            return
+        round_dir.path.mkdir(exist_ok=True)
+        if not round_dir.prompts.exists():
+            write_jsonl(round_dir.prompts, select_prompts(self.prompts, number, self.round_size, self.config.seed))
+        self.generate(number)
+        self.score(number)
+        self.close(number - 1)
+        self.pair(number)
+        self.train(number)
+        self.progress.end_round(number, time.monotonic() - start)
+
+    def generate(self, number: int) -> None:
+        """Drafts and refinements of the round's prompts, and of the evaluation prompts, by the previous round's policy."""
+        previous, current = self.dir.round(number - 1), self.dir.round(number)
+        if not self.dir.evaluation_prompts.exists():
+            write_jsonl(self.dir.evaluation_prompts, self.evaluation_prompts)
+        evaluation_sampling = replace(self.config.drafts, temperature=self.config.evaluation.temperature)
+        tasks = [
+            {
+                "prompts": str(self.dir.evaluation_prompts),
+                "answers": str(previous.evaluation),
+                "sampling": asdict(evaluation_sampling),
+                "seed": [self.config.seed, "evaluation"],  # the same in every round
+            }
+        ]
+        if number <= self.config.rounds:
+            tasks.append(
+                {
+                    "prompts": str(current.prompts),
+                    "answers": str(current.answers),
+                    "sampling": asdict(self.config.drafts),
+                    "seed": [self.config.seed, number],
+                }
+            )
+        if all(Path(task["answers"]).exists() for task in tasks):
+            return
+        policy = self.policy(number - 1)
+        # A new name and id for every round: vLLM may answer from stale weights under an old one
+        adapter = None if policy.adapter is None else [f"round_{number - 1:02d}", number, policy.adapter]
+        job = {
+            "model": policy.model,
+            "adapter": adapter,
+            "max_lora_rank": next(r for r in LORA_RANKS if r >= self.config.model.get("lora_r", 16)),
+            "trust_remote_code": self.trust_remote_code,
+            "generation": asdict(self.config.generation),
+            "template": self.config.refinements.template,
+            "tasks": [task | {"turns": self.config.refinements.turns} for task in tasks],
+        }
+        logs = (current if number <= self.config.rounds else previous).logs
+        with self.stage(min(number, self.config.rounds), "drafts and refinements") as update:
+            run_child("trl_ext.aries.engine", job, logs / "engine.log", update)
+
+    def score(self, number: int) -> None:
+        """Scores of the round's answers and of the evaluation's."""
+        previous, current = self.dir.round(number - 1), self.dir.round(number)
+        tasks = [(self.dir.evaluation_prompts, previous.evaluation, previous.evaluation_scores)]
+        if number <= self.config.rounds:
+            tasks.append((current.prompts, current.answers, current.scores))
+        tasks = [task for task in tasks if not task[2].exists()]
+        if not tasks:
+            return
+        with self.stage(min(number, self.config.rounds), "scores") as update:
+            if self.verifier is None:
+                job = {
+                    "reward_model": self.config.scores.reward_model,
+                    "batch_size": self.config.scores.batch_size,
+                    "tasks": [{"prompts": str(p), "answers": str(a), "scores": str(s)} for p, a, s in tasks],
+                }
+                run_child("trl_ext.aries.scores", job, previous.logs / "scores.log", update)
+                return
+            for prompts_file, answers_file, scores_file in tasks:
+                prompts = read_jsonl(prompts_file)
+                write_jsonl(scores_file, score_chains(load_chains(prompts, answers_file), prompts, self.verifier))
+
+    def pair(self, number: int) -> None:
+        """The round's preference dataset, direct and refinement rows."""
+        round_dir = self.dir.round(number)
+        if round_dir.pairs.exists():
+            return
+        chains = load_chains(read_jsonl(round_dir.prompts), round_dir.answers)
+        pairs, dropped = select_pairs(
+            chains, [row["scores"] for row in read_jsonl(round_dir.scores)], self.config.pairs
+        )
+        write_json(round_dir.drops, {"chains": len(chains), "pairs": len(pairs), "dropped": dropped})
+        if not pairs:
+            raise RecipeError(
+                f"round {number} has no pairs to train on: all {len(chains)} chains were dropped, {dropped}. Look at "
+                f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs."
+            )
+        rows = [row for pair in pairs for row in preference_rows(pair, self.template, self.config.pairs)]
+        write_jsonl(round_dir.pairs, rows)
+        self.progress.console.print(
+            f"round {number}/{self.config.rounds}  {len(pairs):,} pairs ({len(rows):,} rows) from {len(chains):,} chains; "
+            + (
+                f"dropped: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"
+                if dropped
+                else "none dropped"
+            ),
+            markup=False,
+        )
+
+    def train(self, number: int) -> None:
+        """Preference training of the round's policy."""
+        round_dir = self.dir.round(number)
+        if self.product(number).exists():
+            return
+        job = self.training_job(number, self.policy(number - 1))
+        job |= trainer_settings(self.config, number, str(round_dir.training))
+        with self.stage(number, f"training ({job['trainer']})") as update:
+            run_child("trl_ext.aries.training", job, round_dir.logs / "training.log", update)
+
+    def evaluate_last(self) -> None:
+        """Answer the evaluation prompts with the last round's policy."""
+        if self.dir.round(self.config.rounds).manifest.exists():
+            return
+        self.generate(self.config.rounds + 1)
+        self.score(self.config.rounds + 1)
+        self.close(self.config.rounds)
+
+    def close(self, number: int) -> None:
+        """Metrics and manifest of a round whose policy has been evaluated."""
+        round_dir = self.dir.round(number)
+        if round_dir.manifest.exists():
+            return
+        chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
+        scores = [row["scores"] for row in read_jsonl(round_dir.evaluation_scores)]
+        write_json(round_dir.metrics, evaluation_metrics(chains, scores, self.config.refinements.turns))
+        facts: dict[str, Any] = {
+            "seed": self.config.seed,
+            "policy": asdict(self.policy(number)),
+            "parent": None
+            if number == 0
+            else {"round": number - 1, "manifest_sha256": sha256(self.dir.round(number - 1).manifest)},
+            "trained_on_nf4_sampled_at_full_precision": bool(self.config.model.get("load_in_4bit"))
+            and self.config.generation.quantization is None,
+        }
+        if round_dir.drops.exists():
+            facts |= json.loads(round_dir.drops.read_text(encoding="utf-8"))
+        self.dir.write_manifest(number, facts)
+
+    # What the stages share
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(self.config.training.get("trust_remote_code", False))
+
+    def product(self, number: int) -> Path:
+        """What the round's training makes: a model, or an adapter."""
+        round_dir = self.dir.round(number)
+        return round_dir.adapter if self.config.model.get("use_peft") else round_dir.model
+
+    def policy(self, number: int) -> Policy:
+        """The policy after a round; without SFT, the one before round 1 is the model as it came."""
+        base = self.config.model["model_name_or_path"]
+        if number == 0 and self.config.sft is None:
+            return Policy(base, None)
+        product = str(self.product(number))
+        return Policy(base, product) if self.config.model.get("use_peft") else Policy(product, None)
+
+    def training_job(self, number: int, policy: Policy) -> dict[str, Any]:
+        round_dir = self.dir.round(number)
+        initial = self.config.training.get("reference", "previous") == "initial" and number > 0
+        reference = self.policy(0) if initial else policy
+        return {
+            "model": policy.model,
+            "adapter": policy.adapter,
+            "model_args": self.config.model,
+            "reference": asdict(reference) | {"is_policy": reference == policy},
+            "rows": str(round_dir.pairs),
+            "output": str(self.product(number)),
+        }
+
+    @contextmanager
+    def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a stage while it runs, and log its start and end."""
+        start = time.monotonic()
+        self.dir.log_event(event="start", round=number, stage=name)
+        with self.progress.stage(number, name) as update:
+            yield update
+        self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
+
+    def print_results(self, elapsed: str | None) -> None:
+        """The round × turn table of what has been evaluated so far, and what to do next."""
+        metrics = {}
+        for number in range(self.config.rounds + 1):
+            file = self.dir.round(number).metrics
+            if file.exists():
+                metrics[number] = json.loads(file.read_text(encoding="utf-8"))
+        if not metrics:
+            return
+        console = self.progress.console
+        console.print(score_table(metrics, self.config.refinements.turns, self.config.sft is not None))
+        if elapsed is not None:
+            last = self.dir.round(self.config.rounds)
+            console.print(
+                f"Finished in {elapsed}. Next:\n"
+                f"  the trained policy     {self.product(self.config.rounds)}\n"
+                f"  what it learned from   {last.pairs}\n"
+                f"  every answer, y1..y{self.config.refinements.turns}    {last.evaluation}\n"
+                f"  where it all came from {last.manifest}",
+                markup=False,
+                soft_wrap=True,
+            )

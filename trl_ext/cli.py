@@ -1,0 +1,175 @@
+"""
+The `trl-ext` command. It parses, imports what the sub-command needs, and runs it; exit code 2 and one `error:` on stderr mean
+that the recipe, the flags or the data are at fault.
+
+`tdpo` and `self-refine-dpo` run in this process on one device, and through `accelerate launch` where the recipe, the flags,
+the user's own `accelerate config` or a second GPU ask for it.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+# Sub-command -> script in `trl_ext/scripts`
+TRAINERS = {"tdpo": "tdpo", "self-refine-dpo": "self_refine_dpo"}
+
+EXAMPLES = """\
+examples:
+  trl-ext tdpo --config recipes/qwen2.5-7b/tdpo/config_qlora.yaml
+  trl-ext tdpo --config recipes/qwen2.5-7b/tdpo/config_full.yaml --accelerate_config fsdp2 --learning_rate 1.0e-6
+  trl-ext tdpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir out
+  trl-ext aries run --config recipes/my_rounds.yaml --training.learning_rate 1.0e-6
+
+`trl-ext tdpo --help` lists every key: TRL's, and those of the method."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl-ext",
+        description="Token-level DPO, self-refined DPO and the ARIES self-refinement loop, on top of TRL.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"trl-ext {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
+    commands.add_parser("tdpo", help="train with token-level DPO", add_help=False)
+    commands.add_parser("self-refine-dpo", help="train with self-refined DPO or IPO", add_help=False)
+    aries = commands.add_parser("aries", help="rounds of generation, self-refinement and training", allow_abbrev=False)
+    actions = aries.add_subparsers(dest="action", metavar="action", title="actions", required=True)
+    for name, meaning in (("run", "start the rounds, or continue them"), ("status", "say how far they are")):
+        action = actions.add_parser(name, help=meaning, description=f"{meaning}.", allow_abbrev=False)
+        action.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
+        action.usage = f"trl-ext aries {name} --config RECIPE [--section.key value ...]"
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, by default this process's, and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if args.command is None:
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")
+        parser.print_help()
+        return 0
+
+    from .recipe import RecipeError
+
+    try:
+        if args.command == "aries":
+            return aries(args.action, args.config, unknown)
+        return train(args.command, argv[argv.index(args.command) + 1 :])
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+
+
+def aries(action: str, path: str, overrides: Sequence[str]) -> int:
+    """`trl-ext aries run` and `status`: the recipe, what the command line adds to it, then `aries/rounds.py`."""
+    from .recipe import apply_overrides, export_env, load_yaml, parse_section
+
+    recipe = export_env(apply_overrides(load_yaml(path), overrides))
+
+    from .aries import rounds
+    from .aries.config import AriesConfig
+
+    config = parse_section(recipe, AriesConfig)
+    return rounds.run(config, Path(path)) if action == "run" else rounds.status(config)
+
+
+def train(command: str, args: Sequence[str]) -> int:
+    """`trl-ext tdpo` and `self-refine-dpo`, in this process or through `accelerate launch`."""
+    from .recipe import Recipe, export_env, load_yaml, take_flag
+
+    path, _ = take_flag(args, "config")
+    recipe = Recipe(None, {}, {}) if path is None else load_yaml(path)
+    export_env(recipe)  # before any import that reads it, such as HF_HOME
+    launch_args, script_args = split_launch_args(recipe, args)
+    script = import_module(f".scripts.{TRAINERS[command]}", __package__)
+    if launch_args is None:
+        if {"-h", "--help"} & set(script_args):
+            script.parse_args(script_args, prog=f"trl-ext {command}")
+        script.run(script_args)
+        return 0
+    script.parse_args(script_args)  # one clear error here rather than one from each process
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_args]
+    return subprocess.run([*launcher, "--module", script.__name__, *script_args]).returncode
+
+
+def split_launch_args(recipe: "Recipe", args: Sequence[str]) -> tuple[list[str] | None, list[str]]:
+    """
+    What goes to `accelerate launch`, `None` if it is not needed, and what goes to the script. The command line's value goes
+    before the recipe's.
+    """
+    from .recipe import take_flag
+    from .recipe_values import LAUNCH_KEYS
+
+    rest, given = list(args), {}
+    for key in LAUNCH_KEYS:
+        value, rest = take_flag(rest, key)
+        given[key] = recipe.mapping.get(key) if value is None else value
+    name = given.pop("accelerate_config")
+    launch_args = [] if name is None else ["--config_file", str(find_accelerate_config(str(name), recipe))]
+    launch_args += [token for key, value in given.items() if value is not None for token in (f"--{key}", str(value))]
+    launched = "LOCAL_RANK" in os.environ
+    if launched or {"-h", "--help"} & set(rest) or not (launch_args or _accelerate_by_default(recipe)):
+        return None, rest
+    return launch_args, rest
+
+
+def find_accelerate_config(name: str, recipe: "Recipe") -> Path:
+    """
+    A path, or the name of a file in an `accelerate_configs` directory above the recipe, in this repository's recipes, or
+    among those TRL ships.
+    """
+    from .recipe import RecipeError
+
+    if Path(name).is_file():
+        return Path(name)
+    around = [] if recipe.path is None else recipe.path.resolve().parents
+    roots = [*around, Path.cwd() / "recipes", Path(__file__).parents[1] / "recipes"]
+    directories = [root / "accelerate_configs" for root in roots]
+
+    from importlib.util import find_spec
+
+    directories.append(Path(find_spec("trl").origin).parent / "accelerate_configs")
+    found = {path.stem: path for directory in reversed(directories) for path in sorted(directory.glob("*.yaml"))}
+    if name not in found:
+        raise RecipeError(
+            f"accelerate_config: {name} is neither a file nor one of {', '.join(sorted(found))}. Write one with "
+            "`accelerate config --config_file my_machine.yaml`."
+        )
+    return found[name]
+
+
+def _accelerate_by_default(recipe: "Recipe") -> bool:
+    """Whether a plain `accelerate launch` would do something else than run one process on one device."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    if os.path.isfile(default_config_file):
+        return True
+
+    import torch
+
+    return torch.cuda.device_count() > 1 and not recipe.mapping.get("use_cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""
+Recipes: the only place where YAML becomes dataclasses.
+
+In: a YAML file and what the command line adds to it. Out: instances of the dataclasses the caller names. Every key is known,
+every value has the type its field declares, and whatever is wrong is said in one [`RecipeError`] with file, line and way out.
+
+Two shapes: a trainer's recipe is TRL's flat mapping over several dataclasses ([`parse_flat`]); an ARIES recipe has one
+section per stage ([`parse_section`]). Deliberately not here: interpolation, includes, inheritance between files.
+"""
+
+import copy
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .recipe_values import LAUNCH_KEYS, RecipeError, check_value, dotted, show, union_members, unknown_key
+
+
+COMMAND_LINE = "command line"
+
+# Fields declared as text for which the trainer also takes a bare `true`
+_TRUE_TOO = ("resume_from_checkpoint", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """
+    A YAML mapping that knows where each key was written.
+
+    Args:
+        path (`Path` or `None`):
+            The file, `None` when all comes from the command line.
+        mapping (`dict`):
+            What the file says.
+        locations (`dict[tuple, str]`):
+            `"file:line"` or `"command line"` for each path of keys and list indices.
+    """
+
+    path: Path | None
+    mapping: dict
+    locations: dict[tuple, str]
+
+    def where(self, *keys: str | int) -> str:
+        """Where `keys` was written, or else the closest section around it."""
+        while keys and keys not in self.locations:
+            keys = keys[:-1]
+        return self.locations.get(keys, str(self.path or COMMAND_LINE))
+
+    def at(self, *keys: str | int) -> Any:
+        """The value at `keys`, `None` where a section is missing."""
+        value = self.mapping
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None if value is None else value[key]
+        return value
+
+
+# Files
+
+
+def load_yaml(path: str | Path) -> Recipe:
+    """
+    Read a recipe file.
+
+    Raises:
+        [`RecipeError`]: no such file, not YAML, empty, not a mapping, or a key written twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a directory, not a recipe file" if path.is_dir() else "no such recipe file"
+        near = path if path.is_dir() else path.parent
+        found = sorted(str(other) for other in near.glob("*.yaml"))
+        raise RecipeError(f"{path}: {what}." + (f" In {near} there is: {', '.join(found)}." if found else ""))
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        locations = {} if node is None else _locations(node, path)
+        mapping = None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError(
+            f"{path}:{line}: not valid YAML: {error.problem}. Look for a missing colon, bracket or quote, or a tab."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: not a YAML text file: {error}") from error
+    if mapping is None:
+        raise RecipeError(f"{path}: the file is empty. A recipe holds lines such as `learning_rate: 5.0e-7`.")
+    if not isinstance(mapping, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of `key: value` lines; this is {show(mapping)}.")
+    return Recipe(path, mapping, locations)
+
+
+def _locations(node: yaml.Node, path: Path, keys: tuple = ()) -> dict[tuple, str]:
+    """Key path -> `"file:line"` for the whole tree; a duplicate key, which YAML would settle in silence, is an error."""
+    locations = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, child in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = yaml.SafeLoader("").construct_object(key, deep=True) if key.id == "scalar" else str(key.value)
+            here = (*keys, name)
+            if here in locations:
+                raise RecipeError(
+                    f"{path}:{key.start_mark.line + 1}: `{dotted(here)}` is written twice, first at {locations[here]}. "
+                    "Keep one."
+                )
+            locations[here] = f"{path}:{key.start_mark.line + 1}"
+            locations |= _locations(child, path, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, child in enumerate(node.value):
+            locations[(*keys, index)] = f"{path}:{child.start_mark.line + 1}"
+            locations |= _locations(child, path, (*keys, index))
+    return locations
+
+
+def export_env(recipe: Recipe) -> Recipe:
+    """Put the recipe's `env:` into `os.environ`, as TRL does, and return the recipe without it."""
+    env = recipe.mapping.get("env", {})
+    if not isinstance(env, dict):
+        raise RecipeError(f"{recipe.where('env')}: `env` must be a mapping of names to values, got {show(env)}.")
+    for name, value in env.items():
+        if value is None or isinstance(value, (dict, list)):
+            raise RecipeError(f"{recipe.where('env', name)}: `env.{name}` must be one value, got {show(value)}.")
+        os.environ[str(name)] = str(value)
+    return dataclasses.replace(recipe, mapping={k: v for k, v in recipe.mapping.items() if k != "env"})
+
+
+# Command line
+
+
+def take_flag(args: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Take `--name value` or `--name=value` out of `args`: the last value given, and the arguments left."""
+    value, rest, tokens = None, [], iter(args)
+    for token in tokens:
+        flag, equals, text = token.partition("=")
+        if flag not in (f"--{name}", f"--{name.replace('_', '-')}"):
+            rest.append(token)
+        elif (value := text if equals else next(tokens, None)) is None or (not equals and value.startswith("--")):
+            raise RecipeError(f"{COMMAND_LINE}: `--{name}` needs a value.")
+    return value, rest
+
+
+def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """
+    Overrides for a recipe with sections: `--training.learning_rate 1.0e-4`, `--training.learning_rate=1.0e-4`, or a bare
+    `--training.bf16` for true. A value is a YAML scalar, or a list or mapping in brackets; `1e-4` is a number here.
+
+    Example:
+
+    ```python
+    >>> apply_overrides(Recipe(None, {"training": {"beta": 0.1}}, {}), ["--training.beta", "0.5"]).mapping
+    {'training': {'beta': 0.5}}
+    ```
+    """
+    mapping, locations = copy.deepcopy(recipe.mapping), dict(recipe.locations)
+    tokens = list(overrides)
+    while tokens:
+        flag, equals, text = tokens.pop(0).partition("=")
+        if not (flag.startswith("--") or equals):
+            raise RecipeError(f"{COMMAND_LINE}: unexpected argument `{flag}`. Overrides are `--section.key value`.")
+        if not equals:
+            text = "true" if not tokens or tokens[0].startswith("--") else tokens.pop(0)
+        keys = tuple(flag.removeprefix("--").replace("-", "_").split("."))
+        section = mapping
+        for depth, key in enumerate(keys[:-1], start=1):
+            if section.get(key) is None:
+                section[key] = {}
+                locations.setdefault(keys[:depth], COMMAND_LINE)
+            section = section[key]
+            if not isinstance(section, dict):
+                raise RecipeError(
+                    f"{COMMAND_LINE}: `{flag}`: `{'.'.join(keys[:depth])}` is {show(section)}, not a section."
+                )
+        section[keys[-1]] = _override_value(flag, text)
+        locations[keys] = COMMAND_LINE
+    return Recipe(recipe.path, mapping, locations)
+
+
+def _override_value(flag: str, text: str) -> Any:
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
+        return float(text)
+    loader = yaml.SafeLoader(text)
+    try:
+        if text[:1] in ("[", "{", "'", '"'):
+            return loader.get_single_data()
+        # Not as a document: "Query: " in a prompt is text, no mapping
+        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{COMMAND_LINE}: `{flag}`: not a YAML value: {text}") from error
+
+
+# Dataclasses
+
+
+def parse_section(recipe: Recipe, cls: type, keys: tuple = ()) -> Any:
+    """
+    Build `cls` from the section at `keys` (the whole recipe by default); nested dataclasses are nested sections.
+
+    Raises:
+        [`RecipeError`]: all unknown keys, wrong types and missing keys, one per line, or what `__post_init__` refused.
+    """
+    values = check_keys(recipe, [cls], keys)
+    section = f"`{dotted(keys)}`" if keys else "the recipe"
+    for field in dataclasses.fields(cls):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if field.init and required and field.name not in values:
+            meaning = f": {field.metadata['help']}" if "help" in field.metadata else "."
+            raise RecipeError(f"{recipe.where(*keys)}: {section} needs the key `{field.name}`{meaning}")
+    try:
+        return cls(**values)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{recipe.where(*keys)}: {section}: {error}") from error
+
+
+def check_keys(recipe: Recipe, classes: Iterable[type], keys: tuple = (), also: Iterable[str] = ()) -> dict[str, Any]:
+    """
+    The checked values of the mapping at `keys`, whose keys are the fields of `classes`; those in `also` are left out.
+    Nothing is built, except nested dataclasses.
+    """
+    section = recipe.at(*keys)
+    section = {} if section is None else section
+    if not isinstance(section, dict):
+        raise RecipeError(
+            f"{recipe.where(*keys)}: `{dotted(keys)}` must be a mapping of `key: value` lines, got {show(section)}."
+        )
+    fields = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        fields |= {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
+    values, problems = {}, []
+    for key, value in section.items():
+        if key in also:
+            continue
+        try:
+            if key not in fields:
+                raise RecipeError(f"{recipe.where(*keys, key)}: " + unknown_key(key, (*fields, *also), keys))
+            values[key] = _parse_field(recipe, (*keys, key), value, *fields[key])
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return values
+
+
+def _parse_field(recipe: Recipe, keys: tuple, value: Any, field: dataclasses.Field, hint: Any) -> Any:
+    members = [member for member in union_members(hint) if member is not types.NoneType]
+    core = members[0] if len(members) == 1 else hint
+    item = (typing.get_args(core) or (None,))[-1]
+    if dataclasses.is_dataclass(core) and (value is not None or core is hint):
+        return parse_section(recipe, core, keys)
+    if dataclasses.is_dataclass(item) and isinstance(value, list):
+        return [parse_section(recipe, item, (*keys, index)) for index in range(len(value))]
+    if dataclasses.is_dataclass(item) and isinstance(value, dict):
+        return {name: parse_section(recipe, item, (*keys, name)) for name in value}
+    if field.name in _TRUE_TOO and value is True:
+        return value
+    try:
+        return check_value(value, hint, field.metadata.get("choices"))
+    except RecipeError as error:
+        raise RecipeError(f"{recipe.where(*keys)}: `{dotted(keys)}` {error}") from error
+
+
+def parse_flat(
+    path: str | Path | Recipe | None, classes: Sequence[type], overrides: Sequence[str] = (), prog: str | None = None
+) -> tuple:
+    """
+    TRL's flat recipe: one mapping over the fields of several dataclasses. Defaults < recipe < command line.
+
+    Args:
+        path (`str`, `Path`, [`Recipe`] or `None`):
+            The recipe; `None` if there is only the command line.
+        classes (`Sequence[type]`):
+            The dataclasses, as for [`~trl.TrlParser`].
+        overrides (`Sequence[str]`, *optional*):
+            Command-line arguments, with the spellings of [`~trl.TrlParser`]. Abbreviated flags are unknown flags.
+        prog (`str`, *optional*):
+            Name of the program in `--help`.
+
+    Returns:
+        `tuple`: one instance per class.
+
+    Raises:
+        [`RecipeError`]: an unknown key or flag, a value of the wrong type, or what a `__post_init__` refused.
+    """
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise RecipeError(f"{COMMAND_LINE}: {message}")
+
+    recipe = path if isinstance(path, Recipe) else Recipe(None, {}, {}) if path is None else load_yaml(path)
+    recipe = export_env(recipe)
+    values = check_keys(recipe, classes, also=LAUNCH_KEYS)
+    parser = Parser(list(classes), prog=prog, allow_abbrev=False)
+    parser.set_defaults_with_config(**values)
+    _, unknown = parser.parse_known_args(list(overrides))
+    if unknown:
+        flags = [token.partition("=")[0].removeprefix("--") for token in unknown if token.startswith("--")]
+        known = [field.name for cls in classes for field in dataclasses.fields(cls)]
+        problems = [unknown_key(flag.replace("-", "_"), known, flag=True) for flag in flags]
+        problems = problems or [f"unexpected argument `{unknown[0]}`. Options are `--key value`."]
+        raise RecipeError("\n".join(f"{COMMAND_LINE}: {problem}" for problem in problems))
+    try:
+        # TRL would also read a file `trl-ext.args` beside the script
+        return parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{recipe.where()}: {error}") from error

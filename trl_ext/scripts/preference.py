@@ -1,0 +1,268 @@
+"""
+One preference-training run: the counterpart of TRL's `scripts/dpo.py`, for the trainers of this package.
+
+In: the arguments after `trl-ext tdpo`. Out: a trained model in `output_dir`. The only changes w.r.t. TRL's script: keys are
+strict, a dataset may be a local file, and what can be wrong with options, checkpoint, model path or data is said before any
+model is loaded.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..recipe import RecipeError, parse_flat, take_flag
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
+
+    from ..trainers.pairwise_trainer import PairwiseTrainer
+
+
+# Suffix of a local data file -> builder of `datasets`
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+
+
+def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
+    """Run; a [`RecipeError`] becomes one `error:` on stderr and exit code 2."""
+    try:
+        run(list(argv))
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+def parse_args(
+    config_class: type, argv: Sequence[str], prog: str | None = None
+) -> tuple["ScriptArguments", "DPOConfig", "ModelConfig", "DatasetMixtureConfig"]:
+    """Parse `--config recipe.yaml --key value ...` into TRL's four dataclasses, `config_class` in the place of `DPOConfig`."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    path, overrides = take_flag(argv, "config")
+    return parse_flat(path, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), overrides, prog)
+
+
+def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequence[str]) -> None:
+    """
+    Parse, check, train, save.
+
+    Raises:
+        [`RecipeError`]: anything in the recipe, on the command line or in the data that cannot work.
+    """
+    script_args, training_args, model_args, dataset_args = parse_args(config_class, argv)
+    try:
+        trainer_class._refuse_options(training_args)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    checkpoint = find_checkpoint(training_args)
+    check_model(model_args, training_args.trust_remote_code)
+    train_dataset, eval_dataset = load_pairs(
+        script_args, dataset_args, evaluate=training_args.eval_strategy != "no", seed=training_args.seed
+    )
+
+    from trl import get_peft_config, get_quantization_config
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    } | (training_args.model_init_kwargs or {})
+    try:
+        trainer = trainer_class(
+            model=model_args.model_name_or_path,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+    if script_args.ignore_bias_buffers:
+        import torch
+
+        # Boolean buffers cannot be broadcast by DDP (transformers#22482)
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.print("Training completed.")
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+
+
+# Checks before any model is loaded
+
+
+def find_checkpoint(args: "DPOConfig") -> str | None:
+    """`resume_from_checkpoint` as a path: `true` stands for the last checkpoint in `output_dir`."""
+    asked = args.resume_from_checkpoint
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() != "true":
+        if not Path(asked).is_dir():
+            raise RecipeError(f"`resume_from_checkpoint`: {asked} is no directory.{_checkpoints(args.output_dir)}")
+        return asked
+
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None:
+        raise RecipeError(
+            f"`resume_from_checkpoint: true`, but {args.output_dir} holds no checkpoint. Leave the key out to start anew."
+        )
+    return last
+
+
+def _checkpoints(output_dir: str) -> str:
+    found = sorted(str(path) for path in Path(output_dir).glob("checkpoint-*"))
+    return f" There is: {', '.join(found)}." if found else ""
+
+
+def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> None:
+    """Read the model's configuration, so that a wrong name or path costs seconds."""
+    from transformers import AutoConfig
+
+    name = model_args.model_name_or_path
+    if name is None:
+        raise RecipeError("`model_name_or_path` is missing: a directory, or a model's name on the Hub.")
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise RecipeError(f"`model_name_or_path`: {name} is no directory.")
+    try:
+        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"`model_name_or_path`: {error}") from error
+
+
+def load_pairs(
+    script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool, seed: int
+) -> tuple["Dataset | IterableDataset", "Dataset | IterableDataset | None"]:
+    """
+    Load the preference pairs and look at them.
+
+    Args:
+        script_args ([`~trl.ScriptArguments`]):
+            `dataset_name` may be a Hub dataset, a local file, a directory of files, or what `save_to_disk` wrote.
+        dataset_args ([`~trl.DatasetMixtureConfig`]):
+            A mixture, in which a `path` may be a local file too. `test_split_size` holds for both.
+        evaluate (`bool`):
+            Whether an evaluation split is wanted.
+        seed (`int`):
+            For `test_split_size`. TRL splits without a seed, so that two runs, or two processes of one run, differ.
+
+    Raises:
+        [`RecipeError`]: no such data, no such split, no rows, or no `chosen` and `rejected`.
+    """
+    from trl import get_dataset
+
+    train_split, size = script_args.dataset_train_split, dataset_args.test_split_size
+    test_split = script_args.dataset_test_split if evaluate or size else None
+    if dataset_args.datasets and script_args.dataset_name:
+        raise RecipeError("Both `datasets` and `dataset_name` are given. Remove one.")
+    if dataset_args.datasets:
+        name = ", ".join(entry.path for entry in dataset_args.datasets)
+        entries = [_local_entry(entry) for entry in dataset_args.datasets]
+        mixture = dataclasses.replace(dataset_args, datasets=entries, test_split_size=None)
+        splits = {train_split: _loaded(name, lambda: get_dataset(mixture)["train"])}
+    elif script_args.dataset_name:
+        name = script_args.dataset_name
+        splits = _loaded(name, lambda: _load(script_args))
+    else:
+        raise RecipeError(
+            "No dataset: give `dataset_name`, a file such as pairs.jsonl or a name on the Hub, or a list `datasets:`."
+        )
+    if size is not None:
+        if dataset_args.streaming or script_args.dataset_streaming:
+            raise RecipeError("`test_split_size` cannot split a streaming dataset. Turn streaming off.")
+        halves = _loaded(name, lambda: splits[train_split].train_test_split(test_size=size, seed=seed))
+        splits = {train_split: halves["train"], test_split: halves["test"]}
+    for key, split in (("dataset_train_split", train_split), ("dataset_test_split", test_split)):
+        if split is None:
+            continue
+        if split not in splits:
+            way_out = f"Set `{key}`"
+            if key == "dataset_test_split":
+                way_out += ", or `test_split_size: 0.1`, or `eval_strategy: 'no'`"
+            raise RecipeError(f"{name} has no split `{split}`, only {', '.join(splits)}. {way_out}.")
+        _check_pairs(splits[split], f"{name} (split `{split}`)")
+    return splits[train_split], splits[test_split] if evaluate else None
+
+
+def _load(script_args: "ScriptArguments"):
+    import datasets
+
+    name, streaming = script_args.dataset_name, script_args.dataset_streaming
+    path = Path(name).expanduser()
+    if _is_file(name):
+        splits = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+        # One file has one split; it is the one asked for
+        return {script_args.dataset_train_split: splits["train"]}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        return {script_args.dataset_train_split: saved} if isinstance(saved, datasets.Dataset) else saved
+    return datasets.load_dataset(
+        str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming
+    )
+
+
+def _local_entry(entry):
+    """An entry of `datasets:` whose path is a file, as the builder for it."""
+    if not _is_file(entry.path):
+        return entry
+    path = Path(entry.path).expanduser()
+    return dataclasses.replace(entry, path=BUILDERS[path.suffix], data_files=str(path))
+
+
+def _is_file(name: str) -> bool:
+    """Whether `name` is a local data file; a name that can only be a path, and leads nowhere, is an error."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in BUILDERS:
+            raise RecipeError(f"{name}: cannot read a `{path.suffix}` file; known are {', '.join(BUILDERS)}.")
+        if path.stat().st_size == 0:
+            raise RecipeError(f"{name}: the file is empty.")
+        return True
+    if not path.exists() and (path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~"))):
+        raise RecipeError(f"{name}: no such file or directory (working directory: {Path.cwd()}).")
+    return False
+
+
+def _loaded(name: str, load: Callable):
+    """Load; what `datasets` raises for missing, unreadable or malformed data is the user's to know, with its cause."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load()
+    except RecipeError:
+        raise
+    except (DatasetsError, OSError, ValueError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise RecipeError(f"{name}: cannot be loaded: {error}{cause}") from error
+
+
+def _check_pairs(dataset: "Dataset | IterableDataset", name: str) -> None:
+    row = next(iter(dataset), None)
+    if row is None:
+        raise RecipeError(f"{name}: no rows. A preference dataset has one pair per row.")
+    missing = [column for column in ("chosen", "rejected") if column not in row]
+    if missing:
+        raise RecipeError(
+            f"{name}: no column {' and '.join(f'`{column}`' for column in missing)}; found "
+            f"{', '.join(f'`{column}`' for column in row)}. A preference dataset has `chosen` and `rejected`, and usually "
+            "`prompt`."
+        )
+    for column in ("chosen", "rejected"):
+        if not isinstance(row[column], (str, list)) or not row[column]:
+            raise RecipeError(
+                f"{name}: `{column}` of the first row is {row[column]!r}; it must be text or a list of messages."
+            )

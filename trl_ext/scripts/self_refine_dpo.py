@@ -1,0 +1,29 @@
+"""
+Train with Sr-DPO or Sr-IPO. `trl-ext self-refine-dpo` runs this; so does a plain `accelerate launch`:
+
+```bash
+accelerate launch --config_file recipes/accelerate_configs/ddp.yaml -m trl_ext.scripts.self_refine_dpo \
+    --config recipes/qwen2.5-7b/self-refine-dpo/config_qlora.yaml --learning_rate 1.0e-6
+```
+"""
+
+import sys
+from collections.abc import Sequence
+
+from . import preference
+
+
+def parse_args(argv: Sequence[str], prog: str | None = None) -> tuple:
+    from .. import SelfRefineDPOConfig
+
+    return preference.parse_args(SelfRefineDPOConfig, argv, prog)
+
+
+def run(argv: Sequence[str]) -> None:
+    from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer
+
+    preference.train(SelfRefineDPOTrainer, SelfRefineDPOConfig, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(preference.exit_code(run, sys.argv[1:]))
