@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="trl-ext",
         description="Token-level DPO, self-refined DPO and the ARIES self-refinement loop, on top of TRL.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"trl-ext {__version__}")
@@ -82,16 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def aries(action: str, path: str, overrides: Sequence[str]) -> int:
-    """`trl-ext aries run` and `status`: the recipe, what the command line adds to it, then `aries/rounds.py`."""
+    """
+    `trl-ext aries run` and `status`: the recipe, what the command line adds to it, then `aries/rounds.py`. A stage that
+    fails leaves its log; the error names it, and the exit code is 1.
+    """
     from .recipe import apply_overrides, export_env, load_yaml, parse_section
 
     recipe = export_env(apply_overrides(load_yaml(path), overrides))
 
     from .aries import rounds
+    from .aries.children import ChildError
     from .aries.config import AriesConfig
 
     config = parse_section(recipe, AriesConfig)
-    return rounds.run(config, Path(path)) if action == "run" else rounds.status(config)
+    try:
+        return rounds.run(config, recipe) if action == "run" else rounds.status(config)
+    except ChildError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
 
 
 def train(command: str, args: Sequence[str]) -> int:

@@ -312,4 +312,6 @@ def parse_flat(
         # TRL would also read a file `trl-ext.args` beside the script
         return parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{recipe.where()}: {error}") from error
+        # transformers names the cause, a bf16 recipe on a machine without a GPU, and half of the way out
+        way_out = " Add `--use_cpu --bf16 false`." if "assign use_cpu" in str(error) else ""
+        raise RecipeError(f"{recipe.where()}: {error}{way_out}") from error

@@ -69,22 +69,28 @@ def check_value(value: Any, hint: Any, choices: Iterable | None = None) -> Any:
         [`RecipeError`]: what the value must be, what it is, and how to write it; the caller adds where.
     """
     members = union_members(hint)
-    enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
-    if isinstance(value, str) and not choices and enums:
-        choices = [choice.value for choice in enums[0]]
+    choices = list(choices or _choices(hint))
+    if choices and isinstance(value, str) and value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise RecipeError(f"must be one of {allowed}; got {value!r}.{_did_you_mean(value, choices)}")
     if isinstance(value, str) and str not in members and list[str] in members:
         return [value]
     try:
-        checked = _validate(value, hint)
+        return _validate(value, hint)
     except PydanticUserError:
         return value
     except ValidationError as error:
         message = f"must be {_expected(hint)}, got {show(value)}.{_way_out(value, members)}"
         raise RecipeError(message) from error
-    if choices and value is not None and value not in choices:
-        allowed = ", ".join(repr(choice) for choice in choices)
-        raise RecipeError(f"must be one of {allowed}; got {value!r}.{_did_you_mean(value, choices)}")
-    return checked
+
+
+def _choices(hint: Any) -> tuple:
+    """The texts a hint allows: a `Literal`'s, or those of the enum that transformers declares as `Enum | str`."""
+    members = [member for member in union_members(hint) if member is not types.NoneType]
+    if len(members) == 1 and typing.get_origin(members[0]) is typing.Literal:
+        return typing.get_args(members[0])
+    enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
+    return tuple(choice.value for choice in enums[0]) if enums else ()
 
 
 def _validate(value: Any, hint: Any) -> Any:

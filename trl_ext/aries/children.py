@@ -1,8 +1,8 @@
 """
 Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
 
-A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines; whatever it or its libraries print
-goes to a log file. It dies with its parent.
+A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, or `{"error": message}` for bad input;
+whatever it or its libraries print goes to a log file. It dies with its parent.
 """
 
 import ctypes
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..recipe import RecipeError
 
 
 LOG_TAIL_LINES = 25
@@ -39,7 +41,8 @@ def run_child(module: str, job: dict[str, Any], log: Path, on_progress: Callable
             Called with (done, total).
 
     Raises:
-        [`ChildError`]: it ended with an error.
+        [`RecipeError`]: it found bad input.
+        [`ChildError`]: it ended with another error.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
@@ -57,6 +60,8 @@ def run_child(module: str, job: dict[str, Any], log: Path, on_progress: Callable
         try:
             for line in child.stdout:
                 report = json.loads(line)
+                if "error" in report:
+                    raise RecipeError(report["error"])
                 on_progress(report["done"], report["total"])
             code = child.wait()
         finally:
@@ -86,11 +91,14 @@ def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def progress(done: int, total: int) -> None:
-        reports.write(json.dumps({"done": done, "total": total}) + "\n")
+    def report(**message: Any) -> None:
+        reports.write(json.dumps(message) + "\n")
         reports.flush()
 
-    main(json.loads(job_file.read_text(encoding="utf-8")), progress)
+    try:
+        main(json.loads(job_file.read_text(encoding="utf-8")), lambda done, total: report(done=done, total=total))
+    except RecipeError as error:
+        report(error=str(error))
 
 
 def die_with_parent(parent: int) -> None:

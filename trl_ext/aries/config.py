@@ -139,7 +139,8 @@ class RefinementsConfig:
 @dataclass
 class ScoresConfig:
     """
-    Who scores the answers. Exactly one of the two, or neither for rule-based selection.
+    Who scores the answers: a verifier, a reward model, or nobody where the pairs are rule-based (then the evaluation has
+    no scores either, only lengths).
 
     Parameters:
         verifier (`str`, *optional*):
@@ -261,16 +262,22 @@ class AriesConfig:
 
     def __post_init__(self):
         _require(self.rounds > 0, "`rounds` must be positive.")
-        has_scorer = self.scores.verifier is not None or self.scores.reward_model is not None
         _require(
-            has_scorer,
-            "`scores` names neither a `verifier` nor a `reward_model`: "
-            + (
-                "rule-based pairs need none, but the evaluation of each round does."
-                if self.pairs.selection == "rule_based"
-                else "best-over-worst pairs and the evaluation need one."
-            )
-            + " Set `scores.verifier: path/to/file.py:function` or `scores.reward_model`.",
+            "model_name_or_path" in self.model, "`model.model_name_or_path` is missing: a path, or an id on the Hub."
+        )
+        _require(
+            self.sft is None or "dataset" in self.sft, "`sft.dataset` is missing: rows with `prompt`, `completion`."
+        )
+        for key, choices in {
+            "trainer": ("dpo", "tdpo", "self_refine_dpo"),
+            "reference": ("previous", "initial"),
+        }.items():
+            value = self.training.get(key, choices[0])
+            _require(value in choices, f"`training.{key}` must be one of {', '.join(choices)}; got {value!r}.")
+        _require(
+            self.pairs.selection == "rule_based" or bool(self.scores.verifier or self.scores.reward_model),
+            "`scores` names neither a `verifier` nor a `reward_model`, and best-over-worst pairs need one. Set "
+            "`scores.verifier: path/to/file.py:function` or `scores.reward_model`, or `pairs.selection: rule_based`.",
         )
         _require(
             self.drafts.max_tokens < self.generation.max_model_len,

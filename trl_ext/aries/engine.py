@@ -152,7 +152,7 @@ class EmbeddedEngine:
         self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model))
         self._template = compile_template(template)
         self._max_model_len = config.max_model_len
-        self._chains: dict[str, tuple[Chain, Task]] = {}
+        self._chains: dict[str, Chain] = {}  # by request
         self._task: Task | None = None
         self._encode, self._seed, self._next_prompt = encode_prompt, request_seed, next_prompt
         self._params = lambda sampling, seed: SamplingParams(
@@ -182,7 +182,7 @@ class EmbeddedEngine:
         params = self._params(task.sampling, self._seed(*task.seed, chain.prompt_id, turn))
         [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
         self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
-        self._chains[request_id] = (chain, task)
+        self._chains[request_id] = chain
         return True
 
     def step(self) -> list[Chain]:
@@ -190,11 +190,12 @@ class EmbeddedEngine:
         for output in self._engine.step():
             if not output.finished:
                 continue
-            chain, _ = self._chains.pop(output.request_id)
+            chain = self._chains.pop(output.request_id)
             [completion] = output.outputs
             answer = Answer(
                 turn=len(chain.answers) + 1,
-                text=completion.text.strip(),
+                # Plain-text prompts are continued: the space before the first word belongs to the answer
+                text=completion.text if isinstance(chain.prompt, str) else completion.text.strip(),
                 tokens=len(completion.token_ids),
                 finish_reason=completion.finish_reason,
             )

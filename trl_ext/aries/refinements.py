@@ -2,7 +2,7 @@
 Refinements: what the next request of a chain is. `y_{k+1} ~ π(·|x, y_k, z)`, with only the last answer in context.
 """
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import BaseLoader, StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..recipe import RecipeError
@@ -14,13 +14,13 @@ def compile_template(template: str) -> Template:
     Raises:
         [`RecipeError`]: the template is not valid Jinja2, or uses a variable it is not given.
     """
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False)
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, loader=BaseLoader())
     try:
         compiled = environment.from_string(template)
         compiled.render(question="question", draft="draft", drafts=["draft"])
-    except TemplateError as error:
+    except Exception as error:  # the user's code: whatever it raises is reported with its place
         raise RecipeError(
-            f"`refinements.template`: {error}. It is Jinja2 with the variables `question`, `draft` and `drafts`."
+            f"`refinements.template`: {type(error).__name__}: {error}. It is Jinja2 with the variables `question`, `draft` and `drafts`."
         ) from error
     return compiled
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..recipe import RecipeError
+from ..recipe import Recipe, RecipeError
 from .children import run_child
 from .config import AriesConfig, sft_settings, trainer_settings
 from .evaluation import evaluation_metrics
@@ -24,7 +24,7 @@ from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, sha256, write_json, write_jsonl
 from .refinements import compile_template
 from .run_dir import RunDir, is_locked
-from .scores import load_chains, load_verifier, score_chains
+from .scores import load_chains, load_verifier, no_scores, score_chains
 from .sft import check_sft_rows, sft_row
 
 
@@ -40,15 +40,15 @@ class Policy:
     adapter: str | None
 
 
-def run(config: AriesConfig, recipe_path: Path) -> int:
+def run(config: AriesConfig, recipe: Recipe) -> int:
     """
     Run a recipe, or continue it.
 
     Args:
         config ([`AriesConfig`]):
-            The recipe.
-        recipe_path (`Path`):
-            Its file, copied into the run directory.
+            What the recipe says.
+        recipe ([`~recipe.Recipe`]):
+            The recipe itself: its file is copied into the run directory, and errors name its lines.
 
     Returns:
         `int`: exit code, 0.
@@ -59,9 +59,9 @@ def run(config: AriesConfig, recipe_path: Path) -> int:
     """
     start = time.monotonic()
     loop = Rounds(config)
-    with loop.dir.opened(config, recipe_path.read_text(encoding="utf-8")):
+    with loop.dir.opened(config, recipe.path.read_text(encoding="utf-8")):
         if not loop.dir.round(config.rounds).manifest.exists():
-            loop.check()
+            loop.check(recipe)
         loop.sft()
         for number in range(1, config.rounds + 1):
             loop.round(number)
@@ -114,26 +114,22 @@ class Rounds:
         self.dir = RunDir(Path(config.output_dir))
         self.progress = RunProgress(config.rounds)
         self.template = compile_template(config.refinements.template)
-        self.verifier = load_verifier(config.scores.verifier) if config.scores.verifier else None
+        self.verifier = load_verifier(config.scores.verifier) if config.scores.verifier else no_scores
         self.prompts = load_prompts(config.prompts.dataset, config.prompts.split, "prompts.dataset")
         self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
         evaluation = load_prompts(config.evaluation.dataset, config.evaluation.split, "evaluation.dataset")
         self.evaluation_prompts = evaluation[: config.evaluation.samples]
         self.sft_rows = load_rows(config.sft["dataset"], "train", "sft.dataset") if config.sft else []
 
-    def check(self) -> None:
+    def check(self, recipe: Recipe) -> None:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
-        sections = {"training": trainer_settings(self.config, 1, str(self.dir.round(1).training))}
         if self.config.sft is not None:
             check_sft_rows(self.sft_rows, self.config.sft["dataset"])
-            sections["sft"] = sft_settings(self.config, str(self.dir.round(0).training))
         job = {
             "check_only": True,
-            "sections": sections,
-            "model": self.config.model["model_name_or_path"],
-            "model_args": self.config.model,
-            "adapter": None,
-            "trust_remote_code": self.trust_remote_code,
+            "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
+            "training": trainer_settings(self.config, 1, str(self.dir.round(1).training)),
+            "sft": self.config.sft and sft_settings(self.config, str(self.dir.round(0).training)),
             "conversational": not isinstance(self.prompts[0]["prompt"], str),
         }
         with self.stage(0, "check") as update:
@@ -220,7 +216,7 @@ class Rounds:
         if not tasks:
             return
         with self.stage(min(number, self.config.rounds), "scores") as update:
-            if self.verifier is None:
+            if self.config.scores.reward_model is not None:
                 job = {
                     "reward_model": self.config.scores.reward_model,
                     "batch_size": self.config.scores.batch_size,

@@ -5,7 +5,6 @@ In: a job that names the policy, the rows and the settings. Out: `model/` (full 
 the frozen base is never merged). Trainers stay ordinary; what a round learns is in its rows.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from ..recipe import RecipeError
+from ..recipe import Recipe, RecipeError, check_keys
+from ..trainers.pairwise_trainer import PairwiseTrainer
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
 from ..trainers.tdpo_config import TDPOConfig
@@ -33,8 +33,15 @@ TRAINERS = {
     "tdpo": (TDPOTrainer, TDPOConfig),
     "self_refine_dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
 }
-# rewards/chosen of the untrained policy when it is its own reference: 0 but for rounding, β times a sum over tokens
-STEP_0_TOLERANCE = 1e-2
+# Keys of the trainers' configs that a recipe leaves to the loop
+OWNED_KEYS = {
+    "output_dir": "a round trains in its own directory, under the recipe's `output_dir`",
+    "resume_from_checkpoint": "a run continues by itself",
+    "model_init_kwargs": "the section `model` says how models are loaded",
+}
+# Share of its log-probability by which an untrained policy may differ from itself as the reference: rounding. The same
+# forward gives 0; it is the log-probabilities of another policy that differ by more.
+STEP_0_TOLERANCE = 1e-4
 
 
 class ProgressReport(TrainerCallback):
@@ -81,7 +88,6 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
             "revision": model_args.model_revision,
-            **(args.model_init_kwargs or {}),
         }
         kwargs["peft_config"] = get_peft_config(model_args)
         kwargs["quantization_config"] = get_quantization_config(model_args)
@@ -115,32 +121,33 @@ def set_reference(trainer: DPOTrainer, job: dict[str, Any]) -> None:
     if job["reference"]["adapter"] is None:
         model.delete_adapter("ref")
         return
-    reference = PeftModel.from_pretrained(model.get_base_model(), job["reference"]["adapter"], adapter_name="initial")
-    set_peft_model_state_dict(model, get_peft_model_state_dict(reference, adapter_name="initial"), adapter_name="ref")
-    reference.delete_adapter("initial")
+    set_peft_model_state_dict(model, load_peft_weights(job["reference"]["adapter"], device="cpu"), adapter_name="ref")
 
 
 def check_step_0(trainer: DPOTrainer) -> None:
     """
-    A policy that is its own reference has rewards of 0 before the first step. Anything else means that the adapter or the
+    A policy that is its own reference has log-ratios of 0 before the first step. Anything else means that the adapter or the
     reference is not the one it should be.
 
     Raises:
-        `RuntimeError`: with the reward found.
+        `RuntimeError`: with the log-ratio found.
     """
     rows = trainer.train_dataset.select(range(min(len(trainer.train_dataset), 8)))
     batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
     trainer.model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         trainer.compute_loss(trainer.model, batch)
-    rewards = [abs(trainer._metrics["eval"][f"rewards/{side}"][-1]) for side in ("chosen", "rejected")]
+    found = {key: values[-1] for key, values in trainer._metrics["eval"].items()}
     trainer._metrics["eval"].clear()
     trainer.model.train()
-    if max(rewards) > STEP_0_TOLERANCE:
-        raise RuntimeError(
-            f"Before the first step the policy differs from its reference: mean |reward| {max(rewards):.4f}, expected 0. "
-            "The adapter was not loaded, or the reference is not the round's starting policy."
-        )
+    for side in ("chosen", "rejected"):
+        logratio = found[f"rewards/{side}"] / trainer.beta
+        if abs(logratio) > STEP_0_TOLERANCE * abs(found[f"logps/{side}"]):
+            raise RuntimeError(
+                f"Before the first step the policy differs from its reference: the {side} answers' mean log-ratio is "
+                f"{logratio:.4g}, expected 0. The adapter was not loaded, or the reference is not the round's starting "
+                "policy."
+            )
 
 
 def save_policy(trainer, output: Path) -> None:
@@ -170,35 +177,51 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
 
 def check_settings(job: dict[str, Any]) -> None:
     """
-    Construct the trainer configs of a recipe and look at the tokenizer, before any work is done.
+    Check the keys of the sections that are TRL's, construct their configs, and look at the tokenizer, before any work is
+    done.
 
     Raises:
-        [`RecipeError`]: a setting that its config or trainer refuses, or a tokenizer without what the prompts need.
+        [`RecipeError`]: an unknown key, a setting that its config or trainer refuses, or a tokenizer without what the
+        prompts need.
     """
-    for section, settings in job["sections"].items():
+    recipe = Recipe(
+        Path(job["recipe"]["path"]),
+        job["recipe"]["mapping"],
+        {tuple(keys): where for keys, where in job["recipe"]["locations"]},
+    )
+    check_keys(recipe, [ModelConfig], ("model",))
+    for section, own_keys in {"sft": ("dataset",), "training": ("trainer", "reference")}.items():
+        settings = job[section]
+        if settings is None:
+            continue
         trainer_class, config_class = TRAINERS[settings["trainer"]]
+        for key in check_keys(recipe, [config_class], (section,), also=own_keys):
+            if key in OWNED_KEYS:
+                raise RecipeError(
+                    f"{recipe.where(section, key)}: `{section}.{key}` belongs to the loop: {OWNED_KEYS[key]}. Remove it."
+                )
         try:
             args = config_class(**settings["config"])
-            if settings["trainer"] in ("tdpo", "self_refine_dpo"):
+            if issubclass(trainer_class, PairwiseTrainer):
                 trainer_class._refuse_options(args)
         except (ValueError, TypeError, ImportError) as error:
-            raise RecipeError(f"`{section}`: {error}") from error
+            raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
+
+    name, where = recipe.at("model", "model_name_or_path"), recipe.where("model", "model_name_or_path")
+    trust_remote_code = bool(job["training"]["config"].get("trust_remote_code", False))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
-        if job["adapter"] is not None:
-            PeftConfig.from_pretrained(job["adapter"])
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"`model.model_name_or_path`: {error}") from error
+        raise RecipeError(f"{where}: `model.model_name_or_path`: {error}") from error
     if tokenizer.eos_token is None:
         raise RecipeError(
-            f"`model.model_name_or_path`: the tokenizer of {job['model']} has no EOS token to end answers."
+            f"{where}: `model.model_name_or_path`: the tokenizer of {name} has no EOS token to end answers."
         )
     if job["conversational"] and tokenizer.chat_template is None:
         raise RecipeError(
-            f"`prompts.dataset` holds messages, and the tokenizer of {job['model']} has no chat template. Give it one "
+            f"{where}: the prompts are messages, and the tokenizer of {name} has no chat template. Give it one "
             "(`trl.clone_chat_template`), or make the prompts plain text."
         )
-    print(json.dumps({"checked": sorted(job["sections"])}))  # noqa: T201 (into the log)
 
 
 if __name__ == "__main__":

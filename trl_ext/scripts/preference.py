@@ -141,7 +141,7 @@ def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> None:
     try:
         AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"`model_name_or_path`: {error}") from error
+        raise RecipeError(f"`model_name_or_path`: {name}: {error}") from error
 
 
 def load_pairs(
@@ -246,6 +246,8 @@ def _loaded(name: str, load: Callable):
     except RecipeError:
         raise
     except (DatasetsError, OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):  # what `datasets` says of a file without rows
+            raise RecipeError(f"{name}: no rows. A preference dataset has one pair per row.") from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise RecipeError(f"{name}: cannot be loaded: {error}{cause}") from error
 

@@ -1,0 +1,185 @@
+"""
+The chain driver on a small engine of our own, and the embedded engine itself on the tiny model, against transformers.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from trl_ext.aries.children import run_child
+from trl_ext.aries.config import DraftsConfig, GenerationConfig
+from trl_ext.aries.drafts import request_seed, stop_token_ids
+from trl_ext.aries.engine import run_chains
+from trl_ext.aries.records import Answer, Chain, read_jsonl, to_line
+
+
+class ScriptedEngine:
+    """Answers up to `slots` requests per step, each after as many steps as its (seeded) length says."""
+
+    def __init__(self, turns: int, seed: int = 0):
+        self.turns = turns
+        self.random = random.Random(seed)
+        self.running: dict[str, tuple[Chain, int]] = {}
+        self.most_running = 0
+        self.order: list[tuple[str, int]] = []
+
+    def submit(self, chain: Chain) -> bool:
+        if len(chain.answers) == self.turns or (chain.prompt == "too long"):
+            return False
+        assert chain.prompt_id not in self.running, "a chain has one request at a time"
+        self.running[chain.prompt_id] = (chain, self.random.choice([1, 1, 2, 9]))
+        self.most_running = max(self.most_running, len(self.running))
+        self.order.append((chain.prompt_id, len(chain.answers) + 1))
+        return True
+
+    def step(self) -> list[Chain]:
+        done = []
+        for prompt_id, (chain, left) in list(self.running.items()):
+            self.running[prompt_id] = (chain, left - 1)
+            if left == 1:
+                del self.running[prompt_id]
+                chain.answers.append(Answer(len(chain.answers) + 1, "text", 1, "stop"))
+                done.append(chain)
+        return done
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+def test_every_chain_gets_every_turn_once_and_the_window_holds(window):
+    engine = ScriptedEngine(turns=4)
+    finished = []
+    run_chains(engine, (Chain(str(i), "x") for i in range(20)), window, finished.append)
+    assert sorted(int(chain.prompt_id) for chain in finished) == list(range(20))
+    assert all([a.turn for a in chain.answers] == [1, 2, 3, 4] for chain in finished)
+    assert engine.most_running == min(window, 20)
+
+
+def test_there_is_no_barrier_between_turns():
+    """Some chain asks for its last refinement before another has its draft."""
+    engine = ScriptedEngine(turns=3)
+    run_chains(engine, [Chain(str(i), "x") for i in range(8)], 4, lambda chain: None)
+    first_last_turn = next(i for i, (_, turn) in enumerate(engine.order) if turn == 3)
+    last_draft = max(i for i, (_, turn) in enumerate(engine.order) if turn == 1)
+    assert first_last_turn < last_draft
+
+
+def test_chains_that_cannot_start_are_finished_and_block_nothing():
+    engine = ScriptedEngine(turns=2)
+    chains = [Chain("a", "too long"), Chain("b", "x"), Chain("c", "too long"), Chain("d", "too long")]
+    finished = []
+    run_chains(engine, chains, 1, finished.append)
+    assert {chain.prompt_id: len(chain.answers) for chain in finished} == {"a": 0, "b": 2, "c": 0, "d": 0}
+
+
+def test_seeds_belong_to_the_request():
+    assert request_seed(0, 1, "p", 1) == request_seed(0, 1, "p", 1)
+    assert len({request_seed(seed, r, p, t) for seed in (0, 1) for r in (1, 2) for p in "ab" for t in (1, 2)}) == 16
+    assert 0 <= request_seed(0) < 2**31
+
+
+def test_answers_end_at_every_eos_there_is(tiny_model_path):
+    from transformers import AutoTokenizer
+    from transformers import GenerationConfig as HFGenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    assert stop_token_ids(tokenizer, None) == [tokenizer.eos_token_id]
+    assert set(stop_token_ids(tokenizer, HFGenerationConfig(eos_token_id=[7, 9]))) == {tokenizer.eos_token_id, 7, 9}
+    assert stop_token_ids(tokenizer, HFGenerationConfig(eos_token_id=None)) == [tokenizer.eos_token_id]
+
+
+def engine_job(model: str, directory: Path, prompts: list[dict], adapter: list | None = None, temperature=0.0) -> dict:
+    from dataclasses import asdict
+
+    file = directory / "prompts.jsonl"
+    file.write_text("".join(map(to_line, prompts)))
+    return {
+        "model": model,
+        "adapter": adapter,
+        "max_lora_rank": 8,
+        "trust_remote_code": False,
+        "generation": asdict(GenerationConfig(max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1)),
+        "template": "{{ question }} {{ draft }}",
+        "tasks": [
+            {
+                "prompts": str(file),
+                "answers": str(directory / "answers.jsonl"),
+                "turns": 2,
+                "sampling": asdict(DraftsConfig(temperature=temperature, max_tokens=8)),
+                "seed": [0, 1],
+            }
+        ],
+    }
+
+
+def generate(job: dict, directory: Path) -> list[dict]:
+    run_child("trl_ext.aries.engine", job, directory / "engine.log", lambda done, total: None)
+    return read_jsonl(directory / "answers.jsonl")
+
+
+def greedy(model, tokenizer, prompt) -> str:
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.vllm
+def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_model_path, tmp_path):
+    """
+    Oracle: transformers' greedy decoding of the same PEFT model, draft and refinement. A prompt too long for the engine
+    ends its chain with the reason. The job is run twice: the second continues from half of the answers and generates only
+    the other half.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    policy = get_peft_model(
+        base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # zero at the start: an adapter that is not applied would go unnoticed
+            torch.nn.init.normal_(parameter, std=0.5)
+    policy.save_pretrained(tmp_path / "adapter")
+
+    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
+    prompts.append({"prompt_id": "long", "prompt": user(" ".join(["1"] * 60))})
+    job = engine_job(tiny_model_path, tmp_path, prompts, adapter=["round_01", 1, str(tmp_path / "adapter")])
+    rows = generate(job, tmp_path)
+
+    assert [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in prompts]
+    assert rows[-1] == {"prompt_id": "long", "answers": [], "stopped": "prompt_too_long"}
+    for prompt, row in zip(prompts[:-1], rows[:-1], strict=True):
+        draft = greedy(policy, tokenizer, prompt["prompt"])
+        refined = greedy(policy, tokenizer, user(f"{prompt['prompt'][0]['content']} {draft}"))
+        assert [answer["text"] for answer in row["answers"]] == [draft, refined]
+    with policy.disable_adapter():
+        assert greedy(policy, tokenizer, prompts[0]["prompt"]) != rows[0]["answers"][0]["text"]
+
+    # Continue from three chains, the last of them torn
+    for row in rows[:2]:
+        row["answers"][0]["text"] = "kept as it was found"
+    part = tmp_path / "answers.jsonl.part"
+    part.write_text("".join(map(to_line, rows[:2])) + json.dumps(rows[2])[:20])
+    (tmp_path / "answers.jsonl").unlink()
+    assert generate(job, tmp_path) == rows
+    assert not part.exists()
+
+
+@pytest.mark.vllm
+def test_sampled_answers_depend_on_seed_and_prompt_only(tiny_model_path, tmp_path):
+    """The same requests in another order and batch give the same answers; equal prompts with other ids do not."""
+    prompts = [{"prompt_id": str(i), "prompt": user("Sort : 2 1")} for i in range(6)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    rows = generate(engine_job(tiny_model_path, tmp_path / "a", prompts, temperature=1.0), tmp_path / "a")
+    reverse = generate(engine_job(tiny_model_path, tmp_path / "b", prompts[::-1][:4], temperature=1.0), tmp_path / "b")
+    assert reverse[::-1] == rows[2:]
+    assert len({row["answers"][0]["text"] for row in rows}) > 1

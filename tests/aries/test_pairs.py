@@ -1,0 +1,103 @@
+import pytest
+
+from trl_ext.aries.config import PairsConfig
+from trl_ext.aries.pairs import Pair, preference_rows, select_pairs
+from trl_ext.aries.records import Answer, Chain
+from trl_ext.aries.refinements import compile_template
+
+
+def chain(*texts, truncated=(), stopped=None, prompt="x"):
+    answers = [
+        Answer(turn, text, len(text.split()), "length" if turn in truncated else "stop")
+        for turn, text in enumerate(texts, start=1)
+    ]
+    return Chain("p", prompt, answers, stopped)
+
+
+def select(a_chain, scores, **config):
+    pairs, dropped = select_pairs([a_chain], [scores], PairsConfig(**config))
+    return pairs[0] if pairs else dropped
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "rejected"),
+    [
+        ([0.2, 0.9, 0.5, 0.1], 2, 4),  # best over worst
+        ([0.0, 1.0, 1.0, 0.0], 3, 1),  # among equals the latest is chosen, the earliest rejected
+        ([1.0, None, 0.0, None], 1, 3),  # answers without a score take no part
+    ],
+)
+def test_best_over_worst(scores, chosen, rejected):
+    pair = select(chain("a", "b", "c", "d"), scores)
+    assert (pair.chosen.turn, pair.rejected.turn) == (chosen, rejected)
+    assert (pair.chosen_score, pair.rejected_score) == (scores[chosen - 1], scores[rejected - 1])
+
+
+@pytest.mark.parametrize(
+    ("a_chain", "scores", "config", "reason"),
+    [
+        (chain("a", "b"), [0.5, 0.5], {}, "no_margin"),
+        (chain("a", "b"), [0.5, 0.6], {"min_margin": 0.2}, "no_margin"),
+        (chain("a", "a"), [0.0, 1.0], {}, "identical_answers"),
+        (chain("a", "b"), [None, 1.0], {}, "fewer_than_two_scores"),
+        (chain("a", stopped="prompt_too_long"), [1.0], {}, "prompt_too_long"),
+        (chain("a", "b", truncated=(1, 2)), [0.0, 1.0], {}, "all_answers_truncated"),
+        (chain("a", "b"), [0.0, 0.4], {"min_chosen_score": 0.5}, "chosen_score_too_low"),
+        (chain("a", "b"), [0.6, 1.0], {"max_rejected_score": 0.5}, "rejected_score_too_high"),
+    ],
+)
+def test_every_drop_has_its_reason(a_chain, scores, config, reason):
+    assert select(a_chain, scores, **config) == {reason: 1}
+
+
+def test_a_truncated_answer_is_never_chosen_but_may_be_rejected():
+    pair = select(chain("a", "b", "c", truncated=(1, 3)), [0.0, 0.5, 1.0])
+    assert (pair.chosen.turn, pair.rejected.turn) == (2, 1)
+
+
+def test_rule_based_takes_the_last_over_the_first_where_the_chain_has_settled():
+    pair = select(chain("a b", "c d", "c d e", "c d e"), [None] * 4, selection="rule_based")
+    assert (pair.chosen.turn, pair.rejected.turn, pair.chosen_score) == (4, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("a_chain", "reason"),
+    [
+        (chain("a", "b", "c", "d"), "not_settled"),
+        (chain("a", "b", "a", "a"), "identical_answers"),
+        (chain("a", "b", "c", "c", truncated=(4,)), "last_answer_truncated"),
+        (chain("a", stopped="prompt_too_long"), "prompt_too_long"),
+    ],
+)
+def test_rule_based_drops(a_chain, reason):
+    assert select(a_chain, [None] * len(a_chain.answers), selection="rule_based") == {reason: 1}
+
+
+def test_counts_add_up():
+    chains = [chain("a", "b"), chain("a", "a"), chain("a", "b")]
+    pairs, dropped = select_pairs(chains, [[0, 1], [0, 1], [1, 1]], PairsConfig())
+    assert len(pairs) + sum(dropped.values()) == len(chains)
+    assert dropped == {"identical_answers": 1, "no_margin": 1}
+
+
+def test_rows_are_a_direct_pair_and_a_refinement_of_each_draft():
+    """arXiv 2502.05605: prompt (x, y_l, z): y_w over y_l; prompt (x, y_w, z): y_w over y_l."""
+    a_chain = chain("bad", "good", prompt=[{"role": "user", "content": "x"}])
+    pair = Pair(a_chain, a_chain.answers[1], a_chain.answers[0], 1.0, 0.0)
+    template = compile_template("{{ question }} | {{ draft }}")
+    rows = preference_rows(pair, template, PairsConfig(direct_weight=2, refinement_weight=1))
+    assert [(r["prompt"][0]["content"], r["turn"], r["draft"], r["weight"]) for r in rows] == [
+        ("x", 0, None, 2),
+        ("x | bad", 1, "rejected", 1),
+        ("x | good", 1, "chosen", 1),
+    ]
+    assert all(r["chosen"] == [{"role": "assistant", "content": "good"}] for r in rows)
+    assert all(r["rejected"] == [{"role": "assistant", "content": "bad"}] for r in rows)
+    assert all((r["prompt_id"], r["chosen_turn"], r["rejected_turn"]) == ("p", 2, 1) for r in rows)
+
+
+def test_plain_text_stays_plain_text_and_a_weight_of_0_leaves_rows_out():
+    a_chain = chain(" bad", " good")
+    pair = Pair(a_chain, a_chain.answers[1], a_chain.answers[0], 1.0, 0.0)
+    [row] = preference_rows(pair, compile_template("{{ draft }}"), PairsConfig(refinement_weight=0))
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("x", " good", " bad")

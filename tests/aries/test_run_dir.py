@@ -1,0 +1,90 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trl_ext.aries.config import AriesConfig, EvaluationConfig, PairsConfig, PromptsConfig, ScoresConfig
+from trl_ext.aries.records import sha256
+from trl_ext.aries.run_dir import RunDir, is_locked
+from trl_ext.recipe import RecipeError
+
+
+@pytest.fixture
+def config(tmp_path):
+    return AriesConfig(
+        output_dir=str(tmp_path / "run"),
+        model={"model_name_or_path": "m"},
+        prompts=PromptsConfig("p.jsonl", per_round=10),
+        evaluation=EvaluationConfig("e.jsonl"),
+        training={"trainer": "tdpo", "learning_rate": 1e-6},
+        scores=ScoresConfig(verifier="v.py:f"),
+    )
+
+
+def enter(config):
+    with RunDir(Path(config.output_dir)).opened(config, "recipe: text\n"):
+        pass
+
+
+def test_the_recipe_and_what_it_resolved_to_are_kept(config):
+    enter(config)
+    run_dir = RunDir(Path(config.output_dir))
+    assert run_dir.recipe.read_text() == "recipe: text\n"
+    resolved = json.loads(run_dir.resolved.read_text())
+    assert resolved["training"] == {"trainer": "tdpo", "learning_rate": 1e-6}
+    assert resolved["refinements"]["turns"] == 4  # defaults too
+    enter(config)  # the same recipe continues
+
+
+def test_another_recipe_is_refused_with_what_differs_and_the_way_out(config):
+    enter(config)
+    other = replace(config, training={"trainer": "tdpo", "learning_rate": 1e-5}, pairs=PairsConfig(min_margin=0.5))
+    with pytest.raises(RecipeError, match="training.learning_rate: 1e-06 -> 1e-05") as error:
+        enter(other)
+    assert "pairs.min_margin: 0.0 -> 0.5" in str(error.value)
+    assert "output_dir" in str(error.value)
+
+
+def test_more_rounds_continue_a_run_and_fewer_do_not(config):
+    enter(config)
+    enter(replace(config, rounds=5))
+    with pytest.raises(RecipeError, match="rounds: 5 -> 3"):
+        enter(config)
+
+
+def test_more_rounds_are_refused_where_their_number_sizes_the_rounds(config):
+    config = replace(config, prompts=PromptsConfig("p.jsonl"))
+    enter(config)
+    with pytest.raises(RecipeError, match="rounds: 3 -> 5"):
+        enter(replace(config, rounds=5))
+
+
+def test_one_process_at_a_time(config):
+    run_dir = RunDir(Path(config.output_dir))
+    with run_dir.opened(config, ""):
+        assert is_locked(run_dir.lock)
+        with pytest.raises(RecipeError, match="in use by another process"):
+            enter(config)
+    assert not is_locked(run_dir.lock)
+    enter(config)
+
+
+def test_an_unwritable_place_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="`output_dir`: cannot write to .*file/run"):
+        enter(replace(config, output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_the_manifest_names_versions_and_hashes(config):
+    enter(config)
+    run_dir = RunDir(Path(config.output_dir))
+    round_dir = run_dir.round(1)
+    round_dir.path.mkdir()
+    round_dir.pairs.write_text("{}\n")
+    run_dir.write_manifest(1, {"pairs": 1, "dropped": {"no_margin": 2}})
+    manifest = json.loads(round_dir.manifest.read_text())
+    assert manifest["dropped"] == {"no_margin": 2}
+    assert manifest["sha256"] == {"pairs.jsonl": sha256(round_dir.pairs)}
+    assert manifest["recipe_sha256"] == sha256(run_dir.resolved)
+    assert {"trl-ext", "trl", "torch", "transformers"} <= set(manifest["versions"])

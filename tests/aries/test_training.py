@@ -1,0 +1,226 @@
+"""Training stages in this process, on the tiny model: what is trained, what it is compared with, what is saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trl_ext.aries.config import PairsConfig
+from trl_ext.aries.pairs import Pair, preference_rows
+from trl_ext.aries.records import Answer, Chain, to_line
+from trl_ext.aries.refinements import compile_template
+from trl_ext.aries.training import check_step_0, main, make_trainer, repeat_by_weight
+
+
+SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "max_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 8,
+}
+LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "dtype": "float32"}
+FULL = {"dtype": "float32"}
+
+
+@pytest.fixture
+def rows(tmp_path) -> str:
+    """Eight pairs of the sorting task as the pairs stage writes them."""
+    template = compile_template("{{ question }} Draft : {{ draft }} .")
+    lines = []
+    for i in range(8):
+        prompt = [{"role": "user", "content": f"Sort : {i + 1} {i}"}]
+        chain = Chain(str(i), prompt, [Answer(1, f"{i + 1} {i}", 2, "stop"), Answer(2, f"{i} {i + 1}", 2, "stop")])
+        pair = Pair(chain, chain.answers[1], chain.answers[0], 1.0, 0.0)
+        lines += map(to_line, preference_rows(pair, template, PairsConfig(direct_weight=2)))
+    (tmp_path / "pairs.jsonl").write_text("".join(lines))
+    return str(tmp_path / "pairs.jsonl")
+
+
+@pytest.fixture
+def job(tmp_path, rows, tiny_model_path):
+    """A job whose policy is the tiny model, or an adapter on it, and its own reference; keywords change it."""
+
+    def make(
+        name: str, model_args=LORA, model=tiny_model_path, adapter=None, reference=None, trainer="dpo", **settings
+    ):
+        policy = {"model": model, "adapter": adapter}
+        reference = policy if reference is None else reference
+        return {
+            **policy,
+            "model_args": {"model_name_or_path": tiny_model_path, **model_args},
+            "reference": {**reference, "is_policy": reference == policy},
+            "rows": rows,
+            "output": str(tmp_path / name),
+            "trainer": trainer,
+            "config": {**SETTINGS, **settings, "output_dir": str(tmp_path / f"{name}-training")},
+        }
+
+    return make
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+def train(a_job) -> str:
+    main(a_job, silent)
+    return a_job["output"]
+
+
+def test_a_weight_is_how_often_an_epoch_shows_a_row():
+    assert repeat_by_weight([{"a": 1, "weight": 2}, {"a": 2, "weight": 0}, {"a": 3}]) == [
+        {"a": 1, "weight": 2},
+        {"a": 1, "weight": 2},
+        {"a": 3},
+    ]
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "tdpo", "self_refine_dpo"])
+def test_a_round_saves_its_adapter_alone_and_the_next_one_starts_from_it(job, tiny_model_path, trainer):
+    """
+    Round 2 with `reference: previous`: TRL's "ref" adapter is the adapter of round 1, and so is the policy at step 0. What
+    is saved is loadable on the base, differs from round 1's, and holds nothing else.
+    """
+    first = train(job("first", trainer=trainer))
+    assert sorted(p.name for p in Path(first).glob("*.safetensors")) == ["adapter_model.safetensors"]
+    assert not (Path(first) / "ref").exists()
+
+    trainer_2 = make_trainer(job("second", adapter=first, trainer=trainer), silent)
+    check_step_0(trainer_2)
+    state = trainer_2.model.state_dict()
+    saved = load_file(Path(first) / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
+    for name, tensor in saved.items():
+        for adapter in ("default", "ref"):
+            assert torch.equal(state[name.replace(".weight", f".{adapter}.weight")], tensor)
+
+    second = train(job("second", adapter=first, trainer=trainer))
+    assert not (Path(second) / "ref").exists()
+    moved = load_file(Path(second) / "adapter_model.safetensors")
+    assert moved.keys() == saved.keys() and any(not torch.equal(moved[name], saved[name]) for name in saved)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_path), second)
+
+
+def reference_logits(trainer) -> torch.Tensor:
+    """What the trainer's reference answers to a fixed text."""
+    ids = torch.arange(6, 16)[None]
+    model = trainer.ref_model
+    if model is not None:
+        return model(input_ids=ids).logits
+    from trl.trainer.utils import use_adapter
+
+    with use_adapter(trainer.model, "ref" if "ref" in trainer.model.peft_config else None):
+        return trainer.model(input_ids=ids).logits
+
+
+def logits(path: str, adapter: str | None = None) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()(input_ids=torch.arange(6, 16)[None]).logits
+
+
+@torch.no_grad()
+def test_reference_initial_without_sft_is_the_base(job, tiny_model_path):
+    with torch.enable_grad():
+        first = train(job("first"))
+    trainer = make_trainer(job("second", adapter=first, reference={"model": tiny_model_path, "adapter": None}), silent)
+    torch.testing.assert_close(reference_logits(trainer), logits(tiny_model_path))
+    assert not torch.allclose(reference_logits(trainer), logits(tiny_model_path, first))
+
+
+@torch.no_grad()
+def test_reference_initial_after_sft_is_the_sft_adapter(job, tiny_model_path):
+    with torch.enable_grad():
+        sft = train(job("sft"))
+        first = train(job("first", adapter=sft))
+    trainer = make_trainer(job("second", adapter=first, reference={"model": tiny_model_path, "adapter": sft}), silent)
+    torch.testing.assert_close(reference_logits(trainer), logits(tiny_model_path, sft))
+    torch.testing.assert_close(
+        trainer.model(input_ids=torch.arange(6, 16)[None]).logits, logits(tiny_model_path, first)
+    )
+    assert set(trainer.model.peft_config) == {"default", "ref"}
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainable and all(".default." in name for name in trainable)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+def test_full_fine_tuning(job, tiny_model_path, reference):
+    with torch.enable_grad():
+        first = train(job("first", FULL))
+    expected = first if reference == "previous" else tiny_model_path
+    a_job = job("second", FULL, model=first, reference={"model": expected, "adapter": None})
+    trainer = make_trainer(a_job, silent)
+    torch.testing.assert_close(reference_logits(trainer), logits(expected))
+    assert not torch.allclose(logits(first), logits(tiny_model_path))
+
+
+def test_nf4_base_stays_frozen(job, tiny_model_path):
+    """QLoRA on CPU: the base is quantized and frozen, the adapter is the product, and it loads on the 16-bit base."""
+    output = train(job("nf4", {**LORA, "load_in_4bit": True}, trainer="tdpo"))
+    adapter = load_file(Path(output) / "adapter_model.safetensors")
+    assert all("lora_" in name for name in adapter)
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+    trainer = make_trainer(job("again", {**LORA, "load_in_4bit": True}, adapter=output), silent)
+    assert type(trainer.model.get_base_model().model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    check_step_0(trainer)
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run(job):
+    trainer = make_trainer(job("first"), silent)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    with pytest.raises(RuntimeError, match="Before the first step the policy differs from its reference"):
+        check_step_0(trainer)
+
+
+def test_sft_rows_train_and_progress_is_reported(job, tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Sort : 2 {i}"}],
+            "completion": [{"role": "assistant", "content": "1"}],
+        }
+        for i in range(8)
+    ]
+    (tmp_path / "sft.jsonl").write_text("".join(map(to_line, rows)))
+    reports = []
+    main(
+        job("sft", FULL, trainer="sft") | {"rows": str(tmp_path / "sft.jsonl")},
+        lambda *report: reports.append(report),
+    )
+    assert reports == [(0, 2), (1, 2), (2, 2)]
+    assert (tmp_path / "sft" / "model.safetensors").exists()
+
+
+def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path):
+    """Four steps in one go, and two runs with a kill after the checkpoint of step 2: the same adapter."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = train(job("whole", **settings))
+
+    class Killed(Exception):
+        pass
+
+    def kill_at_3(done: int, total: int) -> None:
+        if done == 3:
+            raise Killed
+
+    halves = job("halves", **settings)
+    with pytest.raises(Killed):
+        main(halves, kill_at_3)
+    reports = []
+    main(halves, lambda *report: reports.append(report))
+    assert reports[0] == (2, 4)
+    saved = [load_file(Path(path) / "adapter_model.safetensors") for path in (whole, halves["output"])]
+    for name in saved[0]:
+        torch.testing.assert_close(saved[0][name], saved[1][name])
