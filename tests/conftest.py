@@ -1,0 +1,193 @@
+"""
+What the tests share: a tiny random Llama with a word-level tokenizer, made on the spot, a preference dataset of uneven
+lengths, and the same model in float64 with full logits, from which the oracles are computed.
+"""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+# Every word of the tests' texts, the paper's refinement prompt included, so that nothing becomes <unk>
+WORDS = """
+Please generate a response with usefulness rating of 100 out for the following query Note that should be harmless The
+term indicates level where is maximum and 1 minimum Query Be useful You are brief one two three four five six seven
+eight nine ten plus minus times makes what why how sky blue sea green grass red fox dog cat jumps sleeps runs yes no
+it because light scatters short waves more than long ones . , : ? !
+""".split()
+
+CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}<tool> {{ tool['function']['name'] }} {% endfor %}"
+    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """A directory with a random two-layer Llama (hidden 32) and its tokenizer, as `from_pretrained` takes it."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)  # matrices this small are slower on several
+
+    special = ["<pad>", "<unk>", "</s>", "<system>", "<user>", "<assistant>", "<tool>"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        additional_special_tokens=special[3:],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,  # the default 0.02 is nearly uniform over the vocabulary, and every KL nearly 0
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        attention_dropout=0.0,
+    )
+    path = tmp_path_factory.mktemp("tiny-llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+PAIRS = [
+    ("what is one plus two ?", "three", "four ."),
+    ("why is the sky blue ?", "because short waves scatters more than long ones .", "it is ."),
+    ("what is five minus two ?", "three .", "five minus two makes seven because five is red !"),
+    ("how the fox jumps ?", "the fox jumps , the dog sleeps .", "no"),
+    ("what is two times three ?", "six", "two times three makes ten , yes ."),
+    ("why is grass green ?", "light", "because , because , because the sea is blue and the sky is blue ."),
+    ("is the sea blue ?", "yes , it is blue because the sky is blue .", "no , it is red ."),
+    ("what runs ?", "the cat runs .", "the grass runs"),
+]
+
+
+@pytest.fixture(scope="session")
+def conversational_pairs():
+    """Eight conversational preference rows; completions from 1 to 15 words, either side the longer one."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+            for prompt, chosen, rejected in PAIRS
+        ]
+    )
+
+
+@pytest.fixture(scope="session")
+def plain_text_pairs():
+    """The same rows as plain text."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [{"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected} for prompt, chosen, rejected in PAIRS]
+    )
+
+
+@pytest.fixture
+def make_trainer(tiny_model_dir, conversational_pairs, tmp_path):
+    """
+    Returns a function that builds a preference trainer on the tiny model, on CPU, in fp32 unless `options` say
+    otherwise. `options` are the config's; `args=` replaces the config altogether.
+    """
+    from transformers import AutoTokenizer
+
+    def make(trainer_class, config_class=None, *, model=None, dataset=conversational_pairs, trainer=None, **options):
+        defaults = {
+            "output_dir": str(tmp_path),
+            "use_cpu": True,
+            "bf16": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        }
+        return trainer_class(
+            model=str(tiny_model_dir) if model is None else model,
+            args=config_class(**{**defaults, **options}),
+            train_dataset=dataset,
+            processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
+            **(trainer or {}),
+        )
+
+    return make
+
+
+def perturb(model, scale: float = 0.05, seed: int = 1) -> None:
+    """Moves the trainable weights of `model` away from the reference, in place, the same way for the same seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def first_batch(trainer) -> dict:
+    """The first batch of the training data, unshuffled, as the trainer's collator makes it."""
+    columns = trainer._signature_columns
+    rows = [trainer.train_dataset[i] for i in range(trainer.args.per_device_train_batch_size)]
+    return trainer.data_collator([{k: v for k, v in row.items() if columns is None or k in columns} for row in rows])
+
+
+class FullLogits:
+    """
+    The oracle's view of a model: a float64 Llama with the given weights that returns all the logits. `batch` is a
+    collated one; the results are aligned with `labels`, i.e. shifted by one.
+    """
+
+    def __init__(self, model_dir, state_dict=None, peft_config=None):
+        import torch
+        from peft import get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+        if peft_config is not None:
+            self.model = get_peft_model(self.model, peft_config)
+        if state_dict is not None:
+            self.model.load_state_dict(state_dict)
+        self.model = self.model.double()
+
+    def __call__(self, batch: dict, prefix: str = ""):
+        """Returns the logits `(2B, T, V)`."""
+        kwargs = {key: batch[prefix + key] for key in ("input_ids", "attention_mask")}
+        return self.model(**kwargs, use_cache=False).logits[:, :-1]
+
+    def gradients(self) -> dict:
+        """The gradient of every trainable parameter, by name."""
+        return {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def labels_and_mask(batch: dict, prefix: str = ""):
+    """The labels and the response mask of a collated batch, `(2B, T)` each, shifted to align with the logits."""
+    return batch[prefix + "input_ids"][:, 1:], batch[prefix + "completion_mask"][:, 1:]

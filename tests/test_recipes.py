@@ -1,0 +1,100 @@
+"""Every file under `recipes/` parses into the dataclasses it is for, and says how to launch itself."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext.cli import TRAINERS, find_accelerate_config
+from trl_ext.recipe import Recipe, load_yaml, parse_flat
+
+
+ROOT = Path(__file__).parents[1]
+METHODS = {"tdpo": (TDPOConfig, TDPOTrainer), "self-refine-dpo": (SelfRefineDPOConfig, SelfRefineDPOTrainer)}
+RECIPES = [path for method in METHODS for path in sorted(ROOT.glob(f"recipes/*/{method}/*.yaml"))]
+ACCELERATE_CONFIGS = sorted(ROOT.glob("recipes/accelerate_configs/*.yaml"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "recipes"))
+
+
+def parse(path: Path) -> tuple:
+    config_class, _ = METHODS[path.parent.name]
+    # bf16 stays as the recipe has it: with `use_cpu`, transformers accepts it on a machine without a GPU
+    return parse_flat(path, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), ["--use_cpu"])
+
+
+def test_every_model_and_method_has_both_variants():
+    expected = {
+        f"{model}/{method}/config_{variant}.yaml"
+        for model in ("llama-3.1-8b", "qwen2.5-7b", "pythia-2.8b")
+        for method in METHODS
+        for variant in ("full", "qlora")
+    }
+    assert expected <= {name_of(path) for path in RECIPES}
+    assert METHODS.keys() == TRAINERS.keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+class TestTrainerRecipe:
+    def test_parses(self, path):
+        script_args, args, model_args, _ = parse(path)
+        _, trainer_class = METHODS[path.parent.name]
+        trainer_class._refuse_options(args)
+        model, method, variant = path.parts[-3], path.parts[-2], path.stem.removeprefix("config_")
+        assert args.output_dir == f"data/{model}-{method}-{variant}"
+        assert script_args.dataset_name and model_args.model_name_or_path
+        assert model_args.load_in_4bit == model_args.use_peft == (variant == "qlora")
+        assert args.bf16
+
+    def test_batch_is_the_papers_64_pairs(self, path):
+        _, args, _, _ = parse(path)
+        gpus = 8 if "eight GPUs" in path.read_text().splitlines()[0] else 1
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus == 64
+
+    def test_header_is_the_command_that_launches_it(self, path):
+        command = shlex.split(path.read_text().splitlines()[1].removeprefix("#"))
+        assert command[:4] == ["trl-ext", path.parent.name, "--config", str(path.relative_to(ROOT))]
+        if "--accelerate_config" in command:
+            assert find_accelerate_config(command[-1], load_yaml(path)).is_file()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/pythia-2.8b/*/config_full.yaml")), ids=name_of)
+def test_papers_settings(path):
+    """Literal values of the papers (arXiv 2404.11999 and 2405.21040), as PAPERS.md records them."""
+    script_args, args, _, _ = parse(path)
+    values = {
+        "optim": args.optim,
+        "learning_rate": args.learning_rate,
+        "beta": args.beta,
+        "max_length": args.max_length,
+    }
+    if path.parent.name == "tdpo":
+        values |= {"alpha": args.alpha, "warmup_steps": args.warmup_steps, "max_grad_norm": args.max_grad_norm}
+        values["dataset"] = script_args.dataset_name
+        assert values == {
+            "optim": "rmsprop",
+            "learning_rate": 5e-6,
+            "beta": 0.1,
+            "max_length": 512,
+            "alpha": 0.5,
+            "warmup_steps": 150,
+            "max_grad_norm": 10,
+            "dataset": "Anthropic/hh-rlhf",
+        }
+    else:
+        assert values == {"optim": "rmsprop", "learning_rate": 5e-7, "beta": 0.1, "max_length": 512}
+        assert args.refinement_weight in (0.1, 0.3, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=name_of)
+def test_accelerate_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    assert find_accelerate_config(path.stem, Recipe(None, {}, {})) == path
