@@ -19,6 +19,11 @@ from ..recipe import RecipeError
 
 
 LOG_TAIL_LINES = 25
+ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",  # PEFT writes a set of module names: the same order in every process
+}
 PR_SET_PDEATHSIG = 1
 
 
@@ -54,7 +59,7 @@ def run_child(module: str, job: dict[str, Any], log: Path, on_progress: Callable
             stdout=subprocess.PIPE,
             stderr=log_file,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, **ENVIRONMENT},
             start_new_session=True,  # a group of its own: it is ended with all its children
         )
         try:

@@ -27,6 +27,10 @@ class RunProgress:
         self.console = console or Console(highlight=False)
         self._round_seconds: list[float] = []
 
+    def say(self, text: str, style: str | None = None) -> None:
+        """Print a line as it is: no markup read from paths or generated text, no wrapping."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
         """
@@ -59,16 +63,14 @@ class RunProgress:
         else:
             yield lambda done, total: last.update(done=done, total=total)
         count = "" if last["total"] is None else f"{last['done']:>7,}"
-        self.console.print(f"{label:<38}{count:>8}  {time.monotonic() - start:6.1f} s", markup=False)
+        self.say(f"{label:<38}{count:>8}  {time.monotonic() - start:6.1f} s")
 
     def end_round(self, number: int, seconds: float) -> None:
         """Say how long the round took and how long the rest should take."""
         self._round_seconds.append(seconds)
         left = (self.rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
         rest = f", about {duration(left)} to go" if number < self.rounds else ""
-        self.console.print(
-            f"round {number}/{self.rounds} done in {duration(seconds)}{rest}\n", style="bold", markup=False
-        )
+        self.say(f"round {number}/{self.rounds} done in {duration(seconds)}{rest}\n", style="bold")
 
 
 def duration(seconds: float) -> str:

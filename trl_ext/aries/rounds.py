@@ -73,12 +73,12 @@ def run(config: AriesConfig, recipe: Recipe) -> int:
 def status(config: AriesConfig) -> int:
     """Print how far a run is, whether it is running, and the scores so far."""
     loop = Rounds(config)
-    console = loop.progress.console
+    say = loop.progress.say
     if not loop.dir.path.exists():
-        console.print(f"{loop.dir.path} does not exist: the run has not been started.", markup=False)
+        say(f"{loop.dir.path} does not exist: the run has not been started.")
         return 0
     running = "running" if is_locked(loop.dir.lock) else "not running"
-    console.print(f"{loop.dir.path}: {running}", markup=False)
+    say(f"{loop.dir.path}: {running}")
     for number in range(config.rounds + 1):
         round_dir = loop.dir.round(number)
         stages = {
@@ -93,9 +93,10 @@ def status(config: AriesConfig) -> int:
             stages = {"sft": loop.product(0)} if config.sft else {}
             stages["evaluation"] = round_dir.metrics
         words = [f"{name} {'done' if path.exists() else partial(path)}" for name, path in stages.items()]
-        console.print(f"  round {number}: " + ", ".join(words), markup=False)
+        say(f"  round {number}: " + ", ".join(words))
     if loop.dir.events.exists():
-        console.print(f"  last event: {read_jsonl(loop.dir.events)[-1]}", markup=False)
+        last = read_jsonl(loop.dir.events)[-1]
+        say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
     loop.print_results(None)
     return 0
 
@@ -245,14 +246,13 @@ class Rounds:
             )
         rows = [row for pair in pairs for row in preference_rows(pair, self.template, self.config.pairs)]
         write_jsonl(round_dir.pairs, rows)
-        self.progress.console.print(
+        self.progress.say(
             f"round {number}/{self.config.rounds}  {len(pairs):,} pairs ({len(rows):,} rows) from {len(chains):,} chains; "
             + (
                 f"dropped: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"
                 if dropped
                 else "none dropped"
             ),
-            markup=False,
         )
 
     def train(self, number: int) -> None:
@@ -344,16 +344,13 @@ class Rounds:
                 metrics[number] = json.loads(file.read_text(encoding="utf-8"))
         if not metrics:
             return
-        console = self.progress.console
-        console.print(score_table(metrics, self.config.refinements.turns, self.config.sft is not None))
+        self.progress.console.print(score_table(metrics, self.config.refinements.turns, self.config.sft is not None))
         if elapsed is not None:
             last = self.dir.round(self.config.rounds)
-            console.print(
+            self.progress.say(
                 f"Finished in {elapsed}. Next:\n"
                 f"  the trained policy     {self.product(self.config.rounds)}\n"
                 f"  what it learned from   {last.pairs}\n"
                 f"  every answer, y1..y{self.config.refinements.turns}    {last.evaluation}\n"
                 f"  where it all came from {last.manifest}",
-                markup=False,
-                soft_wrap=True,
             )
