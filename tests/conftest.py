@@ -30,13 +30,19 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory) -> Path:
+def single_thread():
+    """Torch on one thread: matrices this small are slower on several, above all on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, single_thread) -> Path:
     """A directory with a random two-layer Llama (hidden 32) and its tokenizer, as `from_pretrained` takes it."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.set_num_threads(1)  # matrices this small are slower on several
 
     special = ["<pad>", "<unk>", "</s>", "<system>", "<user>", "<assistant>", "<tool>"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(special + WORDS))}
@@ -143,6 +149,14 @@ def make_trainer(tiny_model_dir, conversational_pairs, tmp_path):
     return make
 
 
+@pytest.fixture
+def lora_config():
+    """A LoRA on the attention, without dropout."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
 def perturb(model, scale: float = 0.05, seed: int = 1) -> None:
     """Moves the trainable weights of `model` away from the reference, in place, the same way for the same seed."""
     import torch
@@ -154,19 +168,49 @@ def perturb(model, scale: float = 0.05, seed: int = 1) -> None:
 
 
 def first_batch(trainer) -> dict:
-    """The first batch of the training data, unshuffled, as the trainer's collator makes it."""
-    columns = trainer._signature_columns
+    """The first rows of the training data, unshuffled, as the trainer's collator makes a batch of them."""
+    trainer._set_signature_columns_if_needed()
     rows = [trainer.train_dataset[i] for i in range(trainer.args.per_device_train_batch_size)]
-    return trainer.data_collator([{k: v for k, v in row.items() if columns is None or k in columns} for row in rows])
+    return trainer.data_collator([{k: v for k, v in row.items() if k in trainer._signature_columns} for row in rows])
+
+
+def train_step(trainer, batch: dict):
+    """The loss of `batch` in training mode and, in the parameters, its gradients; `trainer._metrics` has the rest."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach()
+
+
+def step_metrics(trainer, mode: str = "train") -> dict[str, float]:
+    """The metrics of the last step."""
+    return {name: values[-1] for name, values in trainer._metrics[mode].items()}
+
+
+def assert_gradients_close(model, expected: dict, tolerance: float = 1e-4) -> None:
+    """Compares the gradients of all trainable parameters; `tolerance` is relative to the largest entry of each."""
+    actual = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        largest = expected[name].abs().max()
+        assert largest > 0, f"{name}: the oracle has no gradient, so the comparison would be empty"
+        error = (gradient.double() - expected[name].double()).abs().max()
+        assert error <= tolerance * largest, f"{name}: off by {error:.1e}, largest {largest:.1e}"
 
 
 class FullLogits:
     """
-    The oracle's view of a model: a float64 Llama with the given weights that returns all the logits. `batch` is a
-    collated one; the results are aligned with `labels`, i.e. shifted by one.
+    The oracle's view of a model: a float64 copy of it with the given weights, which returns all the logits.
+
+    Args:
+        model_dir: Directory of the model.
+        state_dict: Weights to take instead of the directory's; LoRA's names if `peft_config` is given.
+        peft_config: Wraps the model; `adapter` is then the adapter whose weights are taken from `state_dict`.
     """
 
-    def __init__(self, model_dir, state_dict=None, peft_config=None):
+    def __init__(self, model_dir, state_dict=None, peft_config=None, adapter="default"):
         import torch
         from peft import get_peft_model
         from transformers import AutoModelForCausalLM
@@ -174,12 +218,18 @@ class FullLogits:
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
         if peft_config is not None:
             self.model = get_peft_model(self.model, peft_config)
+            others = {".default.", ".ref."} - {f".{adapter}."}
+            state_dict = {
+                name.replace(f".{adapter}.", ".default."): weight
+                for name, weight in state_dict.items()
+                if not any(other in name for other in others)
+            }
         if state_dict is not None:
             self.model.load_state_dict(state_dict)
         self.model = self.model.double()
 
     def __call__(self, batch: dict, prefix: str = ""):
-        """Returns the logits `(2B, T, V)`."""
+        """Returns the logits `(2B, T, V)` of a collated batch, shifted to align with `labels_and_mask`."""
         kwargs = {key: batch[prefix + key] for key in ("input_ids", "attention_mask")}
         return self.model(**kwargs, use_cache=False).logits[:, :-1]
 

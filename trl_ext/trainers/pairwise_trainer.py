@@ -3,7 +3,7 @@
 
 What a step computes is TRL's (1.16), line by line where it can be; `tests/test_trl_contract.py` pins what is relied on.
 Deliberately not here: the options of `DPOTrainer` that change the log-ratios themselves (`ld_alpha`, f-divergences, WPO
-weights). Subclasses refuse them by name.
+weights) and precomputed references. They are refused by name.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class PairBatch:
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, torch.Tensor]) -> "PairBatch":
-        model_kwargs = {k: v for k, v in inputs.items() if k not in ("completion_mask", *_REFERENCE_KEYS)}
+        model_kwargs = {key: value for key, value in inputs.items() if key != "completion_mask"}
         completion_mask = inputs["completion_mask"]
         return cls(
             model_kwargs=model_kwargs | {"use_cache": False},
@@ -61,9 +61,6 @@ class PairLogps:
     @property
     def rejected_logratios(self) -> torch.Tensor:
         return self.rejected - self.ref_rejected
-
-
-_REFERENCE_KEYS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class PairwiseTrainer(DPOTrainer):
@@ -127,7 +124,7 @@ class PairwiseTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         batch = PairBatch.from_inputs(inputs)
-        reference = self._reference_forward(batch, inputs)
+        reference = self._reference_forward(batch)
         policy = self._policy_forward(model, batch, reference)
         logps = self._pair_logps(policy, reference)
         loss = self._loss(batch, policy, logps)
@@ -163,12 +160,8 @@ class PairwiseTrainer(DPOTrainer):
         ):
             yield self.model if self.ref_model is None else self.ref_model
 
-    def _reference_forward(
-        self, batch: PairBatch, inputs: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reference_forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the reference's log-probabilities of chosen and rejected, each `(B,)`."""
-        if self.precompute_ref_logps:
-            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         with self._reference_model() as ref_model:
             ref_outputs = ref_model(**batch.model_kwargs, labels=batch.labels, fused_lm_head=True)
         return self._sum_over_completion(ref_outputs.log_probs, batch)

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ..kernels.fused_position_kl import fused_position_kl
 from ..kernels.position_kl import position_kl
 
 
@@ -66,6 +67,9 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
     """
     Add the flags `completion_states=True` and `reference=...` to `model.forward`. Without them the forward is unchanged.
 
+    With `kl_weight=(κ_chosen, κ_rejected)`, besides `reference`, the fused kernel runs: `log_probs` has the value of the
+    log-probability and the gradient of `log π + κ KL`, and `position_kl` has none. Without it both are differentiable.
+
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model to patch, not wrapped by PEFT (patch its base model).
@@ -76,7 +80,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
 
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
-    def forward(self, *args, labels=None, completion_states=False, reference=None, **kwargs):
+    def forward(self, *args, labels=None, completion_states=False, reference=None, kl_weight=None, **kwargs):
         if not completion_states and reference is None:
             if labels is not None:
                 kwargs["labels"] = labels
@@ -94,19 +98,23 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
         if completion_states:
             return CompletionStates(hidden, weight, bias, logit_scale, softcap)
 
-        per_token = position_kl(
-            hidden,
-            weight,
-            bias,
-            reference.hidden,
-            reference.weight,
-            reference.bias,
-            labels[mask],
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ref_logit_scale=reference.logit_scale,
-            ref_softcap=reference.softcap,
-        )
+        arguments = (hidden, weight, bias, reference.hidden, reference.weight, reference.bias, labels[mask])
+        transforms = {
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "ref_logit_scale": reference.logit_scale,
+            "ref_softcap": reference.softcap,
+        }
+        if kl_weight is None:
+            per_token = position_kl(*arguments, **transforms)._asdict()
+        else:
+            per_pair = torch.tensor(kl_weight, device=hidden.device).repeat_interleave(mask.size(0) // 2)  # (2B,)
+            per_token = fused_position_kl(
+                *arguments, per_pair.unsqueeze(1).expand_as(mask)[mask], **transforms
+            )._asdict()
+            # The value of the log-probability, the gradient of log-probability and weighted KL together
+            weighted = per_token.pop("weighted")
+            per_token["log_probs"] = weighted + (per_token["log_probs"] - weighted).detach()
         aux_loss = None
         if kwargs.get("output_router_logits"):
             # Mixtral's load-balancing loss is the one every MoE family pulls in through the modular system
@@ -117,9 +125,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
                 kwargs.get("attention_mask"),
             )
         # `masked_scatter` keeps the output connected to the model even when no label is valid
-        per_token = {
-            name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in per_token._asdict().items()
-        }  # (2B, T)
+        per_token = {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in per_token.items()}  # (2B, T)
         return PositionKLOutput(**per_token, label_mask=mask, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)

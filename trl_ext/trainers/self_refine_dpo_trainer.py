@@ -1,4 +1,5 @@
 import copy
+import json
 import textwrap
 from dataclasses import dataclass
 from typing import Any
@@ -99,9 +100,9 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     `logratio(y_w|x) − logratio(y_l|x)`, in nats).
 
     Raises:
-        `ValueError`: an option that has no meaning here (`ld_alpha`, `use_weighting`, `f_divergence_type`,
-        `label_smoothing`, `truncation_mode="keep_end"`, other loss types than "sigmoid", "ipo" and "sft", vision
-        datasets), before any model is loaded.
+        `ValueError`: an option that has no meaning here (`precompute_ref_log_probs`, `ld_alpha`, `use_weighting`,
+        `f_divergence_type`, `label_smoothing`, `truncation_mode="keep_end"`, other loss types than "sigmoid", "ipo" and
+        "sft"), before any model is loaded; a vision dataset.
 
     Example:
 
@@ -134,6 +135,11 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
 
     _pair_loss_types = ("sigmoid", "ipo")
     _refused_options = PairwiseTrainer._refused_options | {
+        "precompute_ref_log_probs": (
+            False,
+            "the reference also has to answer the augmented prompts, and is gone by then. Set it to `False`; with LoRA the "
+            "reference costs no memory, since it is the model without adapter.",
+        ),
         "truncation_mode": (
             "keep_start",
             "the plain and the augmented sample must keep the same completion tokens. Use 'keep_start' (the default).",
@@ -167,14 +173,18 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
         def tokenize_augmented_prompt(example, processing_class):
-            tools = {"tools": example.get("tools")} if example.get("tools") else {}
-            template_kwargs = tools | example.get("chat_template_kwargs", {}) if is_conversational(example) else {}
-            generation_prompt = {"add_generation_prompt": True} if is_conversational(example) else {}
+            template_kwargs = {}
+            if is_conversational(example):  # rendered as DPOTrainer renders it
+                tools = example.get("tools")
+                tools = json.loads(tools) if isinstance(tools, str) else tools
+                template_kwargs = {
+                    "tools": tools,
+                    "add_generation_prompt": True,
+                    **example.get("chat_template_kwargs", {}),
+                }
             prompt = augment_prompt(example["prompt"], self.refinement_prompt, self.refinement_prompt_role)
-            augmented_ids = _tokenize(processing_class, prompt, **generation_prompt, **template_kwargs)["input_ids"]
-            prompt_ids = _tokenize(processing_class, example["prompt"], **generation_prompt, **template_kwargs)[
-                "input_ids"
-            ]
+            augmented_ids = _tokenize(processing_class, prompt, **template_kwargs)["input_ids"]
+            prompt_ids = _tokenize(processing_class, example["prompt"], **template_kwargs)["input_ids"]
             # Where the template renders a prompt differently alone than before a completion, DPOTrainer leaves the end
             # of the prompt out of the sequence; leave out the same tokens here
             left_out = len(prompt_ids) - len(example["prompt_ids"])
@@ -196,10 +206,6 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         plain = {key: value for key, value in inputs.items() if not key.startswith(AUGMENTED)}
         augmented = {key[len(AUGMENTED) :]: value for key, value in inputs.items() if key.startswith(AUGMENTED)}
         return plain, augmented
-
-    def compute_ref_log_probs(self, model, inputs):
-        plain, _ = self._split_augmented(inputs)
-        return super().compute_ref_log_probs(model, plain)
 
     # Loss
 

@@ -81,6 +81,11 @@ class TDPOTrainer(PairwiseTrainer):
             )
         config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
         self.variant, self.alpha = config.variant, config.alpha
+        # Weight of the KL against the log-probability in the gradient of each side: with it the fused kernel needs one
+        # Jacobian only. SFT on the chosen answers needs the log-probability's alone, which TDPO1 does not leave there.
+        self._kl_weight = {"tdpo1": (1.0, 1.0), "tdpo2": (0.0, self.alpha)}[self.variant]
+        if self.variant == "tdpo1" and "sft" in args.loss_type:
+            self._kl_weight = None
 
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
 
@@ -88,13 +93,15 @@ class TDPOTrainer(PairwiseTrainer):
         if self.ref_model is not None:
             add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
 
-    def _reference_forward(self, batch: PairBatch, inputs) -> CompletionStates:
+    def _reference_forward(self, batch: PairBatch) -> CompletionStates:
         with self._reference_model() as ref_model:
             return ref_model(**batch.model_kwargs, labels=batch.labels, completion_states=True)
 
     def _policy_forward(self, model, batch: PairBatch, reference: CompletionStates) -> PositionKLOutput:
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        return model(**batch.model_kwargs, **router, labels=batch.labels, reference=reference)
+        return model(
+            **batch.model_kwargs, **router, labels=batch.labels, reference=reference, kl_weight=self._kl_weight
+        )
 
     def _pair_logps(self, policy: PositionKLOutput, reference: CompletionStates) -> PairLogps:
         return PairLogps(
