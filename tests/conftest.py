@@ -8,6 +8,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on several threads, child processes' too
 
 from pathlib import Path  # noqa: E402
 
@@ -75,6 +76,29 @@ def tiny_model_dir(tmp_path_factory, single_thread) -> Path:
     path = tmp_path_factory.mktemp("tiny-llama")
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_dir(tiny_model_dir, tmp_path_factory) -> Path:
+    """A one-layer Mixtral of four experts, for the tiny Llama's tokenizer."""
+    import torch
+    from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=AutoConfig.from_pretrained(tiny_model_dir).vocab_size,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+    )
+    path = tmp_path_factory.mktemp("tiny-mixtral")
+    MixtralForCausalLM(config).save_pretrained(path)
     return path
 
 

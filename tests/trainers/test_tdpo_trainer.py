@@ -19,7 +19,7 @@ from tests.conftest import (
     train_step,
 )
 from tests.oracles import tdpo as oracle
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext import TDPOConfig, TDPOTrainer
@@ -143,19 +143,46 @@ def test_metrics_match_the_paper(make_trainer, tiny_model_dir, variant):
     }
 
 
-@pytest.mark.parametrize("loss_weights", [None, [0.7, 0.2]])
-def test_sft_term(make_trainer, tiny_model_dir, loss_weights):
+@pytest.mark.parametrize("loss_weights", [None, [0.7, 0.2]], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sft_term(make_trainer, tiny_model_dir, variant, loss_weights):
     """Oracle: the weighted sum of TDPO and TRL's SFT term, the mean over all chosen tokens of the batch."""
-    trainer = make_trainer(TDPOTrainer, TDPOConfig, loss_type=["sigmoid", "sft"], loss_weights=loss_weights)
+    trainer = make_trainer(
+        TDPOTrainer, TDPOConfig, variant=variant, loss_type=["sigmoid", "sft"], loss_weights=loss_weights
+    )
     perturb(trainer.model)
     batch = first_batch(trainer)
     loss = train_step(trainer, batch)
 
     policy = FullLogits(tiny_model_dir, trainer.model.state_dict())
-    tdpo = paper_losses(policy, FullLogits(tiny_model_dir), batch, beta=0.1, alpha=0.5, variant="tdpo2").mean()
+    tdpo = paper_losses(policy, FullLogits(tiny_model_dir), batch, beta=0.1, alpha=0.5, variant=variant).mean()
     sft = oracle.sft_loss_from_logits(policy(batch), *labels_and_mask(batch))
     weight_tdpo, weight_sft = loss_weights or (1.0, 1.0)
     expected = weight_tdpo * tdpo + weight_sft * sft
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_gradients_close(trainer.model, policy.gradients())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("cut_rows", [[0, 5], list(range(8))], ids=["some", "all"])
+def test_completions_that_were_cut_away(make_trainer, tiny_model_dir, variant, cut_rows):
+    """
+    Oracle: float64 full logits. A row without completion tokens sums to 0; with all rows cut, the loss is ln 2 and every
+    gradient 0, rather than an error in the backward.
+    """
+    trainer = make_trainer(TDPOTrainer, TDPOConfig, variant=variant)
+    perturb(trainer.model)
+    batch = first_batch(trainer)
+    batch["completion_mask"][cut_rows] = 0
+    loss = train_step(trainer, batch)
+
+    if len(cut_rows) == 8:
+        assert loss.item() == LN_2
+        assert not any(parameter.grad.any() for parameter in trainer.model.parameters())
+        return
+    policy = FullLogits(tiny_model_dir, trainer.model.state_dict())
+    expected = paper_losses(policy, FullLogits(tiny_model_dir), batch, beta=0.1, alpha=0.5, variant=variant).mean()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_gradients_close(trainer.model, policy.gradients())
@@ -206,22 +233,10 @@ def test_alpha_zero_is_dpo(make_trainer):
     assert {name: metrics[name] for name in stock_metrics} == pytest.approx(stock_metrics, rel=1e-5, abs=1e-6)
 
 
-def test_alpha_zero_is_dpo_with_experts(make_trainer, tiny_model_dir, tmp_path):
+def test_alpha_zero_is_dpo_with_experts(make_trainer, tiny_moe_dir):
     """Limit: the same on a Mixtral, whose load-balancing loss is added with `router_aux_loss_coef`."""
-    config = MixtralConfig(
-        vocab_size=AutoModelForCausalLM.from_pretrained(tiny_model_dir).config.vocab_size,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=256,
-    )
-    torch.manual_seed(0)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
     trainers = [
-        make_trainer(cls, config_cls, model=str(tmp_path / "mixtral"), router_aux_loss_coef=0.5, **options)
+        make_trainer(cls, config_cls, model=str(tiny_moe_dir), router_aux_loss_coef=0.5, **options)
         for cls, config_cls, options in [(TDPOTrainer, TDPOConfig, {"alpha": 0.0}), (DPOTrainer, DPOConfig, {})]
     ]
     losses = []

@@ -1,0 +1,212 @@
+"""
+What `trl_ext` relies on in TRL beyond its documented API, so that an upgrade breaks here first, and by name.
+
+Oracle: TRL 1.16. A failure after an upgrade means: read what changed, adapt the trainers and kernels, then this file.
+"""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import add_fused_lm_head, use_adapter
+
+from tests.conftest import first_batch, labels_and_mask, perturb, step_metrics, train_step
+from tests.oracles.tdpo import token_logps
+from tests.test_layers import imports, is_private_to_trl, modules, part
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+
+
+# Names TRL does not export -> their parameters. For an autograd function, those of `forward` after `ctx`.
+NOT_EXPORTED = {
+    ("trl.data_utils", "_tokenize"): ("processing_class", "input", "apply_chat_template_kwargs"),
+    ("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction"): (
+        *("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias"),
+        *("beta", "temperature", "student_logit_scale", "student_final_logit_softcapping"),
+        *("teacher_logit_scale", "teacher_final_logit_softcapping"),
+    ),
+    ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction"): (
+        *("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"),
+        *("logit_scale", "outputs"),
+    ),
+    ("trl.kernels.chunked_logprob", "_addmm_fp32"): ("acc", "a", "b"),
+    ("trl.models.utils", "disable_gradient_checkpointing"): ("model", "gradient_checkpointing_kwargs"),
+    ("trl.trainer.dpo_trainer", "DataCollatorForPreference"): (
+        *("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"),
+    ),
+    ("trl.trainer.utils", "FusedCausalLMOutput"): (
+        *("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"),
+    ),
+    ("trl.trainer.utils", "get_config_model_id"): ("config",),
+    ("trl.trainer.utils", "maybe_gather_lm_head_ctx"): ("params",),
+    ("trl.trainer.utils", "use_adapter"): ("model", "adapter_name"),
+}
+
+# Methods of DPOTrainer that are overridden or called -> their parameters
+METHODS = {
+    "_compute_loss": ("self", "model", "inputs", "return_outputs"),
+    "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    "_set_signature_columns_if_needed": ("self",),
+    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),  # calls `_compute_loss`
+}
+
+# Attributes that DPOTrainer sets in its constructor -> their values for a plain config
+ATTRIBUTES = {
+    "_is_vision_dataset": False,
+    "_total_train_tokens": 0,
+    "_tp_size": 1,
+    "aux_loss_enabled": False,
+    "beta": 0.1,
+    "loss_types": ["sigmoid"],
+    "loss_weights": [1.0],
+    "router_aux_loss_coef": 0.0,
+}
+
+ADDED_METRICS = {
+    TDPOTrainer: {
+        *("position_kl/chosen", "position_kl/rejected", "position_kl/margin"),
+        *("rewards_tdpo/chosen", "rewards_tdpo/rejected"),
+    },
+    SelfRefineDPOTrainer: {"refinement/margin", "refinement/accuracies", "refinement/marginal"},
+}
+CONFIGS = {TDPOTrainer: TDPOConfig, SelfRefineDPOTrainer: SelfRefineDPOConfig}
+
+
+def parameters(function) -> tuple[str, ...]:
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        return tuple(inspect.signature(function.forward).parameters)[1:]
+    return tuple(inspect.signature(function).parameters)
+
+
+# Names and signatures
+
+
+def test_the_table_is_what_the_code_uses():
+    """The names TRL does not export, as trainers/ and kernels/ import them, are the ones listed here."""
+    used = {
+        imported
+        for module in modules()
+        if part(module) in ("trainers", "kernels")
+        for imported in imports(module)
+        if is_private_to_trl(*imported)
+    }
+    assert used == set(NOT_EXPORTED)
+
+
+@pytest.mark.parametrize(("module", "name"), NOT_EXPORTED)
+def test_name_exists_with_the_signature_relied_on(module, name):
+    assert parameters(getattr(importlib.import_module(module), name)) == NOT_EXPORTED[module, name]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_has_the_signature_relied_on(method):
+    assert tuple(inspect.signature(getattr(DPOTrainer, method)).parameters) == METHODS[method]
+
+
+def test_constructor_takes_the_arguments_passed_on():
+    """The order matters: both trainers pass the first ones by position."""
+    assert list(inspect.signature(DPOTrainer.__init__).parameters) == [
+        *("self", "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
+        *("compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"),
+    ]
+
+
+def test_attributes(make_trainer):
+    trainer = make_trainer(DPOTrainer, DPOConfig)
+    assert {name: getattr(trainer, name) for name in ATTRIBUTES} == ATTRIBUTES
+    assert set(trainer._metrics) == {"train", "eval"}
+    assert trainer.ref_model is not None
+
+
+# Behaviour
+
+
+def test_collator():
+    """By hand: `[chosen, rejected]` along the first dimension, padded on the right, completions marked."""
+    batch = DataCollatorForPreference(pad_token_id=0)(
+        [
+            {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+            {"prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11]},
+        ]
+    )
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[1, 2, 3, 4, 5], [7, 8, 9, 0, 0], [1, 2, 3, 6, 0], [7, 8, 10, 11, 0]],
+        "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]],
+        "completion_mask": [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 1, 1, 0]],
+    }
+
+
+def test_prepared_rows(make_trainer, conversational_pairs):
+    """`_prepare_dataset` keeps the columns and adds the token ids; the default collator is the one derived from."""
+    trainer = make_trainer(DPOTrainer, DPOConfig)
+    assert type(trainer.data_collator) is DataCollatorForPreference
+    assert set(trainer.train_dataset.column_names) == {
+        *conversational_pairs.column_names,
+        *("prompt_ids", "chosen_ids", "rejected_ids"),
+    }
+    trainer._set_signature_columns_if_needed()
+    assert set(trainer._signature_columns) == {
+        *("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps"),
+    }
+
+
+def test_fused_lm_head(tiny_model_dir, make_trainer):
+    """
+    Oracle: float64 full logits. `fused_lm_head=True` gives per-token log-probabilities of shape `(2B, T)`, shifted by one,
+    and 0 where the label is -100.
+    """
+    batch = first_batch(make_trainer(DPOTrainer, DPOConfig))
+    labels, mask = labels_and_mask(batch)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    expected = token_logps(model(**inputs).logits[:, :-1], labels).masked_fill(mask == 0, 0)
+    add_fused_lm_head(model)
+    masked_labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    log_probs = model(**inputs, labels=masked_labels, fused_lm_head=True).log_probs
+    torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_use_adapter(tiny_model_dir):
+    """None switches the adapters off, a name switches to it, and the one that was active comes back."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    base = model(ids).logits.detach()
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    perturb(model, scale=1.0)
+    policy = model(ids).logits.detach()
+    model.add_adapter("ref", config)  # new, so the same as the base model
+    assert not torch.allclose(policy, base, atol=1e-3)
+    for name in (None, "ref"):
+        with use_adapter(model, adapter_name=name):
+            torch.testing.assert_close(model(ids).logits, base)
+    torch.testing.assert_close(model(ids).logits, policy)
+
+
+def test_disable_gradient_checkpointing(tiny_model_dir):
+    """Off inside, on again after, and left off where it was off."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with disable_gradient_checkpointing(model, None):
+        assert not model.is_gradient_checkpointing
+    assert not model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable()
+    with disable_gradient_checkpointing(model, None):
+        assert not model.is_gradient_checkpointing
+    assert model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("trainer_class", ADDED_METRICS, ids=lambda cls: cls.__name__)
+def test_metrics_are_dpos_and_the_added_ones(make_trainer, trainer_class):
+    """The keys DPOTrainer records for a step, each also recorded by ours, which adds the ones listed and no other."""
+    stock, ours = make_trainer(DPOTrainer, DPOConfig), make_trainer(trainer_class, CONFIGS[trainer_class])
+    for trainer in (stock, ours):
+        train_step(trainer, first_batch(trainer))
+    stock_keys, keys = set(step_metrics(stock)), set(step_metrics(ours))
+    assert keys - ADDED_METRICS[trainer_class] == stock_keys
+    assert ADDED_METRICS[trainer_class] & stock_keys == set()
+    assert ADDED_METRICS[trainer_class] <= keys
