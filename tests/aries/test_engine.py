@@ -97,6 +97,7 @@ def engine_job(model: str, directory: Path, prompts: list[dict], adapter: list |
         "model": model,
         "adapter": adapter,
         "max_lora_rank": 8,
+        "revision": None,
         "trust_remote_code": False,
         "generation": asdict(GenerationConfig(max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1)),
         "template": "{{ question }} {{ draft }}",

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from trl_ext.aries.config import AriesConfig, EvaluationConfig, PairsConfig, PromptsConfig, ScoresConfig
+from trl_ext.aries.config import (
+    AriesConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    PairsConfig,
+    PromptsConfig,
+    ScoresConfig,
+)
 from trl_ext.aries.records import sha256
 from trl_ext.aries.run_dir import RunDir, is_locked
 from trl_ext.recipe import RecipeError
@@ -22,8 +29,8 @@ def config(tmp_path):
     )
 
 
-def enter(config):
-    with RunDir(Path(config.output_dir)).opened(config, "recipe: text\n"):
+def enter(config, **inputs):
+    with RunDir(Path(config.output_dir)).opened(config, "recipe: text\n", inputs):
         pass
 
 
@@ -46,6 +53,19 @@ def test_another_recipe_is_refused_with_what_differs_and_the_way_out(config):
     assert "output_dir" in str(error.value)
 
 
+def test_other_data_under_the_same_name_is_refused(config):
+    enter(config, data="a")
+    with pytest.raises(RecipeError, match="inputs.data: 'a' -> 'b'"):
+        enter(config, data="b")
+
+
+def test_how_the_machine_is_used_may_change_and_the_directory_may_move(config):
+    enter(config)
+    Path(config.output_dir).rename(f"{config.output_dir}-moved")
+    engine = GenerationConfig(max_num_seqs=8, gpu_memory_utilization=0.5)
+    enter(replace(config, output_dir=f"{config.output_dir}-moved", generation=engine))
+
+
 def test_more_rounds_continue_a_run_and_fewer_do_not(config):
     enter(config)
     enter(replace(config, rounds=5))
@@ -62,7 +82,7 @@ def test_more_rounds_are_refused_where_their_number_sizes_the_rounds(config):
 
 def test_one_process_at_a_time(config):
     run_dir = RunDir(Path(config.output_dir))
-    with run_dir.opened(config, ""):
+    with run_dir.opened(config, "", {}):
         assert is_locked(run_dir.lock)
         with pytest.raises(RecipeError, match="in use by another process"):
             enter(config)

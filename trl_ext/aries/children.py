@@ -31,7 +31,13 @@ class ChildError(RuntimeError):
     """A stage's process failed. The message has the end of its log and the log's path."""
 
 
-def run_child(module: str, job: dict[str, Any], log: Path, on_progress: Callable[[int, int], None]) -> None:
+def run_child(
+    module: str,
+    job: dict[str, Any],
+    log: Path,
+    on_progress: Callable[[int, int], None],
+    env: dict[str, str] | None = None,
+) -> None:
     """
     Run `python -m module` on a job and wait for it.
 
@@ -44,6 +50,8 @@ def run_child(module: str, job: dict[str, Any], log: Path, on_progress: Callable
             Where its output goes (appended).
         on_progress (`Callable[[int, int], None]`):
             Called with (done, total).
+        env (`dict[str, str]`, *optional*):
+            Environment variables to add.
 
     Raises:
         [`RecipeError`]: it found bad input.
@@ -59,7 +67,7 @@ def run_child(module: str, job: dict[str, Any], log: Path, on_progress: Callable
             stdout=subprocess.PIPE,
             stderr=log_file,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **(env or {})},
             start_new_session=True,  # a group of its own: it is ended with all its children
         )
         try:

@@ -62,7 +62,7 @@ class GenerationConfig:
         max_num_seqs (`int`, *optional*, defaults to `256`):
             Requests decoded together, and chains in progress.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Data type of the engine's weights; `"auto"` is the checkpoint's.
+            Data type of the engine's weights. `"auto"` is vLLM's choice: the checkpoint's, but 16 bits for a float32 one.
         gpu_memory_utilization (`float`, *optional*, defaults to `0.9`):
             Share of the GPU's memory that vLLM may use. It is given back before training.
         cpu_kv_cache_gib (`int`, *optional*, defaults to `2`):

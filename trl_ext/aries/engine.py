@@ -88,7 +88,11 @@ class EmbeddedEngine:
             The recipe's section.
         max_lora_rank (`int`):
             The adapter's rank.
-        trust_remote_code (`bool`):
+        template (`str`):
+            The refinement template.
+        revision (`str`, *optional*):
+            Revision of a model on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the model may run its own code.
     """
 
@@ -99,6 +103,7 @@ class EmbeddedEngine:
         config: GenerationConfig,
         max_lora_rank: int,
         template: str,
+        revision: str | None = None,
         trust_remote_code: bool = False,
     ):
         # In this process: 5 s to start on a CPU against 34 s, and one process to end
@@ -133,6 +138,8 @@ class EmbeddedEngine:
                 | settings
                 | {
                     "model": model,
+                    "revision": revision,
+                    "tokenizer_revision": revision,
                     "dtype": config.dtype,
                     "max_model_len": config.max_model_len,
                     "max_num_seqs": config.max_num_seqs,
@@ -148,8 +155,8 @@ class EmbeddedEngine:
             )
         )
         self._lora = None if adapter is None else LoRARequest(*adapter)
-        self._tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-        self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model))
+        self._tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model, revision))
         self._template = compile_template(template)
         self._max_model_len = config.max_model_len
         self._chains: dict[str, Chain] = {}  # by request
@@ -204,11 +211,11 @@ class EmbeddedEngine:
         return advanced
 
 
-def _generation_config(model: str) -> Any:
+def _generation_config(model: str, revision: str | None) -> Any:
     from transformers import GenerationConfig as HFGenerationConfig
 
     try:
-        return HFGenerationConfig.from_pretrained(model)
+        return HFGenerationConfig.from_pretrained(model, revision=revision)
     except OSError:  # the model has none
         return None
 
@@ -262,6 +269,7 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         config=config,
         max_lora_rank=job["max_lora_rank"],
         template=job["template"],
+        revision=job["revision"],
         trust_remote_code=job["trust_remote_code"],
     )
     for i, task in enumerate(tasks):

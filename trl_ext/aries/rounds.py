@@ -7,6 +7,7 @@ the previous round made, and the round's own prompts.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..recipe import Recipe, RecipeError
+import yaml
+
+from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .children import run_child
 from .config import AriesConfig, sft_settings, trainer_settings
 from .evaluation import evaluation_metrics
@@ -59,14 +62,16 @@ def run(config: AriesConfig, recipe: Recipe) -> int:
     """
     start = time.monotonic()
     loop = Rounds(config)
-    with loop.dir.opened(config, recipe.path.read_text(encoding="utf-8")):
+    loop.load()
+    with loop.dir.opened(config, recipe_text(recipe), loop.input_hashes()):
         if not loop.dir.round(config.rounds).manifest.exists():
             loop.check(recipe)
         loop.sft()
         for number in range(1, config.rounds + 1):
             loop.round(number)
         loop.evaluate_last()
-    loop.print_results(duration(time.monotonic() - start))
+    loop.print_results()
+    loop.print_next(recipe.path, duration(time.monotonic() - start))
     return 0
 
 
@@ -97,8 +102,20 @@ def status(config: AriesConfig) -> int:
     if loop.dir.events.exists():
         last = read_jsonl(loop.dir.events)[-1]
         say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
-    loop.print_results(None)
+    loop.print_results()
     return 0
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as it was written, or, with overrides from the command line, as it was meant."""
+    if COMMAND_LINE in recipe.locations.values():
+        return yaml.safe_dump(recipe.mapping, sort_keys=False, allow_unicode=True)
+    return recipe.path.read_text(encoding="utf-8")
+
+
+def one_gpu() -> dict[str, str]:
+    """Training runs in one process; with several GPUs in sight TRL would refuse `nn.DataParallel`."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def partial(path: Path) -> str:
@@ -115,12 +132,26 @@ class Rounds:
         self.dir = RunDir(Path(config.output_dir))
         self.progress = RunProgress(config.rounds)
         self.template = compile_template(config.refinements.template)
+
+    def load(self) -> None:
+        """Read what the recipe names, so that anything missing shows before any work is done."""
+        config = self.config
         self.verifier = load_verifier(config.scores.verifier) if config.scores.verifier else no_scores
         self.prompts = load_prompts(config.prompts.dataset, config.prompts.split, "prompts.dataset")
         self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
         evaluation = load_prompts(config.evaluation.dataset, config.evaluation.split, "evaluation.dataset")
         self.evaluation_prompts = evaluation[: config.evaluation.samples]
         self.sft_rows = load_rows(config.sft["dataset"], "train", "sft.dataset") if config.sft else []
+
+    def input_hashes(self) -> dict[str, str]:
+        """SHA-256 of the local files that the recipe names, by key."""
+        named = {
+            "prompts.dataset": self.config.prompts.dataset,
+            "evaluation.dataset": self.config.evaluation.dataset,
+            "scores.verifier": (self.config.scores.verifier or "").rpartition(":")[0],
+            "sft.dataset": self.config.sft["dataset"] if self.config.sft else "",
+        }
+        return {key: sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
 
     def check(self, recipe: Recipe) -> None:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
@@ -149,7 +180,7 @@ class Rounds:
         job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
         job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
         with self.stage(0, "sft") as update:
-            run_child("trl_ext.aries.training", job, round_dir.logs / "sft.log", update)
+            run_child("trl_ext.aries.training", job, round_dir.logs / "sft.log", update, env=one_gpu())
 
     def round(self, number: int) -> None:
         start = time.monotonic()
@@ -198,6 +229,7 @@ class Rounds:
             "model": policy.model,
             "adapter": adapter,
             "max_lora_rank": next(r for r in LORA_RANKS if r >= self.config.model.get("lora_r", 16)),
+            "revision": self.config.model.get("model_revision"),
             "trust_remote_code": self.trust_remote_code,
             "generation": asdict(self.config.generation),
             "template": self.config.refinements.template,
@@ -263,7 +295,7 @@ class Rounds:
         job = self.training_job(number, self.policy(number - 1))
         job |= trainer_settings(self.config, number, str(round_dir.training))
         with self.stage(number, f"training ({job['trainer']})") as update:
-            run_child("trl_ext.aries.training", job, round_dir.logs / "training.log", update)
+            run_child("trl_ext.aries.training", job, round_dir.logs / "training.log", update, env=one_gpu())
 
     def evaluate_last(self) -> None:
         """Answer the evaluation prompts with the last round's policy."""
@@ -335,22 +367,24 @@ class Rounds:
             yield update
         self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
 
-    def print_results(self, elapsed: str | None) -> None:
-        """The round × turn table of what has been evaluated so far, and what to do next."""
+    def print_results(self) -> None:
+        """The round × turn table of what has been evaluated so far."""
         metrics = {}
         for number in range(self.config.rounds + 1):
             file = self.dir.round(number).metrics
             if file.exists():
                 metrics[number] = json.loads(file.read_text(encoding="utf-8"))
-        if not metrics:
-            return
-        self.progress.console.print(score_table(metrics, self.config.refinements.turns, self.config.sft is not None))
-        if elapsed is not None:
-            last = self.dir.round(self.config.rounds)
-            self.progress.say(
-                f"Finished in {elapsed}. Next:\n"
-                f"  the trained policy     {self.product(self.config.rounds)}\n"
-                f"  what it learned from   {last.pairs}\n"
-                f"  every answer, y1..y{self.config.refinements.turns}    {last.evaluation}\n"
-                f"  where it all came from {last.manifest}",
-            )
+        if metrics:
+            table = score_table(metrics, self.config.refinements.turns, self.config.sft is not None)
+            self.progress.console.print(table)
+
+    def print_next(self, recipe_path: Path, elapsed: str) -> None:
+        """What to do with a finished run."""
+        last = self.dir.round(self.config.rounds)
+        other = "tdpo" if self.config.training.get("trainer", "dpo") == "dpo" else "dpo"
+        self.progress.say(
+            f"Finished in {elapsed}. The trained policy is {self.product(self.config.rounds)}. Next, for example:\n"
+            f"  less {last.pairs}  # what it learned from\n"
+            f"  less {last.evaluation}  # its answers, y1 to y{self.config.refinements.turns}\n"
+            f"  trl-ext aries run --config {recipe_path} --output_dir {self.dir.path}-{other} --training.trainer {other}"
+        )

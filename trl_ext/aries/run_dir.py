@@ -23,6 +23,15 @@ from .config import AriesConfig
 from .records import sha256, write_atomically, write_json
 
 
+# Settings that may change while a run goes on: where it is, and how the engine uses the machine
+OPERATIONAL_KEYS = {
+    "output_dir",
+    "generation.cpu_kv_cache_gib",
+    "generation.enforce_eager",
+    "generation.gpu_memory_utilization",
+    "generation.max_num_seqs",
+    "generation.tensor_parallel_size",
+}
 PACKAGES = (
     "trl-ext",
     "trl",
@@ -79,9 +88,15 @@ class RunDir:
         return RoundDir(self.path / f"round_{number:02d}")
 
     @contextmanager
-    def opened(self, config: AriesConfig, recipe_text: str) -> Iterator[None]:
+    def opened(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> Iterator[None]:
         """
         Create the directory, or continue it, with the lock held.
+
+        Args:
+            config ([`AriesConfig`]), recipe_text (`str`):
+                What the recipe resolved to, and the recipe.
+            inputs (`dict[str, str]`):
+                SHA-256 of the local files it names, by key: a run must not continue on other data.
 
         Raises:
             [`RecipeError`]: it belongs to another recipe, another process is using it, or it cannot be written.
@@ -101,31 +116,31 @@ class RunDir:
                     f"{self.path} is in use by another process. Wait for it, watch it with `trl-ext aries status`, or set "
                     "another `output_dir`."
                 ) from None
-            self._claim(config, recipe_text)
+            self._claim(config, recipe_text, inputs)
             yield
 
-    def _claim(self, config: AriesConfig, recipe_text: str) -> None:
-        resolved = json.loads(json.dumps(asdict(config)))
-        if not self.resolved.exists():
-            if any(self.path.glob("round_*")):
-                raise RecipeError(
-                    f"{self.path} holds rounds but no {self.resolved.name}. Choose another `output_dir`."
-                )
-            write_atomically(self.recipe, [recipe_text])
-            write_json(self.resolved, resolved)
-            return
-        recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
-        changed = sorted(differing_keys(recorded, resolved))
-        if changed == ["rounds"]:  # more rounds continue a run; the rounds done so far do not depend on their number
+    def _claim(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> None:
+        resolved = json.loads(json.dumps(asdict(config))) | {"inputs": inputs}
+        if self.resolved.exists():
+            recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
+            changed = differing_keys(recorded, resolved) - OPERATIONAL_KEYS
+            # More rounds continue a run, where the rounds done so far do not depend on their number
             if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
-                write_json(self.resolved, resolved)
+                changed -= {"rounds"}
+            if changed:
+                details = "\n".join(
+                    f"  {key}: {lookup(recorded, key)!r} -> {lookup(resolved, key)!r}" for key in sorted(changed)
+                )
+                raise RecipeError(
+                    f"{self.path} was made with other settings or data:\n{details}\nSet another `output_dir` for the new "
+                    f"ones, or go back to the old ones ({self.recipe}) to continue."
+                )
+            if recorded == resolved:
                 return
-        if changed:
-            details = "\n".join(f"  {key}: {lookup(recorded, key)!r} -> {lookup(resolved, key)!r}" for key in changed)
-            raise RecipeError(
-                f"{self.path} was made with other settings:\n{details}\nSet another `output_dir` for the new settings, or "
-                f"take the old ones back ({self.recipe}) to continue."
-            )
+        elif any(self.path.glob("round_*")):
+            raise RecipeError(f"{self.path} holds rounds but no {self.resolved.name}. Choose another `output_dir`.")
+        write_atomically(self.recipe, [recipe_text])
+        write_json(self.resolved, resolved)
 
     def log_event(self, **event: Any) -> None:
         """Append to `events.jsonl`: what happened, when."""

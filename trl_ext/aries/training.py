@@ -38,6 +38,7 @@ OWNED_KEYS = {
     "output_dir": "a round trains in its own directory, under the recipe's `output_dir`",
     "resume_from_checkpoint": "a run continues by itself",
     "model_init_kwargs": "the section `model` says how models are loaded",
+    "precompute_ref_log_probs": "the reference is chosen by `training.reference`, after TRL would have used it",
 }
 # Share of its log-probability by which an untrained policy may differ from itself as the reference: rounding. The same
 # forward gives 0; it is the log-probabilities of another policy that differ by more.
@@ -93,7 +94,11 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
         kwargs["quantization_config"] = get_quantization_config(model_args)
         if job["trainer"] != "sft" and job["reference"]["model"] != model and kwargs["peft_config"] is None:
             kwargs["ref_model"] = AutoModelForCausalLM.from_pretrained(
-                job["reference"]["model"], dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+                job["reference"]["model"],
+                dtype=model_args.dtype,
+                attn_implementation=model_args.attn_implementation,
+                revision=model_args.model_revision,
+                trust_remote_code=args.trust_remote_code,
             )
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
@@ -101,7 +106,9 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
         model=model,
         args=args,
         train_dataset=Dataset.from_list([{column: row[column] for column in columns} for row in rows]),
-        processing_class=AutoTokenizer.from_pretrained(job["model"], trust_remote_code=args.trust_remote_code),
+        processing_class=AutoTokenizer.from_pretrained(
+            job["model"], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        ),
         callbacks=[ProgressReport(progress)],
         **kwargs,
     )
@@ -210,7 +217,11 @@ def check_settings(job: dict[str, Any]) -> None:
     name, where = recipe.at("model", "model_name_or_path"), recipe.where("model", "model_name_or_path")
     trust_remote_code = bool(job["training"]["config"].get("trust_remote_code", False))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=recipe.mapping["model"].get("model_revision", "main"),
+            trust_remote_code=trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         raise RecipeError(f"{where}: `model.model_name_or_path`: {error}") from error
     if tokenizer.eos_token is None:

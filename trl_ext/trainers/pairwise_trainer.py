@@ -126,7 +126,7 @@ class PairwiseTrainer(DPOTrainer):
         batch = PairBatch.from_inputs(inputs)
         reference = self._reference_forward(batch)
         policy = self._policy_forward(model, batch, reference)
-        logps = self._pair_logps(policy, reference)
+        logps = self._pair_logps(batch, policy, reference)
         loss = self._loss(batch, policy, logps)
         self._record_metrics(batch, policy, logps)
         if return_outputs:
@@ -173,8 +173,8 @@ class PairwiseTrainer(DPOTrainer):
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         return model(**batch.model_kwargs, **router, labels=batch.labels, fused_lm_head=True)
 
-    def _pair_logps(self, policy: ModelOutput, reference: object) -> PairLogps:
-        return PairLogps(*policy.log_probs.sum(dim=1).chunk(2, dim=0), *reference)
+    def _pair_logps(self, batch: PairBatch, policy: ModelOutput, reference: object) -> PairLogps:
+        return PairLogps(*self._sum_over_completion(policy.log_probs, batch), *reference)
 
     @staticmethod
     def _sum_over_completion(per_token: torch.Tensor, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,13 +103,14 @@ class TDPOTrainer(PairwiseTrainer):
             **batch.model_kwargs, **router, labels=batch.labels, reference=reference, kl_weight=self._kl_weight
         )
 
-    def _pair_logps(self, policy: PositionKLOutput, reference: CompletionStates) -> PairLogps:
+    def _pair_logps(self, batch: PairBatch, policy: PositionKLOutput, reference: CompletionStates) -> PairLogps:
         return PairLogps(
-            *policy.log_probs.sum(dim=1).chunk(2, dim=0), *policy.ref_log_probs.sum(dim=1).chunk(2, dim=0)
+            *self._sum_over_completion(policy.log_probs, batch),
+            *self._sum_over_completion(policy.ref_log_probs, batch),
         )
 
     def _pair_losses(self, loss_type, batch: PairBatch, policy: PositionKLOutput, logps: PairLogps) -> torch.Tensor:
-        chosen_kl, rejected_kl = policy.position_kl.sum(dim=1).chunk(2, dim=0)  # (B,), the paper's SeqKL
+        chosen_kl, rejected_kl = self._sum_over_completion(policy.position_kl, batch)  # (B,), the paper's SeqKL
         losses, chosen_rewards, rejected_rewards = tdpo_loss(
             logps.chosen_logratios,
             logps.rejected_logratios,

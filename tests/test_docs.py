@@ -1,0 +1,182 @@
+"""
+The documentation against the code: links lead somewhere, quoted lines are in the files they are quoted from, and every key,
+metric, refused option, drop reason and file has its line.
+"""
+
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOTrainer
+from trl_ext.aries import config as aries_config
+from trl_ext.aries.config import AriesConfig, PairsConfig
+from trl_ext.aries.evaluation import evaluation_metrics
+from trl_ext.aries.pairs import Pair, preference_rows
+from trl_ext.aries.records import Answer, Chain
+from trl_ext.aries.refinements import compile_template
+from trl_ext.aries.run_dir import RoundDir, RunDir
+from trl_ext.recipe import Recipe, check_keys, parse_section
+
+from .test_readme import blocks, check_command, commands
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(ROOT.glob("docs/*.md")) + [ROOT / name for name in ("README.md", "CHANGELOG.md", "recipes/README.md")]
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of the headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def section(text: str, heading: str) -> str:
+    """The text under a heading, up to the next one of any level."""
+    (found,) = re.findall(rf"^#+ {re.escape(heading)}$(.*?)(?=^#+ |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+class TestPage:
+    def test_links_lead_somewhere(self, page):
+        text = without_comments(page.read_text(encoding="utf-8"))
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            if link.startswith("https://"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = page if not file else page.parent / file
+            assert target.exists(), link
+            if anchor:
+                assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+    def test_files_exist(self, page):
+        text = without_comments(page.read_text(encoding="utf-8"))
+        for path in re.findall(r"\b(?:trl_ext|tests|docs|recipes|requirements)/[\w./-]*\w\.\w+", text):
+            assert (ROOT / path).exists(), path
+
+    def test_commands_name_what_exists(self, page):
+        for command in commands(re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))):
+            if "my-sft" not in command:
+                check_command(command)
+
+
+def test_index_lists_every_page():
+    assert set(re.findall(r"^\| \[(\w+)\.md\]", DOCS["README"], flags=re.MULTILINE)) == DOCS.keys() - {"README"}
+
+
+# The trainers
+
+
+@pytest.mark.parametrize(("trainer", "page"), [(TDPOTrainer, "tdpo"), (SelfRefineDPOTrainer, "self_refine_dpo")])
+class TestTrainerPage:
+    def test_refused_options(self, trainer, page):
+        table = section(DOCS[page], "What is refused")
+        for option in (*trainer._refused_options, "loss_type"):
+            assert re.search(rf"^\| `{option}`", table, flags=re.MULTILINE), option
+
+    def test_metrics(self, trainer, page):
+        metrics = re.findall(r'_record(?:_mean|_token_mean)?\("([^"]+)"', inspect.getsource(trainer))
+        assert len(metrics) >= 3
+        for metric in metrics:
+            assert f"`{metric}`" in section(DOCS[page], "What is logged"), metric
+
+    def test_equations_quote_the_code(self, trainer, page):
+        rows = re.findall(r"^\|.*\| `([\w/]+\.py)` \| `(.*)` \|$", DOCS[page], flags=re.MULTILINE)
+        assert len(rows) >= 4
+        for file, line in rows:
+            assert line in (ROOT / file).read_text(encoding="utf-8"), line
+
+
+# ARIES
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(AriesConfig), ids=lambda field: field.name)
+def test_every_recipe_key_has_its_line_and_default(field):
+    if not dataclasses.is_dataclass(field.type):
+        assert f"`{field.name}`" in DOCS["aries"]
+        if field.default not in (None, dataclasses.MISSING):
+            assert f"| `{field.name}` | `{field.default}` |" in section(DOCS["aries"], "Top level")
+        return
+    text = section(DOCS["aries"], f"`{field.name}`")
+    for key in dataclasses.fields(field.type):
+        (default,) = re.findall(rf"^\| `{key.name}` \| ([^|]+) \|", text, flags=re.MULTILINE)
+        if key.default is dataclasses.MISSING:
+            assert default == "required"
+        elif key.default is None:
+            assert not default.startswith("`")
+        elif key.default is not aries_config.REFINEMENT_TEMPLATE:
+            assert yaml.safe_load(default.strip("`")) == key.default
+
+
+def test_every_drop_reason_is_explained():
+    source = (ROOT / "trl_ext/aries/pairs.py").read_text() + (ROOT / "trl_ext/aries/engine.py").read_text()
+    reasons = set(re.findall(r'(?:return|stopped =|stopped or) "(\w+)"', source))
+    assert {"no_margin", "prompt_too_long", "fewer_than_two_scores"} <= reasons
+    assert set(re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "Selection"), flags=re.MULTILINE)) == reasons
+
+
+def test_every_file_of_a_run_is_described():
+    files = {path.name for of in (RunDir(Path()), RoundDir(Path("round_00"))) for path in vars(of).values()}
+    for file in files - {"", "round_00"}:
+        assert re.search(rf"`{re.escape(file)}/?`", DOCS["run_directory"]), file
+
+
+def test_rows_are_described():
+    answer = Answer(turn=1, text="a", tokens=1, finish_reason="stop")
+    chain = Chain("p-1", "x", [answer, answer])
+    template = compile_template(aries_config.REFINEMENT_TEMPLATE)
+    [row, *_] = preference_rows(Pair(chain, answer, answer, 1.0, 0.0), template, PairsConfig())
+    metrics = evaluation_metrics([chain], [[1.0, 0.0]], turns=2)
+    described = {
+        "`answers.jsonl`": [*chain.to_row(), *dataclasses.asdict(answer)],
+        "`pairs.jsonl`": list(row),
+        "`metrics.json`": [*metrics, *metrics["turns"][0]],
+    }
+    for heading, keys in described.items():
+        text = section(DOCS["run_directory"], heading)
+        assert [key for key in keys if f"`{key}`" not in text] == []
+
+
+def test_yaml_blocks_are_recipes():
+    """What they leave out is added; every key they have must be one."""
+    (squared,) = blocks(DOCS["aries"], "yaml")
+    check_keys(Recipe(None, yaml.safe_load(squared), {}), [SelfRefineDPOConfig], ("training",), also=("trainer",))
+    (paper,) = blocks(DOCS["paper_index"], "yaml")
+    recipe = yaml.safe_load(paper)
+    recipe["prompts"]["dataset"] = "prompts.jsonl"
+    recipe |= {"output_dir": "runs/paper", "model": {"model_name_or_path": "model"}}
+    recipe |= {"evaluation": {"dataset": "held_out.jsonl"}, "scores": {"verifier": "verifier.py:score"}}
+    assert parse_section(Recipe(None, recipe, {}), AriesConfig).refinements.turns == 4
+
+
+def test_figure_of_a_run(tmp_path):
+    """Text stays text, and the same scores give the same bytes."""
+    for number, scores in enumerate([(0.25, 0.5), (0.75, None)]):
+        directory = tmp_path / "run" / f"round_{number:02d}"
+        directory.mkdir(parents=True)
+        turns = [{"score": score, "standard_error": score and 0.02} for score in scores]
+        (directory / "metrics.json").write_text(json.dumps({"prompts": 500, "turns": turns}))
+    figures = []
+    for name in ("a.svg", "b.svg"):
+        script = [sys.executable, str(ROOT / "docs" / "figures" / "quickstart.py"), str(tmp_path / "run")]
+        subprocess.run([*script, "--output", str(tmp_path / name)], check=True, capture_output=True)
+        figures.append((tmp_path / name).read_text())
+    assert figures[0] == figures[1]
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", figures[0])
+    assert {"y1 (direct)", "y2", "round 1", "mean score, 500 held-out prompts"} <= set(texts)

@@ -1,0 +1,173 @@
+"""
+README.md does what it says: its Python blocks, and those of docs/, run as written, and its commands name what exists.
+
+The Hub is a directory here: the ids that the blocks use are paths below the working directory, with a tiny random model and
+eight pairs in them.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from trl_ext.aries import training
+from trl_ext.aries.config import AriesConfig
+from trl_ext.cli import TRAINERS, find_accelerate_config, make_parser, split_launch_args
+from trl_ext.recipe import apply_overrides, check_keys, export_env, load_yaml, parse_section, take_flag
+from trl_ext.scripts import self_refine_dpo, tdpo
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"tdpo": tdpo, "self-refine-dpo": self_refine_dpo}
+
+# Each block in a namespace of its own. DPOConfig's default, bf16, is refused without a GPU unless `use_cpu` is set, and no
+# environment variable changes that: the blocks are told that bf16 works, and accelerate to use the CPU.
+RUNNER = """
+import json, sys
+import transformers.training_args
+transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+for code in json.load(open(sys.argv[1])):
+    names = {}
+    exec(compile(code, "block", "exec"), names)
+    trainer = names.get("trainer")
+    print("RAN", None if trainer is None else (type(trainer).__name__, trainer.state.global_step))
+"""
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks of a Markdown text."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the bash blocks, comments removed."""
+    lines = (line.partition(" #")[0].strip() for block in blocks(text, "bash") for line in block.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, tiny_model_dir, conversational_pairs) -> dict[str, list[str]]:
+    """
+    Python blocks of the README and of each page in docs/, run in one process in a directory where the ids they use are local
+    models and datasets: what each block's `trainer` was, and how many steps it made.
+    """
+    path = tmp_path_factory.mktemp("hub")
+    shutil.copytree(tiny_model_dir, path / "Qwen" / "Qwen2.5-0.5B-Instruct")
+    dataset = path / "trl-lib" / "ultrafeedback_binarized"
+    dataset.mkdir(parents=True)
+    conversational_pairs.to_json(dataset / "train.jsonl")
+    pairs = path / "runs" / "quickstart" / "round_01" / "pairs.jsonl"
+    pairs.parent.mkdir(parents=True)
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "turn": 0, "draft": null, "weight": 2}\n')
+
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    code = {str(page.relative_to(ROOT)): blocks(page.read_text(encoding="utf-8"), "python") for page in pages}
+    (path / "blocks.json").write_text(json.dumps([block for found in code.values() for block in found]))
+    (path / "runner.py").write_text(RUNNER)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "runner.py", "blocks.json"], cwd=path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = iter(re.findall(r"^RAN (.*)$", done.stdout, flags=re.MULTILINE))
+    return {page: [next(results) for _ in found] for page, found in code.items()}
+
+
+def test_python_blocks_run_as_written(ran):
+    # Eight pairs are one batch of the default size, and the default is three epochs
+    tdpo_ran, self_refine_ran = str(("TDPOTrainer", 3)), str(("SelfRefineDPOTrainer", 3))
+    assert {page: found for page, found in ran.items() if found} == {
+        "README.md": [tdpo_ran, self_refine_ran],
+        "docs/aries.md": ["None", "None"],
+        "docs/paper_index.md": ["None", "None"],
+        "docs/self_refine_dpo.md": [self_refine_ran],
+        "docs/tdpo.md": [tdpo_ran],
+    }
+
+
+def check_command(command: str) -> None:
+    """Fail where a command names a target, sub-command, option or file that does not exist."""
+    words = shlex.split(command)
+    program, *arguments = words
+    if program == "trl-ext":
+        check_trl_ext(arguments)
+    elif program == "make":
+        check_make(arguments)
+    elif program == "pip":
+        check_pip(arguments)
+    elif program == "accelerate":
+        assert arguments[0] == "launch"
+        assert all((ROOT / word).exists() for word in arguments if word.endswith(".yaml"))
+    elif program == "python":
+        assert all((ROOT / word).exists() for word in arguments if re.search(r"^(docs|tests|recipes)/", word))
+    else:
+        pytest.fail(f"an unknown kind of command: {command}")
+
+
+def check_trl_ext(arguments: list[str]) -> None:
+    args, rest = make_parser().parse_known_args(arguments)
+    if args.command == "aries":
+        recipe = export_env(apply_overrides(load_yaml(ROOT / args.config), rest))
+        trainer = parse_section(recipe, AriesConfig).training.get("trainer", "dpo")
+        check_keys(recipe, [training.TRAINERS[trainer][1]], ("training",), also=("trainer", "reference"))
+        return
+    path, _ = take_flag(rest, "config")
+    recipe = load_yaml(ROOT / path)
+    _, script_args = split_launch_args(recipe, [word if word != path else str(ROOT / path) for word in rest])
+    SCRIPTS[args.command].parse_args([*script_args, "--use_cpu"])
+    name, _ = take_flag(rest, "accelerate_config")
+    if name is not None:
+        assert find_accelerate_config(name, recipe).is_file()
+
+
+def check_make(arguments: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, flags=re.MULTILINE))
+    variables = dict(word.split("=", 1) for word in arguments if "=" in word)
+    assert {word for word in arguments if "=" not in word} <= targets
+    assert variables.keys() <= {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "ARGS"}
+    if "RECIPE" in variables:
+        (target,) = (word for word in arguments if "=" not in word)
+        action = ["aries", "run"] if target == "aries" else [target]
+        check_trl_ext([*action, "--config", variables["RECIPE"], *shlex.split(variables.get("ARGS", ""))])
+
+
+def check_pip(arguments: list[str]) -> None:
+    install_sh = (ROOT / "requirements" / "install.sh").read_text()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    if arguments[0] == "uninstall":
+        assert " ".join(arguments) in install_sh
+        return
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == "--constraint":
+            assert (ROOT / following).is_file()
+        elif word.startswith("torch=="):
+            assert f'torch_cpu="{word}"' in install_sh
+        elif word.startswith("."):
+            assert set(re.fullmatch(r"\.\[(.*)\]", word).group(1).split(",")) <= extras.keys()
+
+
+@pytest.mark.parametrize("command", commands(README))
+def test_commands_name_what_exists(command):
+    check_command(command)
+
+
+def test_inline_commands_name_what_exists():
+    targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`make ([a-z-]+)", prose)) <= targets
+    assert set(re.findall(r"`trl-ext ([a-z-]+)", prose)) <= {*TRAINERS, "aries"}
+
+
+def test_extras_are_all_there():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    install = README[README.index("| extra |") : README.index("Without a GPU")]
+    assert set(re.findall(r"^\| `(\w+)` \|", install, flags=re.MULTILINE)) == extras.keys()
