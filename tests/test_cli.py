@@ -213,9 +213,9 @@ class TestAries:
 
     @pytest.fixture
     def calls(self, workdir, monkeypatch):
-        """What the CLI asked of a stand-in for `aries/rounds.py`; a run of 9 rounds fails in a stage."""
+        """What the CLI asked of stand-ins for `run` and `status`; a run of 9 rounds fails in a stage."""
         calls = []
-        rounds, config = ModuleType("trl_ext.aries.rounds"), ModuleType("trl_ext.aries.config")
+        rounds, status, config = (ModuleType(f"trl_ext.aries.{name}") for name in ("rounds", "status", "config"))
 
         def run(config, recipe):
             calls.append(("run", config, recipe.path, recipe.where("rounds")))
@@ -224,9 +224,9 @@ class TestAries:
             return 0
 
         rounds.run = run
-        rounds.status = lambda config: calls.append(("status", config)) or 3
+        status.status = lambda config: calls.append(("status", config)) or 3
         config.AriesConfig = self.Config
-        for module in (rounds, config):
+        for module in (rounds, status, config):
             monkeypatch.setitem(sys.modules, module.__name__, module)
             monkeypatch.setattr(trl_ext.aries, module.__name__.rpartition(".")[2], module, raising=False)
         monkeypatch.setenv("TRL_EXT_TEST", "0")

@@ -83,20 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def aries(action: str, path: str, overrides: Sequence[str]) -> int:
     """
-    `trl-ext aries run` and `status`: the recipe, what the command line adds to it, then `aries/rounds.py`. A stage that
+    `trl-ext aries run` and `status`: the recipe, what the command line adds to it, then the loop or its state. A stage that
     fails leaves its log; the error names it, and the exit code is 1.
     """
     from .recipe import apply_overrides, export_env, load_yaml, parse_section
 
     recipe = export_env(apply_overrides(load_yaml(path), overrides))
 
-    from .aries import rounds
     from .aries.children import ChildError
     from .aries.config import AriesConfig
+    from .aries.rounds import run
+    from .aries.status import status
 
     config = parse_section(recipe, AriesConfig)
     try:
-        return rounds.run(config, recipe) if action == "run" else rounds.status(config)
+        return run(config, recipe) if action == "run" else status(config)
     except ChildError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

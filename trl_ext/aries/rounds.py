@@ -26,7 +26,7 @@ from .progress import RunProgress, duration, score_table
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, sha256, write_json, write_jsonl
 from .refinements import compile_template
-from .run_dir import RunDir, is_locked
+from .run_dir import RunDir
 from .scores import load_chains, load_verifier, no_scores, score_chains
 from .sft import check_sft_rows, sft_row
 
@@ -75,37 +75,6 @@ def run(config: AriesConfig, recipe: Recipe) -> int:
     return 0
 
 
-def status(config: AriesConfig) -> int:
-    """Print how far a run is, whether it is running, and the scores so far."""
-    loop = Rounds(config)
-    say = loop.progress.say
-    if not loop.dir.path.exists():
-        say(f"{loop.dir.path} does not exist: the run has not been started.")
-        return 0
-    running = "running" if is_locked(loop.dir.lock) else "not running"
-    say(f"{loop.dir.path}: {running}")
-    for number in range(config.rounds + 1):
-        round_dir = loop.dir.round(number)
-        stages = {
-            "prompts": round_dir.prompts,
-            "answers": round_dir.answers,
-            "scores": round_dir.scores,
-            "pairs": round_dir.pairs,
-            "training": loop.product(number),
-            "evaluation": round_dir.metrics,
-        }
-        if number == 0:
-            stages = {"sft": loop.product(0)} if config.sft else {}
-            stages["evaluation"] = round_dir.metrics
-        words = [f"{name} {'done' if path.exists() else partial(path)}" for name, path in stages.items()]
-        say(f"  round {number}: " + ", ".join(words))
-    if loop.dir.events.exists():
-        last = read_jsonl(loop.dir.events)[-1]
-        say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
-    loop.print_results()
-    return 0
-
-
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as it was written, or, with overrides from the command line, as it was meant."""
     if COMMAND_LINE in recipe.locations.values():
@@ -116,12 +85,6 @@ def recipe_text(recipe: Recipe) -> str:
 def one_gpu() -> dict[str, str]:
     """Training runs in one process; with several GPUs in sight TRL would refuse `nn.DataParallel`."""
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-
-
-def partial(path: Path) -> str:
-    """How far a stage that appends to its file has come."""
-    part = path.with_name(path.name + ".part")
-    return f"{len(part.read_bytes().splitlines())} so far" if part.exists() else "-"
 
 
 class Rounds:

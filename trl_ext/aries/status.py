@@ -1,0 +1,50 @@
+"""
+Status: how far a run is, read off its directory, whether a process is running in it or not.
+"""
+
+from pathlib import Path
+
+from .config import AriesConfig
+from .records import read_jsonl
+from .rounds import Rounds
+from .run_dir import is_locked
+
+
+def status(config: AriesConfig) -> int:
+    """
+    Print which stages of a run are done, whether it is running, and the scores so far.
+
+    Returns:
+        `int`: exit code, 0.
+    """
+    loop = Rounds(config)
+    say = loop.progress.say
+    if not loop.dir.path.exists():
+        say(f"{loop.dir.path} does not exist: the run has not been started.")
+        return 0
+    say(f"{loop.dir.path}: {'running' if is_locked(loop.dir.lock) else 'not running'}")
+    for number in range(config.rounds + 1):
+        round_dir = loop.dir.round(number)
+        stages = {"sft": loop.product(0)} if config.sft else {}
+        if number > 0:
+            stages = {
+                "prompts": round_dir.prompts,
+                "answers": round_dir.answers,
+                "scores": round_dir.scores,
+                "pairs": round_dir.pairs,
+                "training": loop.product(number),
+            }
+        stages["evaluation"] = round_dir.evaluation
+        words = [f"{name} {'done' if path.exists() else progress(path)}" for name, path in stages.items()]
+        say(f"  round {number}: " + ", ".join(words))
+    if loop.dir.events.exists():
+        last = read_jsonl(loop.dir.events)[-1]
+        say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
+    loop.print_results()
+    return 0
+
+
+def progress(path: Path) -> str:
+    """How far a stage that appends to its file has come."""
+    part = path.with_name(path.name + ".part")
+    return f"{len(part.read_bytes().splitlines())} so far" if part.exists() else "-"
