@@ -8,6 +8,7 @@ the previous round made, and the round's own prompts.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -345,9 +346,11 @@ class Rounds:
         """What to do with a finished run."""
         last = self.dir.round(self.config.rounds)
         other = "tdpo" if self.config.training.get("trainer", "dpo") == "dpo" else "dpo"
+        # The command as it was called: `make` runs the environment's, which need not be on the path
+        program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"
         self.progress.say(
             f"Finished in {elapsed}. The trained policy is {self.product(self.config.rounds)}. Next, for example:\n"
             f"  less {last.pairs}  # what it learned from\n"
             f"  less {last.evaluation}  # its answers, y1 to y{self.config.refinements.turns}\n"
-            f"  trl-ext aries run --config {recipe_path} --output_dir {self.dir.path}-{other} --training.trainer {other}"
+            f"  {program} aries run --config {recipe_path} --output_dir {self.dir.path}-{other} --training.trainer {other}"
         )
