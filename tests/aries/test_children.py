@@ -58,6 +58,12 @@ def test_progress_comes_back_and_prints_go_to_the_log(child, tmp_path):
     assert "from Python" in log and "from the shell" in log
 
 
+def test_prints_at_import_time_go_to_the_log_too(child, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "HEAD", HEAD + "print('a banner')\n")
+    assert child("progress(1, 1)") == [(1, 1)]
+    assert "a banner" in (tmp_path / "logs" / "stage.log").read_text()
+
+
 def test_a_failure_shows_the_end_of_the_log_and_where_it_is(child, tmp_path):
     with pytest.raises(ChildError, match="exit code 1(.|\n)*stage.log(.|\n)*the reason"):
         child("raise RuntimeError('the reason')")

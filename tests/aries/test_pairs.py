@@ -67,6 +67,7 @@ def test_rule_based_takes_the_last_over_the_first_where_the_chain_has_settled():
         (chain("a", "b", "a", "a"), "identical_answers"),
         (chain("a", "b", "c", "c", truncated=(4,)), "last_answer_truncated"),
         (chain("a", stopped="prompt_too_long"), "prompt_too_long"),
+        (chain("a", "b", stopped="prompt_too_long"), "prompt_too_long"),
     ],
 )
 def test_rule_based_drops(a_chain, reason):

@@ -29,6 +29,18 @@ def test_ids_lead_back_to_the_row(tmp_path):
     }
 
 
+def test_a_dataset_s_own_ids_are_kept_under_another_name(tmp_path):
+    file = write(tmp_path / "p.jsonl", {"prompt_id": "x", "prompt": "a"}, {"prompt_id": "x", "prompt": "b"})
+    rows = load_prompts(file, "train", "prompts.dataset")
+    assert [(row["prompt_id"], row["dataset_prompt_id"]) for row in rows] == [("p-0000001", "x"), ("p-0000002", "x")]
+
+
+def test_a_malformed_json_file_is_named(tmp_path):
+    (tmp_path / "p.json").write_text('{"prompt": ')
+    with pytest.raises(RecipeError, match="`prompts.dataset`: cannot load .*p.json"):
+        load_prompts(str(tmp_path / "p.json"), "train", "prompts.dataset")
+
+
 def test_parquet(tmp_path):
     from datasets import Dataset
 
@@ -52,6 +64,7 @@ def test_parquet(tmp_path):
         ([{"prompt": "a"}, "{broken"], r"p\.jsonl:2: not valid JSON"),
         (["[1]"], r"p\.jsonl:1: expected a JSON object, found list"),
         ([], "has no rows"),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "row 2: text and messages are mixed"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):

@@ -167,7 +167,9 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
         ({"scores": {"verifier": "nowhere.py:f"}}, "`scores.verifier`: 'nowhere.py:f' names no file"),
         ({"scores": {}}, "names neither a `verifier` nor a `reward_model`"),
         ({"rounds": 50}, "50 rounds of 24 fresh prompts need 1200 rows, and the dataset has 60"),
-        ({"refinements": {"template": "Try again."}}, "never mentions `draft`"),
+        ({"refinements": {"template": "Improve this draft. {{ question }}"}}, "never mentions `draft`"),
+        ({"evaluation": {"dataset": "x.jsonl", "temperature": -1}}, "`temperature` must be at least 0"),
+        ({"training": {"eval_strategy": "steps"}}, r"r\.yaml:\d+: `training.eval_strategy` belongs to the loop"),
     ],
 )
 def test_bad_input_is_named_before_any_work(sorting, tmp_path, changes, message):

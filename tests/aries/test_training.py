@@ -1,5 +1,6 @@
 """Training stages in this process, on the tiny model: what is trained, what it is compared with, what is saved."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -203,9 +204,16 @@ def test_sft_rows_train_and_progress_is_reported(job, tmp_path):
     assert (tmp_path / "sft" / "model.safetensors").exists()
 
 
-def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path):
-    """Four steps in one go, and two runs with a kill after the checkpoint of step 2: the same adapter."""
-    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+@pytest.mark.parametrize("trainer", ["dpo", "tdpo"])
+@pytest.mark.parametrize("from_adapter", [False, True], ids=["new adapter", "the previous round's"])
+def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path, trainer, from_adapter):
+    """
+    Four steps in one go, and two runs with a kill after the checkpoint of step 2: the same adapter. The previous round's
+    adapter has a "ref" copy beside it, and the checkpoint both. A later checkpoint that the kill tore is passed over.
+    """
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "trainer": trainer}
+    if from_adapter:
+        settings["adapter"] = train(job("first"))
     whole = train(job("whole", **settings))
 
     class Killed(Exception):
@@ -218,9 +226,13 @@ def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path):
     halves = job("halves", **settings)
     with pytest.raises(Killed):
         main(halves, kill_at_3)
+    torn = tmp_path / "halves-training" / "checkpoint-3"
+    torn.mkdir()
+    (torn / "adapter_model.safetensors").write_bytes(b"half")
     reports = []
     main(halves, lambda *report: reports.append(report))
     assert reports[0] == (2, 4)
+    assert json.loads((tmp_path / "halves-training" / "rows.json").read_text()) == {"rows": 32, "trained_rows": 32}
     saved = [load_file(Path(path) / "adapter_model.safetensors") for path in (whole, halves["output"])]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name])

@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # PEFT writes a set of module names: the same order in every process
 }
 PR_SET_PDEATHSIG = 1
+REPORT = "trl-ext-report: "
 
 
 class ChildError(RuntimeError):
@@ -72,7 +73,10 @@ def run_child(
         )
         try:
             for line in child.stdout:
-                report = json.loads(line)
+                if not line.startswith(REPORT):  # printed while the module was being imported
+                    log_file.write(line)
+                    continue
+                report = json.loads(line.removeprefix(REPORT))
                 if "error" in report:
                     raise RecipeError(report["error"])
                 on_progress(report["done"], report["total"])
@@ -105,7 +109,7 @@ def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None
     os.dup2(2, 1)
 
     def report(**message: Any) -> None:
-        reports.write(json.dumps(message) + "\n")
+        reports.write(f"{REPORT}{json.dumps(message)}\n")
         reports.flush()
 
     try:

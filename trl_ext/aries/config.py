@@ -2,13 +2,19 @@
 What an ARIES recipe says, one dataclass per section, in the order of the data.
 
 The sections `model`, `sft` and `training` hold the keys of TRL's `ModelConfig`, of `SFTConfig` and of the trainer's own
-config, spelled as there; they are validated against those classes by `aries.preflight` and kept as mappings here, since
+config, spelled as there; they are validated against those classes by `preflight.py` and kept as mappings here, since
 constructing them starts accelerate.
 """
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
+
+
+# The largest LoRA rank that vLLM serves
+MAX_LORA_RANK = 512
 
 # The paper's refinement template z is not available to us; this one is [house]. `question` is the last user message (or
 # the whole plain-text prompt), `draft` the answer to improve, `drafts` all answers so far.
@@ -84,6 +90,11 @@ class GenerationConfig:
     quantization: str | None = None
     enforce_eager: bool = False
 
+    def __post_init__(self):
+        for name in ("max_model_len", "max_num_seqs", "cpu_kv_cache_gib", "tensor_parallel_size"):
+            _require(getattr(self, name) > 0, f"`generation.{name}` must be positive.")
+        _require(0 < self.gpu_memory_utilization <= 1, "`generation.gpu_memory_utilization` must be in (0, 1].")
+
 
 @dataclass
 class DraftsConfig:
@@ -129,8 +140,12 @@ class RefinementsConfig:
 
     def __post_init__(self):
         _require(self.turns >= 2, "`refinements.turns` must be at least 2: a draft and one refinement.")
+        try:
+            variables = find_undeclared_variables(Environment().parse(self.template))
+        except TemplateSyntaxError as error:
+            raise ValueError(f"`refinements.template` is not valid Jinja2: {error}.") from error
         _require(
-            "draft" in self.template,
+            bool(variables & {"draft", "drafts"}),
             "`refinements.template` never mentions `draft`, so there is nothing to refine. Write {{ draft }} where the "
             "draft goes.",
         )
@@ -161,6 +176,7 @@ class ScoresConfig:
             self.verifier is None or self.reward_model is None,
             "`scores` has both a `verifier` and a `reward_model`. Name one of them.",
         )
+        _require(self.batch_size > 0, "`scores.batch_size` must be positive.")
 
 
 @dataclass
@@ -220,6 +236,10 @@ class EvaluationConfig:
     samples: int | None = None
     temperature: float = 0.0
 
+    def __post_init__(self):
+        _require(self.samples is None or self.samples > 0, "`evaluation.samples` must be positive.")
+        _require(self.temperature >= 0, "`evaluation.temperature` must be at least 0; 0 is greedy.")
+
 
 @dataclass
 class AriesConfig:
@@ -263,6 +283,9 @@ class AriesConfig:
     def __post_init__(self):
         _require(self.rounds > 0, "`rounds` must be positive.")
         _require(
+            self.model.get("lora_r", 16) <= MAX_LORA_RANK, f"`model.lora_r`: vLLM serves ranks up to {MAX_LORA_RANK}."
+        )
+        _require(
             "model_name_or_path" in self.model, "`model.model_name_or_path` is missing: a path, or an id on the Hub."
         )
         _require(
@@ -286,15 +309,22 @@ class AriesConfig:
         )
 
 
+def loop_settings(config: AriesConfig, number: int) -> dict[str, Any]:
+    """
+    Keys that a trainer's section may set and otherwise takes from the loop: a seed of the round's own, no progress bars in
+    the log, and room for whatever the engine can generate.
+    """
+    return {"seed": config.seed + number, "disable_tqdm": True, "max_length": config.generation.max_model_len}
+
+
 def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> dict[str, Any]:
     """
-    Trainer of a round and the keys of its config, from the recipe's `training` section. The loop adds `output_dir`, a
-    seed of the round's own, and no progress bars in the log.
+    Trainer of a round and the keys of its config, from the recipe's `training` section.
     """
     settings = {k: v for k, v in config.training.items() if k not in ("trainer", "reference")}
     return {
         "trainer": config.training.get("trainer", "dpo"),
-        "config": {"seed": config.seed + number, "disable_tqdm": True, **settings, "output_dir": output_dir},
+        "config": {**loop_settings(config, number), **settings, "output_dir": output_dir},
     }
 
 
@@ -303,5 +333,5 @@ def sft_settings(config: AriesConfig, output_dir: str) -> dict[str, Any]:
     settings = {k: v for k, v in config.sft.items() if k != "dataset"}
     return {
         "trainer": "sft",
-        "config": {"seed": config.seed, "disable_tqdm": True, **settings, "output_dir": output_dir},
+        "config": {**loop_settings(config, 0), **settings, "output_dir": output_dir},
     }

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from transformers import AutoTokenizer
+from transformers import GenerationConfig as HFGenerationConfig
+
 from .children import child_main
 from .config import DraftsConfig, GenerationConfig
+from .drafts import encode_prompt, request_seed, stop_token_ids
 from .records import Answer, Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
+from .refinements import compile_template, next_prompt
 
 
 @dataclass
@@ -112,14 +117,9 @@ class EmbeddedEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
 
-        from transformers import AutoTokenizer
-        from vllm import EngineArgs, LLMEngine, SamplingParams
+        from vllm import EngineArgs, LLMEngine
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
-        from vllm.sampling_params import RequestOutputKind
-
-        from .drafts import encode_prompt, request_seed, stop_token_ids
-        from .refinements import compile_template, next_prompt
 
         settings: dict[str, Any] = {}
         if current_platform.is_cpu():
@@ -161,32 +161,33 @@ class EmbeddedEngine:
         self._max_model_len = config.max_model_len
         self._chains: dict[str, Chain] = {}  # by request
         self._task: Task | None = None
-        self._encode, self._seed, self._next_prompt = encode_prompt, request_seed, next_prompt
-        self._params = lambda sampling, seed: SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=seed,
-            stop_token_ids=self._stop_token_ids,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     def start(self, task: Task) -> None:
         """Answer this task's prompts from now on."""
         self._task = task
 
     def submit(self, chain: Chain) -> bool:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         task = self._task
         turn = len(chain.answers) + 1
         if turn > task.turns:
             return False
-        token_ids = self._encode(self._tokenizer, self._next_prompt(chain, self._template))
+        token_ids = encode_prompt(self._tokenizer, next_prompt(chain, self._template))
         if len(token_ids) + task.sampling.max_tokens > self._max_model_len:
             chain.stopped = "prompt_too_long"
             return False
         request_id = f"{chain.prompt_id}/{turn}"
-        params = self._params(task.sampling, self._seed(*task.seed, chain.prompt_id, turn))
+        params = SamplingParams(
+            temperature=task.sampling.temperature,
+            top_p=task.sampling.top_p,
+            top_k=task.sampling.top_k,
+            max_tokens=task.sampling.max_tokens,
+            seed=request_seed(*task.seed, chain.prompt_id, turn),
+            stop_token_ids=self._stop_token_ids,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
         self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
         self._chains[request_id] = chain
@@ -211,9 +212,7 @@ class EmbeddedEngine:
         return advanced
 
 
-def _generation_config(model: str, revision: str | None) -> Any:
-    from transformers import GenerationConfig as HFGenerationConfig
-
+def _generation_config(model: str, revision: str | None) -> HFGenerationConfig | None:
     try:
         return HFGenerationConfig.from_pretrained(model, revision=revision)
     except OSError:  # the model has none

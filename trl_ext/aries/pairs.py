@@ -69,6 +69,9 @@ def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) ->
     draft, (previous, last) = chain.answers[0], chain.answers[-2:]
     if last.finish_reason != "stop":
         return "last_answer_truncated"
+    if chain.stopped is not None:
+        return chain.stopped
+    # A chain of two has a draft and one refinement: nothing to settle
     if len(chain.answers) > 2 and similarity(previous.text, last.text) < config.settled_similarity:
         return "not_settled"
     if last.text == draft.text:

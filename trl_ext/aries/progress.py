@@ -100,12 +100,14 @@ def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -
         table.add_column(f"y{turn}" + (" (direct)" if turn == 1 else ""), justify="right")
     for number, round_metrics in sorted(metrics.items()):
         name = ("after SFT" if has_sft else "initial model") if number == 0 else f"round {number}"
-        table.add_row(name, *(score_cell(turn) for turn in round_metrics["turns"]))
+        table.add_row(name, *(score_cell(turn, round_metrics["prompts"]) for turn in round_metrics["turns"]))
     return table
 
 
-def score_cell(turn: dict[str, Any]) -> str:
+def score_cell(turn: dict[str, Any], prompts: int) -> str:
+    """Mean ± standard error, and of how many answers where not every prompt has a scored one."""
     if turn["score"] is None:
         return "-"
     error = "" if turn["standard_error"] is None else f" ± {turn['standard_error']:.3f}"
-    return f"{turn['score']:.3f}{error}"
+    count = "" if turn["scored"] == prompts else f" (n={turn['scored']})"
+    return f"{turn['score']:.3f}{error}{count}"

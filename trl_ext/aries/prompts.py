@@ -37,15 +37,16 @@ def load_rows(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
         if path.suffix in FILE_LOADERS:
             if not path.is_file():
                 raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
-            loaded = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
+            source = {"path": FILE_LOADERS[path.suffix], "data_files": str(path), "split": "train"}
         else:
-            try:
-                loaded = datasets.load_dataset(dataset, split=split)
-            except (FileNotFoundError, ValueError, ConnectionError) as error:
-                raise RecipeError(
-                    f"`{where}`: cannot load {dataset!r}, split {split!r}: {error}. Name a .jsonl, .json or .parquet "
-                    "file, a directory of them, or a dataset id on the Hub."
-                ) from error
+            source = {"path": dataset, "split": split}
+        try:
+            loaded = datasets.load_dataset(**source)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise RecipeError(
+                f"`{where}`: cannot load {dataset!r}, split {split!r}: {error}. Name a .jsonl, .json or .parquet file, a "
+                "directory of them, or a dataset id on the Hub."
+            ) from error
         rows = loaded.to_list()
     if not rows:
         raise RecipeError(f"`{where}`: {dataset} has no rows.")
@@ -54,17 +55,27 @@ def load_rows(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
 
 def load_prompts(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
     """
-    Rows with a usable `prompt`, in the dataset's order, each with `prompt_id`.
+    Rows with a usable `prompt`, in the dataset's order, each with a `prompt_id` of its own (a column of this name moves to
+    `dataset_prompt_id`).
 
     Raises:
-        [`RecipeError`]: a row without `prompt`, with an empty one, or with messages that do not end with the user's.
+        [`RecipeError`]: a row without `prompt`, with an empty one, with messages that do not end with the user's, or text
+        among messages.
     """
     rows = load_rows(dataset, split, where)
     for number, row in enumerate(rows, start=1):
         problem = prompt_problem(row)
         if problem:
             raise RecipeError(f"`{where}`: {dataset}, row {number}: {problem}")
-    return [{"prompt_id": f"{Path(dataset).stem}-{number:07d}", **row} for number, row in enumerate(rows, start=1)]
+        if type(row["prompt"]) is not type(rows[0]["prompt"]):
+            raise RecipeError(
+                f"`{where}`: {dataset}, row {number}: text and messages are mixed. Make all prompts one kind."
+            )
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        columns = {"dataset_prompt_id" if key == "prompt_id" else key: value for key, value in row.items()}
+        prompts.append({"prompt_id": f"{Path(dataset).stem}-{number:07d}", **columns})
+    return prompts
 
 
 def prompt_problem(row: dict[str, Any]) -> str | None:

@@ -69,7 +69,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def to_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"  # a dataset's columns may hold dates
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:

@@ -122,14 +122,13 @@ class Rounds:
         if self.config.sft is not None:
             check_sft_rows(self.sft_rows, self.config.sft["dataset"])
         job = {
-            "check_only": True,
             "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
             "training": trainer_settings(self.config, 1, str(self.dir.round(1).training)),
             "sft": self.config.sft and sft_settings(self.config, str(self.dir.round(0).training)),
             "conversational": not isinstance(self.prompts[0]["prompt"], str),
         }
         with self.stage(0, "check") as update:
-            run_child("trl_ext.aries.training", job, self.dir.path / "logs" / "check.log", update)
+            run_child("trl_ext.aries.preflight", job, self.dir.path / "logs" / "check.log", update)
 
     # The stages
 
@@ -238,7 +237,8 @@ class Rounds:
         if not pairs:
             raise RecipeError(
                 f"round {number} has no pairs to train on: all {len(chains)} chains were dropped, {dropped}. Look at "
-                f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs."
+                f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs "
+                "(under another `output_dir`)."
             )
         rows = [row for pair in pairs for row in preference_rows(pair, self.template, self.config.pairs)]
         write_jsonl(round_dir.pairs, rows)
@@ -286,8 +286,9 @@ class Rounds:
             "trained_on_nf4_sampled_at_full_precision": bool(self.config.model.get("load_in_4bit"))
             and self.config.generation.quantization is None,
         }
-        if round_dir.drops.exists():
-            facts |= json.loads(round_dir.drops.read_text(encoding="utf-8"))
+        for file in (round_dir.drops, round_dir.training / "rows.json"):
+            if file.exists():
+                facts |= json.loads(file.read_text(encoding="utf-8"))
         self.dir.write_manifest(number, facts)
 
     # What the stages share

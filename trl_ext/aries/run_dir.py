@@ -220,9 +220,9 @@ def is_locked(path: Path) -> bool:
     """Whether a process is running in this run directory."""
     if not path.exists():
         return False
-    with open(path, "r+") as lock:
+    with open(path) as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False

@@ -81,13 +81,16 @@ def score_chains(chains: list[Chain], prompts: list[dict[str, Any]], scorer: Sco
             f"{scorer.__name__}(prompts=[...], completions=[...], {', '.join(f'{c}=[...]' for c in columns)}); add "
             "`**kwargs` for the columns it does not use."
         ) from error
-    if len(scores) != len(answers):
-        raise RecipeError(f"the scorer `{scorer.__name__}` returned {len(scores)} scores for {len(answers)} answers.")
+    if not isinstance(scores, list | tuple) or len(scores) != len(answers):
+        found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
+        raise RecipeError(
+            f"the scorer `{scorer.__name__}` returned {found} for {len(answers)} answers. Return a list."
+        )
     by_chain: dict[str, list[float | None]] = {chain.prompt_id: [] for chain in chains}
     for (chain, answer), score in zip(answers, scores, strict=True):
-        if score is not None and not math.isfinite(score):
+        if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
             raise RecipeError(
-                f"the scorer `{scorer.__name__}` returned {score} for answer {answer.turn} of {chain.prompt_id}. Return a "
+                f"the scorer `{scorer.__name__}` returned {score!r} for answer {answer.turn} of {chain.prompt_id}. Return a "
                 "finite number, or None to leave an answer without a score."
             )
         by_chain[chain.prompt_id].append(None if score is None else float(score))

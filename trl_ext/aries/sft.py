@@ -28,5 +28,9 @@ def check_sft_rows(rows: list[dict[str, Any]], dataset: str) -> None:
         problem = prompt_problem(row)
         if problem is None and not row.get("completion"):
             problem = f"no `completion`; its columns are {sorted(row)}."
+        if problem is None and type(row["completion"]) is not type(row["prompt"]):
+            problem = "`completion` must be of the prompt's kind: text for text, a list of messages for messages."
+        if problem is None and not isinstance(row.get("draft"), str | None):
+            problem = "`draft` must be text, or null for a row to answer directly."
         if problem:
             raise RecipeError(f"`sft.dataset`: {dataset}, row {number}: {problem}")

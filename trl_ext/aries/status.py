@@ -2,10 +2,10 @@
 Status: how far a run is, read off its directory, whether a process is running in it or not.
 """
 
+import json
 from pathlib import Path
 
 from .config import AriesConfig
-from .records import read_jsonl
 from .rounds import Rounds
 from .run_dir import is_locked
 
@@ -38,8 +38,13 @@ def status(config: AriesConfig) -> int:
         words = [f"{name} {'done' if path.exists() else progress(path)}" for name, path in stages.items()]
         say(f"  round {number}: " + ", ".join(words))
     if loop.dir.events.exists():
-        last = read_jsonl(loop.dir.events)[-1]
-        say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
+        # The last line may be half written
+        whole = [
+            line for line in loop.dir.events.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
+        ]
+        if whole:
+            last = json.loads(whole[-1])
+            say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
     loop.print_results()
     return 0
 

@@ -5,6 +5,7 @@ In: a job that names the policy, the rows and the settings. Out: `model/` (full 
 the frozen base is never merged). Trainers stay ordinary; what a round learns is in its rows.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from ..recipe import Recipe, RecipeError, check_keys
-from ..trainers.pairwise_trainer import PairwiseTrainer
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
 from ..trainers.tdpo_config import TDPOConfig
@@ -33,16 +31,24 @@ TRAINERS = {
     "tdpo": (TDPOTrainer, TDPOConfig),
     "self_refine_dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
 }
-# Keys of the trainers' configs that a recipe leaves to the loop
-OWNED_KEYS = {
-    "output_dir": "a round trains in its own directory, under the recipe's `output_dir`",
-    "resume_from_checkpoint": "a run continues by itself",
-    "model_init_kwargs": "the section `model` says how models are loaded",
-    "precompute_ref_log_probs": "the reference is chosen by `training.reference`, after TRL would have used it",
-}
 # Share of its log-probability by which an untrained policy may differ from itself as the reference: rounding. The same
 # forward gives 0; it is the log-probabilities of another policy that differ by more.
 STEP_0_TOLERANCE = 1e-4
+
+
+class RestoreAdapter(TrainerCallback):
+    """
+    Load the trained adapter of a checkpoint. Beside a "ref" adapter, transformers loads the adapters in subfolders and leaves
+    the one at the root, "default", as it was.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self._checkpoint = checkpoint
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        set_peft_model_state_dict(
+            model, load_peft_weights(str(self._checkpoint), device="cpu"), adapter_name="default"
+        )
 
 
 class ProgressReport(TrainerCallback):
@@ -139,7 +145,8 @@ def check_step_0(trainer: DPOTrainer) -> None:
     Raises:
         `RuntimeError`: with the log-ratio found.
     """
-    rows = trainer.train_dataset.select(range(min(len(trainer.train_dataset), 8)))
+    size = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
+    rows = trainer.train_dataset.select(range(size))
     batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
     trainer.model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
@@ -157,6 +164,20 @@ def check_step_0(trainer: DPOTrainer) -> None:
             )
 
 
+def last_whole_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint whose last file was written; those that a kill tore are removed."""
+    checkpoints = sorted(
+        output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
+    )
+    for checkpoint in checkpoints:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return checkpoint
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return None
+
+
 def save_policy(trainer, output: Path) -> None:
     """Save the model or, for PEFT, the trained adapter alone: TRL keeps a "ref" copy beside it."""
     temporary = output.with_name(output.name + ".tmp")
@@ -170,69 +191,22 @@ def save_policy(trainer, output: Path) -> None:
 
 def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     """The child process: train, save the policy, leave the log history beside it."""
-    if job.get("check_only"):
-        check_settings(job)
-        return
     trainer = make_trainer(job, progress)
     if job["trainer"] != "sft" and job["reference"]["is_policy"]:
         check_step_0(trainer)
     output_dir = Path(job["config"]["output_dir"])
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output_dir) if output_dir.is_dir() else None)
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is not None and isinstance(trainer.model, PeftModel):
+        trainer.add_callback(RestoreAdapter(checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     write_json(output_dir / "log_history.json", trainer.state.log_history)
+    # TRL leaves out rows whose prompt alone fills `max_length`
+    trained = {
+        "rows": len(repeat_by_weight(read_jsonl(Path(job["rows"])))),
+        "trained_rows": len(trainer.train_dataset),
+    }
+    write_json(output_dir / "rows.json", trained)
     save_policy(trainer, Path(job["output"]))
-
-
-def check_settings(job: dict[str, Any]) -> None:
-    """
-    Check the keys of the sections that are TRL's, construct their configs, and look at the tokenizer, before any work is
-    done.
-
-    Raises:
-        [`RecipeError`]: an unknown key, a setting that its config or trainer refuses, or a tokenizer without what the
-        prompts need.
-    """
-    recipe = Recipe(
-        Path(job["recipe"]["path"]),
-        job["recipe"]["mapping"],
-        {tuple(keys): where for keys, where in job["recipe"]["locations"]},
-    )
-    check_keys(recipe, [ModelConfig], ("model",))
-    for section, own_keys in {"sft": ("dataset",), "training": ("trainer", "reference")}.items():
-        settings = job[section]
-        if settings is None:
-            continue
-        trainer_class, config_class = TRAINERS[settings["trainer"]]
-        for key in check_keys(recipe, [config_class], (section,), also=own_keys):
-            if key in OWNED_KEYS:
-                raise RecipeError(
-                    f"{recipe.where(section, key)}: `{section}.{key}` belongs to the loop: {OWNED_KEYS[key]}. Remove it."
-                )
-        try:
-            args = config_class(**settings["config"])
-            if issubclass(trainer_class, PairwiseTrainer):
-                trainer_class._refuse_options(args)
-        except (ValueError, TypeError, ImportError) as error:
-            raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
-
-    name, where = recipe.at("model", "model_name_or_path"), recipe.where("model", "model_name_or_path")
-    trust_remote_code = bool(job["training"]["config"].get("trust_remote_code", False))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=recipe.mapping["model"].get("model_revision", "main"),
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{where}: `model.model_name_or_path`: {error}") from error
-    if tokenizer.eos_token is None:
-        raise RecipeError(
-            f"{where}: `model.model_name_or_path`: the tokenizer of {name} has no EOS token to end answers."
-        )
-    if job["conversational"] and tokenizer.chat_template is None:
-        raise RecipeError(
-            f"{where}: the prompts are messages, and the tokenizer of {name} has no chat template. Give it one "
-            "(`trl.clone_chat_template`), or make the prompts plain text."
-        )
 
 
 if __name__ == "__main__":

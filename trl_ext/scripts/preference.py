@@ -182,6 +182,11 @@ def load_pairs(
             "No dataset: give `dataset_name`, a file such as pairs.jsonl or a name on the Hub, or a list `datasets:`."
         )
     if size is not None:
+        if train_split == test_split:
+            raise RecipeError(
+                f"`dataset_train_split` and `dataset_test_split` are both `{train_split}`, and `test_split_size` makes one of "
+                "each. Leave `dataset_test_split` out."
+            )
         if dataset_args.streaming or script_args.dataset_streaming:
             raise RecipeError("`test_split_size` cannot split a streaming dataset. Turn streaming off.")
         halves = _loaded(name, lambda: splits[train_split].train_test_split(test_size=size, seed=seed))

@@ -16,6 +16,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers.utils import ModelOutput
 from trl import DPOConfig, DPOTrainer
@@ -121,6 +122,14 @@ class PairwiseTrainer(DPOTrainer):
                 raise ValueError(f"{message} Nothing is left to train on: raise `max_length`.")
             logger.warning(message)
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        if is_peft_model(model) and "ref" in model.peft_config:
+            # Beside a "ref" adapter, transformers loads the adapters in subfolders and leaves the one at the root
+            weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+            set_peft_model_state_dict(model, weights, adapter_name="default")
 
     def _compute_loss(self, model, inputs, return_outputs):
         batch = PairBatch.from_inputs(inputs)

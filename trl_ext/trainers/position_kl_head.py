@@ -12,6 +12,7 @@ import types
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -96,6 +97,8 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
         mask = labels != -100
         hidden = backbone_outputs.last_hidden_state[:, :-1].to(weight.device)[mask]  # (N, H)
         if completion_states:
+            if isinstance(self, FSDPModule):  # frees the unsharded head when this forward ends
+                weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
             return CompletionStates(hidden, weight, bias, logit_scale, softcap)
 
         arguments = (hidden, weight, bias, reference.hidden, reference.weight, reference.bias, labels[mask])

@@ -10,7 +10,7 @@ from trl import DPOConfig
 from trl.data_utils import _tokenize, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from ..losses.self_refine import self_refine_dpo_loss
 from .pairwise_trainer import PairBatch, PairLogps, PairwiseTrainer
@@ -172,7 +172,7 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
-        def tokenize_augmented_prompt(example, processing_class):
+        def tokenize_augmented_prompt(example, processing_class, refinement_prompt, role):
             template_kwargs = {}
             if is_conversational(example):  # rendered as DPOTrainer renders it
                 tools = example.get("tools")
@@ -182,7 +182,7 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
                     "add_generation_prompt": True,
                     **example.get("chat_template_kwargs", {}),
                 }
-            prompt = augment_prompt(example["prompt"], self.refinement_prompt, self.refinement_prompt_role)
+            prompt = augment_prompt(example["prompt"], refinement_prompt, role)
             augmented_ids = _tokenize(processing_class, prompt, **template_kwargs)["input_ids"]
             prompt_ids = _tokenize(processing_class, example["prompt"], **template_kwargs)["input_ids"]
             # Where the template renders a prompt differently alone than before a completion, DPOTrainer leaves the end
@@ -193,7 +193,13 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         map_kwargs = {}
         if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
             map_kwargs = {"num_proc": args.dataset_num_proc, "desc": f"Augmenting {dataset_name} prompts"}
-        return dataset.map(tokenize_augmented_prompt, fn_kwargs={"processing_class": processing_class}, **map_kwargs)
+        fn_kwargs = {
+            "processing_class": processing_class,
+            "refinement_prompt": self.refinement_prompt,
+            "role": self.refinement_prompt_role,
+        }
+        with global_then_local_main_first():
+            return dataset.map(tokenize_augmented_prompt, fn_kwargs=fn_kwargs, **map_kwargs)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
