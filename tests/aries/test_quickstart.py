@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trl_ext.aries.records import read_jsonl
+
 
 QUICKSTART = Path("recipes/quickstart")
 SMALL = ["--digits=6", "--train_size=600", "--eval_size=200", "--sft_problems=2000"]
@@ -110,7 +112,7 @@ def test_the_recipe_s_data_is_made_byte_for_byte_again(tmp_path):
 def test_no_problem_is_both_learned_and_evaluated(tmp_path):
     prepare(tmp_path, 3, *SMALL)
     questions = {
-        name: {json.loads(line)["prompt"][0]["content"] for line in (tmp_path / f"{name}.jsonl").open()}
+        name: {row["prompt"][0]["content"] for row in read_jsonl(tmp_path / f"{name}.jsonl")}
         for name in ("sft", "train", "eval")
     }
     assert len(questions["eval"]) == 200 and len(questions["train"]) == 600

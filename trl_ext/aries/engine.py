@@ -260,7 +260,7 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         for task in job["tasks"]
         if not Path(task["answers"]).exists()
     ]
-    sizes = [sum(1 for _ in open(task.prompts, encoding="utf-8")) for task in tasks]
+    sizes = [len(read_jsonl(task.prompts)) for task in tasks]
     progress(0, sum(sizes))
     engine = EmbeddedEngine(
         model=job["model"],

@@ -20,6 +20,8 @@ import torch
 from trl.kernels.chunked_logprob import _addmm_fp32
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from .position_kl import check_vocabularies
+
 
 # Elements of a tile of logits, by device: 64 MiB in fp32 on a CPU; 512 MiB on a GPU, where fewer rows would starve the GEMM
 TILE_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
@@ -85,11 +87,7 @@ def fused_position_kl(
         `ValueError`: the two heads have different vocabularies, so no KL is defined between them.
     """
     with maybe_gather_lm_head_ctx(weight, bias), maybe_gather_lm_head_ctx(ref_weight, ref_bias):
-        if weight.size(0) != ref_weight.size(0):
-            raise ValueError(
-                f"The policy's LM head has {weight.size(0)} tokens and the reference's {ref_weight.size(0)}. A KL over "
-                "the vocabulary needs both to be the same: pass a `ref_model` with the policy's vocabulary."
-            )
+        check_vocabularies(weight, ref_weight)
         # fmt: off
         outputs = _FusedPositionKLFunction.apply(
             hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, kl_weight,

@@ -3,7 +3,7 @@ Log-probabilities and the KL at each position, from the hidden states of two mod
 
 In: hidden states of N completion positions under the policy and the reference, both heads, the labels. Out: a few
 numbers per position. Neither model's `[N, V]` logits exist in full: the vocabulary is walked in tiles, by TRL's chunked
-kernels.
+kernels. The trainers take the fused kernel beside it wherever one differentiable output is enough; here both are.
 """
 
 from typing import NamedTuple
@@ -30,6 +30,18 @@ class PositionKL(NamedTuple):
     entropy: torch.Tensor  # entropy of π, nats
     mean_logits: torch.Tensor  # mean of the policy's logits over the vocabulary
     is_top1: torch.Tensor  # whether the label is the policy's most likely token
+
+
+def check_vocabularies(weight: torch.Tensor, ref_weight: torch.Tensor) -> None:
+    """
+    Raises:
+        `ValueError`: two heads, `(V, H)` each, have different vocabularies, so no KL is defined between them.
+    """
+    if weight.size(0) != ref_weight.size(0):
+        raise ValueError(
+            f"The policy's LM head has {weight.size(0)} tokens and the reference's {ref_weight.size(0)}. A KL over the "
+            "vocabulary needs both to be the same: pass a `ref_model` with the policy's vocabulary."
+        )
 
 
 def position_kl(
@@ -70,11 +82,7 @@ def position_kl(
         `ValueError`: the two heads have different vocabularies, so no KL is defined between them.
     """
     with maybe_gather_lm_head_ctx(weight, bias), maybe_gather_lm_head_ctx(ref_weight, ref_bias):
-        if weight.size(0) != ref_weight.size(0):
-            raise ValueError(
-                f"The policy's LM head has {weight.size(0)} tokens and the reference's {ref_weight.size(0)}. A KL over "
-                "the vocabulary needs both to be the same: pass a `ref_model` with the policy's vocabulary."
-            )
+        check_vocabularies(weight, ref_weight)
         chunk_size = min(VOCAB_CHUNK_SIZE, weight.size(0))
         log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
             hidden, weight, bias, labels, 1.0, chunk_size, softcap, logit_scale, ("entropy", "mean_logits", "is_top1")
