@@ -8,7 +8,7 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.aries import training
+from trl_ext.aries import preflight
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.scores import load_verifier
@@ -86,14 +86,14 @@ class TestAriesRecipe:
             load_verifier(config.scores.verifier)
 
     def test_sections_of_trls_keys(self, path):
-        """As `aries.training.check_settings` looks at them, except that nothing is loaded."""
+        """As `aries.preflight` looks at them, except that nothing is loaded."""
         recipe = export_env(load_yaml(path))
         model_args = ModelConfig(**check_keys(recipe, [ModelConfig], ("model",)))
         sections = {"training": recipe.at("training", "trainer") or "dpo", "sft": "sft"}
         for section, trainer in sections.items():
-            trainer_class, config_class = training.TRAINERS[trainer]
+            trainer_class, config_class = preflight.TRAINERS[trainer]
             values = check_keys(recipe, [config_class], (section,), also=("trainer", "reference", "dataset"))
-            assert not values.keys() & training.OWNED_KEYS.keys()
+            assert not values.keys() & preflight.OWNED_KEYS.keys()
             args = config_class(**values | {"output_dir": "unused", "use_cpu": True})
             if issubclass(trainer_class, PairwiseTrainer):
                 trainer_class._refuse_options(args)

@@ -43,6 +43,7 @@ NOT_EXPORTED = {
         *("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"),
     ),
     ("trl.trainer.utils", "get_config_model_id"): ("config",),
+    ("trl.trainer.utils", "global_then_local_main_first"): (),
     ("trl.trainer.utils", "maybe_gather_lm_head_ctx"): ("params",),
     ("trl.trainer.utils", "use_adapter"): ("model", "adapter_name"),
 }
@@ -50,6 +51,7 @@ NOT_EXPORTED = {
 # Methods of DPOTrainer that are overridden or called -> their parameters
 METHODS = {
     "_compute_loss": ("self", "model", "inputs", "return_outputs"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": ("self",),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),  # calls `_compute_loss`

@@ -168,7 +168,7 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
         ({"scores": {}}, "names neither a `verifier` nor a `reward_model`"),
         ({"rounds": 50}, "50 rounds of 24 fresh prompts need 1200 rows, and the dataset has 60"),
         ({"refinements": {"template": "Improve this draft. {{ question }}"}}, "never mentions `draft`"),
-        ({"evaluation": {"dataset": "x.jsonl", "temperature": -1}}, "`temperature` must be at least 0"),
+        ({"evaluation": {"dataset": "x.jsonl", "temperature": -1}}, "`evaluation.temperature` must be at least 0"),
         ({"training": {"eval_strategy": "steps"}}, r"r\.yaml:\d+: `training.eval_strategy` belongs to the loop"),
     ],
 )
