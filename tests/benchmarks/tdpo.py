@@ -32,6 +32,8 @@ from trl_ext.trainers.position_kl_head import PositionKLOutput
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "benchmarks"
 PROMPT_TOKENS, ANSWER_TOKENS = 64, 96
+# Longer than any side of a matrix product outside the LM head: tokens of a batch, MLP width
+LONGEST_OTHER_SIDE = 2048
 
 
 class FullLogitsTDPOTrainer(TDPOTrainer):
@@ -78,8 +80,8 @@ class HeadWork(TorchDispatchMode):
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
             sizes = {*a.shape, *b.shape}
-            # TRL walks the vocabulary in tiles: any product with a side this long is the head's
-            if self.hidden in sizes and max(sizes) >= min(self.vocab, 2048):
+            # The vocabulary is walked in tiles: any product with a side this long is the head's
+            if self.hidden in sizes and max(sizes) > LONGEST_OTHER_SIDE:
                 self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return function(*args, **(kwargs or {}))
 
@@ -100,11 +102,11 @@ def build_model(path: Path, vocab: int, hidden: int, layers: int) -> None:
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(path)
-    words = {f"w{i}": i for i in range(vocab)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="w0", eos_token="w1", unk_token="w2"
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(path)
 
 
