@@ -211,7 +211,7 @@ def measure(vocab: int, hidden: int, layers: int, pairs: int, lora: bool, repeat
 def write(rows: list[dict], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "tdpo.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "trl", "transformers", "peft", "trl-ext"))
