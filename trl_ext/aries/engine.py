@@ -121,7 +121,7 @@ class EmbeddedEngine:
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
-        settings: dict[str, Any] = {}
+        settings: dict[str, Any] = {"enforce_eager": config.enforce_eager}
         if current_platform.is_cpu():
             # Seeded sampling of large batches dies on CPU ("CPU Generator does not use offset") unless prompts are
             # prefilled whole and a step can take all of them
@@ -134,24 +134,21 @@ class EmbeddedEngine:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank}
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
-                **{"enforce_eager": config.enforce_eager}
-                | settings
-                | {
-                    "model": model,
-                    "revision": revision,
-                    "tokenizer_revision": revision,
-                    "dtype": config.dtype,
-                    "max_model_len": config.max_model_len,
-                    "max_num_seqs": config.max_num_seqs,
-                    "gpu_memory_utilization": config.gpu_memory_utilization,
-                    "tensor_parallel_size": config.tensor_parallel_size,
-                    "quantization": config.quantization,
-                    "enable_prefix_caching": True,
-                    "generation_config": "vllm",  # the model's own must not change sampling silently
-                    "trust_remote_code": trust_remote_code,
-                    "seed": 0,  # requests bring their own
-                    "disable_log_stats": True,
-                }
+                model=model,
+                revision=revision,
+                tokenizer_revision=revision,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                tensor_parallel_size=config.tensor_parallel_size,
+                quantization=config.quantization,
+                enable_prefix_caching=True,
+                generation_config="vllm",  # the model's own must not change sampling silently
+                trust_remote_code=trust_remote_code,
+                seed=0,  # requests bring their own
+                disable_log_stats=True,
+                **settings,
             )
         )
         self._lora = None if adapter is None else LoRARequest(*adapter)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from ..trainers.pairwise_trainer import load_adapter_weights
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
 from ..trainers.tdpo_config import TDPOConfig
@@ -37,18 +38,13 @@ STEP_0_TOLERANCE = 1e-4
 
 
 class RestoreAdapter(TrainerCallback):
-    """
-    Load the trained adapter of a checkpoint. Beside a "ref" adapter, transformers loads the adapters in subfolders and leaves
-    the one at the root, "default", as it was.
-    """
+    """Load the trained adapter of a checkpoint, for TRL's own trainers too."""
 
     def __init__(self, checkpoint: Path):
         self._checkpoint = checkpoint
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        set_peft_model_state_dict(
-            model, load_peft_weights(str(self._checkpoint), device="cpu"), adapter_name="default"
-        )
+        load_adapter_weights(model, self._checkpoint, "default")
 
 
 class ProgressReport(TrainerCallback):
@@ -134,7 +130,7 @@ def set_reference(trainer: DPOTrainer, job: dict[str, Any]) -> None:
     if job["reference"]["adapter"] is None:
         model.delete_adapter("ref")
         return
-    set_peft_model_state_dict(model, load_peft_weights(job["reference"]["adapter"], device="cpu"), adapter_name="ref")
+    load_adapter_weights(model, job["reference"]["adapter"], "ref")
 
 
 def check_step_0(trainer: DPOTrainer) -> None:

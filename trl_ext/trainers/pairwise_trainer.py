@@ -10,13 +10,14 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from peft import load_peft_weights, set_peft_model_state_dict
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers.utils import ModelOutput
 from trl import DPOConfig, DPOTrainer
@@ -62,6 +63,14 @@ class PairLogps:
     @property
     def rejected_logratios(self) -> torch.Tensor:
         return self.rejected - self.ref_rejected
+
+
+def load_adapter_weights(model: PeftModel, path: str | Path, adapter_name: str) -> None:
+    """
+    Load saved weights into an adapter that `model` has. Resuming needs it: beside a "ref" adapter, transformers loads the
+    adapters in a checkpoint's subfolders and leaves the trained one, at its root, as it was.
+    """
+    set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter_name)
 
 
 class PairwiseTrainer(DPOTrainer):
@@ -127,9 +136,7 @@ class PairwiseTrainer(DPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         if is_peft_model(model) and "ref" in model.peft_config:
-            # Beside a "ref" adapter, transformers loads the adapters in subfolders and leaves the one at the root
-            weights = load_peft_weights(resume_from_checkpoint, device="cpu")
-            set_peft_model_state_dict(model, weights, adapter_name="default")
+            load_adapter_weights(model, resume_from_checkpoint, "default")
 
     def _compute_loss(self, model, inputs, return_outputs):
         batch = PairBatch.from_inputs(inputs)
