@@ -11,6 +11,36 @@ import torch
 import torch.nn.functional as F
 
 
+def sequential_kl_difference(
+    chosen_position_kl: torch.Tensor,
+    rejected_position_kl: torch.Tensor,
+    *,
+    alpha: float = 0.5,
+    variant: Literal["tdpo1", "tdpo2"] = "tdpo2",
+) -> torch.Tensor:
+    r"""
+    What TDPO takes off DPO's margin, in nats and before the factor β: the paper's `δ` (TDPO1) or `α δ₂` (TDPO2).
+
+    Args:
+        chosen_position_kl, rejected_position_kl (`torch.Tensor` of shape `(B,)`), alpha (`float`, *optional*, defaults to `0.5`), variant (`str`, *optional*, defaults to `"tdpo2"`):
+            As for [`tdpo_loss`].
+
+    Returns:
+        `torch.Tensor` of shape `(B,)`.
+
+    Raises:
+        `ValueError`: unknown `variant`.
+    """
+    if variant == "tdpo1":
+        # TDPO1: −log σ(u − δ), δ = β SeqKL(x, y_l) − β SeqKL(x, y_w); the gradient flows through both KLs
+        return rejected_position_kl - chosen_position_kl
+    if variant == "tdpo2":
+        # TDPO2: −log σ(u − α δ₂), δ₂ = β SeqKL(x, y_l) − sg[β SeqKL(x, y_w)]; the chosen KL is a baseline, so it
+        # carries no gradient
+        return alpha * (rejected_position_kl - chosen_position_kl.detach())
+    raise ValueError(f"Unknown TDPO variant: {variant!r}. Should be 'tdpo1' or 'tdpo2'.")
+
+
 def tdpo_loss(
     chosen_logratios: torch.Tensor,
     rejected_logratios: torch.Tensor,
@@ -51,16 +81,7 @@ def tdpo_loss(
     tensor([0.6931])
     ```
     """
-    if variant == "tdpo1":
-        # TDPO1: −log σ(u − δ), δ = β SeqKL(x, y_l) − β SeqKL(x, y_w); the gradient flows through both KLs
-        kl_difference = rejected_position_kl - chosen_position_kl
-    elif variant == "tdpo2":
-        # TDPO2: −log σ(u − α δ₂), δ₂ = β SeqKL(x, y_l) − sg[β SeqKL(x, y_w)]; the chosen KL is a baseline, so it
-        # carries no gradient
-        kl_difference = alpha * (rejected_position_kl - chosen_position_kl.detach())
-    else:
-        raise ValueError(f"Unknown TDPO variant: {variant!r}. Should be 'tdpo1' or 'tdpo2'.")
-
+    kl_difference = sequential_kl_difference(chosen_position_kl, rejected_position_kl, alpha=alpha, variant=variant)
     margins = beta * (chosen_logratios - rejected_logratios)  # (B,), the paper's u
     losses = -F.logsigmoid(margins - beta * kl_difference)
     chosen_rewards = beta * (chosen_logratios + chosen_position_kl).detach()

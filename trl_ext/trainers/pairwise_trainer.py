@@ -1,14 +1,15 @@
 """
 `DPOTrainer` with its one long `_compute_loss` split into named steps, for trainers that change one of them.
 
-What a step computes is TRL's (1.16), line by line where it can be; `tests/test_trl_contract.py` pins what is relied on.
-Deliberately not here: the options of `DPOTrainer` that change the log-ratios themselves (`ld_alpha`, f-divergences, WPO
-weights) and precomputed references. They are refused by name.
+What a step computes is TRL's (1.16), line by line where it can be; `tests/test_trl_contract.py` pins what is relied on. Added
+is TDPO's token-level term, the KL at each position, for the trainers that ask for it (`_set_token_level`). Deliberately not
+here: the options of `DPOTrainer` that change the log-ratios themselves (`ld_alpha`, f-divergences, WPO weights). They are
+refused by name.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -24,6 +25,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from .position_kl_head import CompletionStates, add_position_kl_head
+
 
 logger = get_logger(__name__)
 
@@ -35,15 +38,21 @@ class PairBatch:
     model_kwargs: dict[str, torch.Tensor | bool]
     labels: torch.Tensor  # (2B, T + 1), −100 outside the completions
     completion_mask: torch.Tensor  # (2B, T), aligned with the log-probabilities
+    ref_logps: tuple[torch.Tensor, torch.Tensor] | None  # precomputed, of chosen and rejected, each (B,)
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, torch.Tensor]) -> "PairBatch":
-        model_kwargs = {key: value for key, value in inputs.items() if key != "completion_mask"}
+        other = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
+        model_kwargs = {key: value for key, value in inputs.items() if key not in other}
         completion_mask = inputs["completion_mask"]
+        ref_logps = None
+        if "ref_chosen_logps" in inputs:
+            ref_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         return cls(
             model_kwargs=model_kwargs | {"use_cache": False},
             labels=inputs["input_ids"].masked_fill(completion_mask == 0, -100),
             completion_mask=completion_mask[:, 1:],
+            ref_logps=ref_logps,
         )
 
 
@@ -79,6 +88,13 @@ class PairwiseTrainer(DPOTrainer):
     is an outline of steps: [`_reference_forward`], [`_policy_forward`], [`_pair_losses`], [`_record_metrics`].
     """
 
+    # TDPO's variant, for a loss with its token-level term
+    variant: str | None = None
+    # Whether the policy's log-probabilities come from the head of this package rather than from TRL's: the same numbers, but
+    # for rounding, in fewer head GEMMs
+    _own_head = False
+    _separate_sft = False
+    _has_heads = False
     # Loss types the subclass has a loss for, besides "sft", which is DPOTrainer's
     _pair_loss_types: ClassVar[tuple[str, ...]] = ()
     # Option -> (the only accepted value, why, and what to do instead)
@@ -102,10 +118,13 @@ class PairwiseTrainer(DPOTrainer):
     }
 
     @classmethod
-    def _refuse_options(cls, args: DPOConfig) -> None:
-        """Raise a `ValueError` that names the option, the reason and the way out, before any model is loaded."""
+    def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
+        """
+        Raise a `ValueError` that names the option, the reason and the way out, before any model is loaded. Options that are
+        `honoured`, beside others of `args`, are let through.
+        """
         for name, (accepted, reason) in cls._refused_options.items():
-            if getattr(args, name) != accepted:
+            if name not in honoured and getattr(args, name) != accepted:
                 raise ValueError(f"`{name}={getattr(args, name)!r}` is not supported by {cls.__name__}: {reason}")
         accepted = (*cls._pair_loss_types, "sft")
         for loss_type in args.loss_type:
@@ -137,6 +156,23 @@ class PairwiseTrainer(DPOTrainer):
         model = self.model if model is None else model
         if is_peft_model(model) and "ref" in model.peft_config:
             load_adapter_weights(model, resume_from_checkpoint, "default")
+
+    def _set_token_level(self, variant: str | None, alpha: float, args: DPOConfig) -> None:
+        """Ask for the KL at each position and the gradient that TDPO's `variant` takes from it. Before `super().__init__`."""
+        self.variant, self.alpha = variant, alpha
+        # Weight of the KL against the log-probability in the gradient of each side: with it one Jacobian is enough. SFT on
+        # the chosen answers needs the log-probability's alone, which TDPO1 does not leave there.
+        self._kl_weight = {None: None, "tdpo1": (1.0, 1.0), "tdpo2": (0.0, alpha)}[variant]
+        self._separate_sft = variant == "tdpo1" and "sft" in args.loss_type
+
+    def _add_heads(self) -> None:
+        """Give both models the head of this package, once. TRL's own stays for all that does not ask for ours."""
+        if self._has_heads:
+            return
+        self._has_heads = True
+        add_position_kl_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        if self.ref_model is not None:
+            add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
 
     def _compute_loss(self, model, inputs, return_outputs):
         batch = PairBatch.from_inputs(inputs)
@@ -176,21 +212,48 @@ class PairwiseTrainer(DPOTrainer):
         ):
             yield self.model if self.ref_model is None else self.ref_model
 
-    def _reference_forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the reference's log-probabilities of chosen and rejected, each `(B,)`."""
+    def _reference_forward(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor] | CompletionStates:
+        """
+        Returns the reference's log-probabilities of chosen and rejected, each `(B,)`, or for a token-level loss its states at
+        the completions, from which the policy's forward computes them beside the KL.
+        """
+        if self.precompute_ref_logps:
+            return batch.ref_logps
         with self._reference_model() as ref_model:
-            ref_outputs = ref_model(**batch.model_kwargs, labels=batch.labels, fused_lm_head=True)
+            if self.variant is not None:
+                return ref_model(**batch.model_kwargs, labels=batch.labels, completion_states=True)
+            ref_outputs = ref_model(**batch.model_kwargs, labels=batch.labels, **self._head_kwargs())
         return self._sum_over_completion(ref_outputs.log_probs, batch)
 
     # Step 2: the policy
 
-    def _policy_forward(self, model: nn.Module, batch: PairBatch, reference: object) -> ModelOutput:
+    def _policy_forward(
+        self, model: nn.Module, batch: PairBatch, reference: tuple[torch.Tensor, torch.Tensor] | CompletionStates
+    ) -> ModelOutput:
         """Returns the policy's per-token outputs, each `(2B, T)`."""
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        return model(**batch.model_kwargs, **router, labels=batch.labels, fused_lm_head=True)
+        head_kwargs = self._head_kwargs()
+        if self.variant is not None:
+            head_kwargs = {"reference": reference, "kl_weight": self._kl_weight, "separate_sft": self._separate_sft}
+        return model(**batch.model_kwargs, **router, labels=batch.labels, **head_kwargs)
 
-    def _pair_logps(self, batch: PairBatch, policy: ModelOutput, reference: object) -> PairLogps:
+    def _head_kwargs(self) -> dict[str, bool]:
+        """The forward flag that asks a model for log-probabilities."""
+        return {"completion_log_probs": True} if self._own_head else {"fused_lm_head": True}
+
+    def _pair_logps(
+        self,
+        batch: PairBatch,
+        policy: ModelOutput,
+        reference: tuple[torch.Tensor, torch.Tensor] | CompletionStates,
+    ) -> PairLogps:
+        if self.variant is not None:
+            reference = self._sum_over_completion(policy.ref_log_probs, batch)
         return PairLogps(*self._sum_over_completion(policy.log_probs, batch), *reference)
+
+    def _position_kls(self, batch: PairBatch, policy: ModelOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """TDPO's `SeqKL` of chosen and rejected, each `(B,)`."""
+        return self._sum_over_completion(policy.position_kl, batch)
 
     @staticmethod
     def _sum_over_completion(per_token: torch.Tensor, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,7 +272,8 @@ class PairwiseTrainer(DPOTrainer):
         for loss_type, loss_weight in zip(self.loss_types, self.loss_weights, strict=True):
             if loss_type == "sft":
                 chosen_mask, _ = batch.completion_mask.chunk(2, dim=0)
-                chosen_per_token_logps, _ = policy.log_probs[:, -batch.completion_mask.size(1) :].chunk(2, dim=0)
+                per_token_logps = policy.sft_log_probs if self._separate_sft else policy.log_probs
+                chosen_per_token_logps, _ = per_token_logps[:, -batch.completion_mask.size(1) :].chunk(2, dim=0)
                 losses = -chosen_per_token_logps[chosen_mask.bool()].mean()
             else:
                 losses = self._pair_losses(loss_type, batch, policy, logps)
@@ -259,3 +323,11 @@ class PairwiseTrainer(DPOTrainer):
         self._record_mean("rewards/margins", chosen_rewards - rejected_rewards)
         self._record_mean("logps/chosen", logps.chosen)
         self._record_mean("logps/rejected", logps.rejected)
+        if self.variant is not None:
+            chosen_kl, rejected_kl = self._position_kls(batch, policy)
+            self._record_mean("position_kl/chosen", chosen_kl)
+            self._record_mean("position_kl/rejected", rejected_kl)
+            self._record_mean("position_kl/margin", chosen_kl - rejected_kl)
+            # The paper's rewards, β (logratio + SeqKL)
+            self._record_mean("rewards_tdpo/chosen", chosen_rewards + self.beta * chosen_kl)
+            self._record_mean("rewards_tdpo/rejected", rejected_rewards + self.beta * rejected_kl)

@@ -1,5 +1,5 @@
 """
-A forward flag that gives a causal LM the position KL, in the way TRL's `add_fused_lm_head` gives it log-probabilities.
+Forward flags that give a causal LM the position KL, in the way TRL's `add_fused_lm_head` gives it log-probabilities.
 
 The reference is called with `completion_states=True` and answers with its hidden states at the completion positions and
 the head that goes with them; the policy is called with `reference=` those states and answers with per-token results. Both
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..kernels.fused_position_kl import fused_position_kl
-from ..kernels.position_kl import position_kl
+from ..kernels.position_kl import log_probs, position_kl
 
 
 @dataclass
@@ -39,12 +38,79 @@ class CompletionStates:
 @dataclass
 class PositionKLOutput(FusedCausalLMOutput):
     """
-    [`~trl.trainer.utils.FusedCausalLMOutput`] with two more per-token fields of shape `(2B, T)`, zero outside the
-    completions: `ref_log_probs` and `position_kl`.
+    [`~trl.trainer.utils.FusedCausalLMOutput`] with more per-token fields of shape `(2B, T)`, zero outside the completions.
+
+    `log_probs` has the value of the log-probability and the gradient of `log π + κ KL`; `position_kl` and `ref_log_probs`
+    have none. `sft_log_probs`, of the chosen completions only, has the log-probability's own.
     """
 
     ref_log_probs: torch.Tensor | None = None
     position_kl: torch.Tensor | None = None
+    sft_log_probs: torch.Tensor | None = None
+
+
+@dataclass
+class SharedPrompts:
+    """B prompts in two parts. Deliberately not a `dict` of `input_ids`: accelerate and PEFT would look into it."""
+
+    prefix_ids: torch.Tensor  # (1, L), the tokens that all of them begin with; L may be 0
+    input_ids: torch.Tensor  # (B, P), the rest of each, padded on the left; P is at least 1
+    attention_mask: torch.Tensor  # (B, P)
+
+
+def states_after_shared_prompts(
+    backbone: PreTrainedModel, prompts: SharedPrompts, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """
+    The states that predict 2B completions of B prompts, each prompt computed once, and what all prompts begin with once
+    for all: L + B (P + 2R) positions in the place of 2B (L + P + R). For models with a key-value cache, without gradients.
+
+    Args:
+        backbone ([`~transformers.PreTrainedModel`]):
+            The model without its LM head.
+        prompts ([`SharedPrompts`]):
+            The prompts.
+        input_ids, attention_mask (`torch.Tensor` of shape `(2B, R)`):
+            The completions, chosen and then rejected, padded on the right.
+
+    Returns:
+        `torch.Tensor` of shape `(2B, R, H)`: at t, the state from which token t of the completion is predicted.
+    """
+    prefix_ids, prompt_ids, mask = prompts.prefix_ids, prompts.input_ids, prompts.attention_mask
+    pairs, length, device = prompt_ids.size(0), prefix_ids.size(1), prompt_ids.device
+    mask = torch.cat([mask.new_ones(pairs, length), mask], dim=1)  # (B, L + P)
+    cache = None
+    if any(DynamicCache(config=backbone.config.get_text_config()).is_sliding):
+        # A window counts the padding between two parts, so the prompts go in one, all padding to its left
+        order = mask.argsort(dim=1, stable=True)
+        prompt_ids = torch.cat([prefix_ids.expand(pairs, -1), prompt_ids], dim=1).gather(1, order)
+        mask, length = mask.gather(1, order), 0
+    elif length > 0:
+        cache = backbone(input_ids=prefix_ids, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.zeros(pairs, dtype=torch.long, device=device))
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    outputs = backbone(
+        input_ids=prompt_ids,
+        attention_mask=mask,
+        position_ids=positions[:, length:],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    pair = torch.arange(pairs, device=device).repeat(2)  # (2B,): chosen, then rejected
+    first = outputs.last_hidden_state[:, -1:][pair]  # (2B, 1, H)
+    if input_ids.size(1) == 1:
+        return first
+    cache = outputs.past_key_values
+    cache.batch_select_indices(pair)
+    # The last token predicts nothing
+    outputs = backbone(
+        input_ids=input_ids[:, :-1],
+        attention_mask=torch.cat([mask[pair], attention_mask[:, :-1]], dim=1),
+        position_ids=positions[pair, -1:] + torch.arange(1, input_ids.size(1), device=device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([first, outputs.last_hidden_state], dim=1)
 
 
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
@@ -66,10 +132,14 @@ def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
 
 def add_position_kl_head(model: PreTrainedModel) -> None:
     """
-    Add the flags `completion_states=True` and `reference=...` to `model.forward`. Without them the forward is unchanged.
+    Add three flags to `model.forward`. Without one of them the forward is unchanged.
 
-    With `kl_weight=(κ_chosen, κ_rejected)`, besides `reference`, the fused kernel runs: `log_probs` has the value of the
-    log-probability and the gradient of `log π + κ KL`, and `position_kl` has none. Without it both are differentiable.
+    - `completion_states=True` returns [`CompletionStates`].
+    - `reference=...`, such states of the reference, returns a [`PositionKLOutput`]. `kl_weight=(κ_chosen, κ_rejected)` says how
+      much of the KL goes into the gradient, and `separate_sft=True` asks for `sft_log_probs`.
+    - `completion_log_probs=True` returns a [`~trl.trainer.utils.FusedCausalLMOutput`], as TRL's `fused_lm_head=True` does.
+      With `shared_prompts=...`, [`SharedPrompts`], `input_ids` are the completions alone, `(2B, R)`, and each prompt is computed
+      once for its two completions; no gradient.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -78,46 +148,74 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
     original_forward = model.forward
     text_config = model.config.get_text_config()
     logit_scale, softcap = logit_transform(text_config)
+    transform = {"logit_scale": logit_scale, "softcap": softcap}
 
     # Keep the original signature: `generate` validates its model kwargs against it
     @functools.wraps(type(model).forward)
-    def forward(self, *args, labels=None, completion_states=False, reference=None, kl_weight=None, **kwargs):
-        if not completion_states and reference is None:
+    def forward(
+        self,
+        *args,
+        labels=None,
+        completion_states=False,
+        completion_log_probs=False,
+        shared_prompts=None,
+        reference=None,
+        kl_weight=(0.0, 0.0),
+        separate_sft=False,
+        **kwargs,
+    ):
+        if not completion_states and not completion_log_probs and reference is None:
             if labels is not None:
                 kwargs["labels"] = labels
             return original_forward(*args, **kwargs)
 
-        backbone_outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
         # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
+        if shared_prompts is None:
+            backbone_outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
+            hidden, labels = backbone_outputs.last_hidden_state[:, :-1], labels[:, 1:]  # (2B, T, H), (2B, T)
+        else:
+            hidden = states_after_shared_prompts(
+                self.base_model, shared_prompts, kwargs["input_ids"], kwargs["attention_mask"]
+            )  # (2B, R, H)
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if isinstance(weight, DTensor):  # FSDP2
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        labels = labels[:, 1:].to(weight.device)  # (2B, T)
-        mask = labels != -100
-        hidden = backbone_outputs.last_hidden_state[:, :-1].to(weight.device)[mask]  # (N, H)
+        labels = labels.to(weight.device)
+        mask = labels != -100  # (2B, T)
+        hidden = hidden.to(weight.device)[mask]  # (N, H)
         if completion_states:
             if isinstance(self, FSDPModule):  # frees the unsharded head when this forward ends
                 weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
             return CompletionStates(hidden, weight, bias, logit_scale, softcap)
 
-        arguments = (hidden, weight, bias, reference.hidden, reference.weight, reference.bias, labels[mask])
-        transforms = {
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-            "ref_logit_scale": reference.logit_scale,
-            "ref_softcap": reference.softcap,
-        }
-        if kl_weight is None:
-            per_token = position_kl(*arguments, **transforms)._asdict()
+        if reference is None:
+            per_token = log_probs(hidden, weight, bias, labels[mask], **transform)._asdict()
         else:
-            per_pair = torch.tensor(kl_weight, device=hidden.device).repeat_interleave(mask.size(0) // 2)  # (2B,)
-            per_token = fused_position_kl(
-                *arguments, per_pair.unsqueeze(1).expand_as(mask)[mask], **transforms
+            per_row = torch.tensor(kl_weight, device=hidden.device).repeat_interleave(mask.size(0) // 2)  # (2B,)
+            per_token = position_kl(
+                hidden,
+                weight,
+                bias,
+                reference.hidden,
+                reference.weight,
+                reference.bias,
+                labels[mask],
+                per_row.unsqueeze(1).expand_as(mask)[mask],
+                **transform,
+                ref_logit_scale=reference.logit_scale,
+                ref_softcap=reference.softcap,
             )._asdict()
             # The value of the log-probability, the gradient of log-probability and weighted KL together
             weighted = per_token.pop("weighted")
             per_token["log_probs"] = weighted + (per_token["log_probs"] - weighted).detach()
+        # `masked_scatter` keeps the output connected to the model even when no label is valid
+        per_token = {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in per_token.items()}  # (2B, T)
+        if separate_sft:
+            chosen = mask.clone()
+            chosen[mask.size(0) // 2 :] = False
+            sft = log_probs(hidden[chosen[mask]], weight, bias, labels[chosen], **transform).log_probs
+            per_token["sft_log_probs"] = sft.new_zeros(mask.shape).masked_scatter(chosen, sft)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             # Mixtral's load-balancing loss is the one every MoE family pulls in through the modular system
@@ -127,8 +225,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
                 text_config.num_experts_per_tok,
                 kwargs.get("attention_mask"),
             )
-        # `masked_scatter` keeps the output connected to the model even when no label is valid
-        per_token = {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in per_token.items()}  # (2B, T)
-        return PositionKLOutput(**per_token, label_mask=mask, aux_loss=aux_loss)
+        output_class = FusedCausalLMOutput if reference is None else PositionKLOutput
+        return output_class(**per_token, label_mask=mask, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)

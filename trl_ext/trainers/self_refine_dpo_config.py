@@ -17,7 +17,8 @@ class SelfRefineDPOConfig(DPOConfig):
     Configuration class for the [`SelfRefineDPOTrainer`].
 
     [`SelfRefineDPOConfig`] inherits every parameter from [`~trl.DPOConfig`] and adds those of Sr-DPO and Sr-IPO
-    (https://huggingface.co/papers/2405.21040). `loss_type="sigmoid"` is Sr-DPO, `"ipo"` is Sr-IPO.
+    (https://huggingface.co/papers/2405.21040). `loss_type="sigmoid"` is Sr-DPO, `"ipo"` is Sr-IPO; the other losses of the
+    margin (`"hinge"`, `"exo_pair"`, `"robust"`, `"discopop"`, `"sigmoid_norm"`) have theirs lowered in the same way.
 
     Parameters:
         refinement_weight (`float`, *optional*, defaults to `0.3`):
@@ -32,9 +33,14 @@ class SelfRefineDPOConfig(DPOConfig):
         ipo_length_normalization (`bool`, *optional*, defaults to `True`):
             For `loss_type="ipo"`: whether log-ratios are means over the response's tokens, as TRL's IPO does with the
             IPO authors' consent (`True`), or sums, as the paper writes it (`False`).
+        variant (`str`, *optional*):
+            `"tdpo1"` or `"tdpo2"`: a TDPO loss (https://huggingface.co/papers/2404.11999) with the refinement margin,
+            `−log σ(u − TDPO's term − λ Δ)`. For `loss_type="sigmoid"`.
+        alpha (`float`, *optional*, defaults to `0.5`):
+            TDPO2's α, as in [`TDPOConfig`]. Only used with `variant="tdpo2"`.
 
     Raises:
-        `ValueError`: a negative `refinement_weight`, or an unknown `refinement_prompt_role`.
+        `ValueError`: a negative `refinement_weight` or `alpha`, an unknown `refinement_prompt_role` or `variant`.
     """
 
     refinement_weight: float = field(
@@ -63,6 +69,17 @@ class SelfRefineDPOConfig(DPOConfig):
             "sums, as the paper writes it (False)."
         },
     )
+    variant: str | None = field(
+        default=None,
+        metadata={
+            "help": "'tdpo1' or 'tdpo2': a TDPO loss with the refinement margin, for loss_type='sigmoid'.",
+            "choices": ["tdpo1", "tdpo2"],
+        },
+    )
+    alpha: float = field(
+        default=0.5,
+        metadata={"help": "TDPO2's weight of the difference of the sequential KLs, with variant='tdpo2'."},
+    )
 
     def __post_init__(self):
         if self.refinement_weight < 0:
@@ -74,4 +91,8 @@ class SelfRefineDPOConfig(DPOConfig):
             raise ValueError(
                 f"`refinement_prompt_role` must be 'user' or 'system', got {self.refinement_prompt_role!r}."
             )
+        if self.variant not in (None, "tdpo1", "tdpo2"):
+            raise ValueError(f"`variant` must be 'tdpo1', 'tdpo2' or left out, got {self.variant!r}.")
+        if self.alpha < 0:
+            raise ValueError(f"`alpha` must be at least 0, got {self.alpha}.")
         super().__post_init__()

@@ -1,23 +1,41 @@
 import copy
+import inspect
 import json
+import os
 import textwrap
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.utils import is_peft_model
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel, PromptLearningConfig
+from torch import nn
 from trl import DPOConfig
 from trl.data_utils import _tokenize, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
-from ..losses.self_refine import self_refine_dpo_loss
+from ..losses.self_refine import LOSS_TYPES, self_refine_dpo_loss
+from ..losses.tdpo import sequential_kl_difference
 from .pairwise_trainer import PairBatch, PairLogps, PairwiseTrainer
+from .position_kl_head import SharedPrompts
 from .self_refine_dpo_config import SelfRefineDPOConfig
 
 
-AUGMENTED = "augmented_"
+SMOOTHED_LOSS_TYPES = {"exo_pair", "robust"}  # those that read `label_smoothing`
+# What the collator adds for the refinement function
+AUGMENTED_TENSORS = (
+    "augmented_prefix_ids",
+    "augmented_prompt_ids",
+    "augmented_prompt_mask",
+    "completion_ids",
+    "completion_attention_mask",
+)
+# Columns of precomputed log-probabilities under the reference, of chosen and rejected given p ⊕ x
+REF_AUGMENTED_LOGPS = ("ref_augmented_chosen_logps", "ref_augmented_rejected_logps")
 
 
 def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str = "user") -> str | list[dict]:
@@ -64,26 +82,38 @@ def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str =
 @dataclass
 class DataCollatorForSelfRefinement(DataCollatorForPreference):
     """
-    [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] that collates the same completions twice: after the prompt,
-    and after the augmented prompt under keys with the prefix `augmented_`. Truncation follows the plain sequence, so both
-    halves keep the same completion tokens: the augmented sequences may exceed `max_length` by the length of the
-    refinement prompt.
+    [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] that adds, for B pairs, what follows the augmented prompts:
+
+    - `augmented_prefix_ids` (`torch.Tensor` of shape `(1, L)`): the tokens with which all the prompts p ⊕ x begin, p among
+      them where the chat template puts it first,
+    - `augmented_prompt_ids`, `augmented_prompt_mask` (`torch.Tensor` of shape `(B, P)`): the rest of the prompts, padded on the left,
+    - `completion_ids`, `completion_attention_mask` (`torch.Tensor` of shape `(2B, R)`): the completions alone, padded on
+      the right, exactly the tokens that truncation left in `input_ids`. p ⊕ x and a completion together may therefore
+      exceed `max_length` by the length of the refinement prompt.
+
+    Precomputed reference log-probabilities of the augmented pairs are collated as those of the plain ones are.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
-        kept = [None if self.max_length is None else self.max_length - len(e["prompt_ids"]) for e in examples]
-        augmented_examples = [
-            {
-                "prompt_ids": example["augmented_prompt_ids"],
-                "chosen_ids": example["chosen_ids"][:k],
-                "rejected_ids": example["rejected_ids"][:k],
-            }
-            for example, k in zip(examples, kept, strict=True)
+        prompts = [torch.tensor(example["augmented_prompt_ids"]) for example in examples]
+        # Nothing is shared within one pair that is not shared by its completions; and each prompt keeps a last token
+        shared = len(os.path.commonprefix([p[:-1].tolist() for p in prompts])) if len(prompts) > 1 else 0
+        completions = [
+            ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
         ]
-        collator = DataCollatorForPreference(self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
-        augmented = collator.torch_call(augmented_examples)
-        return batch | {AUGMENTED + key: value for key, value in augmented.items()}
+
+        def padded(rows: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+            ids = pad(rows, self.pad_token_id, side, self.pad_to_multiple_of)
+            return ids, pad([torch.ones_like(row) for row in rows], 0, side, self.pad_to_multiple_of)
+
+        batch["augmented_prefix_ids"] = prompts[0][:shared].unsqueeze(0)
+        batch["augmented_prompt_ids"], batch["augmented_prompt_mask"] = padded([p[shared:] for p in prompts], "left")
+        batch["completion_ids"], batch["completion_attention_mask"] = padded(completions, "right")
+        for name in REF_AUGMENTED_LOGPS:
+            if name in examples[0]:
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
 
 
 class SelfRefineDPOTrainer(PairwiseTrainer):
@@ -133,20 +163,24 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
             }"""),
     }
 
-    _pair_loss_types = ("sigmoid", "ipo")
+    _pair_loss_types = LOSS_TYPES
     _refused_options = PairwiseTrainer._refused_options | {
-        "precompute_ref_log_probs": (
-            False,
-            "the reference also has to answer the augmented prompts, and is gone by then. Set it to `False`; with LoRA the "
-            "reference costs no memory, since it is the model without adapter.",
-        ),
         "truncation_mode": (
             "keep_start",
             "the plain and the augmented sample must keep the same completion tokens. Use 'keep_start' (the default).",
         ),
     }
 
-    def __init__(self, model, ref_model=None, args: DPOConfig | None = None, data_collator=None, *pos, **kwargs):
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: DPOConfig | None = None,
+        data_collator=None,
+        *pos,
+        peft_config=None,
+        **kwargs,
+    ):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = SelfRefineDPOConfig(f"{model_name.split('/')[-1]}-Self-Refine-DPO")
@@ -156,16 +190,54 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         self.refinement_prompt = config.refinement_prompt
         self.refinement_prompt_role = config.refinement_prompt_role
         self.ipo_length_normalization = config.ipo_length_normalization
+        self._set_token_level(config.variant, config.alpha, args)
+        adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
+        self._learns_prompt = any(isinstance(adapter, PromptLearningConfig) for adapter in adapters)
+        if self._learns_prompt and self.variant is not None:
+            raise ValueError(
+                f"`variant={self.variant!r}` is not supported with prompt-learning PEFT (prompt, prefix or p-tuning): its "
+                "virtual tokens shift the positions at which the two distributions are compared. Use LoRA."
+            )
+        # λ = 0 is DPOTrainer, to the last bit
+        self._own_head = self.refinement_weight > 0 and not self._learns_prompt
+        self._precomputes_augmented = False
 
-        super().__init__(model, ref_model, args, data_collator, *pos, **kwargs)
+        super().__init__(model, ref_model, args, data_collator, *pos, peft_config=peft_config, **kwargs)
 
         if self._is_vision_dataset:
             raise ValueError(
                 "SelfRefineDPOTrainer does not support vision datasets: their prompts are rendered batch by batch, out of "
                 "its reach. Use `trl.DPOTrainer`."
             )
-        if data_collator is None:
+        self._add_head_and_collator()
+
+    @classmethod
+    def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
+        if set(args.loss_type) & SMOOTHED_LOSS_TYPES:
+            honoured = {*honoured, "label_smoothing"}
+        super()._refuse_options(args, honoured)
+        variant = args.variant if isinstance(args, SelfRefineDPOConfig) else None
+        if variant is not None and (not set(args.loss_type) <= {"sigmoid", "sft"} or args.precompute_ref_log_probs):
+            raise ValueError(
+                f"`variant={variant!r}` needs `loss_type='sigmoid'` (and \"sft\" beside it, if you like) and "
+                "`precompute_ref_log_probs=False`: TDPO is defined for DPO's loss, and takes the reference's whole next-token "
+                f"distribution at each step. Got `loss_type={args.loss_type!r}` and "
+                f"`precompute_ref_log_probs={args.precompute_ref_log_probs}`; change these, or leave `variant` out."
+            )
+
+    def _add_head_and_collator(self) -> None:
+        """The constructor of DPOTrainer needs them already where it precomputes the reference."""
+        self._add_heads()
+        if type(self.data_collator) is DataCollatorForPreference:  # TRL's own; one of the user's stays
             self.data_collator = DataCollatorForSelfRefinement(**vars(self.data_collator))
+
+    @property
+    def _shares_prompts(self) -> bool:
+        """Whether chosen and rejected can continue one key-value cache of their augmented prompt."""
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if is_peft_model(model) else model
+        takes_positions = "position_ids" in inspect.signature(type(model.base_model).forward).parameters
+        return not self._learns_prompt and takes_positions and not model._is_stateful
 
     # Data: each row gets the token ids of its augmented prompt
 
@@ -206,48 +278,99 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         if "augmented_prompt_ids" not in self._signature_columns:
             self._signature_columns.append("augmented_prompt_ids")
 
-    @staticmethod
-    def _split_augmented(inputs: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-        """Splits a collated batch into the plain and the augmented one, both under TRL's keys."""
-        plain = {key: value for key, value in inputs.items() if not key.startswith(AUGMENTED)}
-        augmented = {key[len(AUGMENTED) :]: value for key, value in inputs.items() if key.startswith(AUGMENTED)}
-        return plain, augmented
+    # Precomputed references: a second pass, over the augmented prompts
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        self._add_head_and_collator()
+        plain = super()._precompute_ref_logps(dataset, name, batch_size)
+        model_hash = self._precompute_model_hash
+        self._precomputes_augmented, self._precompute_model_hash = True, f"{model_hash}-augmented"
+        try:
+            augmented = super()._precompute_ref_logps(dataset, f"augmented {name}", batch_size)
+        finally:
+            self._precomputes_augmented, self._precompute_model_hash = False, model_hash
+        columns = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), REF_AUGMENTED_LOGPS, strict=True))
+        return concatenate_datasets([plain, augmented.select_columns(list(columns)).rename_columns(columns)], axis=1)
+
+    def compute_ref_log_probs(self, model, inputs):
+        plain, refinement = self._split(inputs)
+        if not self._precomputes_augmented:
+            return super().compute_ref_log_probs(model, plain)
+        with self._reference_model():
+            return self._augmented_logps(model, refinement)
 
     # Loss
 
+    @staticmethod
+    def _split(inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """A collated batch as TRL's part and ours."""
+        ours = {key: value for key, value in inputs.items() if key in (*AUGMENTED_TENSORS, *REF_AUGMENTED_LOGPS)}
+        return {key: value for key, value in inputs.items() if key not in ours}, ours
+
     def _compute_loss(self, model, inputs, return_outputs):
-        plain, augmented = self._split_augmented(inputs)
-        if not augmented:
+        plain, refinement = self._split(inputs)
+        if not set(AUGMENTED_TENSORS) <= refinement.keys():
             raise ValueError(
-                "The batch has no `augmented_input_ids`: a custom `data_collator` must collate `augmented_prompt_ids` too. "
-                "Derive it from `trl_ext.trainers.self_refine_dpo_trainer.DataCollatorForSelfRefinement`."
+                f"The batch has no {', '.join(sorted(set(AUGMENTED_TENSORS) - refinement.keys()))}: a custom `data_collator` "
+                "must collate `augmented_prompt_ids` too. Derive it from "
+                "`trl_ext.trainers.self_refine_dpo_trainer.DataCollatorForSelfRefinement`."
             )
-        self._augmented_logratios = self._augmented_forward(model, PairBatch.from_inputs(augmented))
+        self._augmented_logratios = self._augmented_forward(model, refinement)
         return super()._compute_loss(model, plain, return_outputs)
 
-    def _augmented_forward(self, model, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _augmented_forward(
+        self, model: nn.Module, refinement: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-ratios of chosen and rejected given `p ⊕ x`, each `(B,)`, without gradient (Eq. 12)."""
-        forward_kwargs = {**batch.model_kwargs, "labels": batch.labels, "fused_lm_head": True}
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self.accelerator.autocast(),
         ):
-            logps = self._sum_over_completion(model(**forward_kwargs).log_probs, batch)
-        with self._reference_model() as ref_model:
-            ref_logps = self._sum_over_completion(ref_model(**forward_kwargs).log_probs, batch)
-        return logps[0] - ref_logps[0], logps[1] - ref_logps[1]
+            chosen, rejected = self._augmented_logps(model, refinement)
+        if self.precompute_ref_logps:
+            ref_chosen, ref_rejected = (refinement[name] for name in REF_AUGMENTED_LOGPS)
+        else:
+            with self._reference_model() as ref_model:
+                ref_chosen, ref_rejected = self._augmented_logps(ref_model, refinement)
+        return chosen - ref_chosen, rejected - ref_rejected
+
+    def _augmented_logps(
+        self, model: nn.Module, refinement: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of chosen and rejected given `p ⊕ x`, each `(B,)`."""
+        prefix_ids, prompt_ids, prompt_mask, ids, mask = (refinement[name] for name in AUGMENTED_TENSORS)
+        labels = ids.masked_fill(mask == 0, -100)
+        if self._shares_prompts:
+            prompts = SharedPrompts(prefix_ids, prompt_ids, prompt_mask)
+            batch = {"input_ids": ids, "attention_mask": mask, "shared_prompts": prompts, "completion_log_probs": True}
+        else:
+            prefix_ids = prefix_ids.expand(prompt_ids.size(0), -1)
+            prompt_ids = torch.cat([prefix_ids, prompt_ids], dim=1).repeat(2, 1)  # (2B, L + P)
+            prompt_mask = torch.cat([torch.ones_like(prefix_ids), prompt_mask], dim=1).repeat(2, 1)
+            ids = torch.cat([prompt_ids, ids], dim=1)  # (2B, L + P + R)
+            labels = torch.cat([torch.full_like(prompt_ids, -100), labels], dim=1)
+            mask = torch.cat([prompt_mask, mask], dim=1)
+            # All padding to the right, as in the plain sequences
+            order = mask.argsort(dim=1, descending=True, stable=True)
+            ids, mask, labels = (x.gather(1, order) for x in (ids, mask, labels))
+            batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "fused_lm_head": True}
+        return model(**batch, labels=labels).log_probs.sum(dim=1).chunk(2, dim=0)
 
     def _pair_losses(self, loss_type, batch: PairBatch, policy, logps: PairLogps) -> torch.Tensor:
-        augmented_chosen, augmented_rejected = self._augmented_logratios
         chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
-        if loss_type == "ipo" and self.ipo_length_normalization:
-            # TRL's IPO takes means over the response's tokens; Δ must be in the same unit
+        augmented_chosen, augmented_rejected = self._augmented_logratios
+        if loss_type == "sigmoid_norm" or (loss_type == "ipo" and self.ipo_length_normalization):
+            # TRL takes means over the response's tokens; Δ must be in the same unit
             chosen_length, rejected_length = (batch.labels != -100).sum(dim=1).clamp(min=1.0).chunk(2, dim=0)
             chosen, augmented_chosen = chosen / chosen_length, augmented_chosen / chosen_length
             rejected, augmented_rejected = rejected / rejected_length, augmented_rejected / rejected_length
         # Eq. 12
         refinement_margin = self.beta * (augmented_chosen - augmented_rejected)  # (B,)
+        kl_difference = 0.0
+        if self.variant is not None:
+            position_kls = self._position_kls(batch, policy)
+            kl_difference = sequential_kl_difference(*position_kls, alpha=self.alpha, variant=self.variant)
         losses, _, _ = self_refine_dpo_loss(
             chosen,
             rejected,
@@ -255,6 +378,9 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
             beta=self.beta,
             refinement_weight=self.refinement_weight,
             loss_type=loss_type,
+            label_smoothing=self.label_smoothing,
+            discopop_tau=self.args.discopop_tau,
+            kl_difference=kl_difference,
         )
         return losses
 
@@ -262,6 +388,14 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         super()._record_metrics(batch, policy, logps)
         augmented_chosen, augmented_rejected = self._augmented_logratios
         refinement_margin = self.beta * (augmented_chosen - augmented_rejected)
-        self._record_mean("refinement/margin", refinement_margin)
+        marginal = logps.chosen_logratios - logps.rejected_logratios
+        gathered = self.accelerator.gather(refinement_margin.detach())
+        shift, margin = (
+            x.abs().mean().item()
+            for x in (self.refinement_weight * gathered, self.beta * self.accelerator.gather(marginal.detach()))
+        )
+        self._record("refinement/margin", gathered.mean().item())
+        self._record("refinement/margin_std", gathered.std(correction=0).item())
+        self._record("refinement/share", shift / margin if margin > 0 else 0.0)
         self._record_mean("refinement/accuracies", (refinement_margin > 0).float())
-        self._record_mean("refinement/marginal", logps.chosen_logratios - logps.rejected_logratios)
+        self._record_mean("refinement/marginal", marginal)

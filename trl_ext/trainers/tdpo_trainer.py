@@ -1,14 +1,13 @@
 import textwrap
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftModel, PromptLearningConfig
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..losses.tdpo import tdpo_loss
 from .pairwise_trainer import PairBatch, PairLogps, PairwiseTrainer
-from .position_kl_head import CompletionStates, PositionKLOutput, add_position_kl_head
+from .position_kl_head import PositionKLOutput
 from .tdpo_config import TDPOConfig
 
 
@@ -80,49 +79,19 @@ class TDPOTrainer(PairwiseTrainer):
                 "shift the positions at which the two distributions are compared. Use LoRA."
             )
         config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
-        self.variant, self.alpha = config.variant, config.alpha
-        # Weight of the KL against the log-probability in the gradient of each side: with it the fused kernel needs one
-        # Jacobian only. SFT on the chosen answers needs the log-probability's alone, which TDPO1 does not leave there.
-        self._kl_weight = {"tdpo1": (1.0, 1.0), "tdpo2": (0.0, self.alpha)}[self.variant]
-        if self.variant == "tdpo1" and "sft" in args.loss_type:
-            self._kl_weight = None
+        self._set_token_level(config.variant, config.alpha, args)
 
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
 
-        add_position_kl_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        if self.ref_model is not None:
-            add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
-
-    def _reference_forward(self, batch: PairBatch) -> CompletionStates:
-        with self._reference_model() as ref_model:
-            return ref_model(**batch.model_kwargs, labels=batch.labels, completion_states=True)
-
-    def _policy_forward(self, model, batch: PairBatch, reference: CompletionStates) -> PositionKLOutput:
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        return model(
-            **batch.model_kwargs, **router, labels=batch.labels, reference=reference, kl_weight=self._kl_weight
-        )
-
-    def _pair_logps(self, batch: PairBatch, policy: PositionKLOutput, reference: CompletionStates) -> PairLogps:
-        return PairLogps(
-            *self._sum_over_completion(policy.log_probs, batch),
-            *self._sum_over_completion(policy.ref_log_probs, batch),
-        )
+        self._add_heads()
 
     def _pair_losses(self, loss_type, batch: PairBatch, policy: PositionKLOutput, logps: PairLogps) -> torch.Tensor:
-        chosen_kl, rejected_kl = self._sum_over_completion(policy.position_kl, batch)  # (B,), the paper's SeqKL
-        losses, chosen_rewards, rejected_rewards = tdpo_loss(
+        losses, _, _ = tdpo_loss(
             logps.chosen_logratios,
             logps.rejected_logratios,
-            chosen_kl,
-            rejected_kl,
+            *self._position_kls(batch, policy),
             beta=self.beta,
             alpha=self.alpha,
             variant=self.variant,
         )
-        self._record_mean("position_kl/chosen", chosen_kl)
-        self._record_mean("position_kl/rejected", rejected_kl)
-        self._record_mean("position_kl/margin", chosen_kl - rejected_kl)
-        self._record_mean("rewards_tdpo/chosen", chosen_rewards)
-        self._record_mean("rewards_tdpo/rejected", rejected_rewards)
         return losses

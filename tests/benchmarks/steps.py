@@ -1,0 +1,296 @@
+"""
+What a training step costs: trainers in turn on copies of one model and on the same pairs, in one process.
+
+A step is loss and gradients, without the optimizer. Counted beside the time are the head's matrix products, in units of
+2·N·V·H FLOP (N completion tokens, V vocabulary, H hidden), and the peak of the memory that a step allocates above what is
+held before it.
+"""
+
+import contextlib
+import copy
+import csv
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+
+OUTPUT = Path(__file__).parents[2] / "docs" / "benchmarks"
+PACKAGES = ("torch", "trl", "transformers", "peft", "triton", "trl-ext")
+
+
+@dataclass
+class Shape:
+    """A Llama with random weights, and the pairs of a batch."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    pairs: int
+    prompt_tokens: int = 64
+    answer_tokens: int = 96
+    head_size: int = 64
+    kv_heads: int | None = None  # as many as query heads
+    intermediate: int | None = None  # 4 · hidden − 8: told apart from everything else by its size
+
+    def config(self) -> LlamaConfig:
+        heads = self.hidden // self.head_size
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate or 4 * self.hidden - 8,
+            num_hidden_layers=self.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=self.kv_heads or heads,
+            head_dim=self.head_size,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, self.vocabulary)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        )
+
+    def dataset(self) -> Dataset:
+        generator = torch.Generator().manual_seed(0)
+
+        def text(tokens: int) -> str:
+            ids = torch.randint(3, self.vocabulary, (tokens,), generator=generator).tolist()
+            return " ".join(f"w{i}" for i in ids)
+
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": text(self.prompt_tokens),
+                    "chosen": f" {text(self.answer_tokens)}",
+                    "rejected": f" {text(self.answer_tokens)}",
+                }
+                for _ in range(self.pairs)
+            ]
+        )
+
+
+@dataclass
+class Contestant:
+    """A trainer, its configuration's class, and what of the configuration it changes."""
+
+    trainer_class: type[DPOTrainer]
+    config_class: type[DPOConfig] = DPOConfig
+    options: dict | None = None
+    # On a CPU, TRL's head projects every position, prompt and padding included; this is its path on a GPU, which projects
+    # the completions only
+    completions_only: bool = False
+
+    def context(self) -> contextlib.AbstractContextManager:
+        if not self.completions_only:
+            return contextlib.nullcontext()
+        return mock.patch("trl.trainer.utils._use_triton", lambda device: True)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_model(shape: Shape, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    with torch.device(device), default_dtype(dtype):
+        return LlamaForCausalLM(shape.config())
+
+
+def build_trainer(
+    contestant: Contestant, shape: Shape, model, ref_model, dataset: Dataset, lora: bool, checkpointing: bool
+) -> DPOTrainer:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    args = contestant.config_class(
+        output_dir=tempfile.mkdtemp(),
+        use_cpu=on_cpu,
+        bf16=not on_cpu,
+        gradient_checkpointing=checkpointing,
+        report_to="none",
+        per_device_train_batch_size=shape.pairs,
+        disable_tqdm=True,
+        max_length=None,
+        **(contestant.options or {}),
+    )
+    trainer = contestant.trainer_class(
+        model,
+        None if lora else ref_model,
+        args,
+        train_dataset=dataset,
+        processing_class=shape.tokenizer(),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    )
+    torch.manual_seed(1)  # a policy that has moved: a KL of 0 is no test of anything
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01 * torch.randn_like(parameter))
+    trainer.model.train()
+    return trainer
+
+
+class HeadWork(TorchDispatchMode):
+    """Counts the FLOP of matrix products that involve the whole vocabulary or a tile of it."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        # The vocabulary is walked in tiles: a product of the hidden size with a side this long is the head's
+        self.hidden = shape.hidden
+        self.longest_other_side = max(shape.config().intermediate_size, shape.hidden) + 1
+        self.tokens = 2 * shape.pairs * (shape.prompt_tokens + shape.answer_tokens + 200)
+        self.flop = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            sizes = {*a.shape, *b.shape}
+            long = max(sizes - {self.hidden}, default=0)
+            if self.hidden in sizes and long > self.longest_other_side and long > self.tokens:
+                self.flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def step(trainer: DPOTrainer, batch: dict) -> float:
+    """Seconds of one step."""
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with trainer.accelerator.autocast():
+        loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    trainer.model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Peak of what `run` allocates above what is held before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def measure(
+    contestants: dict[str, Contestant],
+    shape: Shape,
+    *,
+    lora: bool,
+    repeats: int,
+    device: str = "cpu",
+    checkpointing: bool = False,
+) -> list[dict]:
+    """One row per contestant; ratios are to the first."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model, dataset = build_model(shape, device, dtype), shape.dataset()
+    ref_model = None if lora else build_model(shape, device, dtype)
+    trainers, batches = {}, {}
+    for name, contestant in contestants.items():
+        with contestant.context():
+            trainer = build_trainer(contestant, shape, copy.deepcopy(model), ref_model, dataset, lora, checkpointing)
+        rows = [trainer.train_dataset[i] for i in range(shape.pairs)]
+        trainers[name], batches[name] = trainer, trainer._prepare_inputs(trainer.data_collator(rows))
+    del model
+    positions = int(next(iter(batches.values()))["completion_mask"][:, 1:].sum())
+
+    def run(name: str) -> float:
+        with contestants[name].context():
+            return step(trainers[name], batches[name])
+
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for repeat in range(repeats + 1):  # the first is a warm-up
+        for name in trainers:
+            taken = run(name)
+            if repeat:
+                seconds[name].append(taken)
+    peaks = {name: peak_bytes(lambda name=name: run(name), device) for name in trainers}
+
+    first = next(iter(trainers))
+    rows = []
+    for name in trainers:
+        with HeadWork(shape) as work:
+            run(name)
+        times = seconds[name]
+        rows.append(
+            {
+                "V": shape.vocabulary,
+                "H": shape.hidden,
+                "layers": shape.layers,
+                "N": positions,
+                "weights": "LoRA" if lora else "full",
+                "trainer": name,
+                "seconds": round(statistics.median(times), 3),
+                "ratio": round(statistics.median(t / base for t, base in zip(times, seconds[first], strict=True)), 3),
+                "head GEMMs": round(work.flop / (2 * positions * shape.vocabulary * shape.hidden), 2),
+                "peak MiB": round(peaks[name] / 2**20),
+                "peak ratio": round(peaks[name] / peaks[first], 3),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def environment(device: str, dtype: str) -> str:
+    """The line that says when, where and with what."""
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    if device == "cuda":
+        where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    else:
+        where = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{time.strftime('%Y-%m-%d')}, {where}, {dtype}, {', '.join(found)}."
+
+
+def write(rows: list[dict], path: Path, title: str, text: str) -> None:
+    """`path`.csv and `path`.md; called again as rows come in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [f"# {title}", "", text, ""]
+    lines += ["| " + " | ".join(rows[0]) + " |"]
+    lines += ["|" + "|".join("---" if isinstance(x, str) else "--:" for x in rows[0].values()) + "|"]
+    lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
