@@ -38,9 +38,8 @@ def single_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory, single_thread) -> Path:
-    """A directory with a random two-layer Llama (hidden 32) and its tokenizer, as `from_pretrained` takes it."""
+def save_tiny_llama(path: Path) -> None:
+    """Saves a random two-layer Llama (hidden 32) and its tokenizer in `path`, as `from_pretrained` takes it."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -73,9 +72,15 @@ def tiny_model_dir(tmp_path_factory, single_thread) -> Path:
         bos_token_id=None,
         attention_dropout=0.0,
     )
-    path = tmp_path_factory.mktemp("tiny-llama")
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, single_thread) -> Path:
+    """A directory with the tiny Llama and its tokenizer."""
+    path = tmp_path_factory.mktemp("tiny-llama")
+    save_tiny_llama(path)
     return path
 
 
@@ -114,8 +119,7 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def conversational_pairs():
+def make_conversational_pairs():
     """Eight conversational preference rows; completions from 1 to 15 words, either side the longer one."""
     from datasets import Dataset
 
@@ -132,6 +136,12 @@ def conversational_pairs():
 
 
 @pytest.fixture(scope="session")
+def conversational_pairs():
+    """`make_conversational_pairs` for the tests."""
+    return make_conversational_pairs()
+
+
+@pytest.fixture(scope="session")
 def plain_text_pairs():
     """The same rows as plain text."""
     from datasets import Dataset
@@ -145,7 +155,7 @@ def plain_text_pairs():
 def make_trainer(tiny_model_dir, conversational_pairs, tmp_path):
     """
     Returns a function that builds a preference trainer on the tiny model, on CPU, in fp32 unless `options` say
-    otherwise. `options` are the config's; `args=` replaces the config altogether.
+    otherwise. `options` are the config's, and `trainer` the other arguments of the trainer.
     """
     from transformers import AutoTokenizer
 
@@ -166,8 +176,7 @@ def make_trainer(tiny_model_dir, conversational_pairs, tmp_path):
             model=str(tiny_model_dir) if model is None else model,
             args=config_class(**{**defaults, **options}),
             train_dataset=dataset,
-            processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
-            **(trainer or {}),
+            **{"processing_class": AutoTokenizer.from_pretrained(tiny_model_dir), **(trainer or {})},
         )
 
     return make

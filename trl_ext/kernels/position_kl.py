@@ -186,7 +186,7 @@ class _PositionKLFunction(torch.autograd.Function):
         head, ref_head = Head(weight, bias, scale, softcap), Head(ref_weight, ref_bias, ref_scale, ref_softcap)
         tiles = _Tiles(dtype, hidden, head, ref_hidden, ref_head, labels, kl_weight)
         stats = torch.empty((len(STATISTICS), count), device=hidden.device, dtype=torch.float32)
-        gradient = torch.empty((kept, vocab), device=hidden.device, dtype=dtype)  # G
+        gradient = torch.empty((kept, vocab), device=hidden.device, dtype=dtype) if kept else None  # G
         jacobian = torch.empty(hidden.shape, device=hidden.device, dtype=dtype) if trains_hidden else None
         for rows in (*tiles.slices(0, kept), *tiles.slices(kept, count)):
             target = gradient[rows] if rows.stop <= kept else tiles.scratch(rows) if trains_hidden else None
@@ -223,7 +223,7 @@ class _PositionKLFunction(torch.autograd.Function):
                 total_weight = torch.zeros(weight.shape, device=hidden.device, dtype=torch.float32)
                 total_bias = torch.zeros(weight.size(0), device=hidden.device, dtype=torch.float32)
                 tiles = _Tiles(ctx.dtype, hidden, head, ref_hidden, ref_head, labels, kl_weight)
-                kept, count = gradient.size(0), hidden.size(0)
+                kept, count = 0 if gradient is None else gradient.size(0), hidden.size(0)
                 stats = torch.empty((len(STATISTICS), count - kept), device=hidden.device, dtype=torch.float32)
                 for rows in (*tiles.slices(0, kept), *tiles.slices(kept, count)):
                     if rows.stop <= kept:

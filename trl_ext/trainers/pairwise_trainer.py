@@ -20,7 +20,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_bitsandbytes_available
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -82,6 +82,20 @@ def load_adapter_weights(model: PeftModel, path: str | Path, adapter_name: str) 
     set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter_name)
 
 
+def keep_nf4_trainable(model: nn.Module) -> None:
+    """
+    On a CPU with AVX512-BF16, bitsandbytes (0.50) packs NF4 weights for inference in the first forward of an evaluation and
+    does not unpack them for training: from then on no gradient passes them. Leave them as they are.
+    """
+    if not is_bitsandbytes_available():
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 class PairwiseTrainer(DPOTrainer):
     """
     Base of the preference trainers of this package. The only change w.r.t. [`~trl.DPOTrainer`] is that `_compute_loss`
@@ -94,7 +108,7 @@ class PairwiseTrainer(DPOTrainer):
     # for rounding, in fewer head GEMMs
     _own_head = False
     _separate_sft = False
-    _has_heads = False
+    _is_prepared = False
     # Loss types the subclass has a loss for, besides "sft", which is DPOTrainer's
     _pair_loss_types: ClassVar[tuple[str, ...]] = ()
     # Option -> (the only accepted value, why, and what to do instead)
@@ -165,11 +179,12 @@ class PairwiseTrainer(DPOTrainer):
         self._kl_weight = {None: None, "tdpo1": (1.0, 1.0), "tdpo2": (0.0, alpha)}[variant]
         self._separate_sft = variant == "tdpo1" and "sft" in args.loss_type
 
-    def _add_heads(self) -> None:
+    def _prepare_models(self) -> None:
         """Give both models the head of this package, once. TRL's own stays for all that does not ask for ours."""
-        if self._has_heads:
+        if self._is_prepared:
             return
-        self._has_heads = True
+        self._is_prepared = True
+        keep_nf4_trainable(self.model)
         add_position_kl_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.ref_model is not None:
             add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
