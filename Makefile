@@ -30,7 +30,7 @@ STAMP := $(VENV)/.installed-$(DEVICE)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart test test-slow test-gpu bench style lint tdpo self-refine-dpo aries status lock clean
+.PHONY: help install quickstart test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,8 +63,12 @@ test-slow: $(STAMP) ## Tests that take minutes
 test-gpu: $(STAMP) ## Tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: $(STAMP) ## Measure a TDPO step beside a DPO step; writes docs/benchmarks
+bench: $(STAMP) ## Measure TDPO and Sr-DPO steps beside a DPO step; writes docs/benchmarks
 	$(BIN)/python -m tests.benchmarks.tdpo $(ARGS)
+	$(BIN)/python -m tests.benchmarks.self_refine_dpo $(ARGS)
+
+bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models
+	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
 style: $(STAMP) ## Format and fix with ruff
 	$(BIN)/ruff check --fix .

@@ -25,15 +25,6 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOT
 # Names TRL does not export -> their parameters. For an autograd function, those of `forward` after `ctx`.
 NOT_EXPORTED = {
     ("trl.data_utils", "_tokenize"): ("processing_class", "input", "apply_chat_template_kwargs"),
-    ("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction"): (
-        *("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias"),
-        *("beta", "temperature", "student_logit_scale", "student_final_logit_softcapping"),
-        *("teacher_logit_scale", "teacher_final_logit_softcapping"),
-    ),
-    ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction"): (
-        *("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"),
-        *("logit_scale", "outputs"),
-    ),
     ("trl.kernels.chunked_logprob", "_addmm_fp32"): ("acc", "a", "b"),
     ("trl.models.utils", "disable_gradient_checkpointing"): ("model", "gradient_checkpointing_kwargs"),
     ("trl.trainer.dpo_trainer", "DataCollatorForPreference"): (
@@ -45,6 +36,7 @@ NOT_EXPORTED = {
     ("trl.trainer.utils", "get_config_model_id"): ("config",),
     ("trl.trainer.utils", "global_then_local_main_first"): (),
     ("trl.trainer.utils", "maybe_gather_lm_head_ctx"): ("params",),
+    ("trl.trainer.utils", "pad"): ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
     ("trl.trainer.utils", "use_adapter"): ("model", "adapter_name"),
 }
 
@@ -52,20 +44,25 @@ NOT_EXPORTED = {
 METHODS = {
     "_compute_loss": ("self", "model", "inputs", "return_outputs"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
     "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": ("self",),
+    "compute_ref_log_probs": ("self", "model", "inputs"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),  # calls `_compute_loss`
 }
 
 # Attributes that DPOTrainer sets in its constructor -> their values for a plain config
 ATTRIBUTES = {
     "_is_vision_dataset": False,
+    "_precompute_model_hash": None,
     "_total_train_tokens": 0,
     "_tp_size": 1,
     "aux_loss_enabled": False,
     "beta": 0.1,
+    "label_smoothing": 0.0,
     "loss_types": ["sigmoid"],
     "loss_weights": [1.0],
+    "precompute_ref_logps": False,
     "router_aux_loss_coef": 0.0,
 }
 
@@ -74,7 +71,10 @@ ADDED_METRICS = {
         *("position_kl/chosen", "position_kl/rejected", "position_kl/margin"),
         *("rewards_tdpo/chosen", "rewards_tdpo/rejected"),
     },
-    SelfRefineDPOTrainer: {"refinement/margin", "refinement/accuracies", "refinement/marginal"},
+    SelfRefineDPOTrainer: {
+        *("refinement/margin", "refinement/margin_std", "refinement/share", "refinement/accuracies"),
+        "refinement/marginal",
+    },
 }
 CONFIGS = {TDPOTrainer: TDPOConfig, SelfRefineDPOTrainer: SelfRefineDPOConfig}
 

@@ -1,15 +1,13 @@
 """
 trl-ext: token-level DPO, self-refined DPO and the ARIES loop on top of TRL.
 
-Public names are imported on first use, so `import trl_ext` loads neither torch nor TRL.
+Public names are found on first use, so `import trl_ext` loads neither torch nor TRL, and works from an uninstalled checkout.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-
-__version__ = version("trl-ext")
 
 _PUBLIC = {
     "TDPOConfig": "trl_ext.trainers.tdpo_config",
@@ -28,6 +26,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return version("trl-ext")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

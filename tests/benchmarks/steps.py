@@ -9,6 +9,7 @@ held before it.
 import contextlib
 import copy
 import csv
+import gc
 import platform
 import statistics
 import tempfile
@@ -176,17 +177,20 @@ class HeadWork(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def step(trainer: DPOTrainer, batch: dict) -> float:
     """Seconds of one step."""
-    on_gpu = trainer.accelerator.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
+    device = trainer.accelerator.device.type
+    synchronize(device)
     start = time.perf_counter()
     with trainer.accelerator.autocast():
         loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    if on_gpu:
-        torch.cuda.synchronize()
+    synchronize(device)
     seconds = time.perf_counter() - start
     trainer.model.zero_grad(set_to_none=True)
     return seconds
@@ -220,6 +224,9 @@ def measure(
     checkpointing: bool = False,
 ) -> list[dict]:
     """One row per contestant; ratios are to the first."""
+    gc.collect()  # trainers hold themselves
+    if device == "cuda":
+        torch.cuda.empty_cache()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model, dataset = build_model(shape, device, dtype), shape.dataset()
     ref_model = None if lora else build_model(shape, device, dtype)
