@@ -15,10 +15,11 @@ from typing import ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import fsdp2_load_full_state_dict, is_peft_model
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers.utils import ModelOutput
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -100,6 +101,23 @@ class PairwiseTrainer(DPOTrainer):
             "the paper's loss has no label smoothing. Leave it at 0, or use `trl.DPOTrainer` with 'robust'.",
         ),
     }
+
+    def __init__(self, model, ref_model=None, *pos, **kwargs):
+        ref_weights = None if ref_model is None else ref_model.state_dict()
+        super().__init__(model, ref_model, *pos, **kwargs)
+        if self.ref_model is not None and self.is_fsdp_enabled:
+            self._load_sharded_reference(self.model.state_dict() if ref_weights is None else ref_weights)
+
+    def _load_sharded_reference(self, weights: dict[str, torch.Tensor]) -> None:
+        """
+        Give all processes their part of the reference's `weights`. With `fsdp_cpu_ram_efficient_loading` the main process
+        alone has loaded them, the others have zeros; accelerate sends them the policy's from there when it shards it,
+        but TRL shards the reference as it is.
+        """
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+            offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+            fsdp2_load_full_state_dict(self.accelerator, self.ref_model, weights, cpu_offload=offloads)
 
     @classmethod
     def _refuse_options(cls, args: DPOConfig) -> None:
@@ -187,6 +205,11 @@ class PairwiseTrainer(DPOTrainer):
     def _policy_forward(self, model: nn.Module, batch: PairBatch, reference: object) -> ModelOutput:
         """Returns the policy's per-token outputs, each `(2B, T)`."""
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            # TRL reads the head's weight without calling the head. Where that is a unit of its own, it gathers the weight
+            # itself, and each process would train its part of the head on its own pairs only
+            head.unshard()
         return model(**batch.model_kwargs, **router, labels=batch.labels, fused_lm_head=True)
 
     def _pair_logps(self, batch: PairBatch, policy: ModelOutput, reference: object) -> PairLogps:
