@@ -21,7 +21,7 @@ from tests.distributed.worker import CASES, ROOT, train
 
 TIMEOUT = 300  # seconds, of a launch
 
-# A change of logits of the order of the rounding error would be more than this in neither
+# Of the logged values, of which the largest are sums of log-probabilities around 50 nats
 LOG_TOLERANCE = {"rel": 1e-5, "abs": 2e-5}
 # Of a weight, relative to the largest change in the training of its tensor
 WEIGHT_TOLERANCE = 1e-3
@@ -29,15 +29,16 @@ WEIGHT_TOLERANCE = 1e-3
 
 @pytest.fixture(scope="module")
 def models(tiny_model_dir, tmp_path_factory) -> Path:
-    """The tiny Llama, and one whose head is its input embeddings."""
+    """The tiny Llama, another, and one whose head is its input embeddings."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = tmp_path_factory.mktemp("models")
     shutil.copytree(tiny_model_dir, path / "untied")
-    shutil.copytree(tiny_model_dir, path / "tied")
-    config = AutoConfig.from_pretrained(tiny_model_dir, tie_word_embeddings=True)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path / "tied")
+    for seed, (name, tied) in enumerate({"other": False, "tied": True}.items(), start=1):
+        shutil.copytree(tiny_model_dir, path / name)
+        config = AutoConfig.from_pretrained(tiny_model_dir, tie_word_embeddings=tied)
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path / name)
     return path
 
 
@@ -54,12 +55,12 @@ def one_process(models, tmp_path_factory):
     return result
 
 
-def launch(strategy: str, models: Path, output: Path, **environment: str) -> Path:
-    """Trains every case on two processes, and returns the directory of the results."""
+def launch(strategies: list[str], models: Path, output: Path, **environment: str) -> Path:
+    """Trains every case on two processes, with one strategy after another, and returns the directory of the results."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "tests.distributed.worker", strategy, str(models), str(output)),
+            *("-m", "tests.distributed.worker", str(models), str(output), *strategies),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "", **environment},
@@ -74,37 +75,36 @@ def launch(strategy: str, models: Path, output: Path, **environment: str) -> Pat
         _, stderr = process.communicate()
         stderr += f"\nNot done after {TIMEOUT} s."
     if process.returncode != 0:
-        pytest.fail(f"The {strategy} workers failed.\n{stderr[-10_000:]}", pytrace=False)
+        pytest.fail(f"The workers failed.\n{stderr[-10_000:]}", pytrace=False)
     return output
 
 
 @pytest.fixture(scope="module")
-def ddp(models, tmp_path_factory) -> Path:
-    return launch("ddp", models, tmp_path_factory.mktemp("ddp"), ACCELERATE_USE_CPU="true")
-
-
-@pytest.fixture(scope="module")
-def fsdp2(models, tmp_path_factory) -> Path:
-    return launch("fsdp2", models, tmp_path_factory.mktemp("fsdp2"), ACCELERATE_USE_CPU="true")
+def ddp_and_fsdp2(models, tmp_path_factory) -> Path:
+    return launch(["ddp", "fsdp2"], models, tmp_path_factory.mktemp("ddp_and_fsdp2"), ACCELERATE_USE_CPU="true")
 
 
 @pytest.fixture(scope="module")
 def zero3(models, tmp_path_factory) -> Path:
-    return launch("zero3", models, tmp_path_factory.mktemp("zero3"), DS_ACCELERATOR="cpu")
+    return launch(["zero3"], models, tmp_path_factory.mktemp("zero3"), DS_ACCELERATOR="cpu")
 
 
-def check(output: Path, name: str, expected: dict, wrapper: str, shares: tuple[float, float]) -> None:
+def load(output: Path, strategy: str, name: str) -> list[dict]:
+    return [torch.load(output / f"{strategy}.{name}.{rank}.pt") for rank in (0, 1)]
+
+
+def check(ranks: list[dict], expected: dict, *, wrapper: str, held: float) -> None:
     """
-    Compares the results of both processes with those of one. `shares` of the parameters are what a process must hold of
-    the model and, where there is one, of the reference.
+    Compares the results of both processes with those of one. `held` is the share of the parameters that a process must
+    hold of the model and, where there is one, of the reference, give or take a head: after an evaluation DeepSpeed keeps
+    a frozen one whole.
     """
-    ranks = [torch.load(output / f"{name}.{rank}.pt") for rank in (0, 1)]
     for result in ranks:
         assert result["processes"] == 2
         assert wrapper in result["wrapper"]
-        assert result["held"] == pytest.approx(shares[0], abs=0.01)
+        assert result["held"] == pytest.approx(held, abs=0.15)
         assert (result["ref_held"] is None) == (expected["ref_held"] is None)
-        assert result["ref_held"] is None or result["ref_held"] == pytest.approx(shares[1], abs=0.01)
+        assert result["ref_held"] is None or result["ref_held"] == pytest.approx(held, abs=0.15)
 
         assert len(result["logs"]) == len(expected["logs"]) > 1
         for step, (log, expected_log) in enumerate(zip(result["logs"], expected["logs"], strict=True)):
@@ -121,7 +121,7 @@ def check(output: Path, name: str, expected: dict, wrapper: str, shares: tuple[f
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_case_trains(one_process, name):
-    """Or the comparisons below would be of nothing: every trained tensor moves, and the clipping is at work."""
+    """Or the comparisons below would be of nothing: every trained tensor moves, away from the reference."""
     result = one_process(name)
     trained = [key for key in result["weights"] if "lora_" in key or "modules_to_save" in key] or result["weights"]
     for parameter in trained:
@@ -130,21 +130,21 @@ def test_the_case_trains(one_process, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ddp(ddp, one_process, name):
-    check(ddp, name, one_process(name), "DistributedDataParallel", (1.0, 1.0))
+def test_ddp(ddp_and_fsdp2, one_process, name):
+    check(load(ddp_and_fsdp2, "ddp", name), one_process(name), wrapper="DistributedDataParallel", held=1.0)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fsdp2(fsdp2, one_process, name):
+def test_fsdp2(ddp_and_fsdp2, one_process, name):
     """
     accelerate trains with FSDP2 on GPUs only, so the worker writes that choice into its state; the rest, from the sharding
     of policy and reference to the optimizer, is accelerate's, TRL's and the Trainer's own, with gloo.
     """
-    check(fsdp2, name, one_process(name), "FSDPModule", (0.5, 0.5))
+    check(load(ddp_and_fsdp2, "fsdp2", name), one_process(name), wrapper="FSDPModule", held=0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("name", CASES)
 def test_zero3(zero3, one_process, name):
-    check(zero3, name, one_process(name), "DeepSpeedEngine", (0.5, 0.5))
+    check(load(zero3, "zero3", name), one_process(name), wrapper="DeepSpeedEngine", held=0.5)

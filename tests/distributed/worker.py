@@ -1,7 +1,7 @@
 """
 Trains tiny models under DDP, FSDP2 or ZeRO-3 on CPUs and saves what came out, one file per case and process.
 
-Launched by the tests, `torchrun -m tests.distributed.worker <strategy> <models> <output>`, and imported by them for what
+Launched by the tests, `torchrun -m tests.distributed.worker <models> <output> <strategy> ...`, and imported by them for what
 one process makes of the same global batches.
 """
 
@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
@@ -33,20 +33,27 @@ STEPS = 4  # twice through the eight pairs
 
 @dataclass
 class Case:
-    """A trainer and its options. `lora` trains an adapter, `None` all weights; `model` is a directory's name."""
+    """
+    A trainer and its options. `lora` trains an adapter, `None` all weights; `model` and `ref_model`, where it is not the
+    trainer's own choice, are names of directories.
+    """
 
     trainer: type[DPOTrainer]
     config: type
     lora: dict | None = None
     model: str = "untied"
+    ref_model: str | None = None
     options: dict = field(default_factory=dict)
 
 
 ATTENTION = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 ATTENTION_AND_HEAD = ATTENTION | {"modules_to_save": ["lm_head"]}
-ACCUMULATION = {"gradient_accumulation_steps": 2, "max_steps": 2}
+ACCUMULATION = {"gradient_accumulation_steps": 2}
+# Not after the last step: DeepSpeed keeps parameters whole from an evaluation to the next step
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 3}
 CASES = {
     "tdpo2_full": Case(TDPOTrainer, TDPOConfig),
+    "tdpo2_full_other_reference": Case(TDPOTrainer, TDPOConfig, ref_model="other"),
     "tdpo2_full_tied": Case(TDPOTrainer, TDPOConfig, model="tied"),
     "tdpo1_full_checkpointing": Case(
         TDPOTrainer, TDPOConfig, options={"variant": "tdpo1", "gradient_checkpointing": True}
@@ -58,10 +65,12 @@ CASES = {
         options={"variant": "tdpo1", "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.0]},
     ),
     "tdpo2_lora_checkpointing": Case(TDPOTrainer, TDPOConfig, ATTENTION, options={"gradient_checkpointing": True}),
-    "tdpo2_lora_head_accumulation": Case(TDPOTrainer, TDPOConfig, ATTENTION_AND_HEAD, options=ACCUMULATION),
+    "tdpo2_lora_head_accumulation": Case(
+        TDPOTrainer, TDPOConfig, ATTENTION_AND_HEAD, options=ACCUMULATION | EVALUATION
+    ),
     "self_refine_full": Case(SelfRefineDPOTrainer, SelfRefineDPOConfig),
     "self_refine_lora": Case(SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION),
-    "self_refine_lora_head": Case(SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION_AND_HEAD),
+    "self_refine_lora_head": Case(SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION_AND_HEAD, options=EVALUATION),
 }
 
 
@@ -71,8 +80,8 @@ def train(case: Case, models: Path, output: Path, processes: int = 1, **options)
 
     Returns:
         `dict`: `processes`; `wrapper`, the classes that the trained model is an instance of; `held` and `ref_held`, the
-        share of the model's and the reference's parameters that this process holds; `logs` of each step; `initial` and
-        `weights`, all of them, whole.
+        share of the model's and the reference's parameters that this process holds; `logs` of each step and evaluation;
+        `initial` and `weights`, all of them, whole.
     """
     set_seed(0)  # the adapter's initial weights
     defaults = {
@@ -83,6 +92,7 @@ def train(case: Case, models: Path, output: Path, processes: int = 1, **options)
         "disable_tqdm": True,
         "gradient_checkpointing": False,
         "per_device_train_batch_size": GLOBAL_BATCH // processes // case.options.get("gradient_accumulation_steps", 1),
+        "per_device_eval_batch_size": GLOBAL_BATCH // processes,
         "train_sampling_strategy": "sequential",
         "max_steps": STEPS,
         "logging_steps": 1,
@@ -93,10 +103,14 @@ def train(case: Case, models: Path, output: Path, processes: int = 1, **options)
         "max_grad_norm": 1.0,  # less than in some of the steps: the norm is the whole model's
     }
     rows = [{"prompt": p, "chosen": " " + chosen, "rejected": " " + rejected} for p, chosen, rejected in PAIRS]
+    args = case.config(**(defaults | case.options | options))
+    ref_model = case.ref_model and AutoModelForCausalLM.from_pretrained(models / case.ref_model)
     trainer = case.trainer(
         model=str(models / case.model),
-        args=case.config(**(defaults | case.options | options)),
+        ref_model=ref_model,
+        args=args,
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(models / case.model),
         peft_config=None if case.lora is None else LoraConfig(task_type="CAUSAL_LM", **case.lora),
     )
@@ -112,7 +126,11 @@ def train(case: Case, models: Path, output: Path, processes: int = 1, **options)
         "wrapper": [cls.__name__ for cls in type(trainer.model_wrapped).__mro__],
         "held": held,
         "ref_held": None if trainer.ref_model is None else held_share(trainer.ref_model),
-        "logs": [log for log in trainer.state.log_history if "loss" in log],
+        "logs": [
+            {key: value for key, value in log.items() if not key.endswith(("runtime", "per_second"))}
+            for log in trainer.state.log_history
+            if "train_loss" not in log
+        ],
         "initial": initial,
         "weights": weights,
     }
@@ -177,12 +195,13 @@ def zero3_options() -> dict:
 STRATEGIES = {"ddp": dict, "fsdp2": fsdp2_options, "zero3": zero3_options}
 
 
-def main(strategy: str, models: Path, output: Path) -> None:
-    for name, case in CASES.items():
-        result = train(case, models, output, int(os.environ["WORLD_SIZE"]), **STRATEGIES[strategy]())
-        torch.save(result, output / f"{name}.{os.environ['RANK']}.pt")
+def main(models: Path, output: Path, strategies: list[str]) -> None:
+    for strategy in strategies:
+        for name, case in CASES.items():
+            result = train(case, models, output, int(os.environ["WORLD_SIZE"]), **STRATEGIES[strategy]())
+            torch.save(result, output / f"{strategy}.{name}.{os.environ['RANK']}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     torch.distributed.destroy_process_group()

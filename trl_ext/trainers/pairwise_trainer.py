@@ -206,9 +206,9 @@ class PairwiseTrainer(DPOTrainer):
         """Returns the policy's per-token outputs, each `(2B, T)`."""
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         head = self.model.get_output_embeddings()
-        if isinstance(head, FSDPModule):
-            # TRL reads the head's weight without calling the head. Where that is a unit of its own, it gathers the weight
-            # itself, and each process would train its part of the head on its own pairs only
+        if isinstance(head, FSDPModule) and torch.is_grad_enabled():
+            # TRL reads the head's weight without calling the head. Where that is a unit of its own, TRL would gather the
+            # weight itself, and each process would train its part of the head on its own pairs only
             head.unshard()
         return model(**batch.model_kwargs, **router, labels=batch.labels, fused_lm_head=True)
 
