@@ -192,10 +192,10 @@ class TestLaunch:
         assert script_args == ["--beta", "0.5"]
 
     def test_names_of_trl(self):
-        assert find_accelerate_config("zero3", Recipe(None, {}, {})).parts[-3:] == (
+        assert find_accelerate_config("zero1", Recipe(None, {}, {})).parts[-3:] == (
             "trl",
             "accelerate_configs",
-            "zero3.yaml",
+            "zero1.yaml",
         )
 
     def test_never_launches_twice(self, monkeypatch):

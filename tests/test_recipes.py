@@ -1,6 +1,7 @@
 """Every file under `recipes/` parses into the dataclasses it is for, and says how to launch itself."""
 
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -148,8 +149,24 @@ def test_papers_settings(path):
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=name_of)
 def test_accelerate_configs(path):
+    """accelerate refuses unknown keys at the top only; those of a section must be among the flags of its launcher."""
     from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
     config = load_config_from_file(str(path))
-    assert config.num_processes == yaml.safe_load(path.read_text())["num_processes"]
+    values = yaml.safe_load(path.read_text())
+    assert config.num_processes == values["num_processes"]
+    assert config.distributed_type == values["distributed_type"]
+    flags = vars(launch_command_parser().parse_args(["script.py"]))
+    assert {*values.get("fsdp_config", {}), *values.get("deepspeed_config", {})} <= flags.keys()
     assert find_accelerate_config(path.stem, Recipe(None, {}, {})) == path
+
+
+def test_accelerate_configs_are_those_of_trl():
+    """But for `single_gpu`, which TRL ships with eight processes."""
+    theirs = {"ddp": "multi_gpu", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
+    assert {path.stem for path in ACCELERATE_CONFIGS} == {"single_gpu", *theirs}
+    directory = Path(find_spec("trl").origin).parent / "accelerate_configs"
+    for ours, name in theirs.items():
+        path = ROOT / f"recipes/accelerate_configs/{ours}.yaml"
+        assert yaml.safe_load(path.read_text()) == yaml.safe_load((directory / f"{name}.yaml").read_text()), ours

@@ -16,10 +16,11 @@ from typing import ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import fsdp2_load_full_state_dict, is_peft_model
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers.utils import ModelOutput, is_bitsandbytes_available
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -131,6 +132,38 @@ class PairwiseTrainer(DPOTrainer):
         ),
     }
 
+    def __init__(self, model, ref_model=None, *pos, **kwargs):
+        self._ref_weights = ref_model.state_dict() if isinstance(ref_model, nn.Module) else None
+        super().__init__(model, ref_model, *pos, **kwargs)
+        self._prepare_models()
+
+    def _prepare_models(self) -> None:
+        """
+        Give both models the head of this package, once; TRL's own stays for all that does not ask for ours. DPOTrainer's
+        constructor needs it already where it precomputes the reference.
+        """
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        keep_nf4_trainable(self.model)
+        add_position_kl_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        if self.ref_model is not None:
+            self._load_sharded_reference()
+            add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
+        self._ref_weights = None
+
+    def _load_sharded_reference(self) -> None:
+        """
+        Give all processes their part of the reference. With `fsdp_cpu_ram_efficient_loading` the main process alone has
+        loaded its weights, the others have zeros; accelerate sends them the policy's from there when it shards it, but TRL
+        shards the reference as it is.
+        """
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+            weights = self.model.state_dict() if self._ref_weights is None else self._ref_weights
+            offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+            fsdp2_load_full_state_dict(self.accelerator, self.ref_model, weights, cpu_offload=offloads)
+
     @classmethod
     def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
         """
@@ -178,16 +211,6 @@ class PairwiseTrainer(DPOTrainer):
         # the chosen answers needs the log-probability's alone, which TDPO1 does not leave there.
         self._kl_weight = {None: None, "tdpo1": (1.0, 1.0), "tdpo2": (0.0, alpha)}[variant]
         self._separate_sft = variant == "tdpo1" and "sft" in args.loss_type
-
-    def _prepare_models(self) -> None:
-        """Give both models the head of this package, once. TRL's own stays for all that does not ask for ours."""
-        if self._is_prepared:
-            return
-        self._is_prepared = True
-        keep_nf4_trainable(self.model)
-        add_position_kl_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        if self.ref_model is not None:
-            add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
 
     def _compute_loss(self, model, inputs, return_outputs):
         batch = PairBatch.from_inputs(inputs)
@@ -250,7 +273,18 @@ class PairwiseTrainer(DPOTrainer):
         head_kwargs = self._head_kwargs()
         if self.variant is not None:
             head_kwargs = {"reference": reference, "kl_weight": self._kl_weight, "separate_sft": self._separate_sft}
+        elif not self._own_head:
+            self._unshard_head()
         return model(**batch.model_kwargs, **router, labels=batch.labels, **head_kwargs)
+
+    def _unshard_head(self) -> None:
+        """
+        Under FSDP2, TRL reads the head's weight without calling the head. Where that is a unit of its own, TRL would gather the
+        weight itself, and each process would train its part of the head on its own pairs only.
+        """
+        head = self.model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and torch.is_grad_enabled():
+            head.unshard()
 
     def _head_kwargs(self) -> dict[str, bool]:
         """The forward flag that asks a model for log-probabilities."""

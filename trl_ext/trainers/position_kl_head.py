@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
@@ -130,6 +130,15 @@ def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     return 1.0, softcap
 
 
+def gather(parameter: DTensor) -> torch.Tensor:
+    """
+    The whole of a parameter that FSDP2 has sharded, where its own hooks do not gather it: where the head is a unit of its
+    own, whose forward is never called.
+    """
+    # By default, the gradient is taken to be the same in all processes, and each would train its part on its own pairs
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+
+
 def add_position_kl_head(model: PreTrainedModel) -> None:
     """
     Add three flags to `model.forward`. Without one of them the forward is unchanged.
@@ -180,7 +189,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if isinstance(weight, DTensor):  # FSDP2
-            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+            weight, bias = gather(weight), None if bias is None else gather(bias)
         labels = labels.to(weight.device)
         mask = labels != -100  # (2B, T)
         hidden = hidden.to(weight.device)[mask]  # (N, H)

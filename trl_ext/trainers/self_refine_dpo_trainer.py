@@ -209,7 +209,6 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
                 "SelfRefineDPOTrainer does not support vision datasets: their prompts are rendered batch by batch, out of "
                 "its reach. Use `trl.DPOTrainer`."
             )
-        self._prepare_models_and_collator()
 
     @classmethod
     def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
@@ -225,9 +224,8 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
                 f"`precompute_ref_log_probs={args.precompute_ref_log_probs}`; change these, or leave `variant` out."
             )
 
-    def _prepare_models_and_collator(self) -> None:
-        """The constructor of DPOTrainer needs them already where it precomputes the reference."""
-        self._prepare_models()
+    def _prepare_models(self) -> None:
+        super()._prepare_models()
         if type(self.data_collator) is DataCollatorForPreference:  # TRL's own; one of the user's stays
             self.data_collator = DataCollatorForSelfRefinement(**vars(self.data_collator))
 
@@ -281,7 +279,7 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     # Precomputed references: a second pass, over the augmented prompts
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        self._prepare_models_and_collator()
+        self._prepare_models()
         plain = super()._precompute_ref_logps(dataset, name, batch_size)
         model_hash = self._precompute_model_hash
         self._precomputes_augmented, self._precompute_model_hash = True, f"{model_hash}-augmented"

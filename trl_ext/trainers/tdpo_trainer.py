@@ -83,8 +83,6 @@ class TDPOTrainer(PairwiseTrainer):
 
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
 
-        self._prepare_models()
-
     def _pair_losses(self, loss_type, batch: PairBatch, policy: PositionKLOutput, logps: PairLogps) -> torch.Tensor:
         losses, _, _ = tdpo_loss(
             logps.chosen_logratios,
