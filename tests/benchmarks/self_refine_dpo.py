@@ -34,7 +34,7 @@ PRECOMPUTED_CONTESTANTS = {
     "SelfRefineDPOTrainer, precomputed": Contestant(SelfRefineDPOTrainer, SelfRefineDPOConfig, PRECOMPUTED),
 }
 # 512 tokens, as in the paper: a body that outweighs the head, and a head that outweighs the body
-SHAPES = (Shape(8192, 512, 8, 4, 256, 255), Shape(32000, 256, 4, 4, 256, 255))
+SHAPES = (Shape(4096, 256, 8, 2, 256, 255), Shape(32000, 256, 4, 2, 256, 255))
 
 
 def main() -> None:

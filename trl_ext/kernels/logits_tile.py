@@ -138,10 +138,10 @@ def _transform_(z: torch.Tensor, head: Head) -> torch.Tensor:
 
 def _log_softmax_(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`log p`, in the place of the logits, and `p`."""
-    largest = z.amax(dim=-1, keepdim=True)
-    p = torch.sub(z, largest).exp_()
+    z -= z.amax(dim=-1, keepdim=True)
+    p = z.exp()
     total = p.sum(dim=-1, keepdim=True)
-    return z.sub_(largest.add_(total.log())), p.div_(total)
+    return z.sub_(total.log()), p.div_(total)
 
 
 def _kl_terms(log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def _fold_kernel(
         mask = columns < vocab
         z = _logits(z_ptr, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
         largest, total = _fold_exp(largest, total, z, mask)
-        z_sum += tl.sum(tl.where(mask, z, 0.0), axis=0)
+        z_sum += tl.sum(z, axis=0)  # 0 beyond the mask
         largest_before_label = tl.maximum(
             largest_before_label, tl.max(tl.where(columns < label, z, -float("inf")), axis=0)
         )
@@ -89,17 +89,17 @@ def _fold_kernel(
                 ref_z_ptr, ref_bias_ptr, columns, mask, ref_scale, ref_softcap, HAS_REF_BIAS, HAS_REF_SOFTCAP
             )
             ref_largest, ref_total = _fold_exp(ref_largest, ref_total, ref_z, mask)
-    log_z = largest + tl.log(total)
+    log_total = tl.log(total)  # of the exponentials of z − largest
 
     # Read before the gradient takes the place of the logits
     z_label = _logits(z_ptr, bias_ptr, label, True, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-    ref_log_z, ref_log_prob = 0.0, 0.0
+    ref_log_total, ref_log_prob = 0.0, 0.0
     if HAS_REFERENCE:
-        ref_log_z = ref_largest + tl.log(ref_total)
+        ref_log_total = tl.log(ref_total)
         ref_z_label = _logits(
             ref_z_ptr, ref_bias_ptr, label, True, ref_scale, ref_softcap, HAS_REF_BIAS, HAS_REF_SOFTCAP
         )
-        ref_log_prob = ref_z_label - ref_log_z
+        ref_log_prob = (ref_z_label - ref_largest) - ref_log_total
     kl_weight = tl.load(kl_weight_ptr + row)
     kl = 0.0
     entropy = 0.0
@@ -107,7 +107,7 @@ def _fold_kernel(
         columns = start + block
         mask = columns < vocab
         z = _logits(z_ptr, bias_ptr, columns, mask, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
-        log_p = z - log_z
+        log_p = (z - largest) - log_total
         p = tl.exp(log_p)
         entropy -= tl.sum(tl.where(mask & (p > 0), p * log_p, 0.0), axis=0)
         gradient = -p
@@ -115,7 +115,7 @@ def _fold_kernel(
             ref_z = _logits(
                 ref_z_ptr, ref_bias_ptr, columns, mask, ref_scale, ref_softcap, HAS_REF_BIAS, HAS_REF_SOFTCAP
             )
-            log_q = ref_z - ref_log_z
+            log_q = (ref_z - ref_largest) - ref_log_total
             q = tl.exp(log_q)
             x = log_p - log_q
             series = q * x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720)))))
@@ -130,7 +130,7 @@ def _fold_kernel(
             tl.store(gradient_ptr + columns, gradient.to(gradient_ptr.dtype.element_ty), mask=mask)
 
     is_top1 = (z_label >= largest) & (z_label > largest_before_label)  # `argmax` is the first of equals
-    tl.store(stats_ptr, z_label - log_z)
+    tl.store(stats_ptr, (z_label - largest) - log_total)
     tl.store(stats_ptr + stats_stride, ref_log_prob)
     tl.store(stats_ptr + 2 * stats_stride, kl)
     tl.store(stats_ptr + 3 * stats_stride, entropy)
@@ -153,30 +153,31 @@ def fold_tile(
     # A pointer that is not read must be one all the same
     ref_z, ref_head = (ref_z, ref_head) if has_reference else (z, head)
     gradient = gradient if has_gradient else z
-    _fold_kernel[(z.size(0),)](
-        z,
-        ref_z,
-        z if head.bias is None else head.bias,
-        z if ref_head.bias is None else ref_head.bias,
-        labels,
-        kl_weight,
-        stats,
-        gradient,
-        z.stride(0),
-        ref_z.stride(0),
-        stats.stride(0),
-        gradient.stride(0),
-        z.size(1),
-        float(head.scale),
-        head.softcap or 1.0,
-        float(ref_head.scale),
-        ref_head.softcap or 1.0,
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        HAS_REFERENCE=has_reference,
-        HAS_REF_BIAS=has_reference and ref_head.bias is not None,
-        HAS_REF_SOFTCAP=has_reference and ref_head.softcap is not None,
-        HAS_GRADIENT=has_gradient,
-        BLOCK_SIZE=BLOCK_SIZE,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(z):  # Triton launches on the current one
+        _fold_kernel[(z.size(0),)](
+            z,
+            ref_z,
+            z if head.bias is None else head.bias,
+            z if ref_head.bias is None else ref_head.bias,
+            labels,
+            kl_weight,
+            stats,
+            gradient,
+            z.stride(0),
+            ref_z.stride(0),
+            stats.stride(0),
+            gradient.stride(0),
+            z.size(1),
+            float(head.scale),
+            head.softcap or 1.0,
+            float(ref_head.scale),
+            ref_head.softcap or 1.0,
+            HAS_BIAS=head.bias is not None,
+            HAS_SOFTCAP=head.softcap is not None,
+            HAS_REFERENCE=has_reference,
+            HAS_REF_BIAS=has_reference and ref_head.bias is not None,
+            HAS_REF_SOFTCAP=has_reference and ref_head.softcap is not None,
+            HAS_GRADIENT=has_gradient,
+            BLOCK_SIZE=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+        )

@@ -19,6 +19,7 @@ Without a reference, [`log_probs`] has the same two steps for plain DPO: 2 and 3
 
 import contextlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -195,7 +196,7 @@ class _PositionKLFunction(torch.autograd.Function):
                 jacobian[rows] = matmul_fp32(target, weight)
 
         log_probs, _, kl, *_ = stats
-        weighted = log_probs + kl_weight * kl
+        weighted = torch.where(kl_weight == 0, log_probs, log_probs + kl_weight * kl)  # 0 · ∞ is 0
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.transforms = dtype, (scale, softcap, ref_scale, ref_softcap)
@@ -253,15 +254,28 @@ class _Tiles:
         labels: torch.Tensor,
         kl_weight: torch.Tensor,
     ):
-        vocab, device = head.weight.size(0), hidden.device
-        self.height = max(1, TILE_ELEMENTS.get(device.type, TILE_ELEMENTS["cuda"]) // vocab)
+        self.height = max(1, TILE_ELEMENTS.get(hidden.device.type, TILE_ELEMENTS["cuda"]) // head.weight.size(0))
         self.dtype, self.labels, self.kl_weight = dtype, labels, kl_weight
         self.hidden, self.head, self.ref_hidden, self.ref_head = hidden, head, ref_hidden, ref_head
-        shape = (min(self.height, hidden.size(0)), vocab)
-        self.z = torch.empty(shape, device=device, dtype=torch.float32)
-        self.ref_z = None if ref_hidden is None else torch.empty_like(self.z)
-        # The gradient tile may take the place of the logits, where it has their dtype
-        self.gradient = self.z if dtype == torch.float32 else torch.empty(shape, device=device, dtype=dtype)
+
+    def _buffer(self, dtype: torch.dtype) -> torch.Tensor:
+        shape = (min(self.height, self.hidden.size(0)), self.head.weight.size(0))
+        return torch.empty(shape, device=self.hidden.device, dtype=dtype)
+
+    # Made when they are needed first: the kept rows of G need none of them in the backward
+
+    @cached_property
+    def z(self) -> torch.Tensor:
+        return self._buffer(torch.float32)
+
+    @cached_property
+    def ref_z(self) -> torch.Tensor:
+        return self._buffer(torch.float32)
+
+    @cached_property
+    def gradient(self) -> torch.Tensor:
+        """The gradient tile may take the place of the logits, where it has their dtype."""
+        return self.z if self.dtype == torch.float32 else self._buffer(self.dtype)
 
     def slices(self, first: int, last: int) -> Iterator[slice]:
         for start in range(first, last, self.height):

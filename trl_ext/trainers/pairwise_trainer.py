@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import fsdp2_load_full_state_dict, is_peft_model
@@ -81,6 +83,22 @@ def load_adapter_weights(model: PeftModel, path: str | Path, adapter_name: str) 
     adapters in a checkpoint's subfolders and leaves the trained one, at its root, as it was.
     """
     set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter_name)
+
+
+def count_truncated(dataset: Dataset, max_length: int) -> tuple[int, int]:
+    """
+    What `max_length` cuts off a tokenized preference dataset.
+
+    Returns:
+        `tuple[int, int]`: rows with a sequence that is longer, and the tokens beyond, of chosen and rejected together.
+    """
+    rows = tokens = 0
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        prompt, chosen, rejected = (pc.list_value_length(table[column]).to_numpy() for column in columns)
+        beyond = np.maximum(prompt + chosen - max_length, 0) + np.maximum(prompt + rejected - max_length, 0)
+        rows, tokens = rows + int((beyond > 0).sum()), tokens + int(beyond.sum())
+    return rows, tokens
 
 
 def keep_nf4_trainable(model: nn.Module) -> None:
@@ -196,6 +214,13 @@ class PairwiseTrainer(DPOTrainer):
             if len(prepared) == 0:
                 raise ValueError(f"{message} Nothing is left to train on: raise `max_length`.")
             logger.warning(message)
+        if isinstance(prepared, Dataset) and "prompt_ids" in prepared.column_names and args.max_length is not None:
+            rows, tokens = count_truncated(prepared, args.max_length)
+            if rows > 0:
+                logger.warning(
+                    f"{rows} of {len(prepared)} rows of the {dataset_name} dataset are longer than "
+                    f"`max_length={args.max_length}`: {tokens} tokens are cut off."
+                )
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -1,0 +1,55 @@
+"""The benchmarks run: on tiny shapes, once. What they measure is not looked at, but for what is counted."""
+
+import csv
+import sys
+
+import pytest
+
+from tests.benchmarks import gpu, self_refine_dpo, tdpo
+from tests.benchmarks.steps import Shape
+
+
+TINY = Shape(4096, 64, 1, 2, 8, 8)
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+def run(module, monkeypatch, tmp_path, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--repeats", "1", "--output", str(tmp_path), *arguments])
+    module.main()
+
+
+def rows(path) -> list[dict[str, str]]:
+    with open(path.with_suffix(".csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_tdpo(monkeypatch, tmp_path):
+    """docs/tdpo.md, Cost: one head GEMM less than DPO."""
+    monkeypatch.setattr(tdpo, "SHAPES", [TINY])
+    run(tdpo, monkeypatch, tmp_path)
+    counted = {(row["trainer"], row["weights"]): float(row["head GEMMs"]) for row in rows(tmp_path / "tdpo")}
+    assert counted["TDPOTrainer", "LoRA"] == 3
+    assert counted["TDPOTrainer", "full"] == 4
+    assert counted["DPOTrainer, completions only", "LoRA"] == 4
+    assert counted["DPOTrainer, completions only", "full"] == 5
+    assert "| DPOTrainer |" in (tmp_path / "tdpo.md").read_text()
+
+
+def test_self_refine_dpo(monkeypatch, tmp_path):
+    """Beside DPO's, two more without gradient, or one with precomputed references, and one less in the policy's own head."""
+    monkeypatch.setattr(self_refine_dpo, "SHAPES", [TINY])
+    run(self_refine_dpo, monkeypatch, tmp_path)
+    counted = {
+        (row["trainer"], row["weights"]): float(row["head GEMMs"]) for row in rows(tmp_path / "self_refine_dpo")
+    }
+    assert counted["SelfRefineDPOTrainer", "LoRA"] == 5
+    assert counted["SelfRefineDPOTrainer", "full"] == 6
+    assert counted["SelfRefineDPOTrainer, precomputed", "LoRA"] == 3
+    assert counted["SelfRefineDPOTrainer, precomputed", "full"] == 4
+
+
+def test_gpu_script(monkeypatch, tmp_path):
+    run(gpu, monkeypatch, tmp_path, "--tiny")
+    assert {row["loss"] for row in rows(tmp_path / "gpu_heads")} >= {"DPO, TRL", "TDPO", "TDPO without Triton"}
+    assert {row["trainer"] for row in rows(tmp_path / "gpu_steps")} >= {"DPOTrainer", "TDPOTrainer"}
