@@ -66,26 +66,32 @@ def self_refine_dpo_loss(
     """
     shift = refinement_weight * refinement_margin.detach()  # λ sg[Δ]
     logratio_margins = chosen_logratios - rejected_logratios - kl_difference
-    margins = beta * logratio_margins - shift  # u − λ sg[Δ]
+
+    def margins() -> torch.Tensor:
+        # Made anew where TRL multiplies by β anew: so gradients are summed in TRL's order, to the last bit
+        return beta * logratio_margins - shift  # u − λ sg[Δ]
+
     if loss_type in ("sigmoid", "sigmoid_norm"):
         # Sr-DPO: −log σ(u − λ sg[Δ])
-        losses = -F.logsigmoid(margins)
+        losses = -F.logsigmoid(margins())
     elif loss_type == "ipo":
         # Sr-IPO: (logratio(y_w) − logratio(y_l) − λ sg[Δ] − 1/(2β))²
         losses = (logratio_margins - shift - 1 / (2 * beta)) ** 2
     elif loss_type == "hinge":
-        losses = torch.relu(1 - margins)
+        losses = torch.relu(1 - margins())
     elif loss_type == "exo_pair":
-        epsilon = torch.tensor(label_smoothing, device=margins.device)
-        losses = torch.sigmoid(margins) * (F.logsigmoid(margins) - torch.log1p(-epsilon)) + torch.sigmoid(-margins) * (
-            F.logsigmoid(-margins) - torch.log(epsilon)
-        )
+        epsilon = torch.tensor(label_smoothing, device=logratio_margins.device)
+        q_chosen, log_q_chosen = torch.sigmoid(margins()), F.logsigmoid(margins())
+        q_rejected, log_q_rejected = torch.sigmoid(-margins()), F.logsigmoid(-margins())
+        losses = q_chosen * (log_q_chosen - torch.log1p(-epsilon)) + q_rejected * (log_q_rejected - torch.log(epsilon))
     elif loss_type == "robust":
-        clean, flipped = F.logsigmoid(margins), F.logsigmoid(-margins)
-        losses = (-(1 - label_smoothing) * clean + label_smoothing * flipped) / (1 - 2 * label_smoothing)
+        clean = -(1 - label_smoothing) * F.logsigmoid(margins())
+        flipped = -label_smoothing * F.logsigmoid(-margins())
+        losses = (clean - flipped) / (1 - 2 * label_smoothing)
     elif loss_type == "discopop":
-        modulation = torch.sigmoid(margins / discopop_tau)
-        losses = -F.logsigmoid(margins) * (1 - modulation) + torch.exp(-margins) * modulation
+        logits = margins()
+        modulation = torch.sigmoid(logits / discopop_tau)
+        losses = -F.logsigmoid(logits) * (1 - modulation) + torch.exp(-logits) * modulation
     else:
         raise ValueError(f"Unknown loss type: {loss_type!r}. Should be one of {list(LOSS_TYPES)}.")
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()

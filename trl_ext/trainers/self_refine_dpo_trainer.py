@@ -273,8 +273,8 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "augmented_prompt_ids" not in self._signature_columns:
-            self._signature_columns.append("augmented_prompt_ids")
+        ours = ("augmented_prompt_ids", *REF_AUGMENTED_LOGPS)
+        self._signature_columns += [column for column in ours if column not in self._signature_columns]
 
     # Precomputed references: a second pass, over the augmented prompts
 
