@@ -210,6 +210,8 @@ def first_batch(trainer) -> dict:
 def train_step(trainer, batch: dict):
     """The loss of `batch` in training mode and, in the parameters, its gradients; `trainer._metrics` has the rest."""
     trainer.model.train()
+    if trainer.args.gradient_checkpointing:  # the training loop enables it, not the constructor
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
     loss = trainer.compute_loss(trainer.model, batch)
@@ -248,7 +250,9 @@ class FullLogits:
         from peft import get_peft_model
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+        # The grouped GEMM of experts has no float64
+        options = {"dtype": torch.float64, "experts_implementation": "eager"}
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
         if peft_config is not None:
             self.model = get_peft_model(self.model, peft_config)
             others = {".default.", ".ref."} - {f".{adapter}."}
@@ -261,9 +265,9 @@ class FullLogits:
             self.model.load_state_dict(state_dict)
         self.model = self.model.double()
 
-    def __call__(self, batch: dict, prefix: str = ""):
+    def __call__(self, batch: dict):
         """Returns the logits `(2B, T, V)` of a collated batch, shifted to align with `labels_and_mask`."""
-        kwargs = {key: batch[prefix + key] for key in ("input_ids", "attention_mask")}
+        kwargs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return self.model(**kwargs, use_cache=False).logits[:, :-1]
 
     def gradients(self) -> dict:
@@ -271,6 +275,6 @@ class FullLogits:
         return {name: p.grad for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def labels_and_mask(batch: dict, prefix: str = ""):
+def labels_and_mask(batch: dict):
     """The labels and the response mask of a collated batch, `(2B, T)` each, shifted to align with the logits."""
-    return batch[prefix + "input_ids"][:, 1:], batch[prefix + "completion_mask"][:, 1:]
+    return batch["input_ids"][:, 1:], batch["completion_mask"][:, 1:]

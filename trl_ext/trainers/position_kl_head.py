@@ -8,6 +8,7 @@ head.
 """
 
 import functools
+import inspect
 import types
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -58,6 +60,16 @@ class SharedPrompts:
     attention_mask: torch.Tensor  # (B, P)
 
 
+def takes_shared_prompts(model: PreTrainedModel) -> bool:
+    """Whether [`states_after_shared_prompts`] is exact for a model: positions can be given, and nothing but keys and values is cached."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return (
+        "position_ids" in inspect.signature(type(model.base_model).forward).parameters
+        and not model._is_stateful
+        and not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    )
+
+
 def states_after_shared_prompts(
     backbone: PreTrainedModel, prompts: SharedPrompts, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -80,7 +92,10 @@ def states_after_shared_prompts(
     pairs, length, device = prompt_ids.size(0), prefix_ids.size(1), prompt_ids.device
     mask = torch.cat([mask.new_ones(pairs, length), mask], dim=1)  # (B, L + P)
     cache = None
-    if any(DynamicCache(config=backbone.config.get_text_config()).is_sliding):
+    config = backbone.config.get_text_config()
+    if (
+        any(DynamicCache(config=config).is_sliding) or config.model_type == "gpt_neo"
+    ):  # whose windows its cache does not know
         # A window counts the padding between two parts, so the prompts go in one, all padding to its left
         order = mask.argsort(dim=1, stable=True)
         prompt_ids = torch.cat([prefix_ids.expand(pairs, -1), prompt_ids], dim=1).gather(1, order)

@@ -1,5 +1,4 @@
 import copy
-import inspect
 import json
 import os
 import textwrap
@@ -13,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel, PromptLearningConfig
 from torch import nn
 from trl import DPOConfig
-from trl.data_utils import _tokenize, is_conversational
+from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
@@ -21,7 +20,7 @@ from trl.trainer.utils import get_config_model_id, global_then_local_main_first,
 from ..losses.self_refine import LOSS_TYPES, self_refine_dpo_loss
 from ..losses.tdpo import sequential_kl_difference
 from .pairwise_trainer import PairBatch, PairLogps, PairwiseTrainer
-from .position_kl_head import SharedPrompts
+from .position_kl_head import SharedPrompts, takes_shared_prompts
 from .self_refine_dpo_config import SelfRefineDPOConfig
 
 
@@ -125,14 +124,15 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     reference model are [`~trl.DPOTrainer`]'s; `args` may be a plain [`~trl.DPOConfig`], which takes the defaults of
     [`SelfRefineDPOConfig`].
 
-    Logged besides DPOTrainer's metrics: `refinement/margin` (Δ), `refinement/accuracies` (share of pairs with Δ > 0: the
-    paper's accuracy on prompt-augmented pairs) and `refinement/marginal` (the paper's average marginal,
-    `logratio(y_w|x) − logratio(y_l|x)`, in nats).
+    Logged besides DPOTrainer's metrics: `refinement/margin` and `refinement/margin_std` (Δ), `refinement/share`
+    (`λ mean|Δ| / mean|u|`, with u DPO's margin), `refinement/accuracies` (share of pairs with Δ > 0: the paper's accuracy on
+    prompt-augmented pairs) and `refinement/marginal` (the paper's average marginal, `logratio(y_w|x) − logratio(y_l|x)`, in
+    nats).
 
     Raises:
-        `ValueError`: an option that has no meaning here (`precompute_ref_log_probs`, `ld_alpha`, `use_weighting`,
-        `f_divergence_type`, `label_smoothing`, `truncation_mode="keep_end"`, other loss types than "sigmoid", "ipo" and
-        "sft"), before any model is loaded; a vision dataset.
+        `ValueError`: an option that has no meaning here (`ld_alpha`, `use_weighting`, `f_divergence_type`,
+        `truncation_mode="keep_end"`, `label_smoothing` without a loss that reads it, losses that are no functions of the
+        margin, `variant` with precomputed references or prompt-learning PEFT), before any model is loaded; a vision dataset.
 
     Example:
 
@@ -234,8 +234,7 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         """Whether chosen and rejected can continue one key-value cache of their augmented prompt."""
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if is_peft_model(model) else model
-        takes_positions = "position_ids" in inspect.signature(type(model.base_model).forward).parameters
-        return not self._learns_prompt and takes_positions and not model._is_stateful
+        return not self._learns_prompt and takes_shared_prompts(model)
 
     # Data: each row gets the token ids of its augmented prompt
 
@@ -243,22 +242,19 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
         def tokenize_augmented_prompt(example, processing_class, refinement_prompt, role):
-            template_kwargs = {}
+            prompt = augment_prompt(example["prompt"], refinement_prompt, role)
+            completions = [example["chosen"], example["rejected"]]
+            template_kwargs, generation = {}, {}
             if is_conversational(example):  # rendered as DPOTrainer renders it
                 tools = example.get("tools")
                 tools = json.loads(tools) if isinstance(tools, str) else tools
-                template_kwargs = {
-                    "tools": tools,
-                    "add_generation_prompt": True,
-                    **example.get("chat_template_kwargs", {}),
-                }
-            prompt = augment_prompt(example["prompt"], refinement_prompt, role)
-            augmented_ids = _tokenize(processing_class, prompt, **template_kwargs)["input_ids"]
-            prompt_ids = _tokenize(processing_class, example["prompt"], **template_kwargs)["input_ids"]
-            # Where the template renders a prompt differently alone than before a completion, DPOTrainer leaves the end
-            # of the prompt out of the sequence; leave out the same tokens here
-            left_out = len(prompt_ids) - len(example["prompt_ids"])
-            return {"augmented_prompt_ids": augmented_ids[: len(augmented_ids) - left_out]}
+                template_kwargs = {"tools": tools, **example.get("chat_template_kwargs", {})}
+                generation = {"add_generation_prompt": True}
+            ids = _tokenize(processing_class, prompt, **generation, **template_kwargs)["input_ids"]
+            # Where the template renders the prompt differently alone than before a completion, DPOTrainer leaves the end of
+            # the prompt out of the sequence; so does this
+            whole = [_tokenize(processing_class, prompt + c, **template_kwargs)["input_ids"] for c in completions]
+            return {"augmented_prompt_ids": ids[: min(common_prefix_length(ids, w) for w in whole)]}
 
         map_kwargs = {}
         if isinstance(dataset, Dataset):  # `IterableDataset.map` supports neither
