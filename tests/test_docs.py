@@ -17,6 +17,7 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOTrainer
 from trl_ext.aries import config as aries_config
 from trl_ext.aries.config import AriesConfig, PairsConfig
 from trl_ext.aries.evaluation import evaluation_metrics
+from trl_ext.aries.guard import DECISIONS, examine
 from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain
 from trl_ext.aries.refinements import compile_template
@@ -124,7 +125,7 @@ def test_every_recipe_key_has_its_line_and_default(field):
 
 def test_every_drop_reason_is_explained():
     source = (ROOT / "trl_ext/aries/pairs.py").read_text() + (ROOT / "trl_ext/aries/engine.py").read_text()
-    reasons = set(re.findall(r'(?:return|stopped =|stopped or) "(\w+)"', source))
+    reasons = set(re.findall(r'(?:return |return \[|append\(|stopped = |stopped or )"(\w+)"', source))
     assert {"no_margin", "prompt_too_long", "fewer_than_two_scores"} <= reasons
     assert set(re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "Selection"), flags=re.MULTILINE)) == reasons
 
@@ -141,9 +142,11 @@ def test_rows_are_described():
     template = compile_template(aries_config.REFINEMENT_TEMPLATE)
     [row, *_] = preference_rows(Pair(chain, answer, answer, 1.0, 0.0), template, PairsConfig())
     metrics = evaluation_metrics([chain], [[1.0, 0.0]], turns=2)
+    guard = examine([Pair(chain, answer, answer, 1.0, 0.0)])
     described = {
         "`answers.jsonl`": [*chain.to_row(), *dataclasses.asdict(answer)],
         "`pairs.jsonl`": list(row),
+        "`guard.json`": ["decision", "trained", *DECISIONS.values(), *guard],
         "`metrics.json`": [*metrics, *metrics["turns"][0]],
     }
     for heading, keys in described.items():

@@ -193,23 +193,46 @@ class PairsConfig:
             The chosen score must exceed the rejected one by more than this.
         min_chosen_score, max_rejected_score (`float`, *optional*):
             Bounds on the scores; with a 0/1 verifier, a margin above 0 already means right over wrong.
+        pairs_per_prompt (`int`, *optional*, defaults to `1`):
+            For `"best_over_worst"`: pairs of a chain, the best answer over the worst, then the next best over the next
+            worst, no text twice. [house]
+        max_length_ratio (`float`, *optional*):
+            The chosen answer may have at most this many times the tokens of the rejected one. Much shorter ones stay.
+            [house]
         settled_similarity (`float`, *optional*, defaults to `0.9`):
             For `"rule_based"`: the last two answers must be at least this similar (difflib's ratio of their words).
         direct_weight, refinement_weight (`int`, *optional*, defaults to `1`):
             How often an epoch shows a pair's direct row, and each of its two refinement rows (from the rejected and
             from the chosen draft). `0` leaves them out.
+        guard (`str`, *optional*, defaults to `"stop"`):
+            What happens to a round whose chosen answers do not score higher than its rejected ones on average: `"stop"`
+            ends the run before training, `"skip"` leaves the round untrained and goes on to the next one, `"warn"`
+            trains on it all the same. [house]
     """
 
     selection: Literal["best_over_worst", "rule_based"] = "best_over_worst"
     min_margin: float = 0.0
     min_chosen_score: float | None = None
     max_rejected_score: float | None = None
+    pairs_per_prompt: int = 1
+    max_length_ratio: float | None = None
     settled_similarity: float = 0.9
     direct_weight: int = 1
     refinement_weight: int = 1
+    guard: Literal["stop", "skip", "warn"] = "stop"
 
     def __post_init__(self):
         _require(self.min_margin >= 0, "`pairs.min_margin` must be at least 0.")
+        _require(self.pairs_per_prompt > 0, "`pairs.pairs_per_prompt` must be positive.")
+        _require(
+            self.pairs_per_prompt == 1 or self.selection == "best_over_worst",
+            "`pairs.pairs_per_prompt` above 1 ranks the answers by score: it needs `pairs.selection: best_over_worst`. The "
+            "rule has one pair per chain.",
+        )
+        _require(
+            self.max_length_ratio is None or self.max_length_ratio >= 1,
+            "`pairs.max_length_ratio` must be at least 1: at 1 the chosen answer may be as long as the rejected one.",
+        )
         _require(0 <= self.settled_similarity <= 1, "`pairs.settled_similarity` must be in [0, 1].")
         _require(
             min(self.direct_weight, self.refinement_weight) >= 0 and self.direct_weight + self.refinement_weight > 0,
