@@ -16,6 +16,12 @@ from jinja2.meta import find_undeclared_variables
 # The largest LoRA rank that vLLM serves
 MAX_LORA_RANK = 512
 
+# Keys of `training` that are the loop's own, not the trainer's
+LOOP_KEYS = ("trainer", "reference", "objective", "objective_alpha")
+
+# α of the squared objective: the paper's was not available to us, and two public relatives have this one. [house]
+OBJECTIVE_ALPHA = 0.8
+
 # The paper's refinement template z is not available to us; this one is [house]. `question` is the last user message (or
 # the whole plain-text prompt), `draft` the answer to improve, `drafts` all answers so far.
 REFINEMENT_TEMPLATE = """\
@@ -282,7 +288,9 @@ class AriesConfig:
             a refinement target) and keys of TRL's `SFTConfig`.
         training (`dict`):
             `trainer` (`"dpo"`, `"tdpo"` or `"self_refine_dpo"`), `reference` (`"previous"`, the default and [house], or
-            `"initial"`: the policy before round 1), and keys of that trainer's config.
+            `"initial"`: the policy before round 1), `objective` (`"logistic"`, the default: every row takes the trainer's
+            loss; or `"squared"`, the paper's: `(1 − α) L_direct + α L_refine` with the squared loss on refinement rows),
+            `objective_alpha` (its α, by default 0.8, [house]), and keys of that trainer's config.
         rounds (`int`, *optional*, defaults to `3`):
             Rounds after the SFT; the paper runs about three.
         seed (`int`, *optional*, defaults to `42`):
@@ -317,9 +325,11 @@ class AriesConfig:
         for key, choices in {
             "trainer": ("dpo", "tdpo", "self_refine_dpo"),
             "reference": ("previous", "initial"),
+            "objective": ("logistic", "squared"),
         }.items():
             value = self.training.get(key, choices[0])
             _require(value in choices, f"`training.{key}` must be one of {', '.join(choices)}; got {value!r}.")
+        self._check_objective()
         _require(
             self.pairs.selection == "rule_based" or bool(self.scores.verifier or self.scores.reward_model),
             "`scores` names neither a `verifier` nor a `reward_model`, and best-over-worst pairs need one. Set "
@@ -330,6 +340,36 @@ class AriesConfig:
             f"`drafts.max_tokens` ({self.drafts.max_tokens}) leaves no room for a prompt in "
             f"`generation.max_model_len` ({self.generation.max_model_len}).",
         )
+
+    def _check_objective(self) -> None:
+        alpha = objective_alpha(self)
+        if alpha is None:
+            _require(
+                "objective_alpha" not in self.training,
+                "`training.objective_alpha` belongs to `training.objective: squared`. The balance of the logistic objective is "
+                "set by `pairs.direct_weight` and `pairs.refinement_weight`.",
+            )
+            return
+        _require(
+            type(alpha) in (int, float) and 0 < alpha <= 1,
+            f"`training.objective_alpha` must be a number in (0, 1], got {alpha!r}.",
+        )
+        _require(
+            self.pairs.refinement_weight > 0,
+            "`training.objective: squared` is a loss of refinement rows, and `pairs.refinement_weight: 0` leaves them out.",
+        )
+        _require(
+            self.pairs.direct_weight > 0 or alpha == 1,
+            "`pairs.direct_weight: 0` leaves out the rows of L_direct, whose weight is 1 − `training.objective_alpha`. Set that "
+            "to 1.0, or keep the rows.",
+        )
+
+
+def objective_alpha(config: AriesConfig) -> float | None:
+    """α of `(1 − α) L_direct + α L_refine` for the squared objective, `None` for the logistic one."""
+    if config.training.get("objective", "logistic") == "logistic":
+        return None
+    return config.training.get("objective_alpha", OBJECTIVE_ALPHA)
 
 
 def loop_settings(config: AriesConfig, number: int) -> dict[str, Any]:
@@ -344,9 +384,10 @@ def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> dict[
     """
     Trainer of a round and the keys of its config, from the recipe's `training` section.
     """
-    settings = {k: v for k, v in config.training.items() if k not in ("trainer", "reference")}
+    settings = {k: v for k, v in config.training.items() if k not in LOOP_KEYS}
     return {
         "trainer": config.training.get("trainer", "dpo"),
+        "objective_alpha": objective_alpha(config),
         "config": {**loop_settings(config, number), **settings, "output_dir": output_dir},
     }
 
