@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOTrainer
+from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries import config as aries_config
-from trl_ext.aries.config import AriesConfig, PairsConfig
+from trl_ext.aries.config import LOOP_KEYS, AriesConfig, PairsConfig
 from trl_ext.aries.evaluation import evaluation_metrics
 from trl_ext.aries.guard import DECISIONS, examine
 from trl_ext.aries.pairs import Pair, preference_rows
@@ -123,6 +123,11 @@ def test_every_recipe_key_has_its_line_and_default(field):
             assert yaml.safe_load(default.strip("`")) == key.default
 
 
+def test_every_key_of_the_loop_in_the_training_section_has_its_line():
+    keys = re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "`training`"), flags=re.MULTILINE)
+    assert keys == list(LOOP_KEYS)
+
+
 def test_every_drop_reason_is_explained():
     source = (ROOT / "trl_ext/aries/pairs.py").read_text() + (ROOT / "trl_ext/aries/engine.py").read_text()
     reasons = set(re.findall(r'(?:return |return \[|append\(|stopped = |stopped or )"(\w+)"', source))
@@ -157,7 +162,7 @@ def test_rows_are_described():
 def test_yaml_blocks_are_recipes():
     """What they leave out is added; every key they have must be one."""
     (squared,) = blocks(DOCS["aries"], "yaml")
-    check_keys(Recipe(None, yaml.safe_load(squared), {}), [SelfRefineDPOConfig], ("training",), also=("trainer",))
+    check_keys(Recipe(None, yaml.safe_load(squared), {}), [TDPOConfig], ("training",), also=LOOP_KEYS)
     (paper,) = blocks(DOCS["paper_index"], "yaml")
     recipe = yaml.safe_load(paper)
     recipe["prompts"]["dataset"] = "prompts.jsonl"
