@@ -149,6 +149,7 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
     """
