@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOTrainer
+from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries import config as aries_config
-from trl_ext.aries.config import AriesConfig, PairsConfig
+from trl_ext.aries.config import LOOP_KEYS, AriesConfig, PairsConfig
 from trl_ext.aries.evaluation import evaluation_metrics
+from trl_ext.aries.guard import DECISIONS, examine
 from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain
 from trl_ext.aries.refinements import compile_template
@@ -122,9 +123,14 @@ def test_every_recipe_key_has_its_line_and_default(field):
             assert yaml.safe_load(default.strip("`")) == key.default
 
 
+def test_every_key_of_the_loop_in_the_training_section_has_its_line():
+    keys = re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "`training`"), flags=re.MULTILINE)
+    assert keys == list(LOOP_KEYS)
+
+
 def test_every_drop_reason_is_explained():
     source = (ROOT / "trl_ext/aries/pairs.py").read_text() + (ROOT / "trl_ext/aries/engine.py").read_text()
-    reasons = set(re.findall(r'(?:return|stopped =|stopped or) "(\w+)"', source))
+    reasons = set(re.findall(r'(?:return |return \[|append\(|stopped = |stopped or )"(\w+)"', source))
     assert {"no_margin", "prompt_too_long", "fewer_than_two_scores"} <= reasons
     assert set(re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "Selection"), flags=re.MULTILINE)) == reasons
 
@@ -141,9 +147,11 @@ def test_rows_are_described():
     template = compile_template(aries_config.REFINEMENT_TEMPLATE)
     [row, *_] = preference_rows(Pair(chain, answer, answer, 1.0, 0.0), template, PairsConfig())
     metrics = evaluation_metrics([chain], [[1.0, 0.0]], turns=2)
+    guard = examine([Pair(chain, answer, answer, 1.0, 0.0)])
     described = {
         "`answers.jsonl`": [*chain.to_row(), *dataclasses.asdict(answer)],
         "`pairs.jsonl`": list(row),
+        "`guard.json`": ["decision", "trained", *DECISIONS.values(), *guard],
         "`metrics.json`": [*metrics, *metrics["turns"][0]],
     }
     for heading, keys in described.items():
@@ -154,7 +162,7 @@ def test_rows_are_described():
 def test_yaml_blocks_are_recipes():
     """What they leave out is added; every key they have must be one."""
     (squared,) = blocks(DOCS["aries"], "yaml")
-    check_keys(Recipe(None, yaml.safe_load(squared), {}), [SelfRefineDPOConfig], ("training",), also=("trainer",))
+    check_keys(Recipe(None, yaml.safe_load(squared), {}), [TDPOConfig], ("training",), also=LOOP_KEYS)
     (paper,) = blocks(DOCS["paper_index"], "yaml")
     recipe = yaml.safe_load(paper)
     recipe["prompts"]["dataset"] = "prompts.jsonl"

@@ -10,9 +10,10 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries import preflight
-from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.config import LOOP_KEYS, AriesConfig
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.scores import load_verifier
+from trl_ext.aries.training import trainer_classes
 from trl_ext.cli import TRAINERS, find_accelerate_config
 from trl_ext.recipe import Recipe, check_keys, export_env, load_yaml, parse_flat, parse_section
 from trl_ext.trainers.pairwise_trainer import PairwiseTrainer
@@ -92,8 +93,8 @@ class TestAriesRecipe:
         model_args = ModelConfig(**check_keys(recipe, [ModelConfig], ("model",)))
         sections = {"training": recipe.at("training", "trainer") or "dpo", "sft": "sft"}
         for section, trainer in sections.items():
-            trainer_class, config_class = preflight.TRAINERS[trainer]
-            values = check_keys(recipe, [config_class], (section,), also=("trainer", "reference", "dataset"))
+            trainer_class, config_class = trainer_classes({"trainer": trainer})
+            values = check_keys(recipe, [config_class], (section,), also=(*LOOP_KEYS, "dataset"))
             assert not values.keys() & preflight.OWNED_KEYS.keys()
             args = config_class(**values | {"output_dir": "unused", "use_cpu": True})
             if issubclass(trainer_class, PairwiseTrainer):

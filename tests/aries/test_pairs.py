@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 
 from trl_ext.aries.config import PairsConfig
@@ -79,6 +81,100 @@ def test_counts_add_up():
     pairs, dropped = select_pairs(chains, [[0, 1], [0, 1], [1, 1]], PairsConfig())
     assert len(pairs) + sum(dropped.values()) == len(chains)
     assert dropped == {"identical_answers": 1, "no_margin": 1}
+
+
+# Several pairs of a chain, and their lengths
+
+
+def turns(pairs):
+    return [(pair.chosen.turn, pair.rejected.turn) for pair in pairs]
+
+
+def test_next_best_over_next_worst():
+    """By hand: scores 3 5 1 2 4 rank as turns 2 5 1 4 3, so 2 over 3, then 5 over 4; turn 1 is left and has no partner."""
+    pairs, dropped = select_pairs(
+        [chain("a", "b", "c", "d", "e")], [[3.0, 5.0, 1.0, 2.0, 4.0]], PairsConfig(pairs_per_prompt=3)
+    )
+    assert turns(pairs) == [(2, 3), (5, 4)]
+    assert dropped == {"no_more_distinct_answers": 1}
+
+
+def test_a_text_is_in_one_pair_only():
+    """b came up twice: the later one is chosen, and the earlier is gone with it. So is the second of the two worst."""
+    pairs, dropped = select_pairs(
+        [chain("a", "b", "b", "a", "c", "d")], [[0.0, 1.0, 1.0, 0.0, 0.4, 0.6]], PairsConfig(pairs_per_prompt=2)
+    )
+    assert turns(pairs) == [(3, 1), (6, 5)]
+    assert dropped == {}
+
+
+@pytest.mark.parametrize(
+    ("truncated", "config", "expected", "dropped"),
+    [
+        # What is wrong with the first pair does not keep the second from being made
+        ((), {"max_length_ratio": 2.0}, [(3, 2)], {"chosen_too_long": 1}),
+        ((), {"min_margin": 0.5}, [(4, 1)], {"no_margin": 1}),
+        ((2, 3), {}, [(4, 1)], {"all_answers_truncated": 1}),
+        ((), {"max_rejected_score": 0.1}, [(4, 1)], {"rejected_score_too_high": 1}),
+        ((), {"min_chosen_score": 0.9}, [(4, 1)], {"chosen_score_too_low": 1}),
+    ],
+)
+def test_each_pair_is_looked_at_alone(truncated, config, expected, dropped):
+    """4 over 1 with three tokens against one, then 3 over 2 with one each."""
+    a_chain = chain("a", "b", "c", "d d d", truncated=truncated)
+    pairs, counts = select_pairs([a_chain], [[0.0, 0.3, 0.7, 1.0]], PairsConfig(pairs_per_prompt=2, **config))
+    assert turns(pairs) == expected
+    assert counts == dropped
+
+
+def test_pairs_and_drops_add_up_whatever_the_answers():
+    """
+    Every chain of four answers with texts a, b, c and scores 0, 1, 2: k per chain, no text twice in a chain's pairs, chosen
+    above rejected, and the first pair the one of `pairs_per_prompt: 1`.
+    """
+    chains = [chain(*texts) for texts in product("abc", repeat=4)]
+    score_of = {"a": 0.0, "b": 1.0, "c": 2.0}
+    for a_chain in chains:
+        scores = [score_of[answer.text] for answer in a_chain.answers]
+        pairs, dropped = select_pairs([a_chain], [scores], PairsConfig(pairs_per_prompt=3))
+        first, _ = select_pairs([a_chain], [scores], PairsConfig())
+        assert len(pairs) + sum(dropped.values()) == 3
+        texts = [text for pair in pairs for text in (pair.chosen.text, pair.rejected.text)]
+        assert len(set(texts)) == len(texts)
+        assert all(pair.chosen_score > pair.rejected_score for pair in pairs)
+        assert turns(pairs)[:1] == turns(first)
+
+
+@pytest.mark.parametrize(("ratio", "reason"), [(None, None), (2.0, None), (1.9, "chosen_too_long")])
+@pytest.mark.parametrize("selection", ["best_over_worst", "rule_based"])
+def test_length_balance(selection, ratio, reason):
+    """Four tokens over two, at any ratio two over four, and nothing over an answer without tokens."""
+    config = {"selection": selection, "max_length_ratio": ratio}
+    longer, shorter, over_nothing = (
+        select(a_chain, [0.0, 1.0], **config)
+        for a_chain in (chain("a a", "b b b b"), chain("a a a a", "b b"), chain("", "b"))
+    )
+    assert longer == {reason: 1} if reason else longer.chosen.tokens == 4
+    assert shorter.chosen.tokens == 2
+    assert over_nothing == {"chosen_too_long": 1} if ratio else over_nothing.chosen.tokens == 1
+
+
+def test_rule_based_does_not_look_at_the_scores_but_keeps_them_for_the_guard():
+    pair = select(chain("a", "b", "b"), [1.0, 0.0, 0.0], selection="rule_based", min_margin=0.5)
+    assert (pair.chosen.turn, pair.chosen_score, pair.rejected_score) == (3, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"pairs_per_prompt": 0}, "must be positive"),
+        ({"pairs_per_prompt": 2, "selection": "rule_based"}, "needs `pairs.selection: best_over_worst`"),
+        ({"max_length_ratio": 0.9}, "must be at least 1"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        PairsConfig(**config)
 
 
 def test_rows_are_a_direct_pair_and_a_refinement_of_each_draft():

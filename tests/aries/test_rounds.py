@@ -149,6 +149,43 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
+    """
+    Rule-based pairs under a verifier that likes all answers alike: the chosen are not better, and the run stops before
+    training. With `--pairs.guard skip` it goes on from there, and ends with the policy it had, whose evaluation is the same.
+    """
+    (tmp_path / "verifier.py").write_text(
+        "def same(prompts, completions, **kwargs):\n    return [0.5] * len(completions)\n"
+    )
+    changes = {
+        "rounds": 1,
+        "scores": {"verifier": f"{tmp_path}/verifier.py:same"},
+        "pairs": {"selection": "rule_based", "settled_similarity": 0.0},
+    }
+    file, output = tmp_path / "r.yaml", tmp_path / "run"
+    file.write_text(yaml.safe_dump(recipe(sorting, output, **changes)))
+    stopped = subprocess.run(command(file), capture_output=True, text=True)
+    assert stopped.returncode == 2
+    assert "round 1 would train the policy away from its better answers" in stopped.stderr
+    assert "Traceback" not in stopped.stderr and not (output / "round_01" / "training").exists()
+    pairs = (output / "round_01" / "pairs.jsonl").read_bytes()
+
+    done = subprocess.run([*command(file), "--pairs.guard", "skip"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left untrained" in done.stdout
+    assert f"The trained policy is {output / 'round_00' / 'adapter'}" in done.stdout.replace("\n", "")
+    assert (output / "round_01" / "pairs.jsonl").read_bytes() == pairs
+    assert not (output / "round_01" / "training").exists() and not (output / "round_01" / "adapter").exists()
+    before, after = (output / f"round_{number:02d}" for number in (0, 1))
+    assert (before / "evaluation.jsonl").read_bytes() == (after / "evaluation.jsonl").read_bytes()
+    manifests = [json.loads((directory / "manifest.json").read_text()) for directory in (before, after)]
+    assert manifests[1]["guard"] == "skipped" and manifests[1]["policy"] == manifests[0]["policy"]
+    status = subprocess.run([*command(file, "status"), "--pairs.guard", "skip"], capture_output=True, text=True)
+    assert "training left out by the guard" in status.stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -159,6 +196,10 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
         (
             {"training": {"trainer": "tdpo", "ld_alpha": 0.5, **ON_CPU}},
             r"r\.yaml:\d+: `training`: `ld_alpha=0.5` is not",
+        ),
+        (
+            {"training": {"trainer": "dpo", "objective": "squared", "loss_type": "ipo", **ON_CPU}},
+            r"r\.yaml:\d+: `training`: `loss_type='ipo'` is not supported by SquaredRefinementDPOTrainer",
         ),
         ({"training": {"output_dir": "x"}}, r"r\.yaml:\d+: `training.output_dir` belongs to the loop"),
         ({"training": {"trainer": "ppo"}}, "`training.trainer` must be one of dpo, tdpo, self_refine_dpo; got 'ppo'"),

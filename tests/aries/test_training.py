@@ -1,6 +1,7 @@
 """Training stages in this process, on the tiny model: what is trained, what it is compared with, what is saved."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import DPOTrainer
 
 from trl_ext.aries.config import PairsConfig
 from trl_ext.aries.pairs import Pair, preference_rows
@@ -51,7 +53,14 @@ def job(tmp_path, rows, tiny_model_path):
     """A job whose policy is the tiny model, or an adapter on it, and its own reference; keywords change it."""
 
     def make(
-        name: str, model_args=LORA, model=tiny_model_path, adapter=None, reference=None, trainer="dpo", **settings
+        name: str,
+        model_args=LORA,
+        model=tiny_model_path,
+        adapter=None,
+        reference=None,
+        trainer="dpo",
+        objective_alpha=None,
+        **settings,
     ):
         policy = {"model": model, "adapter": adapter}
         reference = policy if reference is None else reference
@@ -62,6 +71,7 @@ def job(tmp_path, rows, tiny_model_path):
             "rows": rows,
             "output": str(tmp_path / name),
             "trainer": trainer,
+            "objective_alpha": objective_alpha,
             "config": {**SETTINGS, **settings, "output_dir": str(tmp_path / f"{name}-training")},
         }
 
@@ -85,17 +95,29 @@ def test_a_weight_is_how_often_an_epoch_shows_a_row():
     ]
 
 
-@pytest.mark.parametrize("trainer", ["dpo", "tdpo", "self_refine_dpo"])
-def test_a_round_saves_its_adapter_alone_and_the_next_one_starts_from_it(job, tiny_model_path, trainer):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainer": "dpo"},
+        {"trainer": "tdpo"},
+        {"trainer": "self_refine_dpo"},
+        {"trainer": "self_refine_dpo", "variant": "tdpo2"},
+        {"trainer": "dpo", "objective_alpha": 0.8, "loss_type": ["sigmoid", "sft"]},
+        {"trainer": "tdpo", "objective_alpha": 0.8},
+        {"trainer": "self_refine_dpo", "variant": "tdpo2", "objective_alpha": 0.8},
+    ],
+    ids=lambda settings: "-".join(str(value) for key, value in settings.items() if key != "loss_type"),
+)
+def test_a_round_saves_its_adapter_alone_and_the_next_one_starts_from_it(job, tiny_model_path, settings):
     """
     Round 2 with `reference: previous`: TRL's "ref" adapter is the adapter of round 1, and so is the policy at step 0. What
     is saved is loadable on the base, differs from round 1's, and holds nothing else.
     """
-    first = train(job("first", trainer=trainer))
+    first = train(job("first", **settings))
     assert sorted(p.name for p in Path(first).glob("*.safetensors")) == ["adapter_model.safetensors"]
     assert not (Path(first) / "ref").exists()
 
-    trainer_2 = make_trainer(job("second", adapter=first, trainer=trainer), silent)
+    trainer_2 = make_trainer(job("second", adapter=first, **settings), silent)
     check_step_0(trainer_2)
     state = trainer_2.model.state_dict()
     saved = load_file(Path(first) / "adapter_model.safetensors")
@@ -104,11 +126,34 @@ def test_a_round_saves_its_adapter_alone_and_the_next_one_starts_from_it(job, ti
         for adapter in ("default", "ref"):
             assert torch.equal(state[name.replace(".weight", f".{adapter}.weight")], tensor)
 
-    second = train(job("second", adapter=first, trainer=trainer))
+    second = train(job("second", adapter=first, **settings))
     assert not (Path(second) / "ref").exists()
     moved = load_file(Path(second) / "adapter_model.safetensors")
     assert moved.keys() == saved.keys() and any(not torch.equal(moved[name], saved[name]) for name in saved)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_path), second)
+
+
+def test_the_logistic_objective_of_dpo_is_trls_own_trainer(job):
+    assert type(make_trainer(job("first"), silent)) is DPOTrainer
+
+
+@pytest.mark.parametrize("model_args", [LORA, FULL], ids=["LoRA", "full"])
+def test_the_objective_a_training_starts_with(job, tmp_path, model_args):
+    """
+    The pairs' rows, two direct ones and two refinements of each, in a job with `objective: squared`: the policy is its own
+    reference, so whichever rows are in a batch, L_direct is ln 2 and each square (1/2)².
+    """
+    a_job = job("squared", model_args, objective_alpha=0.8, max_steps=4, learning_rate=0.0)
+    train(a_job)
+    history = json.loads((tmp_path / "squared-training" / "log_history.json").read_text())
+    steps = [entry for entry in history if "loss" in entry]
+    assert len(steps) == 4
+    for entry in steps:
+        assert entry.get("objective/direct", math.log(2)) == pytest.approx(math.log(2), abs=1e-5)
+        assert entry.get("objective/refinement", 0.25) == pytest.approx(0.25, abs=1e-5)
+    # An epoch: 32 rows in four batches
+    mean = sum(entry["loss"] for entry in steps) / 4
+    assert mean == pytest.approx(0.2 * math.log(2) + 0.8 * 2 * 0.25, abs=1e-3)
 
 
 def reference_logits(trainer) -> torch.Tensor:
@@ -130,21 +175,39 @@ def logits(path: str, adapter: str | None = None) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(6, 16)[None]).logits
 
 
+# The trainers' own, and one that the squared objective puts in the place of DPO's
+OBJECTIVES = pytest.mark.parametrize("objective_alpha", [None, 0.8], ids=["logistic", "squared"])
+
+
+@OBJECTIVES
 @torch.no_grad()
-def test_reference_initial_without_sft_is_the_base(job, tiny_model_path):
+def test_reference_initial_without_sft_is_the_base(job, tiny_model_path, objective_alpha):
     with torch.enable_grad():
         first = train(job("first"))
-    trainer = make_trainer(job("second", adapter=first, reference={"model": tiny_model_path, "adapter": None}), silent)
+    a_job = job(
+        "second",
+        adapter=first,
+        reference={"model": tiny_model_path, "adapter": None},
+        objective_alpha=objective_alpha,
+    )
+    trainer = make_trainer(a_job, silent)
     torch.testing.assert_close(reference_logits(trainer), logits(tiny_model_path))
     assert not torch.allclose(reference_logits(trainer), logits(tiny_model_path, first))
 
 
+@OBJECTIVES
 @torch.no_grad()
-def test_reference_initial_after_sft_is_the_sft_adapter(job, tiny_model_path):
+def test_reference_initial_after_sft_is_the_sft_adapter(job, tiny_model_path, objective_alpha):
     with torch.enable_grad():
         sft = train(job("sft"))
         first = train(job("first", adapter=sft))
-    trainer = make_trainer(job("second", adapter=first, reference={"model": tiny_model_path, "adapter": sft}), silent)
+    a_job = job(
+        "second",
+        adapter=first,
+        reference={"model": tiny_model_path, "adapter": sft},
+        objective_alpha=objective_alpha,
+    )
+    trainer = make_trainer(a_job, silent)
     torch.testing.assert_close(reference_logits(trainer), logits(tiny_model_path, sft))
     torch.testing.assert_close(
         trainer.model(input_ids=torch.arange(6, 16)[None]).logits, logits(tiny_model_path, first)
@@ -154,13 +217,20 @@ def test_reference_initial_after_sft_is_the_sft_adapter(job, tiny_model_path):
     assert trainable and all(".default." in name for name in trainable)
 
 
+@OBJECTIVES
 @torch.no_grad()
 @pytest.mark.parametrize("reference", ["previous", "initial"])
-def test_full_fine_tuning(job, tiny_model_path, reference):
+def test_full_fine_tuning(job, tiny_model_path, reference, objective_alpha):
     with torch.enable_grad():
         first = train(job("first", FULL))
     expected = first if reference == "previous" else tiny_model_path
-    a_job = job("second", FULL, model=first, reference={"model": expected, "adapter": None})
+    a_job = job(
+        "second",
+        FULL,
+        model=first,
+        reference={"model": expected, "adapter": None},
+        objective_alpha=objective_alpha,
+    )
     trainer = make_trainer(a_job, silent)
     torch.testing.assert_close(reference_logits(trainer), logits(expected))
     assert not torch.allclose(logits(first), logits(tiny_model_path))

@@ -16,6 +16,12 @@ from jinja2.meta import find_undeclared_variables
 # The largest LoRA rank that vLLM serves
 MAX_LORA_RANK = 512
 
+# Keys of `training` that are the loop's own, not the trainer's
+LOOP_KEYS = ("trainer", "reference", "objective", "objective_alpha")
+
+# α of the squared objective: the paper's was not available to us, and two public relatives have this one. [house]
+OBJECTIVE_ALPHA = 0.8
+
 # The paper's refinement template z is not available to us; this one is [house]. `question` is the last user message (or
 # the whole plain-text prompt), `draft` the answer to improve, `drafts` all answers so far.
 REFINEMENT_TEMPLATE = """\
@@ -193,23 +199,46 @@ class PairsConfig:
             The chosen score must exceed the rejected one by more than this.
         min_chosen_score, max_rejected_score (`float`, *optional*):
             Bounds on the scores; with a 0/1 verifier, a margin above 0 already means right over wrong.
+        pairs_per_prompt (`int`, *optional*, defaults to `1`):
+            For `"best_over_worst"`: pairs of a chain, the best answer over the worst, then the next best over the next
+            worst, no text twice. [house]
+        max_length_ratio (`float`, *optional*):
+            The chosen answer may have at most this many times the tokens of the rejected one. Much shorter ones stay.
+            [house]
         settled_similarity (`float`, *optional*, defaults to `0.9`):
             For `"rule_based"`: the last two answers must be at least this similar (difflib's ratio of their words).
         direct_weight, refinement_weight (`int`, *optional*, defaults to `1`):
             How often an epoch shows a pair's direct row, and each of its two refinement rows (from the rejected and
             from the chosen draft). `0` leaves them out.
+        guard (`str`, *optional*, defaults to `"stop"`):
+            What happens to a round whose chosen answers do not score higher than its rejected ones on average: `"stop"`
+            ends the run before training, `"skip"` leaves the round untrained and goes on to the next one, `"warn"`
+            trains on it all the same. [house]
     """
 
     selection: Literal["best_over_worst", "rule_based"] = "best_over_worst"
     min_margin: float = 0.0
     min_chosen_score: float | None = None
     max_rejected_score: float | None = None
+    pairs_per_prompt: int = 1
+    max_length_ratio: float | None = None
     settled_similarity: float = 0.9
     direct_weight: int = 1
     refinement_weight: int = 1
+    guard: Literal["stop", "skip", "warn"] = "stop"
 
     def __post_init__(self):
         _require(self.min_margin >= 0, "`pairs.min_margin` must be at least 0.")
+        _require(self.pairs_per_prompt > 0, "`pairs.pairs_per_prompt` must be positive.")
+        _require(
+            self.pairs_per_prompt == 1 or self.selection == "best_over_worst",
+            "`pairs.pairs_per_prompt` above 1 ranks the answers by score: it needs `pairs.selection: best_over_worst`. The "
+            "rule has one pair per chain.",
+        )
+        _require(
+            self.max_length_ratio is None or self.max_length_ratio >= 1,
+            "`pairs.max_length_ratio` must be at least 1: at 1 the chosen answer may be as long as the rejected one.",
+        )
         _require(0 <= self.settled_similarity <= 1, "`pairs.settled_similarity` must be in [0, 1].")
         _require(
             min(self.direct_weight, self.refinement_weight) >= 0 and self.direct_weight + self.refinement_weight > 0,
@@ -259,7 +288,9 @@ class AriesConfig:
             a refinement target) and keys of TRL's `SFTConfig`.
         training (`dict`):
             `trainer` (`"dpo"`, `"tdpo"` or `"self_refine_dpo"`), `reference` (`"previous"`, the default and [house], or
-            `"initial"`: the policy before round 1), and keys of that trainer's config.
+            `"initial"`: the policy before round 1), `objective` (`"logistic"`, the default: every row takes the trainer's
+            loss; or `"squared"`, the paper's: `(1 − α) L_direct + α L_refine` with the squared loss on refinement rows),
+            `objective_alpha` (its α, by default 0.8, [house]), and keys of that trainer's config.
         rounds (`int`, *optional*, defaults to `3`):
             Rounds after the SFT; the paper runs about three.
         seed (`int`, *optional*, defaults to `42`):
@@ -294,9 +325,11 @@ class AriesConfig:
         for key, choices in {
             "trainer": ("dpo", "tdpo", "self_refine_dpo"),
             "reference": ("previous", "initial"),
+            "objective": ("logistic", "squared"),
         }.items():
             value = self.training.get(key, choices[0])
             _require(value in choices, f"`training.{key}` must be one of {', '.join(choices)}; got {value!r}.")
+        self._check_objective()
         _require(
             self.pairs.selection == "rule_based" or bool(self.scores.verifier or self.scores.reward_model),
             "`scores` names neither a `verifier` nor a `reward_model`, and best-over-worst pairs need one. Set "
@@ -307,6 +340,36 @@ class AriesConfig:
             f"`drafts.max_tokens` ({self.drafts.max_tokens}) leaves no room for a prompt in "
             f"`generation.max_model_len` ({self.generation.max_model_len}).",
         )
+
+    def _check_objective(self) -> None:
+        alpha = objective_alpha(self)
+        if alpha is None:
+            _require(
+                "objective_alpha" not in self.training,
+                "`training.objective_alpha` belongs to `training.objective: squared`. The balance of the logistic objective is "
+                "set by `pairs.direct_weight` and `pairs.refinement_weight`.",
+            )
+            return
+        _require(
+            type(alpha) in (int, float) and 0 < alpha <= 1,
+            f"`training.objective_alpha` must be a number in (0, 1], got {alpha!r}.",
+        )
+        _require(
+            self.pairs.refinement_weight > 0,
+            "`training.objective: squared` is a loss of refinement rows, and `pairs.refinement_weight: 0` leaves them out.",
+        )
+        _require(
+            self.pairs.direct_weight > 0 or alpha == 1,
+            "`pairs.direct_weight: 0` leaves out the rows of L_direct, whose weight is 1 − `training.objective_alpha`. Set that "
+            "to 1.0, or keep the rows.",
+        )
+
+
+def objective_alpha(config: AriesConfig) -> float | None:
+    """α of `(1 − α) L_direct + α L_refine` for the squared objective, `None` for the logistic one."""
+    if config.training.get("objective", "logistic") == "logistic":
+        return None
+    return config.training.get("objective_alpha", OBJECTIVE_ALPHA)
 
 
 def loop_settings(config: AriesConfig, number: int) -> dict[str, Any]:
@@ -321,9 +384,10 @@ def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> dict[
     """
     Trainer of a round and the keys of its config, from the recipe's `training` section.
     """
-    settings = {k: v for k, v in config.training.items() if k not in ("trainer", "reference")}
+    settings = {k: v for k, v in config.training.items() if k not in LOOP_KEYS}
     return {
         "trainer": config.training.get("trainer", "dpo"),
+        "objective_alpha": objective_alpha(config),
         "config": {**loop_settings(config, number), **settings, "output_dir": output_dir},
     }
 

@@ -29,54 +29,83 @@ class Pair:
     rejected_score: float | None
 
 
-def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfig) -> Pair | str:
+def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
     """
-    The paper's reward-model scoring: the best answer chosen, the worst rejected. [house]: an answer cut off by
+    The paper's reward-model scoring: the best answer chosen, the worst rejected; with `pairs_per_prompt` above 1, then the
+    next best over the next worst, among the answers whose text is in no pair yet. [house]: an answer cut off by
     `max_tokens` is never chosen; among equals the latest is chosen and the earliest rejected.
 
     Returns:
-        [`Pair`] or `str`: the pair, or why there is none.
+        `list[Pair | str]`: for each of the `pairs_per_prompt`, the pair or why there is none.
     """
     scored = [(answer, score) for answer, score in zip(chain.answers, scores, strict=True) if score is not None]
-    whole = [(answer, score) for answer, score in scored if answer.finish_reason == "stop"]
     if len(scored) < 2:
-        return chain.stopped or "fewer_than_two_scores"
-    if not whole:
-        return "all_answers_truncated"
-    chosen, chosen_score = max(whole, key=lambda item: (item[1], item[0].turn))
-    rejected, rejected_score = min(scored, key=lambda item: (item[1], item[0].turn))
-    if chosen_score - rejected_score <= config.min_margin:
+        return [chain.stopped or "fewer_than_two_scores"] * config.pairs_per_prompt
+    selected = []
+    for _ in range(config.pairs_per_prompt):
+        # The first pair has all the answers, and its drops name what is wrong with them
+        if selected and len({answer.text for answer, _ in scored}) < 2:
+            selected.append("no_more_distinct_answers")
+            continue
+        whole = [(answer, score) for answer, score in scored if answer.finish_reason == "stop"]
+        if not whole:
+            selected.append("all_answers_truncated")
+            continue
+        chosen, chosen_score = max(whole, key=lambda item: (item[1], item[0].turn))
+        rejected, rejected_score = min(scored, key=lambda item: (item[1], item[0].turn))
+        pair = Pair(chain, chosen, rejected, chosen_score, rejected_score)
+        selected.append(drop_reason(pair, config) or pair)
+        scored = [item for item in scored if item[0].text not in (chosen.text, rejected.text)]
+    return selected
+
+
+def drop_reason(pair: Pair, config: PairsConfig) -> str | None:
+    """Why a best-over-worst pair is dropped, `None` for one that is kept."""
+    if pair.chosen_score - pair.rejected_score <= config.min_margin:
         return "no_margin"
-    if chosen.text == rejected.text:
+    if pair.chosen.text == pair.rejected.text:
         return "identical_answers"
-    if config.min_chosen_score is not None and chosen_score < config.min_chosen_score:
+    if config.min_chosen_score is not None and pair.chosen_score < config.min_chosen_score:
         return "chosen_score_too_low"
-    if config.max_rejected_score is not None and rejected_score > config.max_rejected_score:
+    if config.max_rejected_score is not None and pair.rejected_score > config.max_rejected_score:
         return "rejected_score_too_high"
-    return Pair(chain, chosen, rejected, chosen_score, rejected_score)
+    return length_drop_reason(pair, config)
 
 
-def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) -> Pair | str:
+def length_drop_reason(pair: Pair, config: PairsConfig) -> str | None:
+    """
+    The length balance, of one side only: a chosen answer that is much shorter stays, since it teaches not to ramble.
+    """
+    # A product, since an answer may have no tokens
+    if config.max_length_ratio is not None and pair.chosen.tokens > config.max_length_ratio * pair.rejected.tokens:
+        return "chosen_too_long"
+    return None
+
+
+def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
     """
     Selection without a reward model. The paper does not spell its rule out; ours is [house]: the last refinement is
     chosen and the draft rejected where the chain has settled (its last two answers are alike) and the two differ.
 
+    The scores take no part in it; where there are some, they are the guard's.
+
     Returns:
-        [`Pair`] or `str`: the pair, or why there is none.
+        `list[Pair | str]`: the pair, or why there is none.
     """
     if len(chain.answers) < 2:
-        return chain.stopped or "fewer_than_two_answers"
+        return [chain.stopped or "fewer_than_two_answers"]
     draft, (previous, last) = chain.answers[0], chain.answers[-2:]
     if last.finish_reason != "stop":
-        return "last_answer_truncated"
+        return ["last_answer_truncated"]
     if chain.stopped is not None:
-        return chain.stopped
+        return [chain.stopped]
     # A chain of two has a draft and one refinement: nothing to settle
     if len(chain.answers) > 2 and similarity(previous.text, last.text) < config.settled_similarity:
-        return "not_settled"
+        return ["not_settled"]
     if last.text == draft.text:
-        return "identical_answers"
-    return Pair(chain, last, draft, scores[-1], scores[0])
+        return ["identical_answers"]
+    pair = Pair(chain, last, draft, scores[-1], scores[0])
+    return [length_drop_reason(pair, config) or pair]
 
 
 def similarity(text: str, other: str) -> float:
@@ -91,20 +120,21 @@ def select_pairs(
     chains: list[Chain], scores: list[list[float | None]], config: PairsConfig
 ) -> tuple[list[Pair], dict[str, int]]:
     """
-    At most one pair per chain.
+    Up to `pairs_per_prompt` pairs per chain.
 
     Returns:
-        `tuple[list[Pair], dict[str, int]]`: the pairs, and the number of chains dropped by reason.
+        `tuple[list[Pair], dict[str, int]]`: the pairs, and the number of those that could not be made by reason. Together
+        they are `pairs_per_prompt` for each chain.
     """
     select = SELECTIONS[config.selection]
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     for chain, chain_scores in zip(chains, scores, strict=True):
-        selected = select(chain, chain_scores, config)
-        if isinstance(selected, Pair):
-            pairs.append(selected)
-        else:
-            dropped[selected] += 1
+        for selected in select(chain, chain_scores, config):
+            if isinstance(selected, Pair):
+                pairs.append(selected)
+            else:
+                dropped[selected] += 1
     return pairs, dict(sorted(dropped.items()))
 
 

@@ -14,7 +14,8 @@ from trl import ModelConfig
 from ..recipe import Recipe, RecipeError, check_keys
 from ..trainers.pairwise_trainer import PairwiseTrainer
 from .children import child_main
-from .training import TRAINERS
+from .config import LOOP_KEYS
+from .training import trainer_classes
 
 
 # Keys of the trainers' configs that a recipe leaves to the loop
@@ -48,11 +49,11 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
             raise RecipeError(
                 f"{recipe.where('model', key)}: `model.{key}`: vLLM cannot serve such an adapter. Remove it."
             )
-    for section, own_keys in {"sft": ("dataset",), "training": ("trainer", "reference")}.items():
+    for section, own_keys in {"sft": ("dataset",), "training": LOOP_KEYS}.items():
         settings = job[section]
         if settings is None:
             continue
-        trainer_class, config_class = TRAINERS[settings["trainer"]]
+        trainer_class, config_class = trainer_classes(settings)
         for key in check_keys(recipe, [config_class], (section,), also=own_keys):
             if key in OWNED_KEYS:
                 raise RecipeError(

@@ -22,6 +22,7 @@ from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .children import run_child
 from .config import AriesConfig, sft_settings, trainer_settings
 from .evaluation import evaluation_metrics
+from .guard import decide, examine, report, stop_message
 from .pairs import preference_rows, select_pairs
 from .progress import RunProgress, duration, score_table
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
@@ -148,7 +149,7 @@ class Rounds:
     def round(self, number: int) -> None:
         start = time.monotonic()
         round_dir = self.dir.round(number)
-        if self.product(number).exists() and self.dir.round(number - 1).manifest.exists():
+        if self.is_decided(number) and self.dir.round(number - 1).manifest.exists():
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
@@ -157,6 +158,7 @@ class Rounds:
         self.score(number)
         self.close(number - 1)
         self.pair(number)
+        self.guard(number)
         self.train(number)
         self.progress.end_round(number, time.monotonic() - start)
 
@@ -240,6 +242,8 @@ class Rounds:
                 f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs "
                 "(under another `output_dir`)."
             )
+        measured = examine(pairs)
+        write_json(round_dir.guard, {"decision": decide(measured, self.config.pairs.guard), **measured})
         rows = [row for pair in pairs for row in preference_rows(pair, self.template, self.config.pairs)]
         write_jsonl(round_dir.pairs, rows)
         self.progress.say(
@@ -251,10 +255,25 @@ class Rounds:
             ),
         )
 
-    def train(self, number: int) -> None:
-        """Preference training of the round's policy."""
+    def guard(self, number: int) -> None:
+        """
+        Act on what the guard found in the round's pairs. What was decided stays so, but for a run that was stopped: it may go on
+        with another `pairs.guard`.
+        """
         round_dir = self.dir.round(number)
-        if self.product(number).exists():
+        found = json.loads(round_dir.guard.read_text(encoding="utf-8"))
+        if found["decision"] == "stopped" and self.config.pairs.guard != "stop":
+            found["decision"] = decide(found, self.config.pairs.guard)
+            write_json(round_dir.guard, found)
+        for line in report(found, found["decision"]):
+            self.progress.say(f"round {number}/{self.config.rounds}  {line}", style="yellow")
+        if found["decision"] == "stopped":
+            raise RecipeError(stop_message(number, found, self.config.pairs.selection))
+
+    def train(self, number: int) -> None:
+        """Preference training of the round's policy, unless the guard left the round out."""
+        round_dir = self.dir.round(number)
+        if self.is_decided(number):
             return
         job = self.training_job(number, self.policy(number - 1))
         job |= trainer_settings(self.config, number, str(round_dir.training))
@@ -289,6 +308,8 @@ class Rounds:
         for file in (round_dir.drops, round_dir.training / "rows.json"):
             if file.exists():
                 facts |= json.loads(file.read_text(encoding="utf-8"))
+        if round_dir.guard.exists():
+            facts["guard"] = json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"]
         self.dir.write_manifest(number, facts)
 
     # What the stages share
@@ -302,9 +323,25 @@ class Rounds:
         round_dir = self.dir.round(number)
         return round_dir.adapter if self.config.model.get("use_peft") else round_dir.model
 
+    def is_skipped(self, number: int) -> bool:
+        """Whether the guard left the round untrained."""
+        round_dir = self.dir.round(number)
+        if not (round_dir.pairs.exists() and round_dir.guard.exists()):
+            return False
+        return json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"] == "skipped"
+
+    def is_decided(self, number: int) -> bool:
+        """Whether the policy after the round is known."""
+        return self.product(number).exists() or self.is_skipped(number)
+
     def policy(self, number: int) -> Policy:
-        """The policy after a round; without SFT, the one before round 1 is the model as it came."""
+        """
+        The policy after a round; without SFT, the one before round 1 is the model as it came, and a round that the guard
+        left out leaves it as it was.
+        """
         base = self.config.model["model_name_or_path"]
+        if self.is_skipped(number):
+            return self.policy(number - 1)
         if number == 0 and self.config.sft is None:
             return Policy(base, None)
         product = str(self.product(number))
@@ -346,11 +383,12 @@ class Rounds:
     def print_next(self, recipe_path: Path, elapsed: str) -> None:
         """What to do with a finished run."""
         last = self.dir.round(self.config.rounds)
+        policy = self.policy(self.config.rounds)
         other = "tdpo" if self.config.training.get("trainer", "dpo") == "dpo" else "dpo"
         # The command as it was called: `make` runs the environment's, which need not be on the path
         program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"
         self.progress.say(
-            f"Finished in {elapsed}. The trained policy is {self.product(self.config.rounds)}. Next, for example:\n"
+            f"Finished in {elapsed}. The trained policy is {policy.adapter or policy.model}. Next, for example:\n"
             f"  less {last.pairs}  # what it learned from\n"
             f"  less {last.evaluation}  # its answers, y1 to y{self.config.refinements.turns}\n"
             f"  {program} aries run --config {recipe_path} --output_dir {self.dir.path}-{other} --training.trainer {other}"

@@ -23,7 +23,8 @@ from .config import AriesConfig
 from .records import sha256, write_atomically, write_json
 
 
-# Settings that may change while a run goes on: where it is, and how the engine uses the machine
+# Settings that may change while a run goes on: where it is, how the engine uses the machine, and what happens to a round that
+# the guard has stopped
 OPERATIONAL_KEYS = {
     "output_dir",
     "generation.cpu_kv_cache_gib",
@@ -31,6 +32,7 @@ OPERATIONAL_KEYS = {
     "generation.gpu_memory_utilization",
     "generation.max_num_seqs",
     "generation.tensor_parallel_size",
+    "pairs.guard",
 }
 PACKAGES = (
     "trl-ext",
@@ -57,6 +59,7 @@ class RoundDir:
         self.scores = path / "scores.jsonl"
         self.pairs = path / "pairs.jsonl"
         self.drops = path / "drops.json"
+        self.guard = path / "guard.json"
         self.training = path / "training"
         self.model = path / "model"
         self.adapter = path / "adapter"

@@ -35,7 +35,10 @@ def status(config: AriesConfig) -> int:
                 "training": loop.product(number),
             }
         stages["evaluation"] = round_dir.evaluation
-        words = [f"{name} {'done' if path.exists() else progress(path)}" for name, path in stages.items()]
+        done = {name: "done" if path.exists() else progress(path) for name, path in stages.items()}
+        if loop.is_skipped(number):
+            done["training"] = "left out by the guard"
+        words = [f"{name} {state}" for name, state in done.items()]
         say(f"  round {number}: " + ", ".join(words))
     if loop.dir.events.exists():
         # The last line may be half written

@@ -2,7 +2,8 @@
 Training: SFT before round 1, and preference training of a round, in a process that ends and returns its memory.
 
 In: a job that names the policy, the rows and the settings. Out: `model/` (full fine-tuning) or `adapter/` (LoRA, QLoRA:
-the frozen base is never merged). Trainers stay ordinary; what a round learns is in its rows.
+the frozen base is never merged). Trainers stay ordinary; what a round learns is in its rows. The exception is `objective: squared`,
+where direct and refinement rows take different losses.
 """
 
 import json
@@ -20,6 +21,11 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_p
 from ..trainers.pairwise_trainer import load_adapter_weights
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
+from ..trainers.squared_refinement import (
+    SquaredRefinementDPOTrainer,
+    SquaredRefinementSelfRefineDPOTrainer,
+    SquaredRefinementTDPOTrainer,
+)
 from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.tdpo_trainer import TDPOTrainer
 from .children import child_main
@@ -31,6 +37,12 @@ TRAINERS = {
     "dpo": (DPOTrainer, DPOConfig),
     "tdpo": (TDPOTrainer, TDPOConfig),
     "self_refine_dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
+}
+# The same with `objective: squared`
+SQUARED_TRAINERS = {
+    "dpo": SquaredRefinementDPOTrainer,
+    "tdpo": SquaredRefinementTDPOTrainer,
+    "self_refine_dpo": SquaredRefinementSelfRefineDPOTrainer,
 }
 # Share of its log-probability by which an untrained policy may differ from itself as the reference: rounding. The same
 # forward gives 0; it is the log-probabilities of another policy that differ by more.
@@ -63,6 +75,14 @@ def repeat_by_weight(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows for _ in range(row.get("weight", 1))]
 
 
+def trainer_classes(job: dict[str, Any]) -> tuple[type, type]:
+    """The trainer and its config: for a squared objective, the one whose refinement rows take the squares."""
+    trainer_class, config_class = TRAINERS[job["trainer"]]
+    if job.get("objective_alpha") is not None:
+        trainer_class = SQUARED_TRAINERS[job["trainer"]]
+    return trainer_class, config_class
+
+
 def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code: bool):
     """The policy to train: a path for full fine-tuning or a new adapter, a `PeftModel` to train an adapter on."""
     if job["adapter"] is None:
@@ -81,7 +101,7 @@ def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code:
 
 def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
     """An ordinary trainer on the job's rows."""
-    trainer_class, config_class = TRAINERS[job["trainer"]]
+    trainer_class, config_class = trainer_classes(job)
     model_args = ModelConfig(**job["model_args"])
     args = config_class(**job["config"])
     model = load_policy(job, model_args, args.trust_remote_code)
@@ -104,6 +124,9 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
             )
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
+    if job.get("objective_alpha") is not None:
+        kwargs["objective_alpha"] = job["objective_alpha"]
+        columns += ("turn",)
     trainer = trainer_class(
         model=model,
         args=args,

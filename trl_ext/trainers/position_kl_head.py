@@ -160,7 +160,8 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
 
     - `completion_states=True` returns [`CompletionStates`].
     - `reference=...`, such states of the reference, returns a [`PositionKLOutput`]. `kl_weight=(κ_chosen, κ_rejected)` says how
-      much of the KL goes into the gradient, and `separate_sft=True` asks for `sft_log_probs`.
+      much of the KL goes into the gradient, for all pairs or, as a tensor `(2, B)`, for each, and `separate_sft=True` asks for
+      `sft_log_probs`.
     - `completion_log_probs=True` returns a [`~trl.trainer.utils.FusedCausalLMOutput`], as TRL's `fused_lm_head=True` does.
       With `shared_prompts=...`, [`SharedPrompts`], `input_ids` are the completions alone, `(2B, R)`, and each prompt is computed
       once for its two completions; no gradient.
@@ -216,7 +217,8 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
         if reference is None:
             per_token = log_probs(hidden, weight, bias, labels[mask], **transform)._asdict()
         else:
-            per_row = torch.tensor(kl_weight, device=hidden.device).repeat_interleave(mask.size(0) // 2)  # (2B,)
+            per_row = torch.as_tensor(kl_weight, device=hidden.device).reshape(2, -1)
+            per_row = per_row.expand(2, mask.size(0) // 2).flatten()  # (2B,)
             per_token = position_kl(
                 hidden,
                 weight,

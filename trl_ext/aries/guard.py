@@ -1,0 +1,128 @@
+"""
+The guard: what a round's pairs are worth, looked at before they are trained on.
+
+Pairs in, one JSON object out. It compares the chosen with the rejected answers by the scores, the evaluation's measure: in a
+best-over-worst round they are better by construction, in a rule-based one the scores take no part in the selection, and
+here it shows when refining has stopped to improve. Training on a round in which the rejected answers are the better ones makes the
+policy worse. The guard drops no pair; `pairs.guard` says what happens to the round.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .pairs import Pair
+
+
+RESAMPLES = 1000
+# Mean chosen over mean rejected tokens from which on a round is said to teach length. [house]
+LONG_CHOSEN_RATIO = 1.5
+# `pairs.guard` -> what is decided about a round whose chosen answers are not the better ones
+DECISIONS = {"stop": "stopped", "skip": "skipped", "warn": "warned"}
+
+
+def examine(pairs: list[Pair]) -> dict[str, Any]:
+    """
+    Compare the chosen with the rejected answers of a round.
+
+    Args:
+        pairs (`list[Pair]`):
+            The selected pairs, at least one.
+
+    Returns:
+        `dict`: `compared` (pairs with both scores), `chosen_score`, `rejected_score` and `difference` (means over them, `None`
+        without any), `interval` (the difference's 95 % bootstrap interval over prompts, `None` for fewer than two of them) and
+        `length_ratio` (mean chosen over mean rejected tokens, of all pairs; `None` where the rejected have no tokens).
+    """
+    compared = [pair for pair in pairs if pair.chosen_score is not None and pair.rejected_score is not None]
+    chosen_tokens, rejected_tokens = (
+        sum(answer.tokens for answer in answers)
+        for answers in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    )
+    measured: dict[str, Any] = {"compared": len(compared), "chosen_score": None, "rejected_score": None}
+    measured |= {"difference": None, "interval": None}
+    if compared:
+        differences = [pair.chosen_score - pair.rejected_score for pair in compared]
+        means = {
+            "chosen_score": [pair.chosen_score for pair in compared],
+            "rejected_score": [pair.rejected_score for pair in compared],
+            "difference": differences,
+        }
+        # `fsum`: differences that cancel out are 0, not a rounding error of either sign
+        measured |= {name: math.fsum(values) / len(values) for name, values in means.items()}
+        measured["interval"] = bootstrap_interval(differences, [pair.chain.prompt_id for pair in compared])
+    return measured | {"length_ratio": chosen_tokens / rejected_tokens if rejected_tokens > 0 else None}
+
+
+def bootstrap_interval(values: list[float], prompt_ids: list[str]) -> list[float] | None:
+    """
+    95 % percentile interval of a mean, by resampling whole prompts: the pairs of one chain are not independent. The same
+    values give the same interval.
+    """
+    _, prompts = np.unique(prompt_ids, return_inverse=True)
+    sums, counts = np.bincount(prompts, weights=values), np.bincount(prompts)
+    if len(sums) < 2:
+        return None
+    generator = np.random.default_rng(0)
+    means = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        drawn = generator.integers(len(sums), size=len(sums))
+        means[i] = sums[drawn].sum() / counts[drawn].sum()
+    return np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def decide(measured: dict[str, Any], guard: str) -> str:
+    """
+    What happens to the round: `"trained"`, or, where the chosen answers do not score higher on average, what `pairs.guard`
+    makes of it. Without scores there is nothing to see, and the round is trained on.
+    """
+    if measured["difference"] is None or measured["difference"] > 0:
+        return "trained"
+    return DECISIONS[guard]
+
+
+def findings(measured: dict[str, Any]) -> str:
+    """What was measured, in words."""
+    interval = measured["interval"]
+    spread = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
+    return (
+        f"the chosen answers score {measured['chosen_score']:.3f} on average and the rejected ones "
+        f"{measured['rejected_score']:.3f} (difference {measured['difference']:+.3f}{spread}, {measured['compared']:,} pairs)"
+    )
+
+
+def report(measured: dict[str, Any], decision: str) -> list[str]:
+    """The lines to print about a round, none where all is well. A round that ends the run has [`stop_message`] besides."""
+    lines = []
+    if measured["compared"] == 0:
+        lines.append(
+            "no scores, so the guard cannot see whether the chosen answers are the better ones. With `scores.verifier` or "
+            "`scores.reward_model` it can; rule-based selection goes on without using them."
+        )
+    elif decision == "skipped":
+        lines.append(f"{findings(measured)}: left untrained.")
+    elif decision == "warned":
+        lines.append(f"{findings(measured)}: training on it all the same will likely make the policy worse.")
+    ratio = measured["length_ratio"]
+    if ratio is not None and ratio > LONG_CHOSEN_RATIO:
+        lines.append(
+            f"the chosen answers are {ratio:.2f} times as long as the rejected ones on average, so the round teaches "
+            "length as well. `pairs.max_length_ratio` leaves out the most uneven pairs."
+        )
+    return lines
+
+
+def stop_message(number: int, measured: dict[str, Any], selection: str) -> str:
+    """The error that ends a run: what was measured, why training would make it worse, and the ways out."""
+    ways = {
+        "rule_based": "`pairs.selection: best_over_worst`, which selects by these scores; a lower "
+        "`training.learning_rate`, if refining got worse in the rounds before; fewer `rounds`, to end with the last policy",
+        "best_over_worst": "another scorer; a larger `pairs.min_margin`",
+    }[selection]
+    return (
+        f"round {number} would train the policy away from its better answers: {findings(measured)}. A preference loss "
+        "raises the chosen answers over the rejected ones, whichever are better. Ways out, under another `output_dir`: "
+        f"{ways}. Or go on in this one with `--pairs.guard skip`, which leaves the round untrained, or "
+        "`--pairs.guard warn`, which trains on it all the same."
+    )
