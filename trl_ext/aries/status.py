@@ -2,7 +2,6 @@
 Status: how far a run is, read off its directory, whether a process is running in it or not.
 """
 
-import json
 from pathlib import Path
 
 from .config import AriesConfig
@@ -37,14 +36,8 @@ def status(config: AriesConfig) -> int:
         stages["evaluation"] = round_dir.evaluation
         words = [f"{name} {'done' if path.exists() else progress(path)}" for name, path in stages.items()]
         say(f"  round {number}: " + ", ".join(words))
-    if loop.dir.events.exists():
-        # The last line may be half written
-        whole = [
-            line for line in loop.dir.events.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
-        ]
-        if whole:
-            last = json.loads(whole[-1])
-            say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
+    for last in loop.dir.read_events()[-1:]:
+        say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
     loop.print_results()
     return 0
 
