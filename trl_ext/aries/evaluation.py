@@ -3,7 +3,8 @@ Evaluation: how good a policy's answers are, turn by turn, on held-out prompts.
 
 In: the chains of one round, their scores, and the scores of the rounds to compare with. Out: the numbers of `metrics.json`.
 The protocol is SRPO's (https://huggingface.co/papers/2406.01660): every quantity after 0, 1, ... refinements, with bootstrap
-confidence intervals over prompts. Nothing here reads a clock, so a round evaluated again has the same metrics.
+confidence intervals over prompts; but its win rates are against gold answers, ours against an earlier round. Nothing here
+reads a clock, so a round evaluated again has the same metrics.
 """
 
 import math
