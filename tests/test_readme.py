@@ -19,7 +19,7 @@ import pytest
 
 from trl_ext.aries import training
 from trl_ext.aries.config import AriesConfig
-from trl_ext.cli import TRAINERS, find_accelerate_config, make_parser, split_launch_args
+from trl_ext.cli import TRAINERS, find_accelerate_config, make_parser, split_launch_args, split_passed_args
 from trl_ext.recipe import apply_overrides, check_keys, export_env, load_yaml, parse_section, take_flag
 from trl_ext.scripts import self_refine_dpo, tdpo
 
@@ -113,6 +113,7 @@ def check_command(command: str) -> None:
 
 
 def check_trl_ext(arguments: list[str]) -> None:
+    arguments, _ = split_passed_args(arguments)
     args, rest = make_parser().parse_known_args(arguments)
     if args.command == "aries":
         recipe = export_env(apply_overrides(load_yaml(ROOT / args.config), rest))

@@ -49,16 +49,41 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("self-refine-dpo", help="train with self-refined DPO or IPO", add_help=False)
     aries = commands.add_parser("aries", help="rounds of generation, self-refinement and training", allow_abbrev=False)
     actions = aries.add_subparsers(dest="action", metavar="action", title="actions", required=True)
-    for name, meaning in (("run", "start the rounds, or continue them"), ("status", "say how far they are")):
+    meanings = {
+        "run": "start the rounds, or continue them",
+        "status": "say how far they are",
+        "answers": "write a round's evaluation answers for a judge",
+        "lm-eval": "run lm-evaluation-harness on a round's model",
+    }
+    options = {
+        "answers": "[--round N] [--turn K] [--format FORMAT] --output FILE ",
+        "lm-eval": "[--round N] --tasks TASKS ",
+    }
+    for name, meaning in meanings.items():
         action = actions.add_parser(name, help=meaning, description=f"{meaning}.", allow_abbrev=False)
         action.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
-        action.usage = f"trl-ext aries {name} --config RECIPE [--section.key value ...]"
+        passed = " [-- LM_EVAL_ARGS ...]" if name == "lm-eval" else ""
+        action.usage = f"trl-ext aries {name} --config RECIPE {options.get(name, '')}[--section.key value ...]{passed}"
+    answers, lm_eval = actions.choices["answers"], actions.choices["lm-eval"]
+    answers.add_argument("--round", type=int, metavar="N", help="the round; the last evaluated one by default")
+    answers.add_argument("--turn", type=int, default=1, metavar="K", help="1, the direct answer, by default")
+    answers.add_argument("--format", choices=("alpaca_eval", "jsonl"), default="alpaca_eval", help="of the file")
+    answers.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    lm_eval.add_argument("--round", type=int, metavar="N", help="the round; the last trained one by default")
+    lm_eval.add_argument("--tasks", required=True, help="tasks of lm-evaluation-harness, separated by commas")
     return parser
+
+
+def split_passed_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """This command line, and what `aries lm-eval` passes on: all after a bare `--`."""
+    argv = list(argv)
+    end = argv.index("--") if argv[:2] == ["aries", "lm-eval"] and "--" in argv else len(argv)
+    return argv[:end], argv[end + 1 :]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default this process's, and return the exit code."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, passed = split_passed_args(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if args.command is None:
@@ -71,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if args.command == "aries":
-            return aries(args.action, args.config, unknown)
+            return aries(args, unknown, passed)
         return train(args.command, argv[argv.index(args.command) + 1 :])
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -81,23 +106,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def aries(action: str, path: str, overrides: Sequence[str]) -> int:
+def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[str]) -> int:
     """
-    `trl-ext aries run` and `status`: the recipe, what the command line adds to it, then the loop or its state. A stage that
-    fails leaves its log; the error names it, and the exit code is 1.
+    `trl-ext aries`: the recipe, what the command line adds to it, then the loop, its state, or something made of its
+    results. A stage that fails leaves its log; the error names it, and the exit code is 1.
     """
     from .recipe import apply_overrides, export_env, load_yaml, parse_section
 
-    recipe = export_env(apply_overrides(load_yaml(path), overrides))
+    recipe = export_env(apply_overrides(load_yaml(args.config), overrides))
 
     from .aries.children import ChildError
     from .aries.config import AriesConfig
-    from .aries.rounds import run
-    from .aries.status import status
 
     config = parse_section(recipe, AriesConfig)
+    if args.action == "status":
+        from .aries.status import status
+
+        return status(config)
+    if args.action == "answers":
+        from .aries.answers import export_answers
+
+        return export_answers(config, args.round, args.turn, args.format, args.output)
+    if args.action == "lm-eval":
+        from .aries.harness import lm_eval
+
+        return lm_eval(config, args.round, args.tasks, passed)
+
+    from .aries.rounds import run
+
     try:
-        return run(config, recipe) if action == "run" else status(config)
+        return run(config, recipe)
     except ChildError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 1

@@ -73,7 +73,7 @@ def results(path: Path) -> dict[str, bytes | dict]:
     for file in sorted(path.rglob("*")):
         name = str(file.relative_to(path))
         if file.is_file() and not re.search(
-            r"/?logs/|/training/|events.jsonl|run.lock|resolved.json|recipe.yaml", name
+            r"/?logs/|/training/|events.jsonl|run.lock|resolved.json|recipe.yaml|cost.json", name
         ):
             # Paths differ between two run directories, and with them what is hashed over them
             content = file.read_bytes().replace(str(path).encode(), b"RUN")
@@ -101,7 +101,8 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     assert re.search(r"round 1/2  drafts and refinements\s+34", printed)  # 24 prompts and 10 of the evaluation
     assert re.search(r"round 1/2  \d+ pairs \(\d+ rows\) from 24 chains", printed)
     assert "about" in printed and "to go" in printed
-    assert re.search(r"after SFT.*\n.*round 1 .*\n.*round 2 ", printed)
+    assert re.search(r"after SFT .*\n.*\[.*\n.*round 1 .*\n.*\[.*\n.*round 2 .*\n.*\[", printed)  # score, then interval
+    assert "Answer by answer: round 2" in printed
 
     # What was made
     for number in (1, 2):
@@ -126,6 +127,15 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     assert not first & second
     evaluation = json.loads((whole / "round_02" / "metrics.json").read_text())
     assert evaluation["prompts"] == 10 and [turn["scored"] for turn in evaluation["turns"]] == [10, 10, 10]
+    for turn in evaluation["turns"]:
+        assert turn["interval"][0] <= turn["score"] <= turn["interval"][1]
+        wins = turn["win_rate_round_0"]
+        assert wins["wins"] + wins["ties"] + wins["losses"] == 10
+    cost = json.loads((whole / "round_01" / "cost.json").read_text())
+    assert [stage["stage"] for stage in cost["stages"]] == ["drafts and refinements", "scores", "training (tdpo)"]
+    assert all(stage["seconds"] >= 0 and stage["interrupted"] == 0 for stage in cost["stages"])
+    drafts = [row["answers"][0] for row in read_jsonl(whole / "round_01" / "answers.jsonl")]
+    assert cost["generated_tokens"]["drafts"] == sum(answer["tokens"] for answer in drafts)
 
     # The run that was killed
     killed = tmp_path / "killed"

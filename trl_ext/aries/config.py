@@ -258,16 +258,24 @@ class EvaluationConfig:
             Use only the first ones.
         temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature; `0` is greedy.
+        correct_score (`float`, *optional*):
+            Score from which an answer counts as right, for the flips between turns. Default: 1 where all scores are 0 or
+            1, otherwise no answer is right or wrong.
+        bootstrap_samples (`int`, *optional*, defaults to `10000`):
+            Resamples of the 95 % bootstrap intervals over prompts. [house]
     """
 
     dataset: str
     split: str = "test"
     samples: int | None = None
     temperature: float = 0.0
+    correct_score: float | None = None
+    bootstrap_samples: int = 10_000
 
     def __post_init__(self):
         _require(self.samples is None or self.samples > 0, "`evaluation.samples` must be positive.")
         _require(self.temperature >= 0, "`evaluation.temperature` must be at least 0; 0 is greedy.")
+        _require(self.bootstrap_samples > 0, "`evaluation.bootstrap_samples` must be positive.")
 
 
 @dataclass

@@ -13,6 +13,10 @@ from rich.progress import TimeRemainingColumn as Eta
 from rich.table import Table
 
 
+# Tables are laid out for this many columns; a log has no width of its own
+TABLE_WIDTH = 100
+
+
 class RunProgress:
     """
     Args:
@@ -65,6 +69,12 @@ class RunProgress:
         count = "" if last["total"] is None else f"{last['done']:>7,}"
         self.say(f"{label:<38}{count:>8}  {time.monotonic() - start:6.1f} s")
 
+    def show(self, table: Table) -> None:
+        """Print a table; in a log, with room for its columns."""
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, TABLE_WIDTH)
+        self.console.print(table)
+
     def end_round(self, number: int, seconds: float) -> None:
         """Say how long the round took and how long the rest should take."""
         self._round_seconds.append(seconds)
@@ -83,7 +93,8 @@ def duration(seconds: float) -> str:
 
 def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> Table:
     """
-    Rounds down, answers y1..y_turns across: mean score ± standard error on the evaluation prompts.
+    Rounds down, answers y1..y_turns across: mean score on the evaluation prompts, and below it its bootstrap interval, so that
+    four turns fit on 100 columns.
 
     Args:
         metrics (`dict[int, dict]`):
@@ -94,20 +105,72 @@ def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -
             Whether round 0 is the policy after SFT or the model as it came.
     """
     prompts = max((m["prompts"] for m in metrics.values()), default=0)
-    table = Table(title=f"Mean score of each answer on {prompts} held-out prompts", title_justify="left")
+    interval = (
+        ", with 95 % interval" if any("interval" in turn for m in metrics.values() for turn in m["turns"]) else ""
+    )
+    table = Table(title=f"Mean score of each answer on {prompts} held-out prompts{interval}", title_justify="left")
     table.add_column("policy")
     for turn in range(1, turns + 1):
         table.add_column(f"y{turn}" + (" (direct)" if turn == 1 else ""), justify="right")
     for number, round_metrics in sorted(metrics.items()):
-        name = ("after SFT" if has_sft else "initial model") if number == 0 else f"round {number}"
-        table.add_row(name, *(score_cell(turn, round_metrics["prompts"]) for turn in round_metrics["turns"]))
+        cells = (score_cell(turn, round_metrics["prompts"]) for turn in round_metrics["turns"])
+        table.add_row(policy_name(number, has_sft), *cells)
     return table
 
 
 def score_cell(turn: dict[str, Any], prompts: int) -> str:
-    """Mean ± standard error, and of how many answers where not every prompt has a scored one."""
+    """
+    Mean, of how many answers where not every prompt has a scored one, and on a second line the interval; ± standard error
+    in the metrics of versions that had none.
+    """
     if turn["score"] is None:
         return "-"
-    error = "" if turn["standard_error"] is None else f" ± {turn['standard_error']:.3f}"
     count = "" if turn["scored"] == prompts else f" (n={turn['scored']})"
-    return f"{turn['score']:.3f}{error}{count}"
+    if "interval" not in turn:
+        error = "" if turn["standard_error"] is None else f" ± {turn['standard_error']:.3f}"
+        return f"{turn['score']:.3f}{error}{count}"
+    return f"{turn['score']:.3f}{count}{interval_line(turn['interval'])}"
+
+
+def answers_table(metrics: dict[int, dict[str, Any]], has_sft: bool) -> Table:
+    """
+    What a mean score does not say, of the last evaluated round, answers y1..y_turns down: how often it beats round 0's answer,
+    what refining changed, and how long the answers are beside round 0's.
+
+    Args:
+        metrics (`dict[int, dict]`), has_sft (`bool`):
+            As in [`score_table`].
+    """
+    last = max(metrics)
+    table = Table(title=f"Answer by answer: {policy_name(last, has_sft)}", title_justify="left")
+    table.add_column("answer")
+    for name in ("win rate\nover round 0", "refining\nbetter, worse", "wrong→right,\nright→wrong", "left\nas it was"):
+        table.add_column(name, justify="right")
+    table.add_column("tokens" if last == 0 else "tokens\n(round 0)", justify="right")
+    table.add_column("cut off", justify="right")
+    initial = metrics[0]["turns"] if last > 0 and 0 in metrics else [{"tokens": None}] * len(metrics[last]["turns"])
+    for turn, first in zip(metrics[last]["turns"], initial, strict=True):
+        wins, changed, flipped = turn["win_rate_round_0"], turn["changes"], turn["flips"]
+        table.add_row(
+            f"y{turn['turn']}",
+            "-" if wins is None else f"{wins['win_rate']:.3f}{interval_line(wins['interval'])}",
+            "-" if changed is None else f"{changed['improved']}, {changed['worsened']}",
+            "-" if flipped is None else f"{flipped['wrong_to_right']}, {flipped['right_to_wrong']}",
+            "-" if turn["identical"] is None else f"{turn['identical']:.0%}",
+            ("-" if turn["tokens"] is None else f"{turn['tokens']:.0f}")
+            + ("" if first["tokens"] is None else f" ({first['tokens']:.0f})"),
+            "-" if turn["truncated_share"] is None else f"{turn['truncated_share']:.0%}",
+        )
+    return table
+
+
+def policy_name(number: int, has_sft: bool) -> str:
+    return ("after SFT" if has_sft else "initial model") if number == 0 else f"round {number}"
+
+
+def interval_line(interval: list[float] | None) -> str:
+    """Three decimals, two from 10: no wider for a reward model's scores than four columns allow."""
+    if interval is None:
+        return ""
+    low, high = (f"{bound:.{3 if abs(bound) < 10 else 2}f}" for bound in interval)
+    return f"\n[{low}, {high}]"

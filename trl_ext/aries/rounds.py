@@ -21,10 +21,11 @@ import yaml
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .children import run_child
 from .config import AriesConfig, sft_settings, trainer_settings
+from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import decide, examine, report, stop_message
 from .pairs import preference_rows, select_pairs
-from .progress import RunProgress, duration, score_table
+from .progress import RunProgress, answers_table, duration, score_table
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, sha256, write_json, write_jsonl
 from .refinements import compile_template
@@ -294,8 +295,19 @@ class Rounds:
         if round_dir.manifest.exists():
             return
         chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
-        scores = [row["scores"] for row in read_jsonl(round_dir.evaluation_scores)]
-        write_json(round_dir.metrics, evaluation_metrics(chains, scores, self.config.refinements.turns))
+        metrics = evaluation_metrics(
+            chains,
+            self.evaluation_scores(number),
+            self.config.refinements.turns,
+            initial=self.evaluation_scores(0) if number > 0 else None,
+            previous=self.evaluation_scores(number - 1) if number > 0 else None,
+            correct_score=self.config.evaluation.correct_score,
+            bootstrap_samples=self.config.evaluation.bootstrap_samples,
+            seed=self.config.seed,
+        )
+        write_json(round_dir.metrics, metrics)
+        answers = load_chains(read_jsonl(round_dir.prompts), round_dir.answers) if number > 0 else []
+        write_json(round_dir.cost, round_cost(self.dir.read_events(), number, answers, evaluation=chains))
         facts: dict[str, Any] = {
             "seed": self.config.seed,
             "policy": asdict(self.policy(number)),
@@ -313,6 +325,10 @@ class Rounds:
         self.dir.write_manifest(number, facts)
 
     # What the stages share
+
+    def evaluation_scores(self, number: int) -> list[list[float | None]]:
+        """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
+        return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
 
     @property
     def trust_remote_code(self) -> bool:
@@ -370,15 +386,18 @@ class Rounds:
         self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
 
     def print_results(self) -> None:
-        """The round × turn table of what has been evaluated so far."""
+        """The round × turn table of what has been evaluated so far, and what else is known of the last round's answers."""
         metrics = {}
         for number in range(self.config.rounds + 1):
             file = self.dir.round(number).metrics
             if file.exists():
                 metrics[number] = json.loads(file.read_text(encoding="utf-8"))
-        if metrics:
-            table = score_table(metrics, self.config.refinements.turns, self.config.sft is not None)
-            self.progress.console.print(table)
+        if not metrics:
+            return
+        has_sft = self.config.sft is not None
+        self.progress.show(score_table(metrics, self.config.refinements.turns, has_sft))
+        if "correct_score" in metrics[max(metrics)]:  # not in the metrics of earlier versions
+            self.progress.show(answers_table(metrics, has_sft))
 
     def print_next(self, recipe_path: Path, elapsed: str) -> None:
         """What to do with a finished run."""

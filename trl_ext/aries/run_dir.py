@@ -23,10 +23,12 @@ from .config import AriesConfig
 from .records import sha256, write_atomically, write_json
 
 
-# Settings that may change while a run goes on: where it is, how the engine uses the machine, and what happens to a round that
-# the guard has stopped
+# Settings that may change while a run goes on: where it is, how the engine uses the machine, how results are described, and
+# what happens to a round that the guard has stopped
 OPERATIONAL_KEYS = {
     "output_dir",
+    "evaluation.bootstrap_samples",
+    "evaluation.correct_score",
     "generation.cpu_kv_cache_gib",
     "generation.enforce_eager",
     "generation.gpu_memory_utilization",
@@ -66,6 +68,8 @@ class RoundDir:
         self.evaluation = path / "evaluation.jsonl"
         self.evaluation_scores = path / "evaluation_scores.jsonl"
         self.metrics = path / "metrics.json"
+        self.cost = path / "cost.json"
+        self.lm_eval = path / "lm_eval"
         self.manifest = path / "manifest.json"
         self.logs = path / "logs"
 
@@ -149,6 +153,13 @@ class RunDir:
         """Append to `events.jsonl`: what happened, when."""
         with open(self.events, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **event}) + "\n")
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """What `events.jsonl` holds; its last line may be half written."""
+        if not self.events.exists():
+            return []
+        lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def write_manifest(self, number: int, facts: dict[str, Any]) -> None:
         """Close a round: where it came from, and the hashes of what it made."""

@@ -2,7 +2,6 @@
 Status: how far a run is, read off its directory, whether a process is running in it or not.
 """
 
-import json
 from pathlib import Path
 
 from .config import AriesConfig
@@ -40,14 +39,8 @@ def status(config: AriesConfig) -> int:
             done["training"] = "left out by the guard"
         words = [f"{name} {state}" for name, state in done.items()]
         say(f"  round {number}: " + ", ".join(words))
-    if loop.dir.events.exists():
-        # The last line may be half written
-        whole = [
-            line for line in loop.dir.events.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
-        ]
-        if whole:
-            last = json.loads(whole[-1])
-            say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
+    for last in loop.dir.read_events()[-1:]:
+        say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
     loop.print_results()
     return 0
 

@@ -1,0 +1,44 @@
+"""
+Cost: what a round took, in generated tokens and in seconds. Kept apart from the metrics, which hold no clock times.
+"""
+
+from typing import Any
+
+from .records import Chain
+
+
+def round_cost(
+    events: list[dict[str, Any]], number: int, chains: list[Chain], evaluation: list[Chain]
+) -> dict[str, Any]:
+    """
+    Args:
+        events (`list[dict]`):
+            The run's event log.
+        number (`int`):
+            The round.
+        chains (`list[Chain]`), evaluation (`list[Chain]`):
+            Its answers, and its policy's answers to the evaluation prompts.
+
+    Returns:
+        `dict`: `generated_tokens`, of `drafts`, `refinements` and `evaluation`; and `stages`, a list with, for each stage
+        logged under this round, `stage`, `seconds` of the runs that ended, and `interrupted`, how many did not: their time
+        is not known.
+    """
+    stages: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["round"] != number:
+            continue
+        stage = stages.setdefault(event["stage"], {"stage": event["stage"], "seconds": 0.0, "interrupted": 0})
+        if event["event"] == "start":
+            stage["interrupted"] += 1  # until its end is found
+        else:
+            stage["interrupted"] -= 1
+            stage["seconds"] = round(stage["seconds"] + event["seconds"], 3)
+    return {
+        "generated_tokens": {
+            "drafts": sum(answer.tokens for chain in chains for answer in chain.answers[:1]),
+            "refinements": sum(answer.tokens for chain in chains for answer in chain.answers[1:]),
+            "evaluation": sum(answer.tokens for chain in evaluation for answer in chain.answers),
+        },
+        "stages": list(stages.values()),
+    }
