@@ -14,13 +14,13 @@ import pytest
 import yaml
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOTrainer
-from trl_ext.aries import config as aries_config
 from trl_ext.aries.config import AriesConfig, PairsConfig
 from trl_ext.aries.evaluation import evaluation_metrics
 from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.run_dir import RoundDir, RunDir
+from trl_ext.aries.templates import REFINEMENT_TEMPLATE
 from trl_ext.recipe import Recipe, check_keys, parse_section
 
 from .test_readme import blocks, check_command, commands
@@ -118,12 +118,12 @@ def test_every_recipe_key_has_its_line_and_default(field):
             assert default == "required"
         elif key.default is None:
             assert not default.startswith("`")
-        elif key.default is not aries_config.REFINEMENT_TEMPLATE:
+        else:
             assert yaml.safe_load(default.strip("`")) == key.default
 
 
 def test_every_drop_reason_is_explained():
-    source = (ROOT / "trl_ext/aries/pairs.py").read_text() + (ROOT / "trl_ext/aries/engine.py").read_text()
+    source = "".join((ROOT / f"trl_ext/aries/{name}.py").read_text() for name in ("pairs", "engine", "refinements"))
     reasons = set(re.findall(r'(?:return|stopped =|stopped or) "(\w+)"', source))
     assert {"no_margin", "prompt_too_long", "fewer_than_two_scores"} <= reasons
     assert set(re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "Selection"), flags=re.MULTILINE)) == reasons
@@ -137,8 +137,8 @@ def test_every_file_of_a_run_is_described():
 
 def test_rows_are_described():
     answer = Answer(turn=1, text="a", tokens=1, finish_reason="stop")
-    chain = Chain("p-1", "x", [answer, answer])
-    template = compile_template(aries_config.REFINEMENT_TEMPLATE)
+    chain = Chain("p-1", "x", [answer, answer], unanswered=[answer])
+    template = compile_template(REFINEMENT_TEMPLATE)
     [row, *_] = preference_rows(Pair(chain, answer, answer, 1.0, 0.0), template, PairsConfig())
     metrics = evaluation_metrics([chain], [[1.0, 0.0]], turns=2)
     described = {

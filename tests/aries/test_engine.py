@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trl_ext.aries.children import run_child
-from trl_ext.aries.config import DraftsConfig, GenerationConfig
+from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.drafts import request_seed, stop_token_ids
 from trl_ext.aries.engine import run_chains
 from trl_ext.aries.records import Answer, Chain, read_jsonl, to_line
@@ -100,13 +100,12 @@ def engine_job(model: str, directory: Path, prompts: list[dict], adapter: list |
         "revision": None,
         "trust_remote_code": False,
         "generation": asdict(GenerationConfig(max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1)),
-        "template": "{{ question }} {{ draft }}",
         "tasks": [
             {
                 "prompts": str(file),
                 "answers": str(directory / "answers.jsonl"),
-                "turns": 2,
-                "sampling": asdict(DraftsConfig(temperature=temperature, max_tokens=8)),
+                "refinements": asdict(RefinementsConfig(turns=2, template="{{ question }} {{ draft }}")),
+                "sampling": [asdict(DraftsConfig(temperature=temperature, max_tokens=8))] * 2,
                 "seed": [0, 1],
             }
         ],
