@@ -109,7 +109,7 @@ def test_rules_about_the_last_answer_need_one():
 @pytest.mark.parametrize("strategy", TEMPLATES)
 def test_what_is_not_written_is_the_strategys_own(strategy):
     refinements = parse(refinements={"strategy": strategy}).refinements
-    assert refinements.templates == [TEMPLATES[strategy]] * 3
+    assert refinements.template == TEMPLATES[strategy]
     assert refinements.evaluation_template == (EVALUATION_TEMPLATE if strategy == "self_evaluation" else None)
 
 

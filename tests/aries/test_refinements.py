@@ -151,6 +151,17 @@ def test_a_template_for_each_turn():
     assert [prompt for prompt, *_ in asked] == ["x", "first y1", "3 y2"]
 
 
+def test_a_template_is_tried_out_with_the_drafts_of_its_turn_and_without_a_critique():
+    """Training rows have no critique, and a run must not find out after its first generation."""
+    Strategy(RefinementsConfig(strategy="few_shot", turns=3, template=["{{ drafts[0] }}", "{{ drafts[1] }}"]))
+    with pytest.raises(RecipeError, match=r"`refinements.template\[0\]`: UndefinedError"):
+        Strategy(RefinementsConfig(strategy="few_shot", turns=3, template=["{{ drafts[1] }}", "{{ drafts[1] }}"]))
+    with pytest.raises(RecipeError, match="`refinements.template`: UndefinedError"):
+        Strategy(RefinementsConfig(strategy="self_evaluation", template="{{ draft }}{{ critique.split()[0] }}."))
+    with pytest.raises(RecipeError, match="`refinements.evaluation_template`: ZeroDivisionError"):
+        Strategy(RefinementsConfig(strategy="self_evaluation", evaluation_template="{{ draft }}{{ 1 / 0 }}"))
+
+
 @pytest.mark.parametrize("strategy", TEMPLATES)
 def test_every_strategy_keeps_the_system_message_and_the_history(strategy):
     history = [

@@ -198,11 +198,6 @@ class RefinementsConfig:
             for name, value in _listed(f"refinements.{key}", getattr(self, key)):
                 _check_sampling(name, key, value)
 
-    @property
-    def templates(self) -> list[str]:
-        """The template of each refinement."""
-        return self.template if isinstance(self.template, list) else [self.template] * (self.turns - 1)
-
 
 def _listed(name: str, values: Any) -> list[tuple[str, Any]]:
     """The values of a key that takes one or a list, each with its name in the recipe."""

@@ -16,13 +16,15 @@ from .config import RefinementsConfig
 from .records import Answer, Chain, Prompt
 
 
-def compile_template(template: str, key: str = "refinements.template") -> Template:
+def compile_template(template: str, key: str = "refinements.template", turn: int = 2) -> Template:
     """
     Args:
         template (`str`):
             Jinja2.
         key (`str`, *optional*, defaults to `"refinements.template"`):
             Its key in the recipe, for error messages.
+        turn (`int`, *optional*, defaults to `2`):
+            The first turn it is used for: with as many drafts as there are then, it is tried out.
 
     Raises:
         [`RecipeError`]: the template is not valid Jinja2, or uses a variable it is not given.
@@ -30,7 +32,8 @@ def compile_template(template: str, key: str = "refinements.template") -> Templa
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, loader=BaseLoader())
     try:
         compiled = environment.from_string(template)
-        compiled.render(question="question", draft="draft", drafts=["draft"], critique="critique", turn=2)
+        for critique in ("critique", ""):  # training rows have none
+            refinement_prompt("question", ["draft"] * (turn - 1), compiled, critique)
     except Exception as error:  # the user's code: whatever it raises is reported with its place
         raise RecipeError(
             f"`{key}`: {type(error).__name__}: {error}. It is Jinja2 with the variables `question`, `draft`, `drafts`, "
@@ -95,7 +98,13 @@ class Strategy:
     def __init__(self, config: RefinementsConfig, answer_pattern: str | None = None):
         self.name = config.strategy
         self.turns = config.turns
-        self.templates = [compile_template(template) for template in config.templates]
+        if isinstance(config.template, str):
+            self.templates = [compile_template(config.template)] * (config.turns - 1)
+        else:
+            self.templates = [
+                compile_template(template, f"refinements.template[{index}]", turn=index + 2)
+                for index, template in enumerate(config.template)
+            ]
         if self.name == "self_evaluation":
             self.evaluation_template = compile_template(config.evaluation_template, "refinements.evaluation_template")
         self.answer_pattern = None if answer_pattern is None else re.compile(answer_pattern)
