@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.aries import config as aries_config
 from trl_ext.aries.config import LOOP_KEYS, AriesConfig, PairsConfig
 from trl_ext.aries.evaluation import evaluation_metrics
 from trl_ext.aries.guard import DECISIONS, examine
@@ -22,6 +21,7 @@ from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.run_dir import RoundDir, RunDir
+from trl_ext.aries.templates import REFINEMENT_TEMPLATE
 from trl_ext.recipe import Recipe, check_keys, parse_section
 
 from .test_readme import blocks, check_command, commands
@@ -119,7 +119,7 @@ def test_every_recipe_key_has_its_line_and_default(field):
             assert default == "required"
         elif key.default is None:
             assert not default.startswith("`")
-        elif key.default is not aries_config.REFINEMENT_TEMPLATE:
+        else:
             assert yaml.safe_load(default.strip("`")) == key.default
 
 
@@ -129,7 +129,7 @@ def test_every_key_of_the_loop_in_the_training_section_has_its_line():
 
 
 def test_every_drop_reason_is_explained():
-    source = (ROOT / "trl_ext/aries/pairs.py").read_text() + (ROOT / "trl_ext/aries/engine.py").read_text()
+    source = "".join((ROOT / f"trl_ext/aries/{name}.py").read_text() for name in ("pairs", "engine", "refinements"))
     reasons = set(re.findall(r'(?:return |return \[|append\(|stopped = |stopped or )"(\w+)"', source))
     assert {"no_margin", "prompt_too_long", "fewer_than_two_scores"} <= reasons
     assert set(re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "Selection"), flags=re.MULTILINE)) == reasons
@@ -143,8 +143,8 @@ def test_every_file_of_a_run_is_described():
 
 def test_rows_are_described():
     answer = Answer(turn=1, text="a", tokens=1, finish_reason="stop")
-    chain = Chain("p-1", "x", [answer, answer])
-    template = compile_template(aries_config.REFINEMENT_TEMPLATE)
+    chain = Chain("p-1", "x", [answer, answer], unanswered=[answer])
+    template = compile_template(REFINEMENT_TEMPLATE)
     [row, *_] = preference_rows(Pair(chain, answer, answer, 1.0, 0.0), template, PairsConfig())
     metrics = evaluation_metrics([chain], [[1.0, 0.0]], turns=2)
     guard = examine([Pair(chain, answer, answer, 1.0, 0.0)])

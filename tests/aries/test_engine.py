@@ -4,12 +4,13 @@ The chain driver on a small engine of our own, and the embedded engine itself on
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from trl_ext.aries.children import run_child
-from trl_ext.aries.config import DraftsConfig, GenerationConfig
+from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.drafts import request_seed, stop_token_ids
 from trl_ext.aries.engine import run_chains
 from trl_ext.aries.records import Answer, Chain, read_jsonl, to_line
@@ -100,13 +101,12 @@ def engine_job(model: str, directory: Path, prompts: list[dict], adapter: list |
         "revision": None,
         "trust_remote_code": False,
         "generation": asdict(GenerationConfig(max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1)),
-        "template": "{{ question }} {{ draft }}",
         "tasks": [
             {
                 "prompts": str(file),
                 "answers": str(directory / "answers.jsonl"),
-                "turns": 2,
-                "sampling": asdict(DraftsConfig(temperature=temperature, max_tokens=8)),
+                "refinements": asdict(RefinementsConfig(turns=2, template="{{ question }} {{ draft }}")),
+                "sampling": [asdict(DraftsConfig(temperature=temperature, max_tokens=8))] * 2,
                 "seed": [0, 1],
             }
         ],
@@ -114,13 +114,19 @@ def engine_job(model: str, directory: Path, prompts: list[dict], adapter: list |
 
 
 def generate(job: dict, directory: Path) -> list[dict]:
-    run_child("trl_ext.aries.engine", job, directory / "engine.log", lambda done, total: None)
+    run_engine(job, directory)
     return read_jsonl(directory / "answers.jsonl")
 
 
-def greedy(model, tokenizer, prompt) -> str:
+def run_engine(job: dict, directory: Path) -> str:
+    """Run the job; what it logged."""
+    run_child("trl_ext.aries.engine", job, directory / "engine.log", lambda done, total: None)
+    return (directory / "engine.log").read_text()
+
+
+def greedy(model, tokenizer, prompt, max_new_tokens: int = 8) -> str:
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    output = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -184,3 +190,117 @@ def test_sampled_answers_depend_on_seed_and_prompt_only(tiny_model_path, tmp_pat
     reverse = generate(engine_job(tiny_model_path, tmp_path / "b", prompts[::-1][:4], temperature=1.0), tmp_path / "b")
     assert reverse[::-1] == rows[2:]
     assert len({row["answers"][0]["text"] for row in rows}) > 1
+
+
+TEMPLATES = {
+    "chain": {
+        "template": ["{{ question }} Draft : {{ draft }} .", "{{ question }} {{ draft }} Write a better answer"]
+    },
+    "parallel": {},
+    "few_shot": {"template": "{{ question }} {% for draft in drafts %}Draft : {{ draft }} . {% endfor %}"},
+    "self_evaluation": {
+        "template": "{{ question }} {{ draft }} : {{ critique }} Write a better answer",
+        "evaluation_template": "{{ question }} Draft : {{ draft }}",
+    },
+}
+
+
+def with_strategies(job: dict, directory: Path, strategies, turns: int, sampling: list[dict]) -> dict[str, Path]:
+    """Have the job do its task with several strategies, and return where their answers go."""
+    from dataclasses import asdict
+
+    files = {name: directory / f"{name}.jsonl" for name in strategies}
+    [task] = job["tasks"]
+    job["tasks"] = [
+        task
+        | {
+            "answers": str(file),
+            "refinements": asdict(RefinementsConfig(strategy=name, turns=turns, **TEMPLATES[name])),
+            "sampling": sampling,
+        }
+        for name, file in files.items()
+    ]
+    return files
+
+
+@pytest.mark.vllm
+def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_model_path, tmp_path):
+    """
+    Oracle: transformers' greedy decoding, turn by turn, of prompts written out by hand. The four strategies share one
+    start of the engine. Of a conversation, the system message and the earlier turns stay; this one is long enough to fill
+    a block of the prefix cache, 128 tokens on a CPU, which every later request of it then finds there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    history = [
+        {"role": "system", "content": "Write . " * 64},
+        *user("Sort : 2 1"),
+        {"role": "assistant", "content": "1 2"},
+    ]
+    prompts = [{"prompt_id": f"{i}", "prompt": user(f"Sort : {i} {i + 1}")} for i in range(3)]
+    prompts.append({"prompt_id": "history", "prompt": [*history, *user("Sort : 7 6")]})
+    job = engine_job(tiny_model_path, tmp_path, prompts)
+    job["generation"]["max_model_len"] = 240
+    sampling = [{"temperature": 0.0, "max_tokens": tokens} for tokens in (8, 6, 7)]
+    files = with_strategies(job, tmp_path, TEMPLATES, 3, sampling)
+    log = run_engine(job, tmp_path)
+    found = re.findall(r"([\d.]+)% of (\d+) prompt tokens came from the prefix cache", log)
+    cached_tokens = [float(share) / 100 * int(total) for share, total in found]
+    later_requests = [2, 3, 3, 5]  # of the long conversation: all but the first one of the first task
+    assert all(cached > n * 127 for cached, n in zip(cached_tokens, later_requests, strict=True))
+
+    for index, prompt in enumerate(prompts):
+        before, question = prompt["prompt"][:-1], prompt["prompt"][-1]["content"]
+
+        def ask(text: str, tokens: int, before=before) -> str:
+            return greedy(model, tokenizer, [*before, *user(text)], tokens)
+
+        y1 = ask(question, 8)
+        chain2 = ask(f"{question} Draft : {y1} .", 6)
+        few2 = ask(f"{question} Draft : {y1} . ", 6)
+        c1 = ask(f"{question} Draft : {y1}", 6)
+        self2 = ask(f"{question} {y1} : {c1} Write a better answer", 6)
+        c2 = ask(f"{question} Draft : {self2}", 7)
+        expected = {
+            "chain": [y1, chain2, ask(f"{question} {chain2} Write a better answer", 7)],
+            "parallel": [y1, ask(question, 6), ask(question, 7)],
+            "few_shot": [y1, few2, ask(f"{question} Draft : {y1} . Draft : {few2} . ", 7)],
+            "self_evaluation": [y1, self2, ask(f"{question} {self2} : {c2} Write a better answer", 7)],
+        }
+        rows = {name: read_jsonl(file)[index] for name, file in files.items()}
+        assert {name: [a["text"] for a in row["answers"]] for name, row in rows.items()} == expected
+        assert [a.get("critique") for a in rows["self_evaluation"]["answers"]] == [c1, c2, None]
+        assert all(row["stopped"] is None and row["prompt_id"] == prompt["prompt_id"] for row in rows.values())
+
+
+@pytest.mark.vllm
+def test_sampled_chains_with_critiques_and_missing_answers_are_continued(tiny_model_path, tmp_path):
+    """A run that is cut off in the middle of both files, and continued, ends with the bytes of one that is not."""
+    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(9)]
+    job = engine_job(tiny_model_path, tmp_path, prompts)
+    job["generation"]["answer_pattern"] = r"^\s*\d(.*)"  # some texts of a random model begin so, and some do not
+    files = with_strategies(
+        job, tmp_path, ["parallel", "self_evaluation"], 3, [{"temperature": 1.0, "max_tokens": 6}] * 3
+    )
+    run_engine(job, tmp_path)
+    whole = {name: file.read_bytes() for name, file in files.items()}
+    chains = {name: [Chain.from_row(row, user("")) for row in read_jsonl(file)] for name, file in files.items()}
+    for chain in chains["parallel"]:
+        assert len(chain.answers) + len(chain.unanswered) == 3
+        assert all(answer.full_text.strip()[1:].strip() == answer.text for answer in chain.answers)
+    for chain in chains["self_evaluation"]:
+        assert (chain.stopped == "no_answer_found") == (len(chain.answers) < 3) == bool(chain.unanswered)
+        assert all(answer.critique is not None for answer in chain.answers[:2])
+    for name in files:
+        assert any(chain.answers for chain in chains[name]) and any(chain.unanswered for chain in chains[name])
+    assert any(len({answer.full_text for answer in chain.answers}) > 1 for chain in chains["parallel"])
+
+    for name, file in files.items():
+        lines = whole[name].splitlines(keepends=True)
+        file.with_name(file.name + ".part").write_bytes(b"".join(lines[2:5]) + lines[7][:30])
+        file.unlink()
+    run_engine(job, tmp_path)
+    assert {name: file.read_bytes() for name, file in files.items()} == whole

@@ -1,6 +1,6 @@
 import pytest
 
-from trl_ext.aries.records import read_jsonl, recover_jsonl, sha256, to_line, write_jsonl
+from trl_ext.aries.records import Answer, Chain, read_jsonl, recover_jsonl, sha256, to_line, write_jsonl
 
 
 def test_a_torn_last_line_is_cut_off_and_appending_continues(tmp_path):
@@ -41,3 +41,14 @@ def test_sha256_of_a_directory_covers_names_and_contents(tmp_path):
     first = sha256(tmp_path / "d")
     (tmp_path / "d" / "a").rename(tmp_path / "d" / "b")
     assert sha256(tmp_path / "d") != first
+
+
+def test_chains_of_the_first_version_are_read_and_written_as_they_were():
+    row = {
+        "prompt_id": "train-0000001",
+        "answers": [{"turn": 1, "text": "1 2", "tokens": 2, "finish_reason": "stop"}],
+        "stopped": "prompt_too_long",
+    }
+    chain = Chain.from_row(row, "x")
+    assert chain == Chain("train-0000001", "x", [Answer(1, "1 2", 2, "stop")], "prompt_too_long")
+    assert to_line(chain.to_row()) == to_line(row)

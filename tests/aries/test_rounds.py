@@ -101,7 +101,9 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     assert re.search(r"round 1/2  drafts and refinements\s+34", printed)  # 24 prompts and 10 of the evaluation
     assert re.search(r"round 1/2  \d+ pairs \(\d+ rows\) from 24 chains", printed)
     assert "about" in printed and "to go" in printed
-    assert re.search(r"after SFT .*\n.*\[.*\n.*round 1 .*\n.*\[.*\n.*round 2 .*\n.*\[", printed)  # score, then interval
+    assert re.search(
+        r"after SFT .*\n.*\[.*\n.*round 1 .*\n.*\[.*\n.*round 2 .*\n.*\[", printed
+    )  # score, then interval
     assert "Answer by answer: round 2" in printed
 
     # What was made

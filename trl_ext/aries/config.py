@@ -6,11 +6,11 @@ config, spelled as there; they are validated against those classes by `preflight
 constructing them starts accelerate.
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from jinja2 import Environment, TemplateSyntaxError
-from jinja2.meta import find_undeclared_variables
+from .templates import EVALUATION_TEMPLATE, TEMPLATES, check_evaluation_template, check_refinement_template
 
 
 # The largest LoRA rank that vLLM serves
@@ -22,22 +22,23 @@ LOOP_KEYS = ("trainer", "reference", "objective", "objective_alpha")
 # α of the squared objective: the paper's was not available to us, and two public relatives have this one. [house]
 OBJECTIVE_ALPHA = 0.8
 
-# The paper's refinement template z is not available to us; this one is [house]. `question` is the last user message (or
-# the whole plain-text prompt), `draft` the answer to improve, `drafts` all answers so far.
-REFINEMENT_TEMPLATE = """\
-{{ question }}
-
-Here is a draft of an answer:
-
-{{ draft }}
-
-Write a better answer to the question: keep what is right in the draft, correct what is wrong, and add what is missing. \
-Reply with the improved answer only."""
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "max_tokens")
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_sampling(name: str, key: str, value: float) -> None:
+    """Refuse a value of one of `SAMPLING_KEYS` that vLLM would refuse, under the `name` it has in the recipe."""
+    allowed, meaning = {
+        "temperature": (value >= 0, "at least 0; 0 is greedy"),
+        "top_p": (0 < value <= 1, "in (0, 1]; 1 is off"),
+        "top_k": (value >= -1, "at least 1, or 0: off"),
+        "max_tokens": (value > 0, "positive"),
+    }[key]
+    _require(allowed, f"`{name}` must be {meaning}.")
 
 
 @dataclass
@@ -85,6 +86,9 @@ class GenerationConfig:
             vLLM's quantization of the base model, such as `"bitsandbytes"` (CUDA only).
         enforce_eager (`bool`, *optional*, defaults to `False`):
             Whether to skip compilation and CUDA graphs: a faster start, slower decoding. Always so on a CPU.
+        answer_pattern (`str`, *optional*):
+            A regular expression with one group: the part of a generated text that is its answer, which is refined, scored
+            and learned, such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of it.
     """
 
     max_model_len: int = 2048
@@ -95,11 +99,25 @@ class GenerationConfig:
     tensor_parallel_size: int = 1
     quantization: str | None = None
     enforce_eager: bool = False
+    answer_pattern: str | None = None
 
     def __post_init__(self):
         for name in ("max_model_len", "max_num_seqs", "cpu_kv_cache_gib", "tensor_parallel_size"):
             _require(getattr(self, name) > 0, f"`generation.{name}` must be positive.")
         _require(0 < self.gpu_memory_utilization <= 1, "`generation.gpu_memory_utilization` must be in (0, 1].")
+        if self.answer_pattern is not None:
+            try:
+                groups = re.compile(self.answer_pattern).groups
+            except re.error as error:
+                raise ValueError(
+                    f"`generation.answer_pattern` is not a regular expression of Python: {error}. In YAML, put it in "
+                    "single quotes."
+                ) from error
+            _require(
+                groups == 1,
+                f"`generation.answer_pattern` has {groups} groups. Put ( ) around the answer, and write (?: ) for any "
+                "other group.",
+            )
 
 
 @dataclass
@@ -123,38 +141,75 @@ class DraftsConfig:
     max_tokens: int = 512
 
     def __post_init__(self):
-        _require(self.temperature >= 0, "`temperature` must be at least 0; 0 is greedy.")
-        _require(0 < self.top_p <= 1, "`top_p` must be in (0, 1]; 1 is off.")
-        _require(self.max_tokens > 0, "`max_tokens` must be positive.")
+        for key in SAMPLING_KEYS:
+            _check_sampling(f"drafts.{key}", key, getattr(self, key))
 
 
 @dataclass
 class RefinementsConfig:
     """
-    The chain of self-refinement: `y_{k+1} ~ π(·|x, y_k, z)`, with only the last answer in context (the paper's best
-    strategy). Sampled like the drafts.
+    How the answers after the draft are asked for: the paper's four strategies.
 
     Parameters:
+        strategy (`str`, *optional*, defaults to `"chain"`):
+            `"chain"` (`y_{k+1} ~ π(·|x, y_k, z)`, with only the last answer in context; the paper's best), `"parallel"`
+            (more samples of the prompt itself), `"few_shot"` (all earlier answers in context) or `"self_evaluation"` (the
+            policy judges its last answer, and refines it given the critique).
         turns (`int`, *optional*, defaults to `4`):
             Answers of a chain, the draft included: the paper's y1..y4.
-        template (`str`, *optional*):
-            The refinement template z, in Jinja2, with `question`, `draft` and `drafts`. Default: ours, [house].
+        template (`str` or `list[str]`, *optional*):
+            The refinement template z, in Jinja2, with `question`, `draft`, `drafts`, `critique` and `turn`; or one for
+            each refinement, of which training rows have the first. Default: ours for the strategy, [house].
+        evaluation_template (`str`, *optional*):
+            For `"self_evaluation"`: the template that asks for the critique. Default: ours, [house].
+        temperature (`float` or `list[float]`, *optional*), top_p (`float` or `list[float]`, *optional*):
+            Sampling of the refinements, one value for all or one for each. Default: the drafts'. A critique is sampled as
+            the refinement it is for.
+        top_k (`int` or `list[int]`, *optional*), max_tokens (`int` or `list[int]`, *optional*):
+            Likewise.
     """
 
+    strategy: Literal["chain", "parallel", "few_shot", "self_evaluation"] = "chain"
     turns: int = 4
-    template: str = REFINEMENT_TEMPLATE
+    template: str | list[str] | None = None
+    evaluation_template: str | None = None
+    temperature: float | list[float] | None = None
+    top_p: float | list[float] | None = None
+    top_k: int | list[int] | None = None
+    max_tokens: int | list[int] | None = None
 
     def __post_init__(self):
         _require(self.turns >= 2, "`refinements.turns` must be at least 2: a draft and one refinement.")
-        try:
-            variables = find_undeclared_variables(Environment().parse(self.template))
-        except TemplateSyntaxError as error:
-            raise ValueError(f"`refinements.template` is not valid Jinja2: {error}.") from error
+        for key in ("template", *SAMPLING_KEYS):
+            values = _listed(f"refinements.{key}", getattr(self, key))
+            _require(
+                not isinstance(getattr(self, key), list) or len(values) == self.turns - 1,
+                f"`refinements.{key}` is a list of {len(values)}, and a chain of {self.turns} turns has {self.turns - 1} "
+                "refinements. Give one value for all of them, or one for each.",
+            )
+        if self.template is None:
+            self.template = TEMPLATES[self.strategy]
+        for name, template in _listed("refinements.template", self.template):
+            check_refinement_template(name, template, self.strategy)
         _require(
-            bool(variables & {"draft", "drafts"}),
-            "`refinements.template` never mentions `draft`, so there is nothing to refine. Write {{ draft }} where the "
-            "draft goes.",
+            self.evaluation_template is None or self.strategy == "self_evaluation",
+            f"`refinements.evaluation_template` asks for a critique, and `refinements.strategy: {self.strategy}` has none. "
+            "Remove it, or set `refinements.strategy: self_evaluation`.",
         )
+        if self.strategy == "self_evaluation":
+            if self.evaluation_template is None:
+                self.evaluation_template = EVALUATION_TEMPLATE
+            check_evaluation_template("refinements.evaluation_template", self.evaluation_template)
+        for key in SAMPLING_KEYS:
+            for name, value in _listed(f"refinements.{key}", getattr(self, key)):
+                _check_sampling(name, key, value)
+
+
+def _listed(name: str, values: Any) -> list[tuple[str, Any]]:
+    """The values of a key that takes one or a list, each with its name in the recipe."""
+    if isinstance(values, list):
+        return [(f"{name}[{index}]", value) for index, value in enumerate(values)]
+    return [] if values is None else [(name, values)]
 
 
 @dataclass
@@ -344,10 +399,19 @@ class AriesConfig:
             "`scores.verifier: path/to/file.py:function` or `scores.reward_model`, or `pairs.selection: rule_based`.",
         )
         _require(
-            self.drafts.max_tokens < self.generation.max_model_len,
-            f"`drafts.max_tokens` ({self.drafts.max_tokens}) leaves no room for a prompt in "
-            f"`generation.max_model_len` ({self.generation.max_model_len}).",
+            self.pairs.selection != "rule_based" or self.refinements.strategy != "parallel",
+            "`pairs.selection: rule_based` takes the last answer over the first, and with `refinements.strategy: parallel` "
+            "they are samples of one prompt. Set `pairs.selection: best_over_worst`, or another strategy.",
         )
+        for name, max_tokens in (
+            ("drafts.max_tokens", self.drafts.max_tokens),
+            *_listed("refinements.max_tokens", self.refinements.max_tokens),
+        ):
+            _require(
+                max_tokens < self.generation.max_model_len,
+                f"`{name}` ({max_tokens}) leaves no room for a prompt in "
+                f"`generation.max_model_len` ({self.generation.max_model_len}).",
+            )
 
     def _check_objective(self) -> None:
         alpha = objective_alpha(self)
@@ -371,6 +435,18 @@ class AriesConfig:
             "`pairs.direct_weight: 0` leaves out the rows of L_direct, whose weight is 1 − `training.objective_alpha`. Set that "
             "to 1.0, or keep the rows.",
         )
+
+
+def sampling_by_turn(config: AriesConfig) -> list[DraftsConfig]:
+    """
+    Sampling of the answers y1, y2, ...: the drafts', where `refinements` says nothing else.
+    """
+    sampling = [config.drafts]
+    for index in range(config.refinements.turns - 1):
+        values = {key: getattr(config.refinements, key) for key in SAMPLING_KEYS}
+        own = {key: value[index] if isinstance(value, list) else value for key, value in values.items()}
+        sampling.append(replace(config.drafts, **{key: value for key, value in own.items() if value is not None}))
+    return sampling
 
 
 def objective_alpha(config: AriesConfig) -> float | None:

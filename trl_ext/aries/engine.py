@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 from transformers import GenerationConfig as HFGenerationConfig
 
 from .children import child_main
-from .config import DraftsConfig, GenerationConfig
+from .config import DraftsConfig, GenerationConfig, RefinementsConfig
 from .drafts import encode_prompt, request_seed, stop_token_ids
-from .records import Answer, Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
-from .refinements import compile_template, next_prompt
+from .records import Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
+from .refinements import Request, Strategy
 
 
 @dataclass
@@ -28,8 +28,8 @@ class Task:
 
     prompts: Path
     answers: Path
-    turns: int
-    sampling: DraftsConfig
+    strategy: Strategy
+    sampling: list[DraftsConfig]  # by turn
     seed: tuple[Any, ...]  # joined by prompt and turn
 
 
@@ -93,8 +93,6 @@ class EmbeddedEngine:
             The recipe's section.
         max_lora_rank (`int`):
             The adapter's rank.
-        template (`str`):
-            The refinement template.
         revision (`str`, *optional*):
             Revision of a model on the Hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -107,7 +105,6 @@ class EmbeddedEngine:
         adapter: tuple[str, int, str] | None,
         config: GenerationConfig,
         max_lora_rank: int,
-        template: str,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ):
@@ -154,40 +151,42 @@ class EmbeddedEngine:
         self._lora = None if adapter is None else LoRARequest(*adapter)
         self._tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model, revision))
-        self._template = compile_template(template)
         self._max_model_len = config.max_model_len
-        self._chains: dict[str, Chain] = {}  # by request
+        self._running: dict[str, tuple[Chain, Request]] = {}  # by request id
         self._task: Task | None = None
+        self.prompt_tokens = self.cached_tokens = 0  # of the task
 
     def start(self, task: Task) -> None:
         """Answer this task's prompts from now on."""
         self._task = task
+        self.prompt_tokens = self.cached_tokens = 0
 
     def submit(self, chain: Chain) -> bool:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        task = self._task
-        turn = len(chain.answers) + 1
-        if turn > task.turns:
+        request = self._task.strategy.next_request(chain)
+        if request is None:
             return False
-        token_ids = encode_prompt(self._tokenizer, next_prompt(chain, self._template))
-        if len(token_ids) + task.sampling.max_tokens > self._max_model_len:
+        sampling = self._task.sampling[request.turn - 1]
+        token_ids = encode_prompt(self._tokenizer, request.prompt)
+        if len(token_ids) + sampling.max_tokens > self._max_model_len:
             chain.stopped = "prompt_too_long"
             return False
-        request_id = f"{chain.prompt_id}/{turn}"
+        name = (chain.prompt_id, request.turn, *(("critique",) if request.is_critique else ()))
+        request_id = "/".join(map(str, name))
         params = SamplingParams(
-            temperature=task.sampling.temperature,
-            top_p=task.sampling.top_p,
-            top_k=task.sampling.top_k,
-            max_tokens=task.sampling.max_tokens,
-            seed=request_seed(*task.seed, chain.prompt_id, turn),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=request_seed(*self._task.seed, *name),
             stop_token_ids=self._stop_token_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
         self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
-        self._chains[request_id] = chain
+        self._running[request_id] = (chain, request)
         return True
 
     def step(self) -> list[Chain]:
@@ -195,16 +194,13 @@ class EmbeddedEngine:
         for output in self._engine.step():
             if not output.finished:
                 continue
-            chain = self._chains.pop(output.request_id)
+            self.prompt_tokens += len(output.prompt_token_ids)
+            self.cached_tokens += output.num_cached_tokens or 0
+            chain, request = self._running.pop(output.request_id)
             [completion] = output.outputs
-            answer = Answer(
-                turn=len(chain.answers) + 1,
-                # Plain-text prompts are continued: the space before the first word belongs to the answer
-                text=completion.text if isinstance(chain.prompt, str) else completion.text.strip(),
-                tokens=len(completion.token_ids),
-                finish_reason=completion.finish_reason,
+            self._task.strategy.add(
+                chain, request, completion.text, len(completion.token_ids), completion.finish_reason
             )
-            chain.answers.append(answer)
             advanced.append(chain)
         return advanced
 
@@ -239,6 +235,11 @@ def answer_task(engine: EmbeddedEngine, task: Task, window: int, progress: Calla
         engine.start(task)
         run_chains(engine, todo(), window, on_finished)
 
+    if engine.prompt_tokens:
+        share = engine.cached_tokens / engine.prompt_tokens
+        print(  # noqa: T201 (into the stage's log)
+            f"{task.answers}: {share:.1%} of {engine.prompt_tokens:,} prompt tokens came from the prefix cache"
+        )
     write_jsonl(task.answers, (finished[row["prompt_id"]] for row in prompts))
     part.unlink()
 
@@ -250,8 +251,8 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         Task(
             Path(task["prompts"]),
             Path(task["answers"]),
-            task["turns"],
-            DraftsConfig(**task["sampling"]),
+            Strategy(RefinementsConfig(**task["refinements"]), config.answer_pattern),
+            [DraftsConfig(**sampling) for sampling in task["sampling"]],
             tuple(task["seed"]),
         )
         for task in job["tasks"]
@@ -264,7 +265,6 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         adapter=tuple(job["adapter"]) if job["adapter"] else None,
         config=config,
         max_lora_rank=job["max_lora_rank"],
-        template=job["template"],
         revision=job["revision"],
         trust_remote_code=job["trust_remote_code"],
     )

@@ -24,6 +24,11 @@ class Answer:
     text: str
     tokens: int
     finish_reason: str  # "stop", or "length" for a truncated answer
+    full_text: str | None = None  # all that was generated, where `text` is what `answer_pattern` found in it
+    critique: str | None = None  # what the policy said of this answer before refining it
+
+    def to_row(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass
@@ -33,14 +38,17 @@ class Chain:
     prompt_id: str
     prompt: Prompt
     answers: list[Answer] = field(default_factory=list)
-    stopped: str | None = None  # why the chain ended early
+    stopped: str | None = None  # why there are fewer answers than turns
+    unanswered: list[Answer] = field(default_factory=list)  # generated texts in which no answer was found
 
     def to_row(self) -> dict[str, Any]:
-        return {"prompt_id": self.prompt_id, "answers": [asdict(a) for a in self.answers], "stopped": self.stopped}
+        row = {"prompt_id": self.prompt_id, "answers": [a.to_row() for a in self.answers], "stopped": self.stopped}
+        return row | ({"unanswered": [a.to_row() for a in self.unanswered]} if self.unanswered else {})
 
     @classmethod
     def from_row(cls, row: dict[str, Any], prompt: Prompt) -> "Chain":
-        return cls(row["prompt_id"], prompt, [Answer(**answer) for answer in row["answers"]], row["stopped"])
+        answers, unanswered = ([Answer(**a) for a in rows] for rows in (row["answers"], row.get("unanswered", [])))
+        return cls(row["prompt_id"], prompt, answers, row["stopped"], unanswered)
 
 
 def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:

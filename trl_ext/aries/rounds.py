@@ -20,7 +20,7 @@ import yaml
 
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .children import run_child
-from .config import AriesConfig, sft_settings, trainer_settings
+from .config import AriesConfig, sampling_by_turn, sft_settings, trainer_settings
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import decide, examine, report, stop_message
@@ -28,7 +28,7 @@ from .pairs import preference_rows, select_pairs
 from .progress import RunProgress, answers_table, duration, score_table
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, sha256, write_json, write_jsonl
-from .refinements import compile_template
+from .refinements import Strategy
 from .run_dir import RunDir
 from .scores import load_chains, load_verifier, no_scores, score_chains
 from .sft import check_sft_rows, sft_row
@@ -97,7 +97,7 @@ class Rounds:
         self.config = config
         self.dir = RunDir(Path(config.output_dir))
         self.progress = RunProgress(config.rounds)
-        self.template = compile_template(config.refinements.template)
+        self.template = Strategy(config.refinements).templates[0]  # of training rows
 
     def load(self) -> None:
         """Read what the recipe names, so that anything missing shows before any work is done."""
@@ -168,12 +168,13 @@ class Rounds:
         previous, current = self.dir.round(number - 1), self.dir.round(number)
         if not self.dir.evaluation_prompts.exists():
             write_jsonl(self.dir.evaluation_prompts, self.evaluation_prompts)
-        evaluation_sampling = replace(self.config.drafts, temperature=self.config.evaluation.temperature)
+        sampling = sampling_by_turn(self.config)
+        evaluation_sampling = [replace(turn, temperature=self.config.evaluation.temperature) for turn in sampling]
         tasks = [
             {
                 "prompts": str(self.dir.evaluation_prompts),
                 "answers": str(previous.evaluation),
-                "sampling": asdict(evaluation_sampling),
+                "sampling": [asdict(turn) for turn in evaluation_sampling],
                 "seed": [self.config.seed, "evaluation"],  # the same in every round
             }
         ]
@@ -182,7 +183,7 @@ class Rounds:
                 {
                     "prompts": str(current.prompts),
                     "answers": str(current.answers),
-                    "sampling": asdict(self.config.drafts),
+                    "sampling": [asdict(turn) for turn in sampling],
                     "seed": [self.config.seed, number],
                 }
             )
@@ -198,8 +199,7 @@ class Rounds:
             "revision": self.config.model.get("model_revision"),
             "trust_remote_code": self.trust_remote_code,
             "generation": asdict(self.config.generation),
-            "template": self.config.refinements.template,
-            "tasks": [task | {"turns": self.config.refinements.turns} for task in tasks],
+            "tasks": [task | {"refinements": asdict(self.config.refinements)} for task in tasks],
         }
         logs = (current if number <= self.config.rounds else previous).logs
         with self.stage(min(number, self.config.rounds), "drafts and refinements") as update:
