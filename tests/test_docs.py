@@ -15,7 +15,7 @@ import yaml
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOTrainer
 from trl_ext.aries import config as aries_config
-from trl_ext.aries.config import AriesConfig, PairsConfig
+from trl_ext.aries.config import AriesConfig, JudgeConfig, PairsConfig, ScorerConfig, ScoresConfig
 from trl_ext.aries.evaluation import evaluation_metrics
 from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain
@@ -122,6 +122,25 @@ def test_every_recipe_key_has_its_line_and_default(field):
             assert yaml.safe_load(default.strip("`")) == key.default
 
 
+@pytest.mark.parametrize(("heading", "cls"), [("`judge`", JudgeConfig), ("`scorers`", ScorerConfig)])
+def test_every_key_of_a_scorer_has_its_line_and_default(heading, cls):
+    shared = {field.name for field in dataclasses.fields(ScoresConfig)}
+    for key in dataclasses.fields(cls):
+        if key.name in shared:
+            continue
+        (default,) = re.findall(
+            rf"^\| `{key.name}` \| ([^|]+) \|", section(DOCS["aries"], heading), flags=re.MULTILINE
+        )
+        if key.default is dataclasses.MISSING:
+            assert default == "required"
+        elif key.name == "name":
+            assert default == "`verifier`, `reward_model` or `judge`"
+        elif key.default is None:
+            assert not default.startswith("`")
+        elif key.default is not aries_config.JUDGE_TEMPLATE:
+            assert yaml.safe_load(default.strip("`")) == key.default
+
+
 def test_every_drop_reason_is_explained():
     source = (ROOT / "trl_ext/aries/pairs.py").read_text() + (ROOT / "trl_ext/aries/engine.py").read_text()
     reasons = set(re.findall(r'(?:return|stopped =|stopped or) "(\w+)"', source))
@@ -153,7 +172,9 @@ def test_rows_are_described():
 
 def test_yaml_blocks_are_recipes():
     """What they leave out is added; every key they have must be one."""
-    (squared,) = blocks(DOCS["aries"], "yaml")
+    scored, squared = sorted(blocks(DOCS["aries"], "yaml"))
+    scorers = parse_section(Recipe(None, yaml.safe_load(scored)["scores"], {}), ScoresConfig).each()
+    assert [(scorer.name, scorer.weight) for scorer in scorers] == [("verifier", 2.0), ("judge", 1.0)]
     check_keys(Recipe(None, yaml.safe_load(squared), {}), [SelfRefineDPOConfig], ("training",), also=("trainer",))
     (paper,) = blocks(DOCS["paper_index"], "yaml")
     recipe = yaml.safe_load(paper)

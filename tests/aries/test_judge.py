@@ -3,11 +3,18 @@ The judge against a real HTTP server that speaks `/v1/chat/completions` and whos
 """
 
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 
 from trl_ext.aries.config import (
@@ -226,6 +233,10 @@ class TestCheck:
         with pytest.raises(RecipeError, match=rf"the judge m at {url}/chat/completions failed \(ConnectError"):
             judge(url).check([self.prompts])
 
+    def test_no_url(self):
+        with pytest.raises(RecipeError, match=r"failed \(InvalidURL"):
+            judge("http://127.0.0.1:port/v1").check([self.prompts])
+
     def test_another_path(self):
         with serving() as server, pytest.raises(RecipeError, match=r"failed \(status 404.*Look at `base_url`"):
             judge(server.url.removesuffix("/v1")).check([self.prompts])
@@ -344,3 +355,46 @@ class TestStage:
             loop(server.url).score(1)
             assert len(server.requests) == 32 - kept
             assert [row["scores"] for row in read_jsonl(stage.dir.round(1).scores)] == [[0.0, 3.0]] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_real_server(tiny_model_path, tmp_path):
+    """vLLM's own server with the random model, which knows no verdicts: every reply is one without."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--host=127.0.0.1", f"--port={port}", f"--model={tiny_model_path}", "--served-model-name=m"]
+    options += ["--max-model-len=64", "--max-num-seqs=4", "--enforce-eager", "--dtype=float32"]
+    url = f"http://127.0.0.1:{port}"
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 400
+            while not answers(f"{url}/health"):
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+                time.sleep(0.5)
+            scorer = judge(f"{url}/v1", max_tokens=4)
+            scorer.check([TestCheck.prompts])
+            scores, [note] = score(scorer, write_task(tmp_path, ["1", "2 2", "3"]), tmp_path)
+            assert scores == [[0.5] * 3] and note == "judge: 6 of 6 replies had no verdict and count as ties"
+            other = Judge(ScorerConfig(judge=JudgeConfig(base_url=f"{url}/v1", model="other", template=TEMPLATE)))
+            with pytest.raises(RecipeError, match="failed .status 404.*other"):
+                other.check([TestCheck.prompts])
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -229,6 +229,10 @@ class TestSeveralScorers:
                 {"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a }}"}},
                 "never mentions `answer_b`",
             ),
+            (
+                {"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a | best }}"}},
+                "`judge.template` is not valid Jinja2: No filter named 'best'",
+            ),
             ({"judge": {"base_url": "http://h/v1"}}, "needs the key `model`"),
         ],
     )

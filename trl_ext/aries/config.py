@@ -219,6 +219,7 @@ class JudgeConfig:
         _require(self.max_retries >= 0, "`judge.max_retries` must be at least 0.")
         try:
             variables = find_undeclared_variables(Environment().parse(self.template))
+            Environment().from_string(self.template)  # an unknown filter shows here
         except TemplateSyntaxError as error:
             raise ValueError(f"`judge.template` is not valid Jinja2: {error}.") from error
         missing = [name for name in ("answer_a", "answer_b") if name not in variables]

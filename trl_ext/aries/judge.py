@@ -94,11 +94,7 @@ class Judge:
             for j, second in enumerate(chain.answers):
                 if first.text != second.text:
                     request = self.request(chain, columns, first, second)
-                    yield (
-                        (i, j),
-                        content_key({"judge": self._url, "model": self._config.model}, self._sampling, request),
-                        request,
-                    )
+                    yield (i, j), content_key(self._identity, request), request
 
     def check(self, files: list[list[dict[str, Any]]]) -> None:
         """
@@ -182,7 +178,7 @@ class Judge:
             wait = min(0.5 * 2**attempt, LONGEST_WAIT)
             try:
                 response = client.post(self._url, json=body)
-            except httpx.TransportError as error:
+            except (httpx.RequestError, httpx.InvalidURL) as error:
                 problem = f"{type(error).__name__}: {error}"
             else:
                 if response.status_code == 200:
