@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.aries.config import LOOP_KEYS, AriesConfig, PairsConfig
+from trl_ext.aries import config as aries_config
+from trl_ext.aries.config import LOOP_KEYS, AriesConfig, JudgeConfig, PairsConfig, ScorerConfig, ScoresConfig
 from trl_ext.aries.evaluation import evaluation_metrics
 from trl_ext.aries.guard import DECISIONS, examine
 from trl_ext.aries.pairs import Pair, preference_rows
@@ -128,6 +129,25 @@ def test_every_key_of_the_loop_in_the_training_section_has_its_line():
     assert keys == list(LOOP_KEYS)
 
 
+@pytest.mark.parametrize(("heading", "cls"), [("`judge`", JudgeConfig), ("`scorers`", ScorerConfig)])
+def test_every_key_of_a_scorer_has_its_line_and_default(heading, cls):
+    shared = {field.name for field in dataclasses.fields(ScoresConfig)}
+    for key in dataclasses.fields(cls):
+        if key.name in shared:
+            continue
+        (default,) = re.findall(
+            rf"^\| `{key.name}` \| ([^|]+) \|", section(DOCS["aries"], heading), flags=re.MULTILINE
+        )
+        if key.default is dataclasses.MISSING:
+            assert default == "required"
+        elif key.name == "name":
+            assert default == "`verifier`, `reward_model` or `judge`"
+        elif key.default is None:
+            assert not default.startswith("`")
+        elif key.default is not aries_config.JUDGE_TEMPLATE:
+            assert yaml.safe_load(default.strip("`")) == key.default
+
+
 def test_every_drop_reason_is_explained():
     source = "".join((ROOT / f"trl_ext/aries/{name}.py").read_text() for name in ("pairs", "engine", "refinements"))
     reasons = set(re.findall(r'(?:return |return \[|append\(|stopped = |stopped or )"(\w+)"', source))
@@ -161,7 +181,9 @@ def test_rows_are_described():
 
 def test_yaml_blocks_are_recipes():
     """What they leave out is added; every key they have must be one."""
-    (squared,) = blocks(DOCS["aries"], "yaml")
+    scored, squared = sorted(blocks(DOCS["aries"], "yaml"))
+    scorers = parse_section(Recipe(None, yaml.safe_load(scored)["scores"], {}), ScoresConfig).each()
+    assert [(scorer.name, scorer.weight) for scorer in scorers] == [("verifier", 2.0), ("judge", 1.0)]
     check_keys(Recipe(None, yaml.safe_load(squared), {}), [TDPOConfig], ("training",), also=LOOP_KEYS)
     (paper,) = blocks(DOCS["paper_index"], "yaml")
     recipe = yaml.safe_load(paper)

@@ -218,6 +218,14 @@ def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
         ({"model": {"model_name_or_path": "./nowhere"}}, r"r\.yaml:\d+: `model.model_name_or_path`: .*nowhere"),
         ({"prompts": {"dataset": "nowhere.jsonl"}}, r"`prompts.dataset`: no file nowhere\.jsonl"),
         ({"scores": {"verifier": "nowhere.py:f"}}, "`scores.verifier`: 'nowhere.py:f' names no file"),
+        (
+            {"scores": {"judge": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}}},
+            r"`scores`: the judge m at http://127.0.0.1:9/v1/chat/completions failed \(ConnectError",
+        ),
+        (
+            {"scores": {"verifier": "v.py:f", "scorers": [{"reward_model": "rm"}]}},
+            r"r\.yaml:\d+: `scores`: `scores` has both `scorers` and a `verifier`",
+        ),
         ({"scores": {}}, "names neither a `verifier` nor a `reward_model`"),
         ({"rounds": 50}, "50 rounds of 24 fresh prompts need 1200 rows, and the dataset has 60"),
         ({"refinements": {"template": "Improve this draft. {{ question }}"}}, "never mentions `draft`"),
@@ -226,6 +234,17 @@ def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
     ],
 )
 def test_bad_input_is_named_before_any_work(sorting, tmp_path, changes, message):
+    refused(sorting, tmp_path, changes, message)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_policy_is_not_a_reward_model(sorting, tmp_path, listed):
+    scorer = {"reward_model": str(sorting / "model")}
+    scores = {"scorers": [{"verifier": "recipes/quickstart/verifier.py:exact_match"}, scorer]} if listed else scorer
+    refused(sorting, tmp_path, {"scores": scores}, r"r\.yaml:\d+: `scores.reward_model`: .*has 2 outputs")
+
+
+def refused(sorting, tmp_path, changes, message):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))
     done = subprocess.run(command(file), capture_output=True, text=True)

@@ -6,9 +6,13 @@ config, spelled as there; they are validated against those classes by `preflight
 constructing them starts accelerate.
 """
 
+import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 
 from .templates import EVALUATION_TEMPLATE, TEMPLATES, check_evaluation_template, check_refinement_template
 
@@ -23,6 +27,23 @@ LOOP_KEYS = ("trainer", "reference", "objective", "objective_alpha")
 OBJECTIVE_ALPHA = 0.8
 
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "max_tokens")
+
+# [house], after the pairwise prompt of MT-Bench (https://huggingface.co/papers/2306.05685)
+JUDGE_TEMPLATE = """\
+Compare two answers to the last message of a conversation. Judge how correct, helpful and complete they are. Neither their \
+order nor their length may count.
+
+[Conversation]
+{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}
+[Answer A]
+{{ answer_a }}
+
+[Answer B]
+{{ answer_b }}
+
+Explain your judgement in a few sentences. Then end with the verdict alone: [[A]] if answer A is better, [[B]] if answer B is \
+better, [[C]] for a tie."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -213,31 +234,164 @@ def _listed(name: str, values: Any) -> list[tuple[str, Any]]:
 
 
 @dataclass
-class ScoresConfig:
+class JudgeConfig:
     """
-    Who scores the answers: a verifier, a reward model, or nobody where the pairs are rule-based (then the evaluation has
-    no scores either, only lengths).
+    A language model behind an OpenAI-compatible server that compares answers two at a time.
+
+    Parameters:
+        base_url (`str`):
+            The server's URL up to and including its version, such as `http://localhost:8000/v1`.
+        model (`str`):
+            The model's name there.
+        api_key_env (`str`, *optional*):
+            Environment variable that holds the API key. The key itself is never written anywhere.
+        template (`str`, *optional*):
+            What the judge is asked, in Jinja2, with `messages` (the conversation; plain text is one user message),
+            `question` (its last message), `answer_a`, `answer_b` and the prompt's other columns. The last `[[A]]`, `[[B]]`
+            or `[[C]]` (a tie) of the reply is its verdict. Default: ours, [house].
+        temperature (`float`, *optional*, defaults to `0.0`), max_tokens (`int`, *optional*, defaults to `1024`):
+            Sampling of the reply. `null` leaves them to the server, as some reasoning models require.
+        max_concurrency (`int`, *optional*, defaults to `8`):
+            Requests in flight.
+        timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds until a request counts as failed.
+        max_retries (`int`, *optional*, defaults to `5`):
+            How often a failed request is repeated, after 0.5, 1, 2, ... seconds.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str | None = None
+    template: str = JUDGE_TEMPLATE
+    temperature: float | None = 0.0
+    max_tokens: int | None = 1024
+    max_concurrency: int = 8
+    timeout: float = 120.0
+    max_retries: int = 5
+
+    def __post_init__(self):
+        _require(
+            self.base_url.startswith(("http://", "https://")),
+            f"`judge.base_url` must start with http:// or https://, got {self.base_url!r}; for example "
+            "http://localhost:8000/v1.",
+        )
+        _require(self.temperature is None or self.temperature >= 0, "`judge.temperature` must be at least 0.")
+        _require(self.max_tokens is None or self.max_tokens > 0, "`judge.max_tokens` must be positive, or null.")
+        _require(self.max_concurrency > 0, "`judge.max_concurrency` must be positive.")
+        _require(self.timeout > 0, "`judge.timeout` must be positive.")
+        _require(self.max_retries >= 0, "`judge.max_retries` must be at least 0.")
+        try:
+            variables = find_undeclared_variables(Environment().parse(self.template))
+            Environment().from_string(self.template)  # an unknown filter shows here
+        except TemplateSyntaxError as error:
+            raise ValueError(f"`judge.template` is not valid Jinja2: {error}.") from error
+        missing = [name for name in ("answer_a", "answer_b") if name not in variables]
+        _require(
+            not missing,
+            f"`judge.template` never mentions {' and '.join(f'`{name}`' for name in missing)}. Write {{{{ answer_a }}}} and "
+            "{{ answer_b }} where the answers go.",
+        )
+
+
+@dataclass
+class _OneScorer:
+    """The keys that `scores` and an entry of `scores.scorers` share."""
+
+    verifier: str | None = None
+    reward_model: str | None = None
+    reward_model_revision: str | None = None
+    reward_model_backend: Literal["auto", "vllm", "transformers"] = "auto"
+    batch_size: int = 16
+    judge: JudgeConfig | None = None
+
+    def kinds(self) -> list[str]:
+        """Which of the three kinds of scorers are named."""
+        return [kind for kind in ("verifier", "reward_model", "judge") if getattr(self, kind) is not None]
+
+    def __post_init__(self):
+        _require(
+            len(self.kinds()) <= 1,
+            f"{' and '.join(f'`{kind}`' for kind in self.kinds())} are given together. Name one of them, or list them under "
+            "`scores.scorers`, each with a `weight`.",
+        )
+        _require(self.batch_size > 0, "`batch_size` must be positive.")
+
+
+@dataclass
+class ScorerConfig(_OneScorer):
+    """
+    One of several scorers: the keys of [`ScoresConfig`] that name it, and its part in the sum.
+
+    Parameters:
+        name (`str`, *optional*):
+            What its scores are called in `scores.jsonl`. Default: `verifier`, `reward_model` or `judge`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Its weight in the sum.
+    """
+
+    name: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(
+            bool(self.kinds()), "a scorer names a `verifier`, a `reward_model` or a `judge`; this one names none."
+        )
+        _require(math.isfinite(self.weight) and self.weight != 0, "`weight` must be a finite number other than 0.")
+        self.name = self.name or self.kinds()[0]
+        _require(
+            bool(re.fullmatch(r"[\w.-]+", self.name)),
+            f"`name` names files: letters, digits, `_.-`; got {self.name!r}.",
+        )
+
+
+@dataclass
+class ScoresConfig(_OneScorer):
+    """
+    Who scores the answers: a verifier, a reward model, a judge, several of them, or nobody where the pairs are rule-based
+    (then the evaluation has no scores either, only lengths).
 
     Parameters:
         verifier (`str`, *optional*):
             `path/to/file.py:function` with TRL's reward-function signature,
             `(prompts, completions, **columns) -> list[float | None]`. Imported from that file only.
         reward_model (`str`, *optional*):
-            A sequence-classification model with one output, as a path or Hub id.
+            A sequence-classification model with one output, as a path or Hub id. Its score is that output as it is,
+            without a sigmoid.
+        reward_model_revision (`str`, *optional*):
+            Its branch, tag or commit on the Hub.
+        reward_model_backend (`str`, *optional*, defaults to `"auto"`):
+            `"vllm"`, `"transformers"`, or `"auto"`: vLLM unless it does not know the architecture or is not installed.
         batch_size (`int`, *optional*, defaults to `16`):
-            Answers per forward of the reward model.
+            Answers per forward of the reward model under transformers. vLLM batches by itself.
+        judge ([`JudgeConfig`], *optional*):
+            A language model behind a server; the score of an answer is its win rate against the others of its chain.
+        scorers (`list[ScorerConfig]`, *optional*):
+            Several of these, in place of the keys above. The score is their weighted sum; an answer that one of them leaves
+            without a score has none.
     """
 
-    verifier: str | None = None
-    reward_model: str | None = None
-    batch_size: int = 16
+    scorers: list[ScorerConfig] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.scorers is None:
+            return
         _require(
-            self.verifier is None or self.reward_model is None,
-            "`scores` has both a `verifier` and a `reward_model`. Name one of them.",
+            not self.kinds(),
+            f"`scores` has both `scorers` and a `{(self.kinds() or [''])[0]}`. Move it into the list, or drop the list.",
         )
-        _require(self.batch_size > 0, "`scores.batch_size` must be positive.")
+        _require(bool(self.scorers), "`scores.scorers` is empty. List scorers, or leave the key out.")
+        names = [scorer.name for scorer in self.scorers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        _require(not twice, f"`scores.scorers` has two called {', '.join(twice)}. Give each a `name` of its own.")
+
+    def each(self) -> list[ScorerConfig]:
+        """The scorers, in either form; none where the pairs are rule-based."""
+        if self.scorers is not None:
+            return self.scorers
+        keys = {field.name: getattr(self, field.name) for field in fields(_OneScorer)}
+        return [ScorerConfig(**keys)] if self.kinds() else []
 
 
 @dataclass
@@ -394,9 +548,10 @@ class AriesConfig:
             _require(value in choices, f"`training.{key}` must be one of {', '.join(choices)}; got {value!r}.")
         self._check_objective()
         _require(
-            self.pairs.selection == "rule_based" or bool(self.scores.verifier or self.scores.reward_model),
-            "`scores` names neither a `verifier` nor a `reward_model`, and best-over-worst pairs need one. Set "
-            "`scores.verifier: path/to/file.py:function` or `scores.reward_model`, or `pairs.selection: rule_based`.",
+            self.pairs.selection == "rule_based" or bool(self.scores.each()),
+            "`scores` names neither a `verifier` nor a `reward_model` nor a `judge`, and best-over-worst pairs need one. Set "
+            "`scores.verifier: path/to/file.py:function`, `scores.reward_model`, `scores.judge` or `scores.scorers`, or "
+            "`pairs.selection: rule_based`.",
         )
         _require(
             self.pairs.selection != "rule_based" or self.refinements.strategy != "parallel",

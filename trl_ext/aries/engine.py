@@ -3,7 +3,7 @@ How answers are generated: embedded vLLM, in a child process that ends with the 
 
 In: a job, a JSON file that names the policy and the files of prompts to answer. Out: `answers.jsonl` beside each, one
 chain per row, appended to `answers.jsonl.part` as chains end and continued from it after a crash. Ending the process is
-the one sure way to give the GPU's memory back to the trainer. This is the only module that imports vLLM.
+the one sure way to give the GPU's memory back to the trainer. Only `reward_model.py` imports vLLM besides.
 """
 
 import os

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from ..recipe import Recipe, RecipeError, check_keys
 from ..trainers.pairwise_trainer import PairwiseTrainer
 from .children import child_main
 from .config import LOOP_KEYS
+from .reward_model import check_reward_model
 from .training import trainer_classes
 
 
@@ -86,17 +87,15 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
             "(`trl.clone_chat_template`), or make the prompts plain text."
         )
 
-    reward_model = recipe.at("scores", "reward_model")
-    if reward_model is not None:
-        where = recipe.where("scores", "reward_model")
-        try:
-            outputs = AutoConfig.from_pretrained(reward_model).num_labels
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
-        if outputs != 1:
-            raise RecipeError(
-                f"{where}: `scores.reward_model`: {reward_model} has {outputs} outputs, and a reward model has one."
-            )
+    listed = recipe.at("scores", "scorers") or []
+    for keys in [("scores",), *(("scores", "scorers", i) for i in range(len(listed)))]:
+        name = recipe.at(*keys, "reward_model")
+        if name is not None:
+            try:
+                check_reward_model(name, recipe.at(*keys, "reward_model_revision"), job["conversational"])
+            except ValueError as error:
+                where = recipe.where(*keys, "reward_model")
+                raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
 
 
 if __name__ == "__main__":

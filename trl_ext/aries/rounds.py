@@ -20,17 +20,19 @@ import yaml
 
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .children import run_child
-from .config import AriesConfig, sampling_by_turn, sft_settings, trainer_settings
+from .config import AriesConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import decide, examine, report, stop_message
+from .judge import Judge
 from .pairs import preference_rows, select_pairs
 from .progress import RunProgress, answers_table, duration, score_table
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, sha256, write_json, write_jsonl
 from .refinements import Strategy
+from .reward_model import RewardModel
 from .run_dir import RunDir
-from .scores import load_chains, load_verifier, no_scores, score_chains
+from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, score_rows
 from .sft import check_sft_rows, sft_row
 
 
@@ -102,7 +104,7 @@ class Rounds:
     def load(self) -> None:
         """Read what the recipe names, so that anything missing shows before any work is done."""
         config = self.config
-        self.verifier = load_verifier(config.scores.verifier) if config.scores.verifier else no_scores
+        self.scorers = [self.scorer(scorer) for scorer in config.scores.each()]
         self.prompts = load_prompts(config.prompts.dataset, config.prompts.split, "prompts.dataset")
         self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
         evaluation = load_prompts(config.evaluation.dataset, config.evaluation.split, "evaluation.dataset")
@@ -114,7 +116,13 @@ class Rounds:
         named = {
             "prompts.dataset": self.config.prompts.dataset,
             "evaluation.dataset": self.config.evaluation.dataset,
-            "scores.verifier": (self.config.scores.verifier or "").rpartition(":")[0],
+            **{
+                "scores.verifier" if self.config.scores.scorers is None else f"scores.scorers.{scorer.name}": (
+                    scorer.verifier.rpartition(":")[0]
+                )
+                for scorer in self.config.scores.each()
+                if scorer.verifier is not None
+            },
             "sft.dataset": self.config.sft["dataset"] if self.config.sft else "",
         }
         return {key: sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
@@ -123,6 +131,8 @@ class Rounds:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
         if self.config.sft is not None:
             check_sft_rows(self.sft_rows, self.config.sft["dataset"])
+        for scorer in self.scorers:
+            scorer.check([self.prompts, self.evaluation_prompts])
         job = {
             "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
             "training": trainer_settings(self.config, 1, str(self.dir.round(1).training)),
@@ -214,18 +224,17 @@ class Rounds:
         tasks = [task for task in tasks if not task[2].exists()]
         if not tasks:
             return
+        tasks = [(ScoreTask(prompts, answers), scores) for prompts, answers, scores in tasks]
+        cache = ScoreCache(self.dir.score_cache)
+        notes = []
         with self.stage(min(number, self.config.rounds), "scores") as update:
-            if self.config.scores.reward_model is not None:
-                job = {
-                    "reward_model": self.config.scores.reward_model,
-                    "batch_size": self.config.scores.batch_size,
-                    "tasks": [{"prompts": str(p), "answers": str(a), "scores": str(s)} for p, a, s in tasks],
-                }
-                run_child("trl_ext.aries.scores", job, previous.logs / "scores.log", update)
-                return
-            for prompts_file, answers_file, scores_file in tasks:
-                prompts = read_jsonl(prompts_file)
-                write_jsonl(scores_file, score_chains(load_chains(prompts, answers_file), prompts, self.verifier))
+            for scorer in self.scorers:
+                notes += scorer.score([task for task, _ in tasks], cache, previous.logs, update)
+            for task, scores in tasks:
+                write_jsonl(scores, score_rows(task, self.scorers, cache))
+        for note in notes:
+            self.progress.say(f"{'':<11}{note}")
+            self.dir.log_event(event="note", round=number, stage="scores", note=note)
 
     def pair(self, number: int) -> None:
         """The round's preference dataset, direct and refinement rows."""
@@ -329,6 +338,11 @@ class Rounds:
     def evaluation_scores(self, number: int) -> list[list[float | None]]:
         """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
         return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
+
+    def scorer(self, config: ScorerConfig) -> Scorer:
+        if config.verifier is not None:
+            return Verifier(config)
+        return Judge(config) if config.judge is not None else RewardModel(config, self.config.generation)
 
     @property
     def trust_remote_code(self) -> bool:

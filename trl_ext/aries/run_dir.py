@@ -35,6 +35,9 @@ OPERATIONAL_KEYS = {
     "generation.max_num_seqs",
     "generation.tensor_parallel_size",
     "pairs.guard",
+    "scores.judge.max_concurrency",
+    "scores.judge.max_retries",
+    "scores.judge.timeout",
 }
 PACKAGES = (
     "trl-ext",
@@ -89,6 +92,7 @@ class RunDir:
         self.resolved = path / "resolved.json"
         self.events = path / "events.jsonl"
         self.evaluation_prompts = path / "evaluation_prompts.jsonl"
+        self.score_cache = path / "score_cache.jsonl"
         self.lock = path / "run.lock"
 
     def round(self, number: int) -> RoundDir:

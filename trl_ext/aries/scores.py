@@ -1,26 +1,195 @@
 """
-Scores: a number for every answer, from a verifier (a Python function the recipe names) or a reward model.
+Scores: a number for every answer, from a verifier (a Python function the recipe names), a reward model
+(`reward_model.py`), a judge (`judge.py`), or a weighted sum of several.
 
-A scorer has TRL's reward-function signature, `(prompts, completions, **columns) -> list[float | None]`; `None` leaves an
-answer without a score.
+What a scorer finds out is kept by content in one file of the run, so that nothing is scored twice: `score` adds what is
+missing there, and `scores` reads it back. `None` leaves an answer without a score.
 """
 
+import hashlib
 import importlib.util
 import inspect
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..recipe import RecipeError
-from .children import child_main
-from .records import Chain, as_completion, read_jsonl, write_jsonl
+from .config import ScorerConfig
+from .records import Answer, Chain, as_completion, read_jsonl, recover_jsonl, sha256, to_line
 
 
-Scorer = Callable[..., list[float | None]]
+Progress = Callable[[int, int], None]
 
 
-def load_verifier(reference: str) -> Scorer:
+class ScoreCache:
+    """
+    What the scorers have found out so far, by content.
+
+    Args:
+        path (`Path`):
+            A `.jsonl` file that is only ever appended to. A torn last line is cut off.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what another process has added."""
+        self._rows = {row["key"]: row for row in recover_jsonl(self.path)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._rows[key]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows with a `key`, and whatever the scorer reads back."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(map(to_line, rows))
+        self._rows |= {row["key"]: row for row in rows}
+
+
+def content_key(*content: Any) -> str:
+    """SHA-256 of who scores and what is scored."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass
+class ScoreTask:
+    """One file of answers to score."""
+
+    prompts: Path
+    answers: Path
+
+    def __post_init__(self):
+        self.rows = read_jsonl(self.prompts)
+        self.chains = load_chains(self.rows, self.answers)
+        self.columns = other_columns(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[Chain, dict[str, Any]]]:
+        """Each chain with the other columns of its prompt."""
+        return zip(self.chains, self.columns, strict=True)
+
+
+def other_columns(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the rows hold besides the prompt, the same columns for all."""
+    names = sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
+    return [{name: row.get(name) for name in names} for row in prompts]
+
+
+def load_chains(prompts: list[dict[str, Any]], answers: Path) -> list[Chain]:
+    rows = {row["prompt_id"]: row for row in read_jsonl(answers)}
+    return [Chain.from_row(rows[row["prompt_id"]], row["prompt"]) for row in prompts]
+
+
+class Scorer(Protocol):
+    """What the loop needs of a verifier, a reward model and a judge."""
+
+    name: str
+    weight: float
+
+    def check(self, files: list[list[dict[str, Any]]]) -> None:
+        """Try it on the first prompt of each file before any work is done; [`RecipeError`] if that fails."""
+
+    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
+        """Add to the cache what is missing for these tasks. Returns lines that the user should read."""
+
+    def scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
+        """The scores of a chain's answers."""
+
+
+def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> list[dict[str, Any]]:
+    """
+    The weighted sum of what the scorers say of each answer; `None` where one of them says nothing.
+
+    Returns:
+        `list[dict]`: a row per chain with `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
+    """
+    rows = []
+    for chain, columns in task:
+        by_scorer = {scorer.name: scorer.scores(chain, columns, cache) for scorer in scorers}
+        scores: list[float | None] = []
+        for parts in zip(*by_scorer.values(), strict=True):
+            weighted = None if None in parts else sum(s.weight * p for s, p in zip(scorers, parts, strict=True))
+            scores.append(weighted)
+        rows.append(
+            {
+                "prompt_id": chain.prompt_id,
+                "scores": scores if scorers else [None] * len(chain.answers),
+                "by_scorer": by_scorer,
+            }
+        )
+    return rows
+
+
+class AnswerScorer:
+    """A scorer that looks at one answer at a time: the part that verifiers and reward models share."""
+
+    def __init__(self, config: ScorerConfig):
+        self.name = config.name
+        self.weight = config.weight
+
+    def key(self, chain: Chain, answer: Answer, columns: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def missing(self, tasks: list[ScoreTask], cache: ScoreCache) -> dict[str, tuple[Chain, Answer, dict[str, Any]]]:
+        """The answers without an entry in the cache, by key; equal ones once."""
+        found: dict[str, tuple[Chain, Answer, dict[str, Any]]] = {}
+        for task in tasks:
+            for chain, columns in task:
+                for answer in chain.answers:
+                    key = self.key(chain, answer, columns)
+                    if key not in cache:
+                        found.setdefault(key, (chain, answer, columns))
+        return found
+
+    def scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
+        return [cache[self.key(chain, answer, columns)]["score"] for answer in chain.answers]
+
+
+class Verifier(AnswerScorer):
+    """
+    A Python function with TRL's reward-function signature, called once per file of answers.
+
+    Args:
+        config ([`~aries.config.ScorerConfig`]):
+            Its `verifier`.
+    """
+
+    def __init__(self, config: ScorerConfig):
+        super().__init__(config)
+        self._function = load_verifier(config.verifier)
+        file, _, function = config.verifier.rpartition(":")
+        self._identity = {"verifier": function, "sha256": sha256(Path(file))}
+
+    def key(self, chain: Chain, answer: Answer, columns: dict[str, Any]) -> str:
+        return content_key(self._identity, chain.prompt, answer.text, columns)
+
+    def check(self, files: list[list[dict[str, Any]]]) -> None:
+        """Score an empty answer, which is one that a policy may give."""
+        for rows in files:
+            chain = Chain(rows[0]["prompt_id"], rows[0]["prompt"])
+            call_verifier(self._function, [(chain, Answer(1, "", 0, "stop"), other_columns(rows)[0])])
+
+    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
+        for task in tasks:
+            missing = self.missing([task], cache)
+            if missing:
+                scores = call_verifier(self._function, list(missing.values()))
+                cache.add([{"key": key, "score": score} for key, score in zip(missing, scores, strict=True)])
+        return []
+
+
+def load_verifier(reference: str) -> Callable[..., list[float | None]]:
     """
     Import `path/to/file.py:function`, from that file and nowhere else.
 
@@ -45,105 +214,42 @@ def load_verifier(reference: str) -> Scorer:
     return getattr(module, name)
 
 
-def no_scores(prompts, completions, **columns) -> list[None]:
-    """The scorer of rule-based runs: every answer stays without a score."""
-    return [None] * len(completions)
-
-
-def score_chains(chains: list[Chain], prompts: list[dict[str, Any]], scorer: Scorer) -> list[dict[str, Any]]:
+def call_verifier(
+    function: Callable[..., list[float | None]], answers: list[tuple[Chain, Answer, dict[str, Any]]]
+) -> list[float | None]:
     """
-    Score every answer of every chain, in one call of the scorer.
+    Score answers in one call.
 
     Args:
-        chains (`list[Chain]`), prompts (`list[dict]`):
-            The answers, and the prompt rows they belong to, whose other columns go to the scorer.
-        scorer (`Callable`):
+        function (`Callable`):
             TRL's reward-function signature.
-
-    Returns:
-        `list[dict]`: a row per chain with `prompt_id` and `scores`, one per answer.
+        answers (`list[tuple]`):
+            Answers, each with its chain before it and the other columns of its prompt, the same for all, after it.
 
     Raises:
-        [`RecipeError`]: the scorer raises, returns another number of scores, or one that is not a finite number.
+        [`RecipeError`]: it raises, returns another number of scores, or one that is not a finite number.
     """
-    rows = {row["prompt_id"]: row for row in prompts}
-    answers = [(chain, answer) for chain in chains for answer in chain.answers]
-    columns = sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
+    columns = sorted(answers[0][2])
+    name = function.__name__
     try:
-        scores = scorer(
-            prompts=[chain.prompt for chain, _ in answers],
-            completions=[as_completion(chain.prompt, answer.text) for chain, answer in answers],
-            **{column: [rows[chain.prompt_id].get(column) for chain, _ in answers] for column in columns},
+        scores = function(
+            prompts=[chain.prompt for chain, _, _ in answers],
+            completions=[as_completion(chain.prompt, answer.text) for chain, answer, _ in answers],
+            **{column: [values[column] for _, _, values in answers] for column in columns},
         )
     except Exception as error:  # user code: whatever it raises is reported with its place
         raise RecipeError(
-            f"the scorer `{scorer.__name__}` raised {type(error).__name__}: {error}. It is called as "
-            f"{scorer.__name__}(prompts=[...], completions=[...], {', '.join(f'{c}=[...]' for c in columns)}); add "
-            "`**kwargs` for the columns it does not use."
+            f"the scorer `{name}` raised {type(error).__name__}: {error}. It is called as {name}(prompts=[...], "
+            f"completions=[...], {', '.join(f'{c}=[...]' for c in columns)}); add `**kwargs` for the columns it does not "
+            "use. An answer may be empty."
         ) from error
     if not isinstance(scores, list | tuple) or len(scores) != len(answers):
         found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
-        raise RecipeError(
-            f"the scorer `{scorer.__name__}` returned {found} for {len(answers)} answers. Return a list."
-        )
-    by_chain: dict[str, list[float | None]] = {chain.prompt_id: [] for chain in chains}
-    for (chain, answer), score in zip(answers, scores, strict=True):
+        raise RecipeError(f"the scorer `{name}` returned {found} for {len(answers)} answers. Return a list.")
+    for (chain, answer, _), score in zip(answers, scores, strict=True):
         if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
             raise RecipeError(
-                f"the scorer `{scorer.__name__}` returned {score!r} for answer {answer.turn} of {chain.prompt_id}. Return a "
-                "finite number, or None to leave an answer without a score."
+                f"the scorer `{name}` returned {score!r} for answer {answer.turn} of {chain.prompt_id}. Return a finite "
+                "number, or None to leave an answer without a score."
             )
-        by_chain[chain.prompt_id].append(None if score is None else float(score))
-    return [{"prompt_id": chain.prompt_id, "scores": by_chain[chain.prompt_id]} for chain in chains]
-
-
-def load_chains(prompts: list[dict[str, Any]], answers: Path) -> list[Chain]:
-    rows = {row["prompt_id"]: row for row in read_jsonl(answers)}
-    return [Chain.from_row(rows[row["prompt_id"]], row["prompt"]) for row in prompts]
-
-
-def reward_model_scorer(name: str, batch_size: int, progress: Callable[[int, int], None]) -> Scorer:
-    """A sequence-classification model with one output, through transformers."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto").to(device).eval()
-    if model.config.num_labels != 1:
-        raise RecipeError(
-            f"`scores.reward_model`: {name} has {model.config.num_labels} outputs, and a reward model has one."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-    @torch.no_grad()
-    def reward_model(prompts, completions, **columns) -> list[float]:
-        texts = [
-            p + c if isinstance(p, str) else tokenizer.apply_chat_template(p + c, tokenize=False)
-            for p, c in zip(prompts, completions, strict=True)
-        ]
-        # A rendered template already has its special tokens
-        special = {"add_special_tokens": bool(prompts) and isinstance(prompts[0], str)}
-        scores: list[float] = []
-        for start in range(0, len(texts), batch_size):
-            batch = tokenizer(texts[start : start + batch_size], padding=True, return_tensors="pt", **special)
-            scores += model(**batch.to(device)).logits[:, 0].float().tolist()
-            progress(len(scores), len(texts))
-        return scores
-
-    return reward_model
-
-
-def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
-    """The child process of a reward model: scores the chains of each task."""
-    scorer = reward_model_scorer(job["reward_model"], job["batch_size"], progress)
-    for task in job["tasks"]:
-        prompts = read_jsonl(Path(task["prompts"]))
-        chains = load_chains(prompts, Path(task["answers"]))
-        write_jsonl(Path(task["scores"]), score_chains(chains, prompts, scorer))
-
-
-if __name__ == "__main__":
-    child_main(main)
+    return [None if score is None else float(score) for score in scores]
