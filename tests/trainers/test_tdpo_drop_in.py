@@ -483,7 +483,9 @@ def test_nf4_base(make_trainer, tiny_model_dir, lora_config, adapter_dtype, tole
     for parameter in trainable:
         parameter.data = parameter.data.to(adapter_dtype)
     batch = first_batch(trainer)
-    trainer.evaluate(trainer.train_dataset)  # bitsandbytes must not repack the base for inference, and so cut the gradients
+    trainer.evaluate(
+        trainer.train_dataset
+    )  # bitsandbytes must not repack the base for inference, and so cut the gradients
     loss = train_step(trainer, batch)
     assert loss.isfinite()
 
