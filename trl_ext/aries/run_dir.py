@@ -23,7 +23,7 @@ from .config import AriesConfig
 from .records import sha256, write_atomically, write_json
 
 
-# Settings that may change while a run goes on: where it is, and how the engine uses the machine
+# Settings that may change while a run goes on: where it is, how the engine uses the machine, and what stops it
 OPERATIONAL_KEYS = {
     "output_dir",
     "generation.cpu_kv_cache_gib",
@@ -31,6 +31,7 @@ OPERATIONAL_KEYS = {
     "generation.gpu_memory_utilization",
     "generation.max_num_seqs",
     "generation.tensor_parallel_size",
+    "parity.tolerance",
 }
 PACKAGES = (
     "trl-ext",
@@ -60,6 +61,8 @@ class RoundDir:
         self.training = path / "training"
         self.model = path / "model"
         self.adapter = path / "adapter"
+        self.samples = path / "parity.jsonl"
+        self.parity = path / "parity.json"
         self.evaluation = path / "evaluation.jsonl"
         self.evaluation_scores = path / "evaluation_scores.jsonl"
         self.metrics = path / "metrics.json"
@@ -160,6 +163,7 @@ class RunDir:
                 round_dir.pairs,
                 round_dir.model,
                 round_dir.adapter,
+                round_dir.samples,
                 round_dir.evaluation,
                 round_dir.metrics,
             )
