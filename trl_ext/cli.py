@@ -31,6 +31,7 @@ examples:
   trl-ext tdpo --config recipes/qwen2.5-7b/tdpo/config_full.yaml --accelerate_config fsdp2 --learning_rate 1.0e-6
   trl-ext tdpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir out
   trl-ext aries run --config recipes/my_rounds.yaml --training.learning_rate 1.0e-6
+  trl-ext aries export --config recipes/my_rounds.yaml --output my-model
 
 `trl-ext tdpo --help` lists every key: TRL's, and those of the method."""
 
@@ -53,6 +54,20 @@ def make_parser() -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=meaning, description=f"{meaning}.", allow_abbrev=False)
         action.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
         action.usage = f"trl-ext aries {name} --config RECIPE [--section.key value ...]"
+    meaning = "save a round's policy as a model of its own"
+    export = actions.add_parser("export", help=meaning, description=f"{meaning}.", allow_abbrev=False)
+    export.add_argument("--config", required=True, metavar="RECIPE", help="the run's recipe")
+    export.add_argument("--output", required=True, metavar="DIR", help="the directory to make")
+    export.add_argument("--round", type=int, metavar="N", help="the round; by default the last")
+    form = export.add_mutually_exclusive_group()
+    form.add_argument(
+        "--merge",
+        dest="form",
+        action="store_const",
+        const="merged",
+        help="merge the adapter into the base, in the checkpoint's data type (default)",
+    )
+    form.add_argument("--adapter", dest="form", action="store_const", const="adapter", help="save the adapter alone")
     return parser
 
 
@@ -71,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if args.command == "aries":
-            return aries(args.action, args.config, unknown)
+            return aries(args.action, args.config, unknown, args)
         return train(args.command, argv[argv.index(args.command) + 1 :])
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -81,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def aries(action: str, path: str, overrides: Sequence[str]) -> int:
+def aries(action: str, path: str, overrides: Sequence[str], options: argparse.Namespace) -> int:
     """
-    `trl-ext aries run` and `status`: the recipe, what the command line adds to it, then the loop or its state. A stage that
-    fails leaves its log; the error names it, and the exit code is 1.
+    `trl-ext aries run`, `status` and `export`: the recipe, what the command line adds to it, then the loop, its state or what it
+    made. A stage that fails leaves its log; the error names it, and the exit code is 1.
     """
     from .recipe import apply_overrides, export_env, load_yaml, parse_section
 
@@ -97,6 +112,10 @@ def aries(action: str, path: str, overrides: Sequence[str]) -> int:
 
     config = parse_section(recipe, AriesConfig)
     try:
+        if action == "export":
+            from .aries.export import export
+
+            return export(config, options.round, Path(options.output), options.form)
         return run(config, recipe) if action == "run" else status(config)
     except ChildError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ..trainers.pairwise_trainer import keep_nf4_trainable
 from .children import ChildError, child_main
 from .records import read_jsonl, write_json
 
@@ -256,7 +255,9 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
 
 def as_trained(job: dict[str, Any], rows: list[dict[str, Any]]) -> list[torch.Tensor]:
     """The policy's log-probabilities on the 4-bit base that it is trained on."""
-    from trl import ModelConfig, get_quantization_config
+    from trl import ModelConfig, get_quantization_config  # seconds that only this needs
+
+    from ..trainers.pairwise_trainer import keep_nf4_trainable
 
     model_args = ModelConfig(**job["trained_on"])
 
