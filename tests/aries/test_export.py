@@ -140,7 +140,10 @@ def test_what_cannot_be_exported_is_refused(recipe, capfd):
     for options, message in (
         (["--round", "1", "--output", "full"], "error: --output: full is there and not empty."),
         (["--output", "new"], "error: round 2 of run is not finished. --round names another: 1.\n"),
-        (["--round", "0", "--output", "new"], "error: --round: round 0 of a run without SFT is the model as it came.\n"),
+        (
+            ["--round", "0", "--output", "new"],
+            "error: --round: round 0 of a run without SFT is the model as it came.\n",
+        ),
     ):
         assert export(*options) == 2
         assert message in capfd.readouterr().err
