@@ -27,10 +27,11 @@ endif
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
+QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 --sft_direct_rows 1280 --sft_refine_rows 2560
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status lock clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status lock clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +54,10 @@ $(STAMP): pyproject.toml $(wildcard requirements/*)
 quickstart: $(STAMP) ## The whole ARIES loop on a small model
 	$(BIN)/python recipes/quickstart/prepare.py
 	$(BIN)/trl-ext aries run --config recipes/quickstart/aries.yaml $(ARGS)
+
+aries-qlora-smoke: $(STAMP) ## Three QLoRA rounds of ARIES on a tiny model, to see that they work
+	$(BIN)/python recipes/quickstart/prepare.py --output recipes/quickstart/build/qlora $(QLORA_SMOKE)
+	$(BIN)/trl-ext aries run --config recipes/quickstart/aries_qlora.yaml $(ARGS)
 
 test: $(STAMP) ## Tests, without the slow ones and those for a GPU
 	$(BIN)/python -m pytest $(ARGS)

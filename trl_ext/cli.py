@@ -31,6 +31,7 @@ examples:
   trl-ext tdpo --config recipes/qwen2.5-7b/tdpo/config_full.yaml --accelerate_config fsdp2 --learning_rate 1.0e-6
   trl-ext tdpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir out
   trl-ext aries run --config recipes/my_rounds.yaml --training.learning_rate 1.0e-6
+  trl-ext aries export --config recipes/my_rounds.yaml --output my-model
 
 `trl-ext tdpo --help` lists every key: TRL's, and those of the method."""
 
@@ -54,10 +55,12 @@ def make_parser() -> argparse.ArgumentParser:
         "status": "say how far they are",
         "answers": "write a round's evaluation answers for a judge",
         "lm-eval": "run lm-evaluation-harness on a round's model",
+        "export": "save a round's policy as a model of its own",
     }
     options = {
         "answers": "[--round N] [--turn K] [--format FORMAT] --output FILE ",
         "lm-eval": "[--round N] --tasks TASKS ",
+        "export": "[--round N] [--merge | --adapter] --output DIR ",
     }
     for name, meaning in meanings.items():
         action = actions.add_parser(name, help=meaning, description=f"{meaning}.", allow_abbrev=False)
@@ -71,6 +74,18 @@ def make_parser() -> argparse.ArgumentParser:
     answers.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
     lm_eval.add_argument("--round", type=int, metavar="N", help="the round; the last trained one by default")
     lm_eval.add_argument("--tasks", required=True, help="tasks of lm-evaluation-harness, separated by commas")
+    export = actions.choices["export"]
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="the directory to make")
+    export.add_argument("--round", type=int, metavar="N", help="the round; the last finished one by default")
+    form = export.add_mutually_exclusive_group()
+    form.add_argument(
+        "--merge",
+        dest="form",
+        action="store_const",
+        const="merged",
+        help="merge the adapter into the base, in the checkpoint's data type (default)",
+    )
+    form.add_argument("--adapter", dest="form", action="store_const", const="adapter", help="save the adapter alone")
     return parser
 
 
@@ -135,6 +150,10 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
     from .aries.rounds import run
 
     try:
+        if args.action == "export":
+            from .aries.export import export
+
+            return export(config, args.round, args.output, args.form)
         return run(config, recipe)
     except ChildError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

@@ -139,6 +139,11 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     drafts = [row["answers"][0] for row in read_jsonl(whole / "round_01" / "answers.jsonl")]
     assert cost["generated_tokens"]["drafts"] == sum(answer["tokens"] for answer in drafts)
 
+    assert evaluation["kl_to_initial"]["answers"] == 10 and evaluation["kl_to_initial"]["per_answer"] != 0
+    initial = json.loads((whole / "round_00" / "metrics.json").read_text())
+    assert initial["kl_to_initial"]["per_answer"] == 0
+    assert json.loads((whole / "round_02" / "manifest.json").read_text())["parity"]["difference"] < 1e-4
+
     # The run that was killed
     killed = tmp_path / "killed"
     file = tmp_path / "killed.yaml"

@@ -9,13 +9,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from trl import DPOTrainer
+from trl import DPOTrainer, ModelConfig, get_quantization_config
 
 from trl_ext.aries.config import PairsConfig
 from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain, to_line
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.training import check_step_0, main, make_trainer, repeat_by_weight
+from trl_ext.trainers.pairwise_trainer import keep_nf4_trainable
 
 
 SETTINGS = {
@@ -245,6 +246,93 @@ def test_nf4_base_stays_frozen(job, tiny_model_path):
     trainer = make_trainer(job("again", {**LORA, "load_in_4bit": True}, adapter=output), silent)
     assert type(trainer.model.get_base_model().model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     check_step_0(trainer)
+
+
+@pytest.fixture
+def qlora(job, tiny_model_path):
+    """A QLoRA job of round `number`, which starts from the round before; its keywords are `job`'s."""
+
+    def make(number: int, reference: str = "previous", **settings):
+        adapters = [None, *(job(f"round_{k}")["output"] for k in range(1, number))]
+        initial = {"model": tiny_model_path, "adapter": None}
+        return job(
+            f"round_{number}",
+            {**LORA, "load_in_4bit": True},
+            adapter=adapters[-1],
+            reference=initial if reference == "initial" else None,
+            **settings,
+        )
+
+    return make
+
+
+def base_weights(trainer) -> dict[str, torch.Tensor]:
+    """Copies of everything that is no adapter: the packed NF4 weights, their scales, and the layers that stay as they are."""
+    return {name: t.detach().clone() for name, t in trainer.model.state_dict().items() if "lora_" not in name}
+
+
+@torch.no_grad()
+def full_logit_logps(trainer, adapter: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle of step 0: log-probabilities of the first batch's answers from all the logits, by the adapter on disk."""
+    base = AutoModelForCausalLM.from_pretrained(
+        trainer.model.get_base_model().config._name_or_path,
+        dtype=torch.float32,
+        device_map={"": "cpu"},
+        quantization_config=get_quantization_config(ModelConfig(dtype="float32", load_in_4bit=True)),
+    )
+    model = base if adapter is None else PeftModel.from_pretrained(base, adapter)
+    keep_nf4_trainable(model)
+    batch = trainer.data_collator(list(trainer.train_dataset.select(range(8))))
+    logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+    return (logps * batch["completion_mask"][:, 1:]).sum(1).chunk(2)
+
+
+@pytest.mark.parametrize(("trainer", "reference"), [("dpo", "previous"), ("tdpo", "initial")])
+def test_three_qlora_rounds_carry_one_adapter_on_a_frozen_base(qlora, trainer, reference):
+    """
+    Round k starts as the product of round k−1, its reference answers as the previous or the initial policy does (oracle: all
+    the logits of the NF4 base with the adapters on disk), each round moves the adapter, and after the last the base is, bit for
+    bit, what it was before the first.
+    """
+    products, base = [None], None
+    for number in (1, 2, 3):
+        a_job = qlora(number, reference, trainer=trainer)
+        round_trainer = make_trainer(a_job, silent)
+        if number > 1:
+            state, saved = (
+                round_trainer.model.state_dict(),
+                load_file(Path(products[-1]) / "adapter_model.safetensors"),
+            )
+            for name, tensor in saved.items():
+                assert torch.equal(state[name.replace(".weight", ".default.weight")], tensor)
+        if number > 1 or reference == "previous":
+            policy, initial = (full_logit_logps(round_trainer, adapter) for adapter in (products[-1], None))
+            expected = policy if reference == "previous" else initial
+            batch = round_trainer.data_collator(list(round_trainer.train_dataset.select(range(8))))
+            round_trainer.model.eval()
+            with torch.no_grad():
+                round_trainer.compute_loss(round_trainer.model, batch)
+            round_trainer.model.train()
+            for i, side in enumerate(("chosen", "rejected")):  # TRL trains an adapter on NF4 in bfloat16: 3 digits
+                metrics = {key: values[-1] for key, values in round_trainer._metrics["eval"].items()}
+                assert metrics[f"logps/{side}"] == pytest.approx(policy[i].mean().item(), rel=1e-3)
+                logratio = (policy[i] - expected[i]).mean().item()
+                assert metrics[f"rewards/{side}"] / round_trainer.beta == pytest.approx(logratio, abs=1e-2)
+
+        before = base_weights(round_trainer)
+        base = base or before
+        main(a_job, silent)  # with its check of step 0, which evaluates
+        round_trainer.train()
+        for weights in (before, base_weights(round_trainer)):
+            assert weights.keys() == base.keys()
+            assert all(torch.equal(weights[name], base[name]) for name in base)
+        products.append(a_job["output"])
+
+    adapters = [load_file(Path(product) / "adapter_model.safetensors") for product in products[1:]]
+    for earlier, later in zip(adapters[:-1], adapters[1:], strict=True):
+        assert any(not torch.equal(earlier[name], later[name]) for name in later if "lora_B" in name)
+    assert any(tensor.dtype == torch.uint8 for tensor in base.values()), "nothing was quantized"
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run(job):

@@ -1,8 +1,8 @@
 """
 Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
 
-A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, or `{"error": message}` for bad input;
-whatever it or its libraries print goes to a log file. It dies with its parent.
+A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, `{"error": message}` for bad input, or
+`{"failed": message}` for a fault that it can name; whatever it or its libraries print goes to a log file. It dies with its parent.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ REPORT = "trl-ext-report: "
 
 
 class ChildError(RuntimeError):
-    """A stage's process failed. The message has the end of its log and the log's path."""
+    """A stage's process failed. The message says why, or has the end of its log and the log's path."""
 
 
 def run_child(
@@ -79,6 +79,8 @@ def run_child(
                 report = json.loads(line.removeprefix(REPORT))
                 if "error" in report:
                     raise RecipeError(report["error"])
+                if "failed" in report:
+                    raise ChildError(report["failed"])
                 on_progress(report["done"], report["total"])
             code = child.wait()
         finally:
@@ -116,6 +118,8 @@ def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None
         main(json.loads(job_file.read_text(encoding="utf-8")), lambda done, total: report(done=done, total=total))
     except RecipeError as error:
         report(error=str(error))
+    except ChildError as error:
+        report(failed=str(error))
 
 
 def die_with_parent(parent: int) -> None:

@@ -488,6 +488,28 @@ class EvaluationConfig:
 
 
 @dataclass
+class ParityConfig:
+    """
+    A check, before a round uses its answers, that they come from the policy: the engine's log-probabilities of answers that it
+    samples are compared with the trainer's side. The same answers give the KL to the initial policy.
+
+    Parameters:
+        samples (`int`, *optional*, defaults to `64`):
+            Answers to evaluation prompts, at temperature 1, in every start of the engine. `0` is no check and no KL. [house]
+        tolerance (`float`, *optional*):
+            Largest difference in nats per token, as the root mean square. Default: by the engine's data type, 0.01 for
+            float32 and 0.2 for 16 bits. [house]
+    """
+
+    samples: int = 64
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        _require(self.samples >= 0, "`parity.samples` must be at least 0; 0 is no check.")
+        _require(self.tolerance is None or self.tolerance > 0, "`parity.tolerance` must be positive.")
+
+
+@dataclass
 class AriesConfig:
     """
     An ARIES run (https://huggingface.co/papers/2502.05605): rounds of prompts -> drafts -> refinements -> scores -> pairs
@@ -498,7 +520,7 @@ class AriesConfig:
             The run directory. Running the same recipe again continues it.
         model (`dict`):
             Keys of TRL's `ModelConfig`: `model_name_or_path`, `dtype`, `use_peft`, `lora_r`, `load_in_4bit`...
-        prompts, generation, drafts, refinements, scores, pairs, evaluation:
+        prompts, generation, drafts, refinements, scores, pairs, evaluation, parity:
             The sections above.
         sft (`dict`, *optional*):
             SFT before round 1: `dataset` (rows with `prompt`, `completion` and optionally `draft`, which makes the row
@@ -525,6 +547,7 @@ class AriesConfig:
     refinements: RefinementsConfig = field(default_factory=RefinementsConfig)
     scores: ScoresConfig = field(default_factory=ScoresConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
+    parity: ParityConfig = field(default_factory=ParityConfig)
     rounds: int = 3
     seed: int = 42
 

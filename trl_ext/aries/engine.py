@@ -141,6 +141,7 @@ class EmbeddedEngine:
                 tensor_parallel_size=config.tensor_parallel_size,
                 quantization=config.quantization,
                 enable_prefix_caching=True,
+                logprobs_mode="raw_logprobs",
                 generation_config="vllm",  # the model's own must not change sampling silently
                 trust_remote_code=trust_remote_code,
                 seed=0,  # requests bring their own
@@ -203,6 +204,46 @@ class EmbeddedEngine:
             )
             advanced.append(chain)
         return advanced
+
+    def sample_logps(
+        self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
+    ) -> list[dict[str, Any]]:
+        """
+        One answer to each prompt with the log-probabilities of its tokens, for the parity check. At temperature 1 and over
+        the whole vocabulary, those that it is sampled from are the policy's own. Prompts that are too long are left out.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        rows = {}
+        for row in prompts:
+            token_ids = encode_prompt(self._tokenizer, row["prompt"])
+            if len(token_ids) + max_tokens > self._max_model_len:
+                continue
+            params = SamplingParams(
+                temperature=1.0,
+                max_tokens=max_tokens,
+                logprobs=0,  # the sampled token's alone
+                seed=request_seed(*seed, row["prompt_id"]),
+                stop_token_ids=self._stop_token_ids,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
+            self._engine.add_request(row["prompt_id"], prompt, params, lora_request=self._lora)
+            rows[row["prompt_id"]] = {"prompt_id": row["prompt_id"], "prompt_token_ids": token_ids}
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    [completion] = output.outputs
+                    ids = list(completion.token_ids)
+                    logps = [step[i].logprob for i, step in zip(ids, completion.logprobs, strict=True)]
+                    rows[output.request_id] |= {"token_ids": ids, "logps": logps, "dtype": self.dtype}
+        return list(rows.values())
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the engine's weights, which it may have chosen itself."""
+        return str(self._engine.model_config.dtype).removeprefix("torch.")
 
 
 def _generation_config(model: str, revision: str | None) -> HFGenerationConfig | None:
@@ -268,6 +309,12 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         revision=job["revision"],
         trust_remote_code=job["trust_remote_code"],
     )
+    # First, so that the batch, and with it the rounding, is the same in a run that continues
+    parity = job.get("parity")
+    if parity is not None:
+        prompts = read_jsonl(Path(parity["prompts"]))[: parity["samples"]]
+        rows = engine.sample_logps(prompts, parity["max_tokens"], tuple(parity["seed"]))
+        write_jsonl(Path(parity["answers"]), rows)
     for i, task in enumerate(tasks):
         answer_task(engine, task, config.max_num_seqs, lambda done, i=i: progress(sum(sizes[:i]) + done, sum(sizes)))
 

@@ -166,6 +166,7 @@ class Rounds:
         if not round_dir.prompts.exists():
             write_jsonl(round_dir.prompts, select_prompts(self.prompts, number, self.round_size, self.config.seed))
         self.generate(number)
+        self.check_parity(number)
         self.score(number)
         self.close(number - 1)
         self.pair(number)
@@ -197,7 +198,16 @@ class Rounds:
                     "seed": [self.config.seed, number],
                 }
             )
-        if all(Path(task["answers"]).exists() for task in tasks):
+        parity = None
+        if self.config.parity.samples and not previous.samples.exists():
+            parity = {
+                "prompts": str(self.dir.evaluation_prompts),
+                "answers": str(previous.samples),
+                "samples": self.config.parity.samples,
+                "max_tokens": self.config.drafts.max_tokens,
+                "seed": [self.config.seed, "parity"],
+            }
+        if parity is None and all(Path(task["answers"]).exists() for task in tasks):
             return
         policy = self.policy(number - 1)
         # A new name and id for every round: vLLM may answer from stale weights under an old one
@@ -210,10 +220,47 @@ class Rounds:
             "trust_remote_code": self.trust_remote_code,
             "generation": asdict(self.config.generation),
             "tasks": [task | {"refinements": asdict(self.config.refinements)} for task in tasks],
+            "parity": parity,
         }
         logs = (current if number <= self.config.rounds else previous).logs
         with self.stage(min(number, self.config.rounds), "drafts and refinements") as update:
             run_child("trl_ext.aries.engine", job, logs / "engine.log", update)
+
+    def check_parity(self, number: int) -> None:
+        """Are the answers of `generate` from the previous round's policy? With its KL to the initial one."""
+        previous = self.dir.round(number - 1)
+        if not self.config.parity.samples or previous.parity.exists():
+            return
+        policy = self.policy(number - 1)
+        policies = {"policy": policy}
+        if policy.adapter is not None:
+            policies["base"] = Policy(policy.model, None)
+        policies["initial"] = self.policy(0)
+        if number > 1:
+            policies["previous"] = self.policy(number - 2)
+        quantization = self.config.generation.quantization
+        nf4 = bool(self.config.model.get("load_in_4bit")) and quantization is None
+        answers = [previous.samples, previous.evaluation]
+        if number <= self.config.rounds:
+            answers.append(self.dir.round(number).answers)
+        job = {
+            "round": number - 1,
+            "policies": {name: asdict(policy) for name, policy in policies.items()},
+            "samples": str(previous.samples),
+            "output": str(previous.parity),
+            "answers": [str(file) for file in answers],
+            "tolerance": self.config.parity.tolerance,
+            "quantization": quantization,
+            "trained_on": self.config.model if nf4 else None,
+            "loading": {
+                "revision": self.config.model.get("model_revision"),
+                "trust_remote_code": self.trust_remote_code,
+                "use_cpu": bool(self.config.training.get("use_cpu")),
+            },
+        }
+        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
+        with self.stage(min(number, self.config.rounds), "parity") as update:
+            run_child("trl_ext.aries.parity", job, logs / "parity.log", update, env=one_gpu())
 
     def score(self, number: int) -> None:
         """Scores of the round's answers and of the evaluation's."""
@@ -295,6 +342,7 @@ class Rounds:
         if self.dir.round(self.config.rounds).manifest.exists():
             return
         self.generate(self.config.rounds + 1)
+        self.check_parity(self.config.rounds + 1)
         self.score(self.config.rounds + 1)
         self.close(self.config.rounds)
 
@@ -314,7 +362,9 @@ class Rounds:
             bootstrap_samples=self.config.evaluation.bootstrap_samples,
             seed=self.config.seed,
         )
-        write_json(round_dir.metrics, metrics)
+        parity = json.loads(round_dir.parity.read_text(encoding="utf-8")) if round_dir.parity.exists() else {}
+        kl = {"kl_to_initial": parity.pop("kl_to_initial", None)}
+        write_json(round_dir.metrics, metrics | kl)
         answers = load_chains(read_jsonl(round_dir.prompts), round_dir.answers) if number > 0 else []
         write_json(round_dir.cost, round_cost(self.dir.read_events(), number, answers, evaluation=chains))
         facts: dict[str, Any] = {
@@ -325,6 +375,7 @@ class Rounds:
             else {"round": number - 1, "manifest_sha256": sha256(self.dir.round(number - 1).manifest)},
             "trained_on_nf4_sampled_at_full_precision": bool(self.config.model.get("load_in_4bit"))
             and self.config.generation.quantization is None,
+            "parity": parity or None,
         }
         for file in (round_dir.drops, round_dir.training / "rows.json"):
             if file.exists():

@@ -24,7 +24,7 @@ from .records import sha256, write_atomically, write_json
 
 
 # Settings that may change while a run goes on: where it is, how the engine uses the machine, how results are described, and
-# what happens to a round that the guard has stopped
+# what stops it
 OPERATIONAL_KEYS = {
     "output_dir",
     "evaluation.bootstrap_samples",
@@ -34,6 +34,7 @@ OPERATIONAL_KEYS = {
     "generation.gpu_memory_utilization",
     "generation.max_num_seqs",
     "generation.tensor_parallel_size",
+    "parity.tolerance",
     "pairs.guard",
     "scores.judge.max_concurrency",
     "scores.judge.max_retries",
@@ -68,6 +69,8 @@ class RoundDir:
         self.training = path / "training"
         self.model = path / "model"
         self.adapter = path / "adapter"
+        self.samples = path / "parity.jsonl"
+        self.parity = path / "parity.json"
         self.evaluation = path / "evaluation.jsonl"
         self.evaluation_scores = path / "evaluation_scores.jsonl"
         self.metrics = path / "metrics.json"
@@ -178,6 +181,7 @@ class RunDir:
                 round_dir.pairs,
                 round_dir.model,
                 round_dir.adapter,
+                round_dir.samples,
                 round_dir.evaluation,
                 round_dir.metrics,
             )

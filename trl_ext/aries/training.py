@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
-from ..trainers.pairwise_trainer import load_adapter_weights
+from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
 from ..trainers.squared_refinement import (
@@ -137,6 +137,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
         callbacks=[ProgressReport(progress)],
         **kwargs,
     )
+    keep_nf4_trainable(trainer.model)  # TRL's own trainers too: `check_step_0` is an evaluation
     if job["trainer"] != "sft":
         set_reference(trainer, job)
     return trainer

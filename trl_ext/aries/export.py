@@ -1,0 +1,217 @@
+"""
+Export: the policy of a round as a model of its own, or as an adapter, ready to be loaded or uploaded.
+
+In: a run directory. Out: a directory with the adapter merged into the base in the checkpoint's own data type (not into the NF4 base
+that QLoRA trains on), or the adapter as it is, or the weights of full fine-tuning; with the tokenizer and the stub of a model
+card. It gets its name only after it has been loaded and has given the policy's log-probabilities.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..recipe import RecipeError
+from .children import ChildError
+from .config import AriesConfig
+from .drafts import encode_prompt
+from .parity import TOLERANCES, compare, load_base, policy_logps
+from .records import read_jsonl
+from .rounds import Policy, Rounds
+from .run_dir import RunDir
+
+
+SAMPLES = 16  # answers whose log-probabilities are compared
+CARD = """\
+---
+{front_matter}
+---
+
+# {name}
+
+The policy after round {round} of ARIES (https://huggingface.co/papers/2502.05605), rounds of chained self-refinement and preference
+training, made with trl-ext.
+
+- Base model: `{base}`
+- Here: {form}
+- Trainer: `{trainer}`
+- Data, evaluation, intended use, limits: to be written
+
+Checked at export: its log-probabilities differ from the trained policy's by {difference:.2g} nats per token (root mean square over
+{tokens} tokens).
+"""
+FORMS = {
+    "merged": "the adapter merged into the base model, in {dtype}",
+    "adapter": "a PEFT adapter, to be loaded on the base model",
+    "copy": "all weights, in {dtype}",
+}
+
+
+def export(config: AriesConfig, number: int | None, output: Path, form: str | None) -> int:
+    """
+    Export the policy of a finished round.
+
+    Args:
+        config ([`AriesConfig`]):
+            What the run's recipe says.
+        number (`int`, *optional*):
+            The round; by default the last.
+        output (`Path`):
+            The directory to make. It must not exist, or be empty.
+        form (`str`, *optional*):
+            `"merged"` (the default where an adapter was trained) or `"adapter"`; `None` for full fine-tuning, which is copied.
+
+    Returns:
+        `int`: exit code, 0.
+
+    Raises:
+        [`RecipeError`]: there is nothing to export in this form, or `output` holds something.
+        [`~aries.children.ChildError`]: what was written is not the policy; it is removed.
+    """
+    loop = Rounds(config)
+    number = config.rounds if number is None else number
+    policy = finished_policy(loop, number)
+    if policy.adapter is None and form is not None:
+        raise RecipeError(
+            f"round {number} of {loop.dir.path} has no adapter: all weights were trained. Leave out --merge and --adapter."
+        )
+    form = "copy" if policy.adapter is None else form or "merged"
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(f"--output: {output} is there and not empty. Name a directory that is not there yet.")
+
+    revision = config.model.get("model_revision")
+    loading = {"trust_remote_code": loop.trust_remote_code, "use_cpu": bool(config.training.get("use_cpu"))}
+    tokenizer = AutoTokenizer.from_pretrained(policy.adapter or policy.model, trust_remote_code=loop.trust_remote_code)
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if form == "merged":
+            base = load_base(policy.model, "auto", revision=revision, **loading)
+            merged = PeftModel.from_pretrained(base, policy.adapter).merge_and_unload(safe_merge=True)
+            merged.save_pretrained(temporary)
+            del base, merged
+        else:
+            shutil.copytree(policy.adapter or policy.model, temporary)
+        tokenizer.save_pretrained(temporary)
+        rows = evaluation_rows(loop.dir, number, tokenizer)
+        exported = Policy(policy.model, str(temporary)) if form == "adapter" else Policy(str(temporary), None)
+        # Only the base is of a revision; what a run makes has none
+        measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
+        write_card(temporary, output.name, number, form, config, measured)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    loop.progress.say(
+        f"{output}: {FORMS[form].format(**measured)}. Its log-probabilities differ from those of round {number}'s policy by "
+        f"{measured['difference']:.2g} nats per token (root mean square over {measured['tokens']} tokens)."
+    )
+    if not all(other["distinguishable"] for other in measured["others"].values()):
+        loop.progress.say(
+            f"Rounding to {measured['dtype']} hides what the training changed: the policy and its base differ by less. "
+            "--adapter keeps it."
+        )
+    return 0
+
+
+def finished_policy(loop: Rounds, number: int) -> Policy:
+    """
+    The policy of a round that has been evaluated.
+
+    Raises:
+        [`RecipeError`]: there is none, or it is the model as it came.
+    """
+    if number == 0 and loop.config.sft is None:
+        raise RecipeError("--round: round 0 of a run without SFT is the model as it came.")
+    if not loop.dir.round(number).manifest.exists():
+        first = 0 if loop.config.sft else 1
+        finished = [n for n in range(first, loop.config.rounds + 1) if loop.dir.round(n).manifest.exists()]
+        raise RecipeError(
+            f"round {number} of {loop.dir.path} is not finished. "
+            + (
+                f"--round names another: {', '.join(map(str, finished))}."
+                if finished
+                else "No round is; `trl-ext aries run` starts or continues them."
+            )
+        )
+    return loop.policy(number)
+
+
+def evaluation_rows(run_dir: RunDir, number: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The policy's direct answers to the first evaluation prompts, as token ids."""
+    rows = []
+    chains = read_jsonl(run_dir.round(number).evaluation)
+    for prompt, chain in zip(read_jsonl(run_dir.evaluation_prompts), chains, strict=True):
+        if chain["answers"]:
+            text_ids = tokenizer(chain["answers"][0]["text"], add_special_tokens=False)["input_ids"]
+            token_ids = [*text_ids, tokenizer.eos_token_id]
+            rows.append({"prompt_token_ids": encode_prompt(tokenizer, prompt["prompt"]), "token_ids": token_ids})
+    return rows[:SAMPLES]
+
+
+def measure(
+    policy: Policy,
+    exported: Policy,
+    rows: list[dict[str, Any]],
+    revisions: dict[str, str | None],
+    loading: dict[str, Any],
+) -> dict[str, Any]:
+    """
+    Compare what was written, loaded anew, with the policy, in the checkpoint's data type.
+
+    Raises:
+        [`~aries.children.ChildError`]: it is not the policy.
+    """
+    dtypes = []
+
+    def load(path: str) -> PreTrainedModel:
+        model = load_base(path, "auto", revision=revisions.get(path), **loading)
+        dtypes.append(str(model.dtype).removeprefix("torch."))
+        return model
+
+    policies = {"policy": vars(policy), "exported": vars(exported)}
+    if policy.adapter is not None:
+        policies["base"] = {"model": policy.model, "adapter": None}
+    logps = {name: torch.cat(values) for name, values in policy_logps(policies, rows, load).items()}
+    found, expected = logps.pop("exported"), logps.pop("policy")
+    measured = {"dtype": dtypes[0], "tokens": len(found)}
+    measured |= compare(found, expected, logps, TOLERANCES[dtypes[0]])
+    if measured["fault"] is not None:
+        raise ChildError(
+            "what was exported is not the policy, and is removed: its log-probabilities differ from the policy's by "
+            f"{measured['difference']:.3g} nats per token (root mean square over {measured['tokens']} tokens; "
+            + (
+                f"the tolerance is {measured['tolerance']:g})."
+                if measured["fault"] == "tolerance"
+                else f"from the base model's by {measured['others']['base']['difference']:.3g})."
+            )
+        )
+    return measured
+
+
+def write_card(path: Path, name: str, number: int, form: str, config: AriesConfig, measured: dict[str, Any]) -> None:
+    """The stub of a model card, in the place of any that was copied."""
+    base = config.model["model_name_or_path"]
+    front_matter = [
+        "library_name: " + ("peft" if form == "adapter" else "transformers"),
+        "pipeline_tag: text-generation",
+    ]
+    if not Path(base).exists():  # an id on the Hub
+        front_matter.append(f"base_model: {base}")
+    front_matter += ["tags:", "- trl", "- aries"]
+    card = CARD.format(
+        front_matter="\n".join(front_matter),
+        name=name,
+        round=number,
+        base=base,
+        form=FORMS[form].format(**measured),
+        trainer=config.training.get("trainer", "dpo"),
+        **{key: measured[key] for key in ("difference", "tokens")},
+    )
+    (path / "README.md").write_text(card, encoding="utf-8")
