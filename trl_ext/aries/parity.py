@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from .children import ChildError, child_main
@@ -154,6 +153,9 @@ def policy_logps(
         load (`Callable[[str], PreTrainedModel]`):
             Loads a base.
     """
+    if any(policy["adapter"] for policy in policies.values()):
+        from peft import PeftModel  # seconds that full fine-tuning does not need
+
     logps = {}
     for path in dict.fromkeys(policy["model"] for policy in policies.values()):
         base = load(path)
