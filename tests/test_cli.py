@@ -94,7 +94,6 @@ class TestEntry:
         assert info.value.code == 0
         out = capsys.readouterr().out
         assert out.startswith(f"usage: trl-ext {command}")
-        assert ("--alpha" in out) == (command == "tdpo")
         assert ("--refinement_weight" in out) == (command == "self-refine-dpo")
 
     @pytest.mark.parametrize("argv", [["tpdo"], ["--versio"], ["aries"], ["aries", "run"]])

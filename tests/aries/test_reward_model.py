@@ -189,7 +189,7 @@ def tokenizer_of(path):
     return AutoTokenizer.from_pretrained(path)
 
 
-def save_bert_like(path: Path, source: str) -> Path:
+def save_deberta(path: Path, source: str) -> Path:
     """A DeBERTa reward model, an architecture that vLLM does not have."""
     from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
@@ -211,8 +211,9 @@ def save_bert_like(path: Path, source: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # transformers' DeBERTa
 def test_what_vllm_does_not_have_goes_to_transformers(tiny_model_path, tmp_path):
-    path = save_bert_like(tmp_path / "model", tiny_model_path)
+    path = save_deberta(tmp_path / "model", tiny_model_path)
     with pytest.raises(
         RecipeError, match="vLLM cannot serve .*DebertaV2ForSequenceClassification.*Write `transformers`"
     ):
