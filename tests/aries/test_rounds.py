@@ -134,7 +134,12 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
         wins = turn["win_rate_round_0"]
         assert wins["wins"] + wins["ties"] + wins["losses"] == 10
     cost = json.loads((whole / "round_01" / "cost.json").read_text())
-    assert [stage["stage"] for stage in cost["stages"]] == ["drafts and refinements", "scores", "training (tdpo)"]
+    assert [stage["stage"] for stage in cost["stages"]] == [
+        "drafts and refinements",
+        "parity",
+        "scores",
+        "training (tdpo)",
+    ]
     assert all(stage["seconds"] >= 0 and stage["interrupted"] == 0 for stage in cost["stages"])
     drafts = [row["answers"][0] for row in read_jsonl(whole / "round_01" / "answers.jsonl")]
     assert cost["generated_tokens"]["drafts"] == sum(answer["tokens"] for answer in drafts)
