@@ -25,6 +25,7 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOT
 # Names TRL does not export -> their parameters. For an autograd function, those of `forward` after `ctx`.
 NOT_EXPORTED = {
     ("trl.data_utils", "_tokenize"): ("processing_class", "input", "apply_chat_template_kwargs"),
+    ("trl.data_utils", "common_prefix_length"): ("ids", "other_ids"),
     ("trl.kernels.chunked_logprob", "_addmm_fp32"): ("acc", "a", "b"),
     ("trl.models.utils", "disable_gradient_checkpointing"): ("model", "gradient_checkpointing_kwargs"),
     ("trl.trainer.dpo_trainer", "DataCollatorForPreference"): (
