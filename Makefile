@@ -68,9 +68,11 @@ test-slow: $(STAMP) ## Tests that take minutes
 test-gpu: $(STAMP) ## Tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-bench: $(STAMP) ## Measure TDPO and Sr-DPO steps beside a DPO step; writes docs/benchmarks
+bench: $(STAMP) ## Measure steps of the trainers and the loop's schedule; writes docs/benchmarks
 	$(BIN)/python -m tests.benchmarks.tdpo $(ARGS)
 	$(BIN)/python -m tests.benchmarks.self_refine_dpo $(ARGS)
+	$(BIN)/python -m tests.benchmarks.generation $(ARGS)
+	$(BIN)/python -m tests.benchmarks.orchestrator $(ARGS)
 
 bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)

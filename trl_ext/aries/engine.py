@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import AutoTokenizer
 from transformers import GenerationConfig as HFGenerationConfig
@@ -20,6 +20,10 @@ from .config import DraftsConfig, GenerationConfig, RefinementsConfig
 from .drafts import encode_prompt, request_seed, stop_token_ids
 from .records import Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
 from .refinements import Request, Strategy
+
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
 
 
 @dataclass
@@ -81,7 +85,7 @@ def run_chains(engine: Engine, chains: Iterable[Chain], window: int, on_finished
 
 class EmbeddedEngine:
     """
-    vLLM's `LLMEngine`, driven step by step in this process.
+    vLLM's `LLM`, whose engine is driven step by step in this process.
 
     Args:
         model (`str`):
@@ -114,7 +118,7 @@ class EmbeddedEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.cpu_kv_cache_gib)
 
-        from vllm import EngineArgs, LLMEngine
+        from vllm import LLM
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
@@ -129,26 +133,25 @@ class EmbeddedEngine:
             }
         if adapter is not None:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank}
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=model,
-                revision=revision,
-                tokenizer_revision=revision,
-                dtype=config.dtype,
-                max_model_len=config.max_model_len,
-                max_num_seqs=config.max_num_seqs,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                tensor_parallel_size=config.tensor_parallel_size,
-                quantization=config.quantization,
-                enable_prefix_caching=True,
-                logprobs_mode="raw_logprobs",
-                generation_config="vllm",  # the model's own must not change sampling silently
-                trust_remote_code=trust_remote_code,
-                seed=0,  # requests bring their own
-                disable_log_stats=True,
-                **settings,
-            )
+        self.llm = LLM(
+            model=model,
+            revision=revision,
+            tokenizer_revision=revision,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            tensor_parallel_size=config.tensor_parallel_size,
+            quantization=config.quantization,
+            enable_prefix_caching=True,
+            logprobs_mode="raw_logprobs",
+            generation_config="vllm",  # the model's own must not change sampling silently
+            trust_remote_code=trust_remote_code,
+            seed=0,  # requests bring their own
+            disable_log_stats=True,
+            **settings,
         )
+        self._engine = self.llm.llm_engine
         self._lora = None if adapter is None else LoRARequest(*adapter)
         self._tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model, revision))
@@ -163,9 +166,6 @@ class EmbeddedEngine:
         self.prompt_tokens = self.cached_tokens = 0
 
     def submit(self, chain: Chain) -> bool:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         request = self._task.strategy.next_request(chain)
         if request is None:
             return False
@@ -176,7 +176,18 @@ class EmbeddedEngine:
             return False
         name = (chain.prompt_id, request.turn, *(("critique",) if request.is_critique else ()))
         request_id = "/".join(map(str, name))
-        params = SamplingParams(
+        params = self.sampling_params(sampling, name)
+        [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
+        self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
+        self._running[request_id] = (chain, request)
+        return True
+
+    def sampling_params(self, sampling: DraftsConfig, name: tuple[Any, ...]) -> "SamplingParams":
+        """What a request asks of vLLM; its seed is its task's and its name's."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -185,10 +196,6 @@ class EmbeddedEngine:
             stop_token_ids=self._stop_token_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
-        self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
-        self._running[request_id] = (chain, request)
-        return True
 
     def step(self) -> list[Chain]:
         advanced = []
