@@ -49,8 +49,12 @@ class ScriptedEngine:
 @pytest.mark.parametrize("window", [1, 3, 50])
 def test_every_chain_gets_every_turn_once_and_the_window_holds(window):
     engine = ScriptedEngine(turns=4)
-    finished = []
-    run_chains(engine, (Chain(str(i), "x") for i in range(20)), window, finished.append)
+    answers, finished = [], []
+    chains = (Chain(str(i), "x") for i in range(20))
+    run_chains(
+        engine, chains, window, lambda chain: answers.append((chain.prompt_id, len(chain.answers))), finished.append
+    )
+    assert sorted(answers) == sorted((str(i), turn) for i in range(20) for turn in (1, 2, 3, 4))
     assert sorted(int(chain.prompt_id) for chain in finished) == list(range(20))
     assert all([a.turn for a in chain.answers] == [1, 2, 3, 4] for chain in finished)
     assert engine.most_running == min(window, 20)
@@ -59,7 +63,7 @@ def test_every_chain_gets_every_turn_once_and_the_window_holds(window):
 def test_there_is_no_barrier_between_turns():
     """Some chain asks for its last refinement before another has its draft."""
     engine = ScriptedEngine(turns=3)
-    run_chains(engine, [Chain(str(i), "x") for i in range(8)], 4, lambda chain: None)
+    run_chains(engine, [Chain(str(i), "x") for i in range(8)], 4, lambda chain: None, lambda chain: None)
     first_last_turn = next(i for i, (_, turn) in enumerate(engine.order) if turn == 3)
     last_draft = max(i for i, (_, turn) in enumerate(engine.order) if turn == 1)
     assert first_last_turn < last_draft
@@ -69,7 +73,7 @@ def test_chains_that_cannot_start_are_finished_and_block_nothing():
     engine = ScriptedEngine(turns=2)
     chains = [Chain("a", "too long"), Chain("b", "x"), Chain("c", "too long"), Chain("d", "too long")]
     finished = []
-    run_chains(engine, chains, 1, finished.append)
+    run_chains(engine, chains, 1, lambda chain: None, finished.append)
     assert {chain.prompt_id: len(chain.answers) for chain in finished} == {"a": 0, "b": 2, "c": 0, "d": 0}
 
 
@@ -170,11 +174,13 @@ def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_mod
     with policy.disable_adapter():
         assert greedy(policy, tokenizer, prompts[0]["prompt"]) != rows[0]["answers"][0]["text"]
 
-    # Continue from three chains, the last of them torn
+    # Continue from two chains, the draft of a third, and a torn line
     for row in rows[:2]:
         row["answers"][0]["text"] = "kept as it was found"
+    rows[2]["answers"][0]["tokens"] = 99  # likewise
+    drafts = [row | {"answers": row["answers"][:1]} for row in rows[1:3]]
     part = tmp_path / "answers.jsonl.part"
-    part.write_text("".join(map(to_line, rows[:2])) + json.dumps(rows[2])[:20])
+    part.write_text("".join(map(to_line, [rows[0], *drafts, rows[1]])) + json.dumps(rows[3])[:20])
     (tmp_path / "answers.jsonl").unlink()
     assert generate(job, tmp_path) == rows
     assert not part.exists()

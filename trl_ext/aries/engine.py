@@ -2,8 +2,8 @@
 How answers are generated: embedded vLLM, in a child process that ends with the stage.
 
 In: a job, a JSON file that names the policy and the files of prompts to answer. Out: `answers.jsonl` beside each, one
-chain per row, appended to `answers.jsonl.part` as chains end and continued from it after a crash. Ending the process is
-the one sure way to give the GPU's memory back to the trainer. Only `reward_model.py` imports vLLM besides.
+chain per row. Every new answer appends its chain so far to `answers.jsonl.part`, from which a killed process is continued. Ending the
+process is the one sure way to give the GPU's memory back to the trainer. Only `reward_model.py` imports vLLM besides.
 """
 
 import os
@@ -47,7 +47,13 @@ class Engine(Protocol):
         """Wait for some requests, add their answers to their chains, and return those."""
 
 
-def run_chains(engine: Engine, chains: Iterable[Chain], window: int, on_finished: Callable[[Chain], None]) -> None:
+def run_chains(
+    engine: Engine,
+    chains: Iterable[Chain],
+    window: int,
+    on_answer: Callable[[Chain], None],
+    on_finished: Callable[[Chain], None],
+) -> None:
     """
     Advance every chain on its own: no barrier at which a batch waits for its longest answer, and a prompt's prefix is
     still in the cache when its refinement arrives.
@@ -56,9 +62,11 @@ def run_chains(engine: Engine, chains: Iterable[Chain], window: int, on_finished
         engine ([`Engine`]):
             Answers requests.
         chains (iterable of [`Chain`]):
-            New chains; drawn when there is room.
+            Chains, new or begun; drawn when there is room.
         window (`int`):
             Chains in progress at once. More than the engine decodes together would only queue.
+        on_answer (`Callable`):
+            Called with a chain whenever it has a new answer.
         on_finished (`Callable`):
             Called with each finished chain.
     """
@@ -77,6 +85,7 @@ def run_chains(engine: Engine, chains: Iterable[Chain], window: int, on_finished
     active += refill()
     while active:
         for chain in engine.step():
+            on_answer(chain)
             if not engine.submit(chain):
                 on_finished(chain)
                 active -= 1
@@ -261,27 +270,29 @@ def _generation_config(model: str, revision: str | None) -> HFGenerationConfig |
 
 
 def answer_task(engine: EmbeddedEngine, task: Task, window: int, progress: Callable[[int], None]) -> None:
-    """Answer a file of prompts, continuing from what a previous process left."""
+    """Answer a file of prompts, continuing every chain from what a previous process left."""
     part = task.answers.with_name(task.answers.name + ".part")
-    finished = {row["prompt_id"]: row for row in recover_jsonl(part)}
+    rows = {row["prompt_id"]: row for row in recover_jsonl(part)}  # the last one of a chain holds all its answers
     prompts = read_jsonl(task.prompts)
-    progress(len(finished))
+    finished: dict[str, dict[str, Any]] = {}
 
-    def todo() -> Iterator[Chain]:
+    def chains() -> Iterator[Chain]:
         for row in prompts:
-            if row["prompt_id"] not in finished:
-                yield Chain(row["prompt_id"], row["prompt"])
+            begun = rows.get(row["prompt_id"])
+            yield Chain(row["prompt_id"], row["prompt"]) if begun is None else Chain.from_row(begun, row["prompt"])
 
     with open(part, "a", encoding="utf-8") as file:
 
-        def on_finished(chain: Chain) -> None:
-            finished[chain.prompt_id] = chain.to_row()
+        def on_answer(chain: Chain) -> None:
             file.write(to_line(chain.to_row()))
             file.flush()
+
+        def on_finished(chain: Chain) -> None:
+            finished[chain.prompt_id] = chain.to_row()
             progress(len(finished))
 
         engine.start(task)
-        run_chains(engine, todo(), window, on_finished)
+        run_chains(engine, chains(), window, on_answer, on_finished)
 
     if engine.prompt_tokens:
         share = engine.cached_tokens / engine.prompt_tokens

@@ -48,4 +48,4 @@ def status(config: AriesConfig) -> int:
 def progress(path: Path) -> str:
     """How far a stage that appends to its file has come."""
     part = path.with_name(path.name + ".part")
-    return f"{len(part.read_bytes().splitlines())} so far" if part.exists() else "-"
+    return f"{len(part.read_bytes().splitlines())} answers so far" if part.exists() else "-"
