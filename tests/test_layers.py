@@ -17,16 +17,17 @@ import trl_ext
 PACKAGE = Path(trl_ext.__file__).parent
 
 # Part of the package -> the parts it may import. `recipe` and `recipe_values` are at the bottom, beside `losses`: they
-# turn YAML into dataclasses and know no trainer.
+# turn YAML into dataclasses and know no trainer; `processes` knows nothing of what runs in them.
 MAY_IMPORT = {
+    "processes": set(),
     "recipe_values": set(),
     "recipe": {"recipe_values"},
     "losses": set(),
     "kernels": set(),
     "trainers": {"losses", "kernels"},
-    "aries": {"recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "scripts": {"recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "cli": {"recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
+    "aries": {"processes", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "scripts": {"processes", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "cli": {"processes", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
     "__init__": {"trainers"},  # the public names, lazily
 }
 

@@ -1,6 +1,6 @@
 """
 The `trl-ext` command. It parses, imports what the sub-command needs, and runs it; exit code 2 and one `error:` on stderr mean
-that the recipe, the flags or the data are at fault.
+that the recipe, the flags or the data are at fault, 1 that something failed, 128 + n that signal n ended it (130 is Ctrl-C).
 
 `tdpo` and `self-refine-dpo` run in this process on one device, and through `accelerate launch` where the recipe, the flags,
 the user's own `accelerate config` or a second GPU ask for it.
@@ -8,9 +8,10 @@ the user's own `accelerate config` or a second GPU ask for it.
 
 import argparse
 import os
-import subprocess
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 # Sub-command -> script in `trl_ext/scripts`
 TRAINERS = {"tdpo": "tdpo", "self-refine-dpo": "self_refine_dpo"}
+
+CONTINUE = {
+    "aries": "what is done is kept; the same command continues.",
+    **dict.fromkeys(TRAINERS, "`--resume_from_checkpoint true` continues from the last checkpoint, if there is one."),
+}
 
 EXAMPLES = """\
 examples:
@@ -110,15 +116,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .recipe import RecipeError
 
     try:
-        if args.command == "aries":
-            return aries(args, unknown, passed)
-        return train(args.command, argv[argv.index(args.command) + 1 :])
+        with signals_as_exceptions():
+            if args.command == "aries":
+                return aries(args, unknown, passed)
+            return train(args.command, argv[argv.index(args.command) + 1 :])
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        return 130
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
+        print(f"interrupted ({number.name}): {CONTINUE[args.command]}", file=sys.stderr)  # noqa: T201
+        return 128 + number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end a process without a word otherwise, and leave what it started behind."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+    """Unwind on SIGTERM and SIGHUP as on Ctrl-C; where they are ignored, as under `nohup`, they stay so."""
+
+    def unwind(number: int, frame: object) -> None:
+        raise Terminated(signal.Signals(number))
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, unwind)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[str]) -> int:
@@ -175,8 +209,12 @@ def train(command: str, args: Sequence[str]) -> int:
         script.run(script_args)
         return 0
     script.parse_args(script_args)  # one clear error here rather than one from each process
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launch_args]
-    return subprocess.run([*launcher, "--module", script.__name__, *script_args]).returncode
+
+    from .processes import run_launcher
+
+    return run_launcher(
+        "accelerate.commands.launch", ["--quiet", *launch_args, "--module", script.__name__, *script_args]
+    )
 
 
 def split_launch_args(recipe: "Recipe", args: Sequence[str]) -> tuple[list[str] | None, list[str]]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 ROOT = Path(__file__).parents[2]
@@ -29,3 +30,14 @@ def sorting(tmp_path_factory) -> Path:
 def tiny_model_path(sorting) -> str:
     """The random model of the task."""
     return str(sorting / "model")
+
+
+@pytest.fixture(scope="session")
+def whole_run(sorting, tmp_path_factory) -> tuple[Path, str]:
+    """The directory of a tiny run that nothing disturbed, and what it printed. Its recipe lies beside it."""
+    from tests.aries.tiny_run import recipe, run
+
+    whole = tmp_path_factory.mktemp("runs") / "whole"
+    file = whole.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe(sorting, whole)))
+    return whole, run(file)

@@ -12,6 +12,7 @@ def test_by_hand():
         {"event": "end", "round": 0, "stage": "sft", "seconds": 9.0},
         {"event": "start", "round": 1, "stage": "scores"},
         {"event": "end", "round": 1, "stage": "scores", "seconds": 1.5},
+        {"event": "note", "round": 1, "stage": "scores", "note": "2 replies without a verdict"},
         {"event": "start", "round": 1, "stage": "training (dpo)"},
         {"event": "start", "round": 1, "stage": "training (dpo)"},
         {"event": "end", "round": 1, "stage": "training (dpo)", "seconds": 4.0},

@@ -4,98 +4,20 @@ The loop itself: real vLLM, TRL and PEFT on the sorting task at a tiny size, run
 
 import json
 import re
-import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
 from datasets import load_dataset
+from tests.aries.tiny_run import ON_CPU, command, recipe, run
 
 from trl_ext.aries.records import read_jsonl
 
 
-ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 1}
-
-
-def recipe(sorting: Path, output_dir: Path, **changes) -> dict:
-    return {
-        "output_dir": str(output_dir),
-        "rounds": 2,
-        "model": {
-            "model_name_or_path": str(sorting / "model"),
-            "dtype": "float32",
-            "use_peft": True,
-            "lora_r": 8,
-            "lora_target_modules": ["q_proj", "v_proj", "up_proj"],
-        },
-        "prompts": {"dataset": str(sorting / "train.jsonl"), "per_round": 24},
-        "sft": {"dataset": str(sorting / "sft.jsonl"), **ON_CPU, "max_steps": 8, "learning_rate": 1e-2},
-        "generation": {"max_model_len": 64, "max_num_seqs": 16, "dtype": "float32", "cpu_kv_cache_gib": 1},
-        "drafts": {"temperature": 1.0, "max_tokens": 8},
-        "refinements": {"turns": 3, "template": "{{ question }} Draft : {{ draft }} . Write a better answer ."},
-        "scores": {"verifier": "recipes/quickstart/verifier.py:partial_match"},
-        "pairs": {"direct_weight": 2},
-        "training": {"trainer": "tdpo", **ON_CPU, "max_steps": 2, "per_device_train_batch_size": 8},
-        "evaluation": {"dataset": str(sorting / "eval.jsonl"), "samples": 10},
-        **changes,
-    }
-
-
-def command(file: Path, action: str = "run") -> list[str]:
-    return [sys.executable, "-m", "trl_ext.cli", "aries", action, "--config", str(file)]
-
-
-def run(file: Path, action: str = "run") -> str:
-    """Run the command line to its end; what it printed."""
-    done = subprocess.run(command(file, action), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def kill_when(file: Path, condition) -> None:
-    """Start the run and kill it, with everything it started, as soon as the condition holds."""
-    process = subprocess.Popen(command(file), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def results(path: Path) -> dict[str, bytes | dict]:
-    """Contents of everything a run made, but for clocks (logs, events, the trainers' own histories)."""
-    found: dict[str, bytes | dict] = {}
-    for file in sorted(path.rglob("*")):
-        name = str(file.relative_to(path))
-        if file.is_file() and not re.search(
-            r"/?logs/|/training/|events.jsonl|run.lock|resolved.json|recipe.yaml|cost.json", name
-        ):
-            # Paths differ between two run directories, and with them what is hashed over them
-            content = file.read_bytes().replace(str(path).encode(), b"RUN")
-            if file.name == "manifest.json":
-                content = json.loads(content)
-                for key in ("recipe_sha256", "parent"):
-                    del content[key]
-            found[name] = content
-    return found
-
-
 @pytest.mark.vllm
-def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
-    """
-    The uninterrupted run: every stage's file is there, and the counts add up. The killed run: SIGKILL once the SFT adapter
-    is there, half-way through the generation, after the scores, after the pairs, and once round 1's adapter is there; it
-    ends with the same files, byte for byte, clocks apart.
-    """
-    file = tmp_path / "whole.yaml"
-    whole = tmp_path / "whole"
-    file.write_text(yaml.safe_dump(recipe(sorting, whole)))
-    printed = run(file)
+def test_the_loop(whole_run):
+    """Every stage's file is there, the counts add up, and a finished run is left as it is."""
+    whole, printed = whole_run
 
     # What was printed: a line per stage, drops, an estimate, the table
     assert re.search(r"round 1/2  drafts and refinements\s+34", printed)  # 24 prompts and 10 of the evaluation
@@ -149,25 +71,9 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     assert initial["kl_to_initial"]["per_answer"] == 0
     assert json.loads((whole / "round_02" / "manifest.json").read_text())["parity"]["difference"] < 1e-4
 
-    # The run that was killed
-    killed = tmp_path / "killed"
-    file = tmp_path / "killed.yaml"
-    file.write_text(yaml.safe_dump(recipe(sorting, killed)))
-    part = killed / "round_01" / "answers.jsonl.part"
-    kill_when(file, (killed / "round_00" / "adapter").exists)
-    kill_when(file, lambda: part.exists() and len(part.read_bytes().splitlines()) >= 5)
-    kill_when(file, (killed / "round_01" / "scores.jsonl").exists)
-    kill_when(file, (killed / "round_01" / "pairs.jsonl").exists)
-    kill_when(file, (killed / "round_01" / "adapter").exists)
-    assert "round 1: prompts done, answers done, scores done, pairs done, training done" in " ".join(
-        run(file, "status").split()
-    )
-    run(file)
-    assert results(killed) == results(whole)
-
     # A finished run is left as it is
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != "run.lock"}
-    run(tmp_path / "whole.yaml")
+    run(whole.with_suffix(".yaml"))
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

@@ -5,7 +5,6 @@ A child reads its job from a JSON file and reports `{"done": i, "total": n}` lin
 `{"failed": message}` for a fault that it can name; whatever it or its libraries print goes to a log file. It dies with its parent.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..processes import die_with_parent, end_group
 from ..recipe import RecipeError
 
 
@@ -24,7 +24,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONHASHSEED": "0",  # PEFT writes a set of module names: the same order in every process
 }
-PR_SET_PDEATHSIG = 1
 REPORT = "trl-ext-report: "
 
 
@@ -85,21 +84,15 @@ def run_child(
             code = child.wait()
         finally:
             end_group(child)
+            child.stdout.close()
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            how += ", as the kernel does where memory runs out"
         raise ChildError(
-            f"{module} ended with exit code {code}. The end of {log}:\n\n" + "\n".join(lines[-LOG_TAIL_LINES:])
+            f"{module} {how}. The same command continues. The end of {log}:\n\n" + "\n".join(lines[-LOG_TAIL_LINES:])
         )
-
-
-def end_group(child: subprocess.Popen) -> None:
-    """End a child and everything it started."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    child.wait()
-    child.stdout.close()
 
 
 def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None]) -> None:
@@ -120,12 +113,3 @@ def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None
         report(error=str(error))
     except ChildError as error:
         report(failed=str(error))
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends, however that happens (Linux)."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os._exit(1)

@@ -26,7 +26,7 @@ def round_cost(
     """
     stages: dict[str, dict[str, Any]] = {}
     for event in events:
-        if event["round"] != number:
+        if event["round"] != number or event["event"] not in ("start", "end"):
             continue
         stage = stages.setdefault(event["stage"], {"stage": event["stage"], "seconds": 0.0, "interrupted": 0})
         if event["event"] == "start":

@@ -198,6 +198,9 @@ class Rounds:
                     "seed": [self.config.seed, number],
                 }
             )
+        for task in tasks:
+            if Path(task["answers"]).exists():  # a kill between the last two moves of the engine leaves both
+                Path(task["answers"] + ".part").unlink(missing_ok=True)
         parity = None
         if self.config.parity.samples and not previous.samples.exists():
             parity = {

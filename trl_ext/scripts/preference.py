@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..processes import die_with_launcher
 from ..recipe import RecipeError, parse_flat, take_flag
 
 
@@ -28,6 +29,7 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     """Run; a [`RecipeError`] becomes one `error:` on stderr and exit code 2."""
+    die_with_launcher()
     try:
         run(list(argv))
     except RecipeError as error:

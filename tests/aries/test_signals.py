@@ -1,0 +1,118 @@
+"""
+Signals to real runs: how they end, how fast, and that nothing they started is left. Processes are found by a variable in their
+environment, which everything that a run starts inherits.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.aries.tiny_run import command, recipe
+
+
+SECONDS_TO_END = 10
+MARK = "TRL_EXT_TEST_RUN"
+
+
+class Run:
+    """A command with a mark of its own."""
+
+    def __init__(self, arguments: list[str], **environment: str):
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(
+            arguments,
+            env={**os.environ, MARK: self.mark, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def alive(self) -> list[str]:
+        """Command lines of the run's processes."""
+        found = []
+        for directory in Path("/proc").iterdir():
+            try:
+                environment = (directory / "environ").read_bytes()
+                words = (directory / "cmdline").read_bytes().split(b"\0")
+            except OSError:  # not a process, or one that has ended
+                continue
+            if f"{MARK}={self.mark}".encode() in environment.split(b"\0") and words != [b""]:
+                found.append(b" ".join(words).decode())
+        return found
+
+    def wait_for(self, condition) -> None:
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        """Send a signal to the command alone; its exit code and what it printed, after checking that all has ended in time."""
+        start = time.monotonic()
+        self.process.send_signal(number)
+        printed, _ = self.process.communicate(timeout=60)
+        while (left := self.alive()) and time.monotonic() - start < SECONDS_TO_END:
+            time.sleep(0.05)
+        assert not left
+        assert time.monotonic() - start < SECONDS_TO_END
+        return self.process.returncode, printed
+
+
+def grows(file: Path):
+    """Whether a file has grown since now."""
+    size = file.stat().st_size if file.exists() else 0
+    return lambda: file.exists() and file.stat().st_size > size
+
+
+@pytest.mark.vllm
+def test_a_loop_that_is_asked_to_end(sorting, tmp_path):
+    """SIGINT while answers are generated, SIGTERM while the policy is trained. That it then continues: test_kills.py."""
+    output, file = tmp_path / "run", tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe(sorting, output, rounds=1)))
+    for number, grown in ((signal.SIGINT, "answers.jsonl.part"), (signal.SIGTERM, "logs/training.log")):
+        run = Run(command(file))
+        run.wait_for(grows(output / "round_01" / grown))
+        assert len(run.alive()) == 2, "the loop and its stage"
+        code, printed = run.end(number)
+        assert code == 128 + number
+        assert f"interrupted ({number.name}): what is done is kept; the same command continues." in printed
+        assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
+def test_a_launched_training_that_is_asked_to_end(number, tiny_model_dir, conversational_pairs, tmp_path):
+    """`trl-ext tdpo` through accelerate's launcher, on two processes."""
+    conversational_pairs.to_json(tmp_path / "pairs.jsonl")
+    file = tmp_path / "r.yaml"
+    settings = {
+        "model_name_or_path": str(tiny_model_dir),
+        "dataset_name": str(tmp_path / "pairs.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "accelerate_config": "ddp",
+        "num_processes": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_steps": 100_000,
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "report_to": "none",
+    }
+    file.write_text(yaml.safe_dump(settings))
+    run = Run([sys.executable, "-m", "trl_ext.cli", "tdpo", "--config", str(file)], ACCELERATE_USE_CPU="true")
+    run.wait_for(lambda: list((tmp_path / "out").glob("checkpoint-*")))
+    assert len(run.alive()) == 4, "the command, the launcher and two processes"
+    code, printed = run.end(number)
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        assert f"interrupted ({number.name}): `--resume_from_checkpoint true` continues" in printed
