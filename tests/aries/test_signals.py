@@ -87,6 +87,22 @@ def test_a_loop_that_is_asked_to_end(sorting, tmp_path):
         assert "Traceback" not in printed
 
 
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_engine_with_processes_of_its_own(number, sorting, tmp_path):
+    """With tensor parallelism, vLLM starts workers; on a CPU they must be told where to run."""
+    output, file = tmp_path / "run", tmp_path / "r.yaml"
+    settings = recipe(sorting, output, rounds=1)
+    settings["generation"]["tensor_parallel_size"] = 2
+    del settings["sft"]
+    file.write_text(yaml.safe_dump(settings))
+    run = Run(command(file), VLLM_CPU_OMP_THREADS_BIND="0|1")
+    run.wait_for(grows(output / "round_01" / "answers.jsonl.part"))
+    assert len(run.alive()) >= 4, "the loop, the engine and two workers"
+    run.end(number)
+
+
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
 )

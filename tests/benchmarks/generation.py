@@ -5,7 +5,6 @@ The same requests in three schedules on one engine: the chain driver; a call of 
 turns does it; and all requests in one call, as if no answer had to be waited for, which is what the engine can do at most.
 """
 
-import argparse
 import math
 import random
 import statistics
@@ -24,7 +23,7 @@ from trl_ext.aries.engine import EmbeddedEngine, Task, run_chains
 from trl_ext.aries.records import Chain
 from trl_ext.aries.refinements import Strategy
 
-from .steps import OUTPUT, Shape, environment, write
+from .steps import Shape, argument_parser, environment, write
 
 
 MODEL = Shape(vocabulary=2048, hidden=128, layers=2, pairs=0, head_size=32)
@@ -152,10 +151,8 @@ WORKLOADS = (Workload(128, 1.0), Workload(256, 1.0), Workload(256, 0.5), Workloa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argument_parser(__doc__, repeats=3)
     parser.add_argument("--slots", type=int, default=32, help="requests that the engine decodes together")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     text = (
         "`make bench` measures this: the same requests on one engine in three schedules, which take turns. Chain driver: "

@@ -6,13 +6,11 @@ shapes of Llama-3.1-8B and Qwen2.5-0.5B, and whole training steps of both, with 
 depend on them. `docs/benchmarks/README.md` says what a bare machine needs.
 """
 
-import argparse
 import dataclasses
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -24,7 +22,7 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOT
 from trl_ext.kernels.position_kl import log_probs, position_kl
 
 from .self_refine_dpo import PRECOMPUTED
-from .steps import OUTPUT, Contestant, Shape, environment, measure, peak_bytes, synchronize, write
+from .steps import Contestant, Shape, argument_parser, environment, measure, peak_bytes, synchronize, write
 from .tdpo import FullLogitsTDPOTrainer
 
 
@@ -174,9 +172,7 @@ def measure_head(head: Head, device: str, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser = argument_parser(__doc__, repeats=10)
     parser.add_argument("--only", choices=["check", "heads", "steps"], help="one part; the check always runs")
     parser.add_argument(
         "--tiny", action="store_true", help="tiny shapes, on a CPU if there is no GPU: to try this script"

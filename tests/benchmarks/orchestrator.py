@@ -4,7 +4,6 @@ What a round of ARIES costs besides generation and training: `make bench`. Write
 One real round on the quickstart's task: real vLLM, real TRL, and the stages between them timed one by one.
 """
 
-import argparse
 import resource
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.rounds import Rounds
 from trl_ext.recipe import export_env, load_yaml, parse_section
 
-from .steps import OUTPUT, environment, write
+from .steps import argument_parser, environment, write
 
 
 ROOT = Path(__file__).parents[2]
@@ -84,10 +83,8 @@ def measure(directory: Path, prompts: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser = argument_parser(__doc__, repeats=1)
     parser.add_argument("--prompts", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=1, help="the round of median length is written")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
     measured = []
     for _ in range(args.repeats):

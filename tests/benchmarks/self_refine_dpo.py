@@ -5,14 +5,11 @@ Side by side, with and without precomputed references: `trl.DPOTrainer` and `Sel
 the paper's refinement prompt; and Sr-DPO computed on whole sequences, without sharing the prompts of a pair.
 """
 
-import argparse
-from pathlib import Path
-
 from trl import DPOTrainer
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer
 
-from .steps import OUTPUT, Contestant, Shape, environment, measure, write
+from .steps import Contestant, Shape, argument_parser, environment, measure, write
 
 
 class WholeSequencesTrainer(SelfRefineDPOTrainer):
@@ -38,10 +35,7 @@ SHAPES = (Shape(4096, 256, 8, 2, 256, 255), Shape(32000, 256, 4, 2, 256, 255))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    args = parser.parse_args()
+    args = argument_parser(__doc__, repeats=5).parse_args()
     text = (
         "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process, with "
         "gradient checkpointing (TRL's default). A step is loss and gradients; `ratio` is the median over the repeats of its "

@@ -6,6 +6,7 @@ A step is loss and gradients, without the optimizer. Counted beside the time are
 held before it.
 """
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -274,6 +275,14 @@ def measure(
         )
         print(rows[-1], flush=True)
     return rows
+
+
+def argument_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """What every benchmark's command line has; `description` is its module's docstring."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[1])
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    return parser
 
 
 def environment(device: str, dtype: str) -> str:

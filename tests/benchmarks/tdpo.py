@@ -5,9 +5,6 @@ Side by side: `trl.DPOTrainer`; the same with its head on the completions only, 
 paper's code computes it, with full logits.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 from trl import DPOTrainer
 
@@ -15,7 +12,7 @@ from trl_ext import TDPOConfig, TDPOTrainer
 from trl_ext.trainers.pairwise_trainer import PairBatch
 from trl_ext.trainers.position_kl_head import PositionKLOutput
 
-from .steps import OUTPUT, Contestant, Shape, environment, measure, write
+from .steps import Contestant, Shape, argument_parser, environment, measure, write
 
 
 class FullLogitsTDPOTrainer(TDPOTrainer):
@@ -54,10 +51,7 @@ SHAPES = (Shape(4096, 256, 4, 4), Shape(32000, 256, 4, 4), Shape(128256, 256, 4,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    args = parser.parse_args()
+    args = argument_parser(__doc__, repeats=7).parse_args()
     text = (
         "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process. A step is "
         "loss and gradients; `ratio` is the median over the repeats of its time to `trl.DPOTrainer`'s, `peak` what a step "
