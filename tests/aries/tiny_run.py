@@ -64,7 +64,7 @@ def results(path: Path) -> dict[str, bytes | dict]:
             content = file.read_bytes().replace(str(path).encode(), b"RUN")
             if file.name == "manifest.json":
                 content = json.loads(content)
-                for key in ("recipe_sha256", "parent"):
+                for key in ("recipe_sha256", "parent", "commit"):
                     del content[key]
             found[name] = content
     return found
