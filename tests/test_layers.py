@@ -21,12 +21,13 @@ PACKAGE = Path(trl_ext.__file__).parent
 MAY_IMPORT = {
     "recipe_values": set(),
     "recipe": {"recipe_values"},
+    "terminal": set(),
     "losses": set(),
     "kernels": set(),
     "trainers": {"losses", "kernels"},
-    "aries": {"recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "scripts": {"recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "cli": {"recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
+    "aries": {"terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "scripts": {"terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "cli": {"terminal", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
     "__init__": {"trainers"},  # the public names, lazily
 }
 
