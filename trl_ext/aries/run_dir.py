@@ -9,9 +9,10 @@ import json
 import platform
 import subprocess
 import time
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import trl_ext
 
 from ..recipe import RecipeError
+from ..recipe_values import union_members
 from .config import AriesConfig
 from .records import sha256, write_atomically, write_json
 
@@ -136,7 +138,7 @@ class RunDir:
     def _claim(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> None:
         resolved = json.loads(json.dumps(asdict(config))) | {"inputs": inputs}
         if self.resolved.exists():
-            recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
+            recorded = self._recorded()
             changed = differing_keys(recorded, resolved) - OPERATIONAL_KEYS
             # More rounds continue a run, where the rounds done so far do not depend on their number
             if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
@@ -155,6 +157,17 @@ class RunDir:
             raise RecipeError(f"{self.path} holds rounds but no {self.resolved.name}. Choose another `output_dir`.")
         write_atomically(self.recipe, [recipe_text])
         write_json(self.resolved, resolved)
+
+    def _recorded(self) -> dict[str, Any]:
+        """What the run was made with; keys that its version of this package did not have are at their defaults."""
+        try:
+            recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(
+                f"{self.resolved}: not valid JSON ({error}), so it cannot be seen what the run was made with. Bring the file "
+                "back, or set another `output_dir`."
+            ) from error
+        return with_defaults(recorded, AriesConfig)
 
     def log_event(self, **event: Any) -> None:
         """Append to `events.jsonl`: what happened, when."""
@@ -206,6 +219,28 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
         return set() if old == new else {prefix}
     keys = old.keys() | new.keys()
     return set().union(*(differing_keys(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k) for k in keys))
+
+
+def with_defaults(recorded: Any, cls: type) -> Any:
+    """A recorded section of a recipe, with the keys of `cls` that it lacks at their defaults, in nested sections too."""
+    if not isinstance(recorded, dict):
+        return recorded
+    hints, complete = typing.get_type_hints(cls), dict(recorded)
+    for field in fields(cls):
+        if field.name not in recorded:
+            if field.default is not MISSING:
+                complete[field.name] = field.default
+            elif field.default_factory is not MISSING:
+                complete[field.name] = json.loads(json.dumps(asdict(field.default_factory())))
+            continue
+        value = recorded[field.name]
+        for member in union_members(hints[field.name]):
+            items = typing.get_args(member)
+            if is_dataclass(member):
+                complete[field.name] = with_defaults(value, member)
+            elif isinstance(value, list) and items and is_dataclass(items[0]):
+                complete[field.name] = [with_defaults(item, items[0]) for item in value]
+    return complete
 
 
 def lookup(mapping: Any, dotted: str) -> Any:
