@@ -20,10 +20,22 @@ from typing import Any
 
 import yaml
 
-from .recipe_values import LAUNCH_KEYS, RecipeError, check_value, dotted, show, union_members, unknown_key
+from .recipe_values import (
+    LAUNCH_KEYS,
+    RecipeError,
+    check_value,
+    dotted,
+    show,
+    union_members,
+    unknown_key,
+    unwritable,
+)
 
 
 COMMAND_LINE = "command line"
+
+# Of a recipe, aliases counted as often as they stand for something
+MOST_VALUES = 10_000
 
 # Fields declared as text for which the trainer also takes a bare `true`
 _TRUE_TOO = ("resume_from_checkpoint", "fsdp")
@@ -87,7 +99,7 @@ def load_yaml(path: str | Path) -> Recipe:
         raise RecipeError(
             f"{path}:{line}: not valid YAML: {error.problem}. Look for a missing colon, bracket or quote, or a tab."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise RecipeError(f"{path}: not a YAML text file: {error}") from error
     if mapping is None:
         raise RecipeError(f"{path}: the file is empty. A recipe holds lines such as `learning_rate: 5.0e-7`.")
@@ -97,13 +109,18 @@ def load_yaml(path: str | Path) -> Recipe:
 
 
 def _locations(node: yaml.Node, path: Path, keys: tuple = ()) -> dict[tuple, str]:
-    """Key path -> `"file:line"` for the whole tree; a duplicate key, which YAML would settle in silence, is an error."""
+    """
+    Key path -> `"file:line"` for the whole tree. A duplicate key, which YAML would settle in silence, is an error, and so are
+    aliases of aliases that make a few lines a tree too large to walk.
+    """
     locations = {}
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, path, keys)
     if isinstance(node, yaml.MappingNode):
         for key, child in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
-            name = yaml.SafeLoader("").construct_object(key, deep=True) if key.id == "scalar" else str(key.value)
+            name = _check_scalar(key, path, keys) if key.id == "scalar" else str(key.value)
             here = (*keys, name)
             if here in locations:
                 raise RecipeError(
@@ -116,7 +133,30 @@ def _locations(node: yaml.Node, path: Path, keys: tuple = ()) -> dict[tuple, str
         for index, child in enumerate(node.value):
             locations[(*keys, index)] = f"{path}:{child.start_mark.line + 1}"
             locations |= _locations(child, path, (*keys, index))
+    if len(locations) > MOST_VALUES:
+        raise RecipeError(
+            f"{path}:{node.start_mark.line + 1}: more than {MOST_VALUES:,} values. No recipe has so many: look for aliases (`*name`) "
+            "of lists of aliases."
+        )
     return locations
+
+
+def _check_scalar(node: yaml.ScalarNode, path: Path, keys: tuple) -> Any:
+    """The value of a scalar. PyYAML makes `!!int x` or a 30th of February whatever error its conversion happens to raise."""
+    try:
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:
+        kind = node.tag.rpartition(":")[2]
+        raise RecipeError(
+            f"{path}:{node.start_mark.line + 1}: `{dotted(keys)}`: YAML cannot read {show(node.value)} as {kind} ({error}). Put text "
+            "in quotes."
+        ) from error
+    problem = unwritable(value)
+    if problem:
+        raise RecipeError(f"{path}:{node.start_mark.line + 1}: `{dotted(keys)}`: {problem}")
+    return value
 
 
 def export_env(recipe: Recipe) -> Recipe:
@@ -185,14 +225,19 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
 def _override_value(flag: str, text: str) -> Any:
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
         return float(text)
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         if text[:1] in ("[", "{", "'", '"'):
-            return loader.get_single_data()
-        # Not as a document: "Query: " in a prompt is text, no mapping
-        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
-    except (yaml.YAMLError, ValueError) as error:
+            value = loader.get_single_data()
+        else:  # not as a document: "Query: " in a prompt is text, no mapping
+            tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+            value = loader.construct_object(yaml.ScalarNode(tag, text))
+    except Exception as error:  # PyYAML's own, or whatever its conversion of a scalar happens to raise
         raise RecipeError(f"{COMMAND_LINE}: `{flag}`: not a YAML value: {text}") from error
+    problem = unwritable(value)
+    if problem:
+        raise RecipeError(f"{COMMAND_LINE}: `{flag}`: {problem}")
+    return value
 
 
 # Dataclasses

@@ -54,6 +54,10 @@ _RENAMED_IN_DATASETS = {
 }
 
 
+# Of a whole number
+_LARGEST_BITS = 1024
+
+
 class RecipeError(ValueError):
     """Bad input: a recipe, a flag or a data file. The message is for the user; the CLI prints it without traceback."""
 
@@ -148,6 +152,19 @@ def show(value: Any) -> str:
     kind = {str: "the text ", list: "the list ", dict: "the mapping "}.get(type(value), "")
     shown = repr(value) if isinstance(value, (str, int, float, list, dict)) else str(value)
     return kind + (shown if len(shown) <= 80 else shown[:77] + "...")
+
+
+def unwritable(value: Any) -> str | None:
+    """What keeps a value, or one inside it, from being written down and read again, or `None`."""
+    if isinstance(value, dict):
+        return next(filter(None, map(unwritable, (*value, *value.values()))), None)
+    if isinstance(value, (list, tuple, set)):
+        return next(filter(None, map(unwritable, value)), None)
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        return "a text with a NUL character or half a Unicode character, which no file can hold. Remove it."
+    if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:
+        return f"a number of more than {_LARGEST_BITS} bits. Write a smaller one."
+    return None
 
 
 def _way_out(value: Any, members: tuple) -> str:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment
 from jinja2.meta import find_undeclared_variables
 
 from .templates import EVALUATION_TEMPLATE, TEMPLATES, check_evaluation_template, check_refinement_template
@@ -129,7 +129,7 @@ class GenerationConfig:
         if self.answer_pattern is not None:
             try:
                 groups = re.compile(self.answer_pattern).groups
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
                     f"`generation.answer_pattern` is not a regular expression of Python: {error}. In YAML, put it in "
                     "single quotes."
@@ -283,7 +283,7 @@ class JudgeConfig:
         try:
             variables = find_undeclared_variables(Environment().parse(self.template))
             Environment().from_string(self.template)  # an unknown filter shows here
-        except TemplateSyntaxError as error:
+        except Exception as error:  # the user's code: besides its own errors Jinja2 has those of Python's compiler
             raise ValueError(f"`judge.template` is not valid Jinja2: {error}.") from error
         missing = [name for name in ("answer_a", "answer_b") if name not in variables]
         _require(

@@ -59,21 +59,27 @@ def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     Raises:
-        [`RecipeError`]: a line is not a JSON object; the message names file and line.
+        [`RecipeError`]: a line is not a JSON object in UTF-8; the message names file and line.
     """
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecipeError(
-                    f"{path}:{number}: not valid JSON ({error.msg}). Each line must be a JSON object."
-                ) from error
-            if not isinstance(row, dict):
-                raise RecipeError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
-            rows.append(row)
-    return rows
+    with open(path, "rb") as file:
+        return [read_line(path, number, line) for number, line in enumerate(file, start=1)]
+
+
+def read_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One row. Half a character, which Python's reader lets through, is refused: it could not be written again."""
+    try:
+        text = line.decode("utf-8")
+        row = json.loads(text)
+        if "\\ud" in text.lower():  # an escape that may be half of a character
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise RecipeError(f"{path}:{number}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        what = "the line is empty" if not line.strip() else f"not valid JSON ({getattr(error, 'msg', error)})"
+        raise RecipeError(f"{path}:{number}: {what}. Each line must be a JSON object.") from error
+    if not isinstance(row, dict):
+        raise RecipeError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
+    return row
 
 
 def to_line(row: dict[str, Any]) -> str:
@@ -106,7 +112,8 @@ def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
-    yield from (json.loads(line) for line in content[:whole].splitlines())
+    lines = content[:whole].split(b"\n")[:-1]
+    yield from (read_line(path, number, line) for number, line in enumerate(lines, start=1))
 
 
 def sha256(path: Path) -> str:

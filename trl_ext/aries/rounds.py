@@ -33,7 +33,7 @@ from .refinements import Strategy
 from .reward_model import RewardModel
 from .run_dir import RunDir
 from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, score_rows
-from .sft import check_sft_rows, sft_row
+from .sft import sft_row, usable_sft_rows
 
 
 # vLLM accepts these as the largest LoRA rank
@@ -109,7 +109,10 @@ class Rounds:
         self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
         evaluation = load_prompts(config.evaluation.dataset, config.evaluation.split, "evaluation.dataset")
         self.evaluation_prompts = evaluation[: config.evaluation.samples]
-        self.sft_rows = load_rows(config.sft["dataset"], "train", "sft.dataset") if config.sft else []
+        self.sft_rows, self.sft_dropped = [], {}
+        if config.sft:
+            rows = load_rows(config.sft["dataset"], "train", "sft.dataset")
+            self.sft_rows, self.sft_dropped = usable_sft_rows(rows, config.sft["dataset"])
 
     def input_hashes(self) -> dict[str, str]:
         """SHA-256 of the local files that the recipe names, by key."""
@@ -129,8 +132,6 @@ class Rounds:
 
     def check(self, recipe: Recipe) -> None:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
-        if self.config.sft is not None:
-            check_sft_rows(self.sft_rows, self.config.sft["dataset"])
         for scorer in self.scorers:
             scorer.check([self.prompts, self.evaluation_prompts])
         job = {
@@ -151,6 +152,8 @@ class Rounds:
         if self.config.sft is None or self.product(0).exists():
             return
         if not round_dir.sft.exists():
+            rows = len(self.sft_rows) + sum(self.sft_dropped.values())
+            write_json(round_dir.drops, {"sft_rows": rows, "dropped": self.sft_dropped})
             write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
         job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
         job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
