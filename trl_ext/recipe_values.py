@@ -149,6 +149,8 @@ def show(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:  # Python may refuse to print it
+        return f"a number of {value.bit_length():,} bits"
     kind = {str: "the text ", list: "the list ", dict: "the mapping "}.get(type(value), "")
     shown = repr(value) if isinstance(value, (str, int, float, list, dict)) else str(value)
     return kind + (shown if len(shown) <= 80 else shown[:77] + "...")

@@ -510,6 +510,43 @@ class ParityConfig:
 
 
 @dataclass
+class HealthConfig:
+    """
+    When a run stops rather than go on with what is left of its data or of its policy. `null` switches a bound off.
+
+    Parameters:
+        max_dropped (`float`, *optional*, defaults to `0.5`):
+            Largest share of rows that cannot be used: SFT rows without an answer, prompts that are too long, chains without two
+            whole, scored answers, training rows whose prompt fills `max_length`. What a rule of `pairs` leaves out does not count.
+            [house]
+        max_kl (`float`, *optional*, defaults to `5.0`):
+            Largest KL of a round's policy to the initial policy, in nats per token. Measured where `parity.samples` is not 0.
+            [house]
+        min_length (`float`, *optional*, defaults to `0.1`):
+            Least mean length of the direct evaluation answers, as a ratio to round 0's. [house]
+        min_diversity (`float`, *optional*, defaults to `0.1`):
+            Least `distinct_2` of the direct evaluation answers, as a ratio to round 0's. [house]
+    """
+
+    max_dropped: float | None = 0.5
+    max_kl: float | None = 5.0
+    min_length: float | None = 0.1
+    min_diversity: float | None = 0.1
+
+    def __post_init__(self):
+        _require(
+            self.max_dropped is None or 0 <= self.max_dropped < 1,
+            "`health.max_dropped` must be in [0, 1), or null for no bound.",
+        )
+        _require(self.max_kl is None or self.max_kl > 0, "`health.max_kl` must be positive, or null for no bound.")
+        for key in ("min_length", "min_diversity"):
+            _require(
+                getattr(self, key) is None or 0 < getattr(self, key) <= 1,
+                f"`health.{key}` must be in (0, 1], or null for no bound.",
+            )
+
+
+@dataclass
 class AriesConfig:
     """
     An ARIES run (https://huggingface.co/papers/2502.05605): rounds of prompts -> drafts -> refinements -> scores -> pairs
@@ -520,7 +557,7 @@ class AriesConfig:
             The run directory. Running the same recipe again continues it.
         model (`dict`):
             Keys of TRL's `ModelConfig`: `model_name_or_path`, `dtype`, `use_peft`, `lora_r`, `load_in_4bit`...
-        prompts, generation, drafts, refinements, scores, pairs, evaluation, parity:
+        prompts, generation, drafts, refinements, scores, pairs, evaluation, parity, health:
             The sections above.
         sft (`dict`, *optional*):
             SFT before round 1: `dataset` (rows with `prompt`, `completion` and optionally `draft`, which makes the row
@@ -548,6 +585,7 @@ class AriesConfig:
     scores: ScoresConfig = field(default_factory=ScoresConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     rounds: int = 3
     seed: int = 42
 
@@ -637,9 +675,14 @@ def objective_alpha(config: AriesConfig) -> float | None:
 def loop_settings(config: AriesConfig, number: int) -> dict[str, Any]:
     """
     Keys that a trainer's section may set and otherwise takes from the loop: a seed of the round's own, no progress bars in
-    the log, and room for whatever the engine can generate.
+    the log, a loss that is no number logged as such, and room for whatever the engine can generate.
     """
-    return {"seed": config.seed + number, "disable_tqdm": True, "max_length": config.generation.max_model_len}
+    return {
+        "seed": config.seed + number,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "max_length": config.generation.max_model_len,
+    }
 
 
 def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> dict[str, Any]:

@@ -129,6 +129,8 @@ class EmbeddedEngine:
             }
         if adapter is not None:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank}
+        if config.quantization is None:  # a quantization may have a loader of its own
+            settings["load_format"] = "safetensors"
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model,

@@ -36,6 +36,10 @@ OPERATIONAL_KEYS = {
     "generation.gpu_memory_utilization",
     "generation.max_num_seqs",
     "generation.tensor_parallel_size",
+    "health.max_dropped",
+    "health.max_kl",
+    "health.min_diversity",
+    "health.min_length",
     "parity.tolerance",
     "pairs.guard",
     "scores.judge.max_concurrency",
@@ -74,6 +78,8 @@ class RoundDir:
         self.samples = path / "parity.jsonl"
         self.parity = path / "parity.json"
         self.evaluation = path / "evaluation.jsonl"
+        self.health = path / "health.json"
+        self.set_aside = path / "set_aside"
         self.evaluation_scores = path / "evaluation_scores.jsonl"
         self.metrics = path / "metrics.json"
         self.cost = path / "cost.json"
