@@ -25,6 +25,7 @@ from .recipe_values import (
     RecipeError,
     check_value,
     dotted,
+    is_secret,
     show,
     union_members,
     unknown_key,
@@ -160,15 +161,47 @@ def _check_scalar(node: yaml.ScalarNode, path: Path, keys: tuple) -> Any:
 
 
 def export_env(recipe: Recipe) -> Recipe:
-    """Put the recipe's `env:` into `os.environ`, as TRL does, and return the recipe without it."""
+    """
+    Put the recipe's `env:` into `os.environ`, as TRL does, and return the recipe without it.
+
+    Raises:
+        [`RecipeError`]: `env` is no mapping of names to values, or the recipe holds a secret: recipes are copied, shared and
+            committed.
+    """
     env = recipe.mapping.get("env", {})
     if not isinstance(env, dict):
         raise RecipeError(f"{recipe.where('env')}: `env` must be a mapping of names to values, got {show(env)}.")
+    _refuse_secrets(recipe, recipe.mapping)
     for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+            raise RecipeError(f"{recipe.where('env', name)}: `env` has {show(name)}, which is no name of a variable.")
         if value is None or isinstance(value, (dict, list)):
             raise RecipeError(f"{recipe.where('env', name)}: `env.{name}` must be one value, got {show(value)}.")
-        os.environ[str(name)] = str(value)
+    for name, value in env.items():
+        os.environ[name] = str(value)
     return dataclasses.replace(recipe, mapping={k: v for k, v in recipe.mapping.items() if k != "env"})
+
+
+def _refuse_secrets(recipe: Recipe, value: Any, keys: tuple = ()) -> None:
+    """The error names the key and never shows the value."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_secrets(recipe, inner, (*keys, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _refuse_secrets(recipe, inner, (*keys, index))
+    elif isinstance(value, str) and value and is_secret(keys, value):
+        name = (
+            keys[-1]
+            if keys[0] == "env"
+            else "HF_TOKEN"
+            if "hub_token" in keys
+            else "the variable that is meant for it"
+        )
+        raise RecipeError(
+            f"{recipe.where(*keys)}: `{dotted(keys)}` is a secret, and recipes are copied and shared. Remove the line, and export {name} "
+            "in the shell instead."
+        )
 
 
 # Command line

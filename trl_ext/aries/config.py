@@ -271,9 +271,18 @@ class JudgeConfig:
 
     def __post_init__(self):
         _require(
+            "@" not in self.base_url and "?" not in self.base_url,
+            "`judge.base_url` holds a user, a password or a query, and it is written down. Give the server's address alone, and a key "
+            "through `judge.api_key_env`.",
+        )
+        _require(
             self.base_url.startswith(("http://", "https://")),
             f"`judge.base_url` must start with http:// or https://, got {self.base_url!r}; for example "
             "http://localhost:8000/v1.",
+        )
+        _require(
+            self.api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII) is not None,
+            "`judge.api_key_env` is no name of an environment variable, such as OPENAI_API_KEY. The key itself does not belong here.",
         )
         _require(self.temperature is None or self.temperature >= 0, "`judge.temperature` must be at least 0.")
         _require(self.max_tokens is None or self.max_tokens > 0, "`judge.max_tokens` must be positive, or null.")
