@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import RecipeError
+from .disk import writing
 
 
 Prompt = str | list[dict[str, Any]]  # plain text, or messages
@@ -87,13 +88,46 @@ def to_line(row: dict[str, Any]) -> str:
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Write `path` so that it exists whole or not at all."""
+    """
+    Write `path` so that it exists whole or not at all.
+
+    Raises:
+        [`~aries.disk.DiskError`]: the disk is full. The space that was taken is given back.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """
+    Append to a file of lines, after cutting off a last one that an earlier process left half written.
+
+    Raises:
+        [`~aries.disk.DiskError`]: the disk is full.
+    """
+    with writing(path):
+        if path.exists():
+            cut_torn_line(path)
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+def cut_torn_line(path: Path) -> bytes:
+    """Cut off a last line without its end, and return what is left."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return content[:whole]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -108,11 +142,7 @@ def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Read back a file that was being appended to, and cut off its last line if it was torn."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    lines = content[:whole].split(b"\n")[:-1]
+    lines = cut_torn_line(path).split(b"\n")[:-1]
     yield from (read_line(path, number, line) for number, line in enumerate(lines, start=1))
 
 

@@ -22,7 +22,8 @@ import trl_ext
 from ..recipe import RecipeError
 from ..recipe_values import union_members
 from .config import AriesConfig
-from .records import sha256, write_atomically, write_json
+from .disk import writing
+from .records import append_lines, sha256, write_atomically, write_json
 
 
 # Settings that may change while a run goes on: where it is, how the engine uses the machine, how results are described, and
@@ -122,14 +123,14 @@ class RunDir:
 
         Raises:
             [`RecipeError`]: it belongs to another recipe, another process is using it, or it cannot be written.
+            [`~aries.disk.DiskError`]: the disk is full, then or while the run goes on.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.lock, "w")
-        except OSError as error:
-            raise RecipeError(
-                f"`output_dir`: cannot write to {self.path}: {error.strerror}. Choose another."
-            ) from error
+        except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RecipeError(f"`output_dir`: cannot write to {self.path}: {reason}. Choose another.") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,8 +139,9 @@ class RunDir:
                     f"{self.path} is in use by another process. Wait for it, watch it with `trl-ext aries status`, or set "
                     "another `output_dir`."
                 ) from None
-            self._claim(config, recipe_text, inputs)
-            yield
+            with writing(self.path):
+                self._claim(config, recipe_text, inputs)
+                yield
 
     def _claim(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> None:
         resolved = json.loads(json.dumps(asdict(config))) | {"inputs": inputs}
@@ -177,8 +179,7 @@ class RunDir:
 
     def log_event(self, **event: Any) -> None:
         """Append to `events.jsonl`: what happened, when."""
-        with open(self.events, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **event}) + "\n")
+        append_lines(self.events, [json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **event}) + "\n"])
 
     def read_events(self) -> list[dict[str, Any]]:
         """What `events.jsonl` holds; its last line may be half written."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from ..recipe import RecipeError
 from ..recipe_values import show
 from .config import ScorerConfig
+from .disk import writing
 from .records import Answer, Chain, as_completion, read_jsonl, recover_jsonl, sha256, to_line
 
 
@@ -53,7 +54,7 @@ class ScoreCache:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows with a `key`, and whatever the scorer reads back."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(map(to_line, rows))
         self._rows |= {row["key"]: row for row in rows}
 

@@ -32,6 +32,7 @@ from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.tdpo_trainer import TDPOTrainer
 from .children import child_main
 from .config import HealthConfig
+from .disk import writing
 from .health import share_finding
 from .records import read_jsonl, write_json
 
@@ -261,11 +262,13 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     checkpoint = last_whole_checkpoint(output_dir)
     if checkpoint is not None and isinstance(trainer.model, PeftModel):
         trainer.add_callback(RestoreAdapter(checkpoint))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with writing(output_dir):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     check_weights(trainer.model, str(output_dir))
     write_json(output_dir / "log_history.json", trainer.state.log_history)
     write_json(output_dir / "rows.json", counts)
-    save_policy(trainer, Path(job["output"]))
+    with writing(Path(job["output"])):
+        save_policy(trainer, Path(job["output"]))
 
 
 if __name__ == "__main__":
