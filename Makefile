@@ -31,7 +31,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status lock clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,12 @@ status: $(STAMP) ## How far an ARIES run is (RECIPE=...)
 
 lock: ## Resolve the CPU packages anew and write requirements/cpu.txt
 	@PYTHON="$(PYTHON)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" sh requirements/install.sh lock ".[$(EXTRAS_cpu)]"
+
+audit: ## Look the locked versions up among known vulnerabilities (needs the network)
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip --quiet install pip-audit
+	sed 's/+cpu$$//' requirements/cpu.txt > build/audit/locked.txt
+	build/audit/bin/pip-audit --requirement build/audit/locked.txt --no-deps --disable-pip $(ARGS)
 
 clean: ## Remove the environment and the caches, never a run
 	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi

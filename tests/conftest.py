@@ -13,6 +13,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on several t
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+
+# The same examples in every run, and no clock. `pytest --hypothesis-profile=search` looks further
+settings.register_profile("suite", derandomize=True, database=None, deadline=None)
+settings.register_profile("search", database=None, deadline=None, max_examples=10_000)
+settings.load_profile("suite")
 
 
 # Every word of the tests' texts, the paper's refinement prompt included, so that nothing becomes <unk>

@@ -22,12 +22,13 @@ MAY_IMPORT = {
     "processes": set(),
     "recipe_values": set(),
     "recipe": {"recipe_values"},
+    "terminal": set(),
     "losses": set(),
     "kernels": set(),
     "trainers": {"losses", "kernels"},
-    "aries": {"processes", "recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "scripts": {"processes", "recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "cli": {"processes", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
+    "aries": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "scripts": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "cli": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
     "__init__": {"trainers"},  # the public names, lazily
 }
 

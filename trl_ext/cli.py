@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     from .recipe import RecipeError
+    from .terminal import printable
 
     try:
         with signals_as_exceptions():
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return aries(args, unknown, passed)
             return train(args.command, argv[argv.index(args.command) + 1 :])
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
@@ -166,6 +167,7 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
 
     from .aries.children import ChildError
     from .aries.config import AriesConfig
+    from .terminal import printable
 
     config = parse_section(recipe, AriesConfig)
     if args.action == "status":
@@ -190,7 +192,7 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
             return export(config, args.round, args.output, args.form)
         return run(config, recipe)
     except ChildError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         return 1
 
 

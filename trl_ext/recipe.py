@@ -20,10 +20,23 @@ from typing import Any
 
 import yaml
 
-from .recipe_values import LAUNCH_KEYS, RecipeError, check_value, dotted, show, union_members, unknown_key
+from .recipe_values import (
+    LAUNCH_KEYS,
+    RecipeError,
+    check_value,
+    dotted,
+    is_secret,
+    show,
+    union_members,
+    unknown_key,
+    unwritable,
+)
 
 
 COMMAND_LINE = "command line"
+
+# Of a recipe, aliases counted as often as they stand for something
+MOST_VALUES = 10_000
 
 # Fields declared as text for which the trainer also takes a bare `true`
 _TRUE_TOO = ("resume_from_checkpoint", "fsdp")
@@ -87,7 +100,7 @@ def load_yaml(path: str | Path) -> Recipe:
         raise RecipeError(
             f"{path}:{line}: not valid YAML: {error.problem}. Look for a missing colon, bracket or quote, or a tab."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise RecipeError(f"{path}: not a YAML text file: {error}") from error
     if mapping is None:
         raise RecipeError(f"{path}: the file is empty. A recipe holds lines such as `learning_rate: 5.0e-7`.")
@@ -97,13 +110,18 @@ def load_yaml(path: str | Path) -> Recipe:
 
 
 def _locations(node: yaml.Node, path: Path, keys: tuple = ()) -> dict[tuple, str]:
-    """Key path -> `"file:line"` for the whole tree; a duplicate key, which YAML would settle in silence, is an error."""
+    """
+    Key path -> `"file:line"` for the whole tree. A duplicate key, which YAML would settle in silence, is an error, and so are
+    aliases of aliases that make a few lines a tree too large to walk.
+    """
     locations = {}
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node, path, keys)
     if isinstance(node, yaml.MappingNode):
         for key, child in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
-            name = yaml.SafeLoader("").construct_object(key, deep=True) if key.id == "scalar" else str(key.value)
+            name = _check_scalar(key, path, keys) if key.id == "scalar" else str(key.value)
             here = (*keys, name)
             if here in locations:
                 raise RecipeError(
@@ -116,19 +134,74 @@ def _locations(node: yaml.Node, path: Path, keys: tuple = ()) -> dict[tuple, str
         for index, child in enumerate(node.value):
             locations[(*keys, index)] = f"{path}:{child.start_mark.line + 1}"
             locations |= _locations(child, path, (*keys, index))
+    if len(locations) > MOST_VALUES:
+        raise RecipeError(
+            f"{path}:{node.start_mark.line + 1}: more than {MOST_VALUES:,} values. No recipe has so many: look for aliases (`*name`) "
+            "of lists of aliases."
+        )
     return locations
 
 
+def _check_scalar(node: yaml.ScalarNode, path: Path, keys: tuple) -> Any:
+    """The value of a scalar. PyYAML makes `!!int x` or a 30th of February whatever error its conversion happens to raise."""
+    try:
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:
+        kind = node.tag.rpartition(":")[2]
+        raise RecipeError(
+            f"{path}:{node.start_mark.line + 1}: `{dotted(keys)}`: YAML cannot read {show(node.value)} as {kind} ({error}). Put text "
+            "in quotes."
+        ) from error
+    problem = unwritable(value)
+    if problem:
+        raise RecipeError(f"{path}:{node.start_mark.line + 1}: `{dotted(keys)}`: {problem}")
+    return value
+
+
 def export_env(recipe: Recipe) -> Recipe:
-    """Put the recipe's `env:` into `os.environ`, as TRL does, and return the recipe without it."""
+    """
+    Put the recipe's `env:` into `os.environ`, as TRL does, and return the recipe without it.
+
+    Raises:
+        [`RecipeError`]: `env` is no mapping of names to values, or the recipe holds a secret: recipes are copied, shared and
+            committed.
+    """
     env = recipe.mapping.get("env", {})
     if not isinstance(env, dict):
         raise RecipeError(f"{recipe.where('env')}: `env` must be a mapping of names to values, got {show(env)}.")
+    _refuse_secrets(recipe, recipe.mapping)
     for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+            raise RecipeError(f"{recipe.where('env', name)}: `env` has {show(name)}, which is no name of a variable.")
         if value is None or isinstance(value, (dict, list)):
             raise RecipeError(f"{recipe.where('env', name)}: `env.{name}` must be one value, got {show(value)}.")
-        os.environ[str(name)] = str(value)
+    for name, value in env.items():
+        os.environ[name] = str(value)
     return dataclasses.replace(recipe, mapping={k: v for k, v in recipe.mapping.items() if k != "env"})
+
+
+def _refuse_secrets(recipe: Recipe, value: Any, keys: tuple = ()) -> None:
+    """The error names the key and never shows the value."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_secrets(recipe, inner, (*keys, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _refuse_secrets(recipe, inner, (*keys, index))
+    elif isinstance(value, str) and value and is_secret(keys, value):
+        name = (
+            keys[-1]
+            if keys[0] == "env"
+            else "HF_TOKEN"
+            if "hub_token" in keys
+            else "the variable that is meant for it"
+        )
+        raise RecipeError(
+            f"{recipe.where(*keys)}: `{dotted(keys)}` is a secret, and recipes are copied and shared. Remove the line, and export {name} "
+            "in the shell instead."
+        )
 
 
 # Command line
@@ -185,14 +258,19 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
 def _override_value(flag: str, text: str) -> Any:
     if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
         return float(text)
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         if text[:1] in ("[", "{", "'", '"'):
-            return loader.get_single_data()
-        # Not as a document: "Query: " in a prompt is text, no mapping
-        return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
-    except (yaml.YAMLError, ValueError) as error:
+            value = loader.get_single_data()
+        else:  # not as a document: "Query: " in a prompt is text, no mapping
+            tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+            value = loader.construct_object(yaml.ScalarNode(tag, text))
+    except Exception as error:  # PyYAML's own, or whatever its conversion of a scalar happens to raise
         raise RecipeError(f"{COMMAND_LINE}: `{flag}`: not a YAML value: {text}") from error
+    problem = unwritable(value)
+    if problem:
+        raise RecipeError(f"{COMMAND_LINE}: `{flag}`: {problem}")
+    return value
 
 
 # Dataclasses

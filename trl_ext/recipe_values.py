@@ -8,6 +8,7 @@ what is expected, what was found and how to write it. Where it was written is `r
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -52,6 +53,15 @@ _RENAMED_IN_DATASETS = {
     "config": "it is called `name` now",
     "weight": "it is called `fraction` now",
 }
+
+
+# Of Hugging Face, of OpenAI and those who imitate it
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}")
+# What keys of a recipe that hold a secret end in; `eos_token` and `pad_token` are none
+_SECRET_KEYS = ("api_key", "hub_token", "hf_token", "auth_token", "access_token", "secret_key", "_secret", "_password")
+
+# Of a whole number
+_LARGEST_BITS = 1024
 
 
 class RecipeError(ValueError):
@@ -145,9 +155,37 @@ def show(value: Any) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:  # Python may refuse to print it
+        return f"a number of {value.bit_length():,} bits"
     kind = {str: "the text ", list: "the list ", dict: "the mapping "}.get(type(value), "")
     shown = repr(value) if isinstance(value, (str, int, float, list, dict)) else str(value)
     return kind + (shown if len(shown) <= 80 else shown[:77] + "...")
+
+
+def unwritable(value: Any) -> str | None:
+    """What keeps a value, or one inside it, from being written down and read again, or `None`."""
+    if isinstance(value, dict):
+        return next(filter(None, map(unwritable, (*value, *value.values()))), None)
+    if isinstance(value, (list, tuple, set)):
+        return next(filter(None, map(unwritable, value)), None)
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
+        return "a text with a NUL character or half a Unicode character, which no file can hold. Remove it."
+    if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:
+        return f"a number of more than {_LARGEST_BITS} bits. Write a smaller one."
+    return None
+
+
+def is_secret(keys: tuple, value: str) -> bool:
+    """
+    Whether a text at these keys is a secret, by the form of the token or the name it has. Of the variables under `env`, the last word of
+    the name counts: `HF_TOKEN` is one, `TOKENIZERS_PARALLELISM` and `HF_TOKEN_PATH` are not.
+    """
+    if _TOKEN.fullmatch(value):
+        return True
+    name = str(next((key for key in reversed(keys) if not isinstance(key, int)), "")).lower()
+    if keys[0] == "env":
+        return name.rpartition("_")[2] in ("token", "secret", "password", "passwd", "key", "apikey")
+    return name in ("token", "secret", "password") or name.endswith(_SECRET_KEYS)
 
 
 def _way_out(value: Any, members: tuple) -> str:

@@ -47,13 +47,14 @@ class ChatServer(ThreadingHTTPServer):
         prefer: What it replies for answers A and B.
         fail: Status of request number n, 200 to answer it.
         key: The API key it wants.
+        models: The names that it lists at `/v1/models`; without any it has no such page.
     """
 
     daemon_threads = True
 
-    def __init__(self, prefer=longer, fail=lambda n: 200, key=None):
+    def __init__(self, prefer=longer, fail=lambda n: 200, key=None, models=()):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.prefer, self.fail, self.key = prefer, fail, key
+        self.prefer, self.fail, self.key, self.models = prefer, fail, key, models
         self.requests, self.lock, self.active, self.most_active = [], threading.Lock(), 0, 0
 
     @property
@@ -63,6 +64,13 @@ class ChatServer(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        content = json.dumps({"data": [{"id": name} for name in self.server.models]}).encode()
+        self.send_response(200 if self.server.models and self.path == "/v1/models" else 404)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def do_POST(self):
         server = self.server
@@ -398,3 +406,26 @@ def answers(url: str) -> bool:
         return httpx.get(url).status_code == 200
     except httpx.TransportError:
         return False
+
+
+@pytest.mark.parametrize("models", [(), ("m",), ("other", "m"), ("other", "another")])
+def test_a_server_that_may_have_the_model_is_asked(models):
+    """One that lists several may have an alias for it; this one answers under any name."""
+    with serving(models=models) as server:
+        judge(server.url).check([[{"prompt_id": "0", "prompt": "q"}]])
+        assert len(server.requests) == 1
+
+
+def test_a_server_with_another_model_is_refused_before_any_work():
+    with serving(models=("other",)) as server:
+        with pytest.raises(RecipeError, match="has the model 'other', and the recipe asks for 'm'. Set `judge.model`"):
+            judge(server.url).check([[{"prompt_id": "0", "prompt": "q"}]])
+        assert server.requests == []
+
+
+@pytest.mark.parametrize("content", [["a"], {"a": 1}, 5])
+def test_a_reply_that_is_no_text_is_named(content, tmp_path):
+    with serving(prefer=lambda a, b: content) as server:
+        task = write_task(tmp_path, ["a", "bb"])
+        with pytest.raises(JudgeError, match="answered with something else than a chat completion"):
+            score(judge(server.url), task, tmp_path)

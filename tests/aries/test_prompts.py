@@ -37,7 +37,7 @@ def test_a_dataset_s_own_ids_are_kept_under_another_name(tmp_path):
 
 def test_a_malformed_json_file_is_named(tmp_path):
     (tmp_path / "p.json").write_text('{"prompt": ')
-    with pytest.raises(RecipeError, match="`prompts.dataset`: cannot load .*p.json"):
+    with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot load .*p.json.*JSON parse error"):
         load_prompts(str(tmp_path / "p.json"), "train", "prompts.dataset")
 
 
@@ -62,6 +62,15 @@ def test_parquet(tmp_path):
             "must end with the user's, these end with the assistant's",
         ),
         ([{"prompt": "a"}, "{broken"], r"p\.jsonl:2: not valid JSON"),
+        ([{"prompt": "a"}, ""], r"p\.jsonl:2: the line is empty"),
+        (["[" * 100_000], r"p\.jsonl:1: not valid JSON \(maximum recursion"),
+        (['{"prompt": ' + "1" * 5000 + "}"], r"p\.jsonl:1: not valid JSON \(Exceeds the limit"),
+        (['{"prompt": "\\ud83d"}'], r"p\.jsonl:1: not UTF-8 text .*surrogates"),
+        (
+            [{"prompt": [{"role": "system", "content": 5}, {"role": "user", "content": "a"}]}],
+            "row 1: `prompt` must be",
+        ),
+        ([{"prompt": [{"role": 7, "content": "a"}, {"role": "user", "content": "a"}]}], "row 1: `prompt` must be"),
         (["[1]"], r"p\.jsonl:1: expected a JSON object, found list"),
         ([], "has no rows"),
         ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "row 2: text and messages are mixed"),
@@ -72,7 +81,20 @@ def test_bad_rows_are_named(tmp_path, rows, message):
         load_prompts(write(tmp_path / "p.jsonl", *rows), "train", "prompts.dataset")
 
 
-@pytest.mark.parametrize("file", ["none.jsonl", "none.parquet", "./no_such_directory"])
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(RecipeError, match=r"p\.jsonl:2: not UTF-8 text .*byte 0xff.* Save the file as UTF-8"):
+        load_prompts(str(tmp_path / "p.jsonl"), "train", "prompts.dataset")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    """The kernel refuses to read this process's memory at address 0, for root too."""
+    (tmp_path / "p.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot read .*p\.jsonl: Input/output error"):
+        load_prompts(str(tmp_path / "p.jsonl"), "train", "prompts.dataset")
+
+
+@pytest.mark.parametrize("file", ["none.jsonl", "none.parquet", f"{'x' * 300}.jsonl", "./no_such_directory"])
 def test_a_missing_file_is_named_with_its_key(tmp_path, monkeypatch, file):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RecipeError, match="prompts.dataset.*no"):

@@ -3,9 +3,12 @@ What each strategy asks for next, by hand: an engine that answers from a script 
 """
 
 import re
+import signal
+import time
 
 import pytest
 
+from trl_ext.aries import refinements
 from trl_ext.aries.config import RefinementsConfig
 from trl_ext.aries.engine import run_chains
 from trl_ext.aries.records import Chain
@@ -47,6 +50,42 @@ def test_all_drafts_are_there_for_templates_that_want_them():
 
 def test_generated_text_is_data_not_template():
     assert refinement_prompt("{{ 7 * 7 }}", ["{% raw %}<b>"], TEMPLATE) == "{{ 7 * 7 }} Draft : {% raw %}<b> ."
+
+
+def test_a_pattern_that_does_not_end_is_stopped_with_the_way_out(monkeypatch):
+    """2^40 ways to split forty letters among the two repetitions: years, on the first answer that does not end in `b`."""
+    monkeypatch.setattr(refinements, "LONGEST_SECONDS", 0.2)
+    start = time.monotonic()
+    with pytest.raises(
+        RecipeError, match="`generation.answer_pattern` took more than 0.2 seconds on a text of 41 char.*write no"
+    ):
+        find_answer("a" * 40 + "c", re.compile("((?:a+)+)b"))
+    assert time.monotonic() - start < 10
+    assert find_answer("a" * 40 + "b", re.compile("((?:a+)+)b")) == "a" * 40, "the next one is not stopped"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(refinements, "LONGEST_SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ draft }}"
+    with pytest.raises(RecipeError, match="`refinements.template` takes more than 0.2 seconds to render"):
+        compile_template(endless)
+
+
+def test_a_template_that_fails_on_a_draft_is_named():
+    template = compile_template("{{ draft[0] }}", key="refinements.template[1]")
+    with pytest.raises(
+        RecipeError, match=r"`refinements.template\[1\]`: UndefinedError: .*It is Jinja2 with the variables"
+    ):
+        refinement_prompt("x", [""], template)
+
+
+@pytest.mark.parametrize(
+    "attack", ["{{ draft.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}", "{% include '/etc/passwd' %}"]
+)
+def test_a_template_reaches_no_internals_and_no_files(attack):
+    with pytest.raises(RecipeError, match="`refinements.template`: (SecurityError|TemplateNotFound)"):
+        compile_template(attack + "{{ draft }}")
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), EVALUATION_TEMPLATE])

@@ -8,8 +8,10 @@ from trl_ext.aries.config import (
     AriesConfig,
     EvaluationConfig,
     GenerationConfig,
+    JudgeConfig,
     PairsConfig,
     PromptsConfig,
+    ScorerConfig,
     ScoresConfig,
 )
 from trl_ext.aries.records import sha256
@@ -78,6 +80,33 @@ def test_more_rounds_are_refused_where_their_number_sizes_the_rounds(config):
     enter(config)
     with pytest.raises(RecipeError, match="rounds: 3 -> 5"):
         enter(replace(config, rounds=5))
+
+
+def test_a_run_of_an_earlier_version_continues_where_new_keys_are_at_their_defaults(config):
+    """Keys that the earlier version did not have are missing from its file, whole sections and those of a judge included."""
+    judged = [
+        ScorerConfig(judge=JudgeConfig(base_url="http://localhost:8000/v1", model="m")),
+        ScorerConfig(verifier="v.py:f", weight=2.0),
+    ]
+    config = replace(config, scores=ScoresConfig(scorers=judged))
+    enter(config)
+    file = RunDir(Path(config.output_dir)).resolved
+    old = json.loads(file.read_text())
+    del old["parity"], old["seed"], old["pairs"]["guard"], old["refinements"]["strategy"]
+    del old["scores"]["scorers"][0]["judge"]["max_retries"], old["scores"]["scorers"][1]["batch_size"]
+    file.write_text(json.dumps(old))
+    with pytest.raises(RecipeError, match="settings or data:\n  pairs.min_margin: 0.0 -> 0.5\n  seed: 42 -> 7\nSet"):
+        enter(replace(config, seed=7, pairs=PairsConfig(min_margin=0.5)))
+    enter(config)
+    assert json.loads(file.read_text()) == old, "the manifests hold its hash"
+
+
+def test_what_it_was_made_with_is_unreadable(config):
+    enter(config)
+    file = RunDir(Path(config.output_dir)).resolved
+    file.write_text('{"output_dir": "ru')
+    with pytest.raises(RecipeError, match="resolved.json: not valid JSON .*another `output_dir`"):
+        enter(config)
 
 
 def test_one_process_at_a_time(config):

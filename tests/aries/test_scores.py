@@ -79,7 +79,9 @@ def test_the_scorer_gets_trl_reward_function_arguments():
         ("raise KeyError('solution')", r"`scorer` raised KeyError: 'solution'.*solution=\[\.\.\.\]"),
         ("return [1.0]", "returned 1 scores for 3 answers"),
         ("return None", "returned a NoneType for 3 answers"),
-        ("return ['1', 0.0, 0.0]", "returned '1' for answer 1 of a.*finite number"),
+        ("return ['1', 0.0, 0.0]", "returned the text '1' for answer 1 of a.*finite number"),
+        ("return [10**400, 0.0, 0.0]", "returned a number of 1,329 bits for answer 1 of a.*finite number"),
+        ("import sys; sys.exit(3)", "raised SystemExit: 3.*An answer may be empty"),
         ("return [1.0, float('nan'), 0.0]", "returned nan for answer 2 of a.*finite number"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, ModelConfig, get_quantization_config
 
-from trl_ext.aries.config import PairsConfig
+from trl_ext.aries.config import (
+    AriesConfig,
+    EvaluationConfig,
+    HealthConfig,
+    PairsConfig,
+    PromptsConfig,
+    ScoresConfig,
+    trainer_settings,
+)
 from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain, to_line
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.training import check_step_0, main, make_trainer, repeat_by_weight
+from trl_ext.recipe import RecipeError
 from trl_ext.trainers.pairwise_trainer import keep_nf4_trainable
 
 
@@ -73,6 +83,7 @@ def job(tmp_path, rows, tiny_model_path):
             "output": str(tmp_path / name),
             "trainer": trainer,
             "objective_alpha": objective_alpha,
+            "health": asdict(HealthConfig()),
             "config": {**SETTINGS, **settings, "output_dir": str(tmp_path / f"{name}-training")},
         }
 
@@ -394,3 +405,45 @@ def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path, tr
     saved = [load_file(Path(path) / "adapter_model.safetensors") for path in (whole, halves["output"])]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name])
+
+
+# Training that goes wrong
+
+
+@pytest.mark.parametrize(
+    ("logging_steps", "message"),
+    [
+        (1, r"`(loss|grad_norm)` is nan at step \d of 6"),
+        (100, r"after the last step, .*lora_.* is no longer finite"),
+    ],
+)
+def test_training_that_diverges_ends_with_a_diagnosis_and_without_a_policy(job, logging_steps, message):
+    """Steps of 3e38, the largest float32, make products infinite; seen in the log, or where nothing is logged, in the weights."""
+    settings = {"learning_rate": 3e38, "max_steps": 6, "logging_steps": logging_steps}
+    a_job = job("diverged", **settings, logging_nan_inf_filter=False)
+    with pytest.raises(
+        RecipeError, match=f"training has diverged: {message}. .*lower `learning_rate`.*delete .*-training"
+    ):
+        train(a_job)
+    assert not Path(a_job["output"]).exists() and not Path(a_job["output"] + ".tmp").exists()
+
+
+def test_a_loss_that_is_no_number_is_logged_as_such():
+    """transformers would log the last finite one in its place."""
+    config = AriesConfig(
+        output_dir="run",
+        model={"model_name_or_path": "m"},
+        prompts=PromptsConfig("p.jsonl"),
+        evaluation=EvaluationConfig("e.jsonl"),
+        training={"trainer": "dpo"},
+        scores=ScoresConfig(verifier="v.py:f"),
+    )
+    assert trainer_settings(config, 1, "out")["config"]["logging_nan_inf_filter"] is False
+
+
+def test_training_on_what_max_length_left_is_refused(job):
+    """TRL leaves out rows whose prompt fills `max_length`: of 8 pairs, all the refinement rows, whose prompts are longer."""
+    with pytest.raises(
+        RecipeError, match=r"of 32 training rows cannot be used \(.* prompt fills max_length\).*which is 8"
+    ):
+        train(job("left_out", max_length=8))

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..recipe import RecipeError
 from .config import AriesConfig
+from .disk import DiskError
 from .records import Chain, Prompt, read_jsonl, write_json, write_jsonl
 from .rounds import Rounds
 from .scores import load_chains
@@ -56,6 +57,8 @@ def export_answers(config: AriesConfig, number: int | None, turn: int, file_form
             write_json(output, alpaca_eval_rows(chains, prompts, turn, generator))
         else:
             write_jsonl(output, message_rows(chains, turn, generator))
+    except DiskError as error:
+        raise RecipeError(f"`--output`: {error}") from error
     except OSError as error:
         raise RecipeError(f"`--output`: cannot write {output}: {error.strerror}.") from error
     ended = sum(len(chain.answers) < turn for chain in chains)

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment
 from jinja2.meta import find_undeclared_variables
 
 from .templates import EVALUATION_TEMPLATE, TEMPLATES, check_evaluation_template, check_refinement_template
@@ -129,7 +129,7 @@ class GenerationConfig:
         if self.answer_pattern is not None:
             try:
                 groups = re.compile(self.answer_pattern).groups
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
                     f"`generation.answer_pattern` is not a regular expression of Python: {error}. In YAML, put it in "
                     "single quotes."
@@ -271,9 +271,18 @@ class JudgeConfig:
 
     def __post_init__(self):
         _require(
+            "@" not in self.base_url and "?" not in self.base_url,
+            "`judge.base_url` holds a user, a password or a query, and it is written down. Give the server's address alone, and a key "
+            "through `judge.api_key_env`.",
+        )
+        _require(
             self.base_url.startswith(("http://", "https://")),
             f"`judge.base_url` must start with http:// or https://, got {self.base_url!r}; for example "
             "http://localhost:8000/v1.",
+        )
+        _require(
+            self.api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII) is not None,
+            "`judge.api_key_env` is no name of an environment variable, such as OPENAI_API_KEY. The key itself does not belong here.",
         )
         _require(self.temperature is None or self.temperature >= 0, "`judge.temperature` must be at least 0.")
         _require(self.max_tokens is None or self.max_tokens > 0, "`judge.max_tokens` must be positive, or null.")
@@ -283,7 +292,7 @@ class JudgeConfig:
         try:
             variables = find_undeclared_variables(Environment().parse(self.template))
             Environment().from_string(self.template)  # an unknown filter shows here
-        except TemplateSyntaxError as error:
+        except Exception as error:  # the user's code: besides its own errors Jinja2 has those of Python's compiler
             raise ValueError(f"`judge.template` is not valid Jinja2: {error}.") from error
         missing = [name for name in ("answer_a", "answer_b") if name not in variables]
         _require(
@@ -510,6 +519,43 @@ class ParityConfig:
 
 
 @dataclass
+class HealthConfig:
+    """
+    When a run stops rather than go on with what is left of its data or of its policy. `null` switches a bound off.
+
+    Parameters:
+        max_dropped (`float`, *optional*, defaults to `0.5`):
+            Largest share of rows that cannot be used: SFT rows without an answer, prompts that are too long, chains without two
+            whole, scored answers, training rows whose prompt fills `max_length`. What a rule of `pairs` leaves out does not count.
+            [house]
+        max_kl (`float`, *optional*, defaults to `5.0`):
+            Largest KL of a round's policy to the initial policy, in nats per token. Measured where `parity.samples` is not 0.
+            [house]
+        min_length (`float`, *optional*, defaults to `0.1`):
+            Least mean length of the direct evaluation answers, as a ratio to round 0's. [house]
+        min_diversity (`float`, *optional*, defaults to `0.1`):
+            Least `distinct_2` of the direct evaluation answers, as a ratio to round 0's. [house]
+    """
+
+    max_dropped: float | None = 0.5
+    max_kl: float | None = 5.0
+    min_length: float | None = 0.1
+    min_diversity: float | None = 0.1
+
+    def __post_init__(self):
+        _require(
+            self.max_dropped is None or 0 <= self.max_dropped < 1,
+            "`health.max_dropped` must be in [0, 1), or null for no bound.",
+        )
+        _require(self.max_kl is None or self.max_kl > 0, "`health.max_kl` must be positive, or null for no bound.")
+        for key in ("min_length", "min_diversity"):
+            _require(
+                getattr(self, key) is None or 0 < getattr(self, key) <= 1,
+                f"`health.{key}` must be in (0, 1], or null for no bound.",
+            )
+
+
+@dataclass
 class AriesConfig:
     """
     An ARIES run (https://huggingface.co/papers/2502.05605): rounds of prompts -> drafts -> refinements -> scores -> pairs
@@ -520,7 +566,7 @@ class AriesConfig:
             The run directory. Running the same recipe again continues it.
         model (`dict`):
             Keys of TRL's `ModelConfig`: `model_name_or_path`, `dtype`, `use_peft`, `lora_r`, `load_in_4bit`...
-        prompts, generation, drafts, refinements, scores, pairs, evaluation, parity:
+        prompts, generation, drafts, refinements, scores, pairs, evaluation, parity, health:
             The sections above.
         sft (`dict`, *optional*):
             SFT before round 1: `dataset` (rows with `prompt`, `completion` and optionally `draft`, which makes the row
@@ -548,6 +594,7 @@ class AriesConfig:
     scores: ScoresConfig = field(default_factory=ScoresConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     rounds: int = 3
     seed: int = 42
 
@@ -637,9 +684,14 @@ def objective_alpha(config: AriesConfig) -> float | None:
 def loop_settings(config: AriesConfig, number: int) -> dict[str, Any]:
     """
     Keys that a trainer's section may set and otherwise takes from the loop: a seed of the round's own, no progress bars in
-    the log, and room for whatever the engine can generate.
+    the log, a loss that is no number logged as such, and room for whatever the engine can generate.
     """
-    return {"seed": config.seed + number, "disable_tqdm": True, "max_length": config.generation.max_model_len}
+    return {
+        "seed": config.seed + number,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "max_length": config.generation.max_model_len,
+    }
 
 
 def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> dict[str, Any]:

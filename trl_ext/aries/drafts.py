@@ -4,8 +4,11 @@ Drafts: the first request of a chain is its prompt. Here prompts become token id
 
 import hashlib
 
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..recipe import RecipeError
+from ..recipe_values import show
 from .records import Prompt
 
 
@@ -13,12 +16,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """
     Token ids of a prompt, rendered as TRL renders it for training. A rendered template already holds its special tokens,
     so they are not added twice.
+
+    Raises:
+        [`RecipeError`]: the chat template does not take the messages.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    try:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+    except (TemplateError, TypeError) as error:  # what a template raises, and what it runs into
+        raise RecipeError(
+            f"the tokenizer's chat template does not take the messages {show(prompt)}: {error}. Their roles or contents are others "
+            "than it knows."
+        ) from error
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:

@@ -17,6 +17,7 @@ from transformers import GenerationConfig as HFGenerationConfig
 
 from .children import child_main
 from .config import DraftsConfig, GenerationConfig, RefinementsConfig
+from .disk import writing
 from .drafts import encode_prompt, request_seed, stop_token_ids
 from .records import Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
 from .refinements import Request, Strategy
@@ -140,6 +141,8 @@ class EmbeddedEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": config.max_num_seqs * config.max_model_len,
             }
+        if config.quantization is None:  # a quantization may have a loader of its own
+            settings["load_format"] = "safetensors"
         if adapter is not None:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank}
         self.llm = LLM(
@@ -281,7 +284,7 @@ def answer_task(engine: EmbeddedEngine, task: Task, window: int, progress: Calla
             begun = rows.get(row["prompt_id"])
             yield Chain(row["prompt_id"], row["prompt"]) if begun is None else Chain.from_row(begun, row["prompt"])
 
-    with open(part, "a", encoding="utf-8") as file:
+    with writing(part), open(part, "a", encoding="utf-8") as file:
 
         def on_answer(chain: Chain) -> None:
             file.write(to_line(chain.to_row()))

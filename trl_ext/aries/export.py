@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..recipe import RecipeError
 from .children import ChildError
 from .config import AriesConfig
+from .disk import writing
 from .drafts import encode_prompt
 from .parity import TOLERANCES, compare, load_base, policy_logps
 from .records import read_jsonl
@@ -87,26 +88,27 @@ def export(config: AriesConfig, number: int | None, output: Path, form: str | No
     tokenizer = AutoTokenizer.from_pretrained(policy.adapter or policy.model, trust_remote_code=loop.trust_remote_code)
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if form == "merged":
-            base = load_base(policy.model, "auto", revision=revision, **loading)
-            merged = PeftModel.from_pretrained(base, policy.adapter).merge_and_unload(safe_merge=True)
-            merged.save_pretrained(temporary)
-            del base, merged
-        else:
-            shutil.copytree(policy.adapter or policy.model, temporary)
-        tokenizer.save_pretrained(temporary)
-        rows = evaluation_rows(loop.dir, number, tokenizer)
-        exported = Policy(policy.model, str(temporary)) if form == "adapter" else Policy(str(temporary), None)
-        # Only the base is of a revision; what a run makes has none
-        measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
-        write_card(temporary, output.name, number, form, config, measured)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(output):
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            if form == "merged":
+                base = load_base(policy.model, "auto", revision=revision, **loading)
+                merged = PeftModel.from_pretrained(base, policy.adapter).merge_and_unload(safe_merge=True)
+                merged.save_pretrained(temporary)
+                del base, merged
+            else:
+                shutil.copytree(policy.adapter or policy.model, temporary)
+            tokenizer.save_pretrained(temporary)
+            rows = evaluation_rows(loop.dir, number, tokenizer)
+            exported = Policy(policy.model, str(temporary)) if form == "adapter" else Policy(str(temporary), None)
+            # Only the base is of a revision; what a run makes has none
+            measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
+            write_card(temporary, output.name, number, form, config, measured)
+            if output.exists():
+                output.rmdir()
+            temporary.rename(output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     loop.progress.say(
         f"{output}: {FORMS[form].format(**measured)}. Its log-probabilities differ from those of round {number}'s policy by "

@@ -28,6 +28,8 @@ VERDICTS = {"A": "first", "B": "second", "C": "tie"}
 RETRIED_STATUS = {408, 409, 429}  # and those of 500 and above
 REFUSED_STATUS = {400, 413, 422}  # of one request, such as one longer than the judge's context
 LONGEST_WAIT = 60.0
+# Seconds for the list of a server's models, which not every server has
+LONGEST_LISTING = 10.0
 # What a server may say in an error
 SHOWN_CHARACTERS = 300
 
@@ -55,14 +57,15 @@ class Judge:
         self.weight = config.weight
         self._config = judge = config.judge
         self._url = judge.base_url.rstrip("/") + "/chat/completions"
-        self._headers = {}
+        self._headers, self._key = {}, None
         if judge.api_key_env is not None:
             if not os.environ.get(judge.api_key_env):
                 raise RecipeError(
                     f"`judge.api_key_env`: the environment variable {judge.api_key_env} is not set. Export the key "
                     f"under this name, or leave `api_key_env` out for a server that needs none."
                 )
-            self._headers = {"Authorization": f"Bearer {os.environ[judge.api_key_env]}"}
+            self._key = os.environ[judge.api_key_env]
+            self._headers = {"Authorization": f"Bearer {self._key}"}
         self._template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(judge.template)
         self._sampling = {
             key: getattr(judge, key) for key in ("temperature", "max_tokens") if getattr(judge, key) is not None
@@ -108,6 +111,12 @@ class Judge:
             row, columns = rows[0], other_columns(rows)[0]
             request = self.request(Chain(row["prompt_id"], row["prompt"]), columns, *answers)
         with self._client() as client:
+            other = self._other_model(client)
+            if other is not None:
+                raise RecipeError(
+                    f"`scores`: the server at {self._config.base_url} has the model {other!r}, and the recipe asks for "
+                    f"{self._config.model!r}. Set `judge.model`, or `judge.base_url` to another server."
+                )
             try:
                 self._ask(client, request, retries=0)
             except JudgeError as error:
@@ -165,6 +174,21 @@ class Judge:
         limits = httpx.Limits(max_connections=self._config.max_concurrency)
         return httpx.Client(headers=self._headers, timeout=self._config.timeout, limits=limits)
 
+    def _other_model(self, client: Any) -> str | None:
+        """
+        The one model that the server lists, where it is another one: such a server may answer under any name. One that lists
+        several, which may have aliases, or none has to be asked.
+        """
+        import httpx
+
+        try:
+            url = self._config.base_url.rstrip("/") + "/models"
+            listed = client.get(url, timeout=min(self._config.timeout, LONGEST_LISTING)).json()["data"]
+            [name] = {model["id"] for model in listed}
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
+            return None
+        return None if name == self._config.model else str(name)
+
     def _ask(self, client: Any, request: str, retries: int | None = None) -> str:
         """The server's reply, after retries with growing waits."""
         import httpx
@@ -183,7 +207,7 @@ class Judge:
             else:
                 if response.status_code == 200:
                     return self._content(response)
-                problem = f"status {response.status_code}: {response.text[:SHOWN_CHARACTERS]}"
+                problem = f"status {response.status_code}: {self._shown(response.text)}"
                 if response.status_code in REFUSED_STATUS:
                     failure = RefusedRequest
                 if response.status_code < 500 and response.status_code not in RETRIED_STATUS:
@@ -199,12 +223,21 @@ class Judge:
 
     def _content(self, response: Any) -> str:
         try:
-            return response.json()["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError):
+            content = response.json()["choices"][0]["message"]["content"] or ""
+            # What a server escapes need not be whole characters, which a file must have
+            return self._without_key(content.encode("utf-8", "replace").decode("utf-8"))
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise JudgeError(
-                f"{self._url} answered with something else than a chat completion: {response.text[:SHOWN_CHARACTERS]}. "
+                f"{self._url} answered with something else than a chat completion: {self._shown(response.text)}. "
                 "`base_url` ends where `/chat/completions` begins, usually in /v1."
             ) from None
+
+    def _shown(self, text: str) -> str:
+        return self._without_key(text)[:SHOWN_CHARACTERS]
+
+    def _without_key(self, text: str) -> str:
+        """A server may quote the key that it was sent; neither an error nor a file of the run repeats it."""
+        return text if self._key is None else text.replace(self._key, "***")
 
 
 def read_verdict(reply: str) -> str | None:

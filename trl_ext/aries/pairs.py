@@ -18,6 +18,18 @@ from .records import Answer, Chain, as_completion
 from .refinements import refinement_prompt
 
 
+# Reasons for which a chain gives no pair that are no choice of the recipe's: `health.max_dropped` bounds their share
+FAULTS = (
+    "prompt_too_long",
+    "no_answer_found",
+    "fewer_than_two_scores",
+    "fewer_than_two_answers",
+    "all_answers_truncated",
+    "last_answer_truncated",
+    "empty_answer",
+)
+
+
 @dataclass
 class Pair:
     """A chosen and a rejected answer to the same prompt."""
@@ -65,6 +77,8 @@ def drop_reason(pair: Pair, config: PairsConfig) -> str | None:
         return "no_margin"
     if pair.chosen.text == pair.rejected.text:
         return "identical_answers"
+    if not pair.chosen.text.strip():
+        return "empty_answer"
     if config.min_chosen_score is not None and pair.chosen_score < config.min_chosen_score:
         return "chosen_score_too_low"
     if config.max_rejected_score is not None and pair.rejected_score > config.max_rejected_score:
@@ -104,6 +118,8 @@ def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) ->
         return ["not_settled"]
     if last.text == draft.text:
         return ["identical_answers"]
+    if not last.text.strip():
+        return ["empty_answer"]
     pair = Pair(chain, last, draft, scores[-1], scores[0])
     return [length_drop_reason(pair, config) or pair]
 

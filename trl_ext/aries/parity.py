@@ -117,6 +117,7 @@ def load_base(
         quantization_config=quantization_config,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,
         device_map={"": device},
     )
     return base.eval()

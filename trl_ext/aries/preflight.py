@@ -8,15 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from ..recipe import Recipe, RecipeError, check_keys
 from ..trainers.pairwise_trainer import PairwiseTrainer
 from .children import child_main
-from .config import LOOP_KEYS
+from .config import LOOP_KEYS, HealthConfig
+from .drafts import encode_prompt
+from .health import share_finding
+from .prompts import load_prompts
 from .reward_model import check_reward_model
 from .training import trainer_classes
+from .weights import adapter_problem, weights_problem
 
 
 # Keys of the trainers' configs that a recipe leaves to the loop
@@ -28,6 +33,10 @@ OWNED_KEYS = {
     "load_best_model_at_end": "the section `evaluation` says what is evaluated",
     "precompute_ref_log_probs": "the reference is chosen by `training.reference`, after TRL would have used it",
 }
+
+
+# Of each file, evenly spaced: enough for a share, and seconds for any file
+PROBED_PROMPTS = 2000
 
 
 def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
@@ -67,35 +76,114 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         except (ValueError, TypeError, ImportError) as error:
             raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
 
-    name, where = recipe.at("model", "model_name_or_path"), recipe.where("model", "model_name_or_path")
-    trust_remote_code = bool(job["training"]["config"].get("trust_remote_code", False))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=recipe.mapping["model"].get("model_revision", "main"),
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{where}: `model.model_name_or_path`: {error}") from error
-    if tokenizer.eos_token is None:
-        raise RecipeError(
-            f"{where}: `model.model_name_or_path`: the tokenizer of {name} has no EOS token to end answers."
-        )
-    if job["conversational"] and tokenizer.chat_template is None:
-        raise RecipeError(
-            f"{where}: the prompts are messages, and the tokenizer of {name} has no chat template. Give it one "
-            "(`trl.clone_chat_template`), or make the prompts plain text."
-        )
+    tokenizer = check_model(recipe, job)
+    for file in job["prompts"]:
+        check_prompts(tokenizer, file, HealthConfig(**job["health"]))
 
     listed = recipe.at("scores", "scorers") or []
     for keys in [("scores",), *(("scores", "scorers", i) for i in range(len(listed)))]:
         name = recipe.at(*keys, "reward_model")
         if name is not None:
             try:
+                problem = weights_problem(name)
+                if problem:
+                    raise ValueError(problem)
                 check_reward_model(name, recipe.at(*keys, "reward_model_revision"), job["conversational"])
             except ValueError as error:
                 where = recipe.where(*keys, "reward_model")
                 raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
+
+
+def check_model(recipe: Recipe, job: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """
+    Look at the model's files, its config and its tokenizer, and at the adapters that the run has made of it. No weight is loaded.
+
+    Raises:
+        [`RecipeError`]: with the model's line in the recipe.
+    """
+    settings, where = recipe.mapping["model"], recipe.where("model", "model_name_or_path")
+    name, revision = settings["model_name_or_path"], settings.get("model_revision", "main")
+    trust_remote_code = bool(job["training"]["config"].get("trust_remote_code", False))
+
+    def refuse(problem: str) -> None:
+        raise RecipeError(f"{where}: `model.model_name_or_path`: {problem}")
+
+    problem = weights_problem(name)
+    if problem:
+        refuse(problem)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a broken file each library raises its own
+        asked = "trust_remote_code" in str(error)
+        refuse(custom_code(name) if asked else f"the config or the tokenizer of {name} cannot be read: {error}")
+    text_config = config.get_text_config()
+    if tokenizer.eos_token is None:
+        refuse(f"the tokenizer of {name} has no EOS token to end answers.")
+    if job["conversational"] and tokenizer.chat_template is None:
+        refuse(
+            f"the prompts are messages, and the tokenizer of {name} has no chat template. Give it one "
+            "(`trl.clone_chat_template`), or make the prompts plain text."
+        )
+    if len(tokenizer) > text_config.vocab_size:
+        refuse(
+            f"the tokenizer of {name} has {len(tokenizer):,} tokens, and the model's vocabulary {text_config.vocab_size:,}. Resize the "
+            "model's embeddings, or use the tokenizer that it was trained with."
+        )
+    check_context(recipe, text_config, job["max_model_len"])
+    adapters = [path for path in map(Path, job["adapters"]) if path.is_dir()]
+    if adapters:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        shapes = {key: tuple(m.weight.shape) for key, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+        for path in adapters:
+            problem = adapter_problem(path, shapes, settings.get("lora_r", ModelConfig().lora_r))
+            if problem:
+                refuse(f"{problem} Bring back the adapter that the run made, or set another `output_dir`.")
+    return tokenizer
+
+
+def custom_code(name: str) -> str:
+    return (
+        f"{name} brings Python code of its own, which is not run unless you ask for it. Read it, and then set "
+        "`trust_remote_code: true` in `training` and `sft`."
+    )
+
+
+def check_context(recipe: Recipe, config: PretrainedConfig, max_model_len: int) -> None:
+    """Refuse sequences longer than the model's positions, where no scaling stretches them: vLLM would, after the SFT."""
+    positions = getattr(config, "max_position_embeddings", None)  # some architectures have none
+    rope = getattr(config, "rope_parameters", None) or {}  # nor these
+    if positions is None or max_model_len <= positions or rope.get("rope_type", "default") != "default":
+        return
+    where = recipe.where("generation", "max_model_len")
+    raise RecipeError(
+        f"{where}: `generation.max_model_len` is {max_model_len:,}, and the model has {positions:,} positions. Lower it, and "
+        "`drafts.max_tokens` with it."
+    )
+
+
+def check_prompts(tokenizer: PreTrainedTokenizerBase, file: dict[str, Any], health: HealthConfig) -> None:
+    """
+    Render prompts as the engine will.
+
+    Raises:
+        [`RecipeError`]: the chat template refuses one, or too many are too long.
+    """
+    rows = load_prompts(file["dataset"], file["split"], file["key"])[: file["samples"]]
+    probed = rows[:: -(-len(rows) // PROBED_PROMPTS)]
+    too_long = 0
+    for row in probed:
+        try:
+            too_long += len(encode_prompt(tokenizer, row["prompt"])) > file["longest"]
+        except RecipeError as error:
+            raise RecipeError(f"`{file['key']}`: {file['dataset']}, {row['prompt_id']}: {error}") from error
+    finding = share_finding(f"prompts of `{file['key']}`", {"prompt_too_long": too_long}, len(probed), health)
+    if finding:
+        raise RecipeError(
+            f"{finding}: they have more than {file['longest']:,} tokens, which is `generation.max_model_len` less "
+            "`drafts.max_tokens`. Raise the one, lower the other, or leave long prompts out."
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import TimeRemainingColumn as Eta
 from rich.table import Table
 
+from ..terminal import printable
+
 
 # Tables are laid out for this many columns; a log has no width of its own
 TABLE_WIDTH = 100
@@ -32,8 +34,8 @@ class RunProgress:
         self._round_seconds: list[float] = []
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print a line as it is: no markup read from paths or generated text, no wrapping."""
-        self.console.print(text, style=style, markup=False, soft_wrap=True)
+        """Print a line as it is: no markup read from paths or generated text, no control sequences, no wrapping."""
+        self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:

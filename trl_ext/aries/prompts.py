@@ -2,6 +2,7 @@
 Prompts: a dataset in, the fresh prompts of one round out, each with an id that leads back to its row.
 """
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,27 @@ def load_rows(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
         [`RecipeError`]: nothing there, or no rows.
     """
     path = Path(dataset)
+    if path.suffix in (".jsonl", *FILE_LOADERS) and not os.path.isfile(path):
+        raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
     if path.suffix == ".jsonl":
-        if not path.is_file():
-            raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
-        rows = read_jsonl(path)
+        try:
+            rows = read_jsonl(path)
+        except OSError as error:
+            raise RecipeError(f"`{where}`: cannot read {path}: {error.strerror}. Check the file.") from error
     else:
         import datasets
 
         if path.suffix in FILE_LOADERS:
-            if not path.is_file():
-                raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
             source = {"path": FILE_LOADERS[path.suffix], "data_files": str(path), "split": "train"}
         else:
             source = {"path": dataset, "split": split}
         try:
             loaded = datasets.load_dataset(**source)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise RecipeError(
-                f"`{where}`: cannot load {dataset!r}, split {split!r}: {error}. Name a .jsonl, .json or .parquet file, a "
-                "directory of them, or a dataset id on the Hub."
+                f"`{where}`: cannot load {dataset!r}, split {split!r}: {error}{cause}. Name a .jsonl, .json or .parquet "
+                "file, a directory of them, or a dataset id on the Hub."
             ) from error
         rows = loaded.to_list()
     if not rows:
@@ -85,16 +88,24 @@ def prompt_problem(row: dict[str, Any]) -> str | None:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return None if prompt.strip() else "the prompt is empty."
-    is_messages = isinstance(prompt, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt
-    )
-    if not is_messages or not prompt:
+    if not prompt or not is_messages(prompt):
         return "`prompt` must be text or a non-empty list of messages with `role` and `content`."
     if prompt[-1]["role"] != "user":
         return f"the messages must end with the user's, these end with the {prompt[-1]['role']}'s."
     if not isinstance(prompt[-1]["content"], str) or not prompt[-1]["content"].strip():
         return "the last user message must be non-empty text."
     return None
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, in the form that chat templates take: content is text, parts, or nothing."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and "content" in message
+        and isinstance(message["content"], str | list | None)
+        for message in value
+    )
 
 
 def prompts_per_round(rows: int, per_round: int | None, rounds: int) -> int:

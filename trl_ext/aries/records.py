@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipe import RecipeError
+from .disk import writing
 
 
 Prompt = str | list[dict[str, Any]]  # plain text, or messages
@@ -59,21 +60,27 @@ def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     Raises:
-        [`RecipeError`]: a line is not a JSON object; the message names file and line.
+        [`RecipeError`]: a line is not a JSON object in UTF-8; the message names file and line.
     """
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecipeError(
-                    f"{path}:{number}: not valid JSON ({error.msg}). Each line must be a JSON object."
-                ) from error
-            if not isinstance(row, dict):
-                raise RecipeError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
-            rows.append(row)
-    return rows
+    with open(path, "rb") as file:
+        return [read_line(path, number, line) for number, line in enumerate(file, start=1)]
+
+
+def read_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """One row. Half a character, which Python's reader lets through, is refused: it could not be written again."""
+    try:
+        text = line.decode("utf-8")
+        row = json.loads(text)
+        if "\\ud" in text.lower():  # an escape that may be half of a character
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise RecipeError(f"{path}:{number}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        what = "the line is empty" if not line.strip() else f"not valid JSON ({getattr(error, 'msg', error)})"
+        raise RecipeError(f"{path}:{number}: {what}. Each line must be a JSON object.") from error
+    if not isinstance(row, dict):
+        raise RecipeError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
+    return row
 
 
 def to_line(row: dict[str, Any]) -> str:
@@ -81,13 +88,46 @@ def to_line(row: dict[str, Any]) -> str:
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Write `path` so that it exists whole or not at all."""
+    """
+    Write `path` so that it exists whole or not at all.
+
+    Raises:
+        [`~aries.disk.DiskError`]: the disk is full. The space that was taken is given back.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """
+    Append to a file of lines, after cutting off a last one that an earlier process left half written.
+
+    Raises:
+        [`~aries.disk.DiskError`]: the disk is full.
+    """
+    with writing(path):
+        if path.exists():
+            cut_torn_line(path)
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+
+def cut_torn_line(path: Path) -> bytes:
+    """Cut off a last line without its end, and return what is left."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    return content[:whole]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -102,11 +142,8 @@ def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Read back a file that was being appended to, and cut off its last line if it was torn."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    yield from (json.loads(line) for line in content[:whole].splitlines())
+    lines = cut_torn_line(path).split(b"\n")[:-1]
+    yield from (read_line(path, number, line) for number, line in enumerate(lines, start=1))
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..recipe import RecipeError
 from .config import RefinementsConfig
 from .records import Answer, Chain, Prompt
+from .time_limit import time_limit
+
+
+# For an answer pattern on one text, and for the try-out of a template; both take microseconds. [house]
+LONGEST_SECONDS = 10.0
 
 
 def compile_template(template: str, key: str = "refinements.template", turn: int = 2) -> Template:
@@ -32,14 +37,20 @@ def compile_template(template: str, key: str = "refinements.template", turn: int
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, loader=BaseLoader())
     try:
         compiled = environment.from_string(template)
+    except Exception as error:  # the user's code: whatever it raises is reported with its place
+        raise _template_error(key, error) from error
+    compiled.name = key
+    with time_limit(LONGEST_SECONDS, f"`{key}` takes more than {LONGEST_SECONDS:g} seconds to render."):
         for critique in ("critique", ""):  # training rows have none
             refinement_prompt("question", ["draft"] * (turn - 1), compiled, critique)
-    except Exception as error:  # the user's code: whatever it raises is reported with its place
-        raise RecipeError(
-            f"`{key}`: {type(error).__name__}: {error}. It is Jinja2 with the variables `question`, `draft`, `drafts`, "
-            "`critique` and `turn`."
-        ) from error
     return compiled
+
+
+def _template_error(key: str | None, error: Exception) -> RecipeError:
+    return RecipeError(
+        f"`{key}`: {type(error).__name__}: {error}. It is Jinja2 with the variables `question`, `draft`, `drafts`, `critique` "
+        "and `turn`."
+    )
 
 
 def refinement_prompt(
@@ -60,6 +71,9 @@ def refinement_prompt(
         turn (`int`, *optional*):
             Turn of the answer asked for. Default: the one after these drafts.
 
+    Raises:
+        [`RecipeError`]: the template fails on these texts.
+
     Example:
 
     ```python
@@ -68,9 +82,14 @@ def refinement_prompt(
     ```
     """
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    content = template.render(
-        question=question, draft=drafts[-1], drafts=drafts, critique=critique, turn=turn or len(drafts) + 1
-    )
+    try:
+        content = template.render(
+            question=question, draft=drafts[-1], drafts=drafts, critique=critique, turn=turn or len(drafts) + 1
+        )
+    except RecipeError:  # the time is up
+        raise
+    except Exception as error:  # the user's code, with texts that it was not tried on
+        raise _template_error(template.name, error) from error
     return content if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
@@ -148,6 +167,9 @@ def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
     The answer in a generated text: all of it without a pattern, else the group of the first match; `None` if there is no
     match, or nothing in it.
 
+    Raises:
+        [`RecipeError`]: the search takes too long.
+
     Example:
 
     ```python
@@ -157,5 +179,10 @@ def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
     """
     if pattern is None:
         return text
-    match = pattern.search(text)
+    slow = (
+        f"`generation.answer_pattern` took more than {LONGEST_SECONDS:g} seconds on a text of {len(text):,} characters, so it "
+        "tries the same characters again and again: write no repetition of a repetition, such as `(?:a+)+`."
+    )
+    with time_limit(LONGEST_SECONDS, slow):
+        match = pattern.search(text)
     return match[1] if match and match[1] and match[1].strip() else None

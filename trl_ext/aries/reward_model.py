@@ -8,6 +8,7 @@ does not know the architecture; both get the same token ids and agree to roundin
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -85,8 +86,8 @@ def check_reward_model(name: str, revision: str | None, conversational: bool) ->
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise ValueError(str(error)) from error
     if config.num_labels != 1:
@@ -176,6 +177,7 @@ def vllm_scores(
             runner="pooling",
             convert="classify",
             skip_tokenizer_init=True,
+            load_format="safetensors",
             dtype=dtype,
             max_model_len=max(map(len, texts)),
             max_num_seqs=generation.max_num_seqs,
@@ -203,7 +205,11 @@ def transformers_scores(config: ScorerConfig, texts: list[list[int]]) -> Iterato
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForSequenceClassification.from_pretrained(
-        config.reward_model, revision=config.reward_model_revision, dtype="auto"
+        config.reward_model,
+        revision=config.reward_model_revision,
+        dtype="auto",
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model = model.to(device).eval()
     pad_token_id = model.config.get_text_config().pad_token_id
@@ -230,8 +236,8 @@ def main(job: dict[str, Any], progress: Progress) -> None:
     missing = RewardModel(config, generation).missing(tasks, cache)
     notes = []
 
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    model_config = AutoConfig.from_pretrained(name, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     encoded = {key: encode_answer(tokenizer, chain.prompt, a.text) for key, (chain, a, _) in missing.items()}
     text_config = model_config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)  # some architectures have none
@@ -257,6 +263,11 @@ def main(job: dict[str, Any], progress: Progress) -> None:
     else:
         scores = transformers_scores(config, texts)
     for done, (index, score) in enumerate(scores if keys else (), start=1):
+        if not math.isfinite(score):
+            raise RecipeError(
+                f"`scores.reward_model`: {name} gives {score} for an answer of {len(texts[index]):,} tokens. Its weights are broken, or "
+                "too large for their data type; what it has scored so far is kept."
+            )
         cache.add([{"key": keys[index], "score": score}])
         progress(done, len(keys))
     write_json(Path(job["notes"]), notes)

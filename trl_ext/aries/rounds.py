@@ -19,13 +19,14 @@ from typing import Any
 import yaml
 
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
+from . import health
 from .children import run_child
 from .config import AriesConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import decide, examine, report, stop_message
 from .judge import Judge
-from .pairs import preference_rows, select_pairs
+from .pairs import FAULTS, preference_rows, select_pairs
 from .progress import RunProgress, answers_table, duration, score_table
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, sha256, write_json, write_jsonl
@@ -33,7 +34,7 @@ from .refinements import Strategy
 from .reward_model import RewardModel
 from .run_dir import RunDir
 from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, score_rows
-from .sft import check_sft_rows, sft_row
+from .sft import sft_row, usable_sft_rows
 
 
 # vLLM accepts these as the largest LoRA rank
@@ -109,7 +110,15 @@ class Rounds:
         self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
         evaluation = load_prompts(config.evaluation.dataset, config.evaluation.split, "evaluation.dataset")
         self.evaluation_prompts = evaluation[: config.evaluation.samples]
-        self.sft_rows = load_rows(config.sft["dataset"], "train", "sft.dataset") if config.sft else []
+        self.sft_rows, self.sft_dropped = [], {}
+        if config.sft:
+            rows = load_rows(config.sft["dataset"], "train", "sft.dataset")
+            self.sft_rows, self.sft_dropped = usable_sft_rows(rows, config.sft["dataset"])
+            finding = health.share_finding("rows of `sft.dataset`", self.sft_dropped, len(rows), config.health)
+            if finding or not self.sft_rows:
+                raise RecipeError(
+                    f"`sft.dataset`: {finding or 'no row can be used'}. Look at {config.sft['dataset']}, or raise the bound."
+                )
 
     def input_hashes(self) -> dict[str, str]:
         """SHA-256 of the local files that the recipe names, by key."""
@@ -129,18 +138,41 @@ class Rounds:
 
     def check(self, recipe: Recipe) -> None:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
-        if self.config.sft is not None:
-            check_sft_rows(self.sft_rows, self.config.sft["dataset"])
         for scorer in self.scorers:
             scorer.check([self.prompts, self.evaluation_prompts])
-        job = {
+        with self.stage(0, "check") as update:
+            log = self.dir.path / "logs" / "check.log"
+            run_child("trl_ext.aries.preflight", self.preflight_job(recipe), log, update)
+
+    def preflight_job(self, recipe: Recipe) -> dict[str, Any]:
+        return {
             "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
             "training": trainer_settings(self.config, 1, str(self.dir.round(1).training)),
             "sft": self.config.sft and sft_settings(self.config, str(self.dir.round(0).training)),
             "conversational": not isinstance(self.prompts[0]["prompt"], str),
+            "max_model_len": self.config.generation.max_model_len,
+            "adapters": [str(self.dir.round(number).adapter) for number in range(self.config.rounds + 1)],
+            "prompts": [] if self.dir.round(1).prompts.exists() else self.prompt_files(),
+            "health": asdict(self.config.health),
         }
-        with self.stage(0, "check") as update:
-            run_child("trl_ext.aries.preflight", job, self.dir.path / "logs" / "check.log", update)
+
+    def prompt_files(self) -> list[dict[str, Any]]:
+        """The files of prompts, and the longest prompt that leaves room for a draft."""
+        longest = self.config.generation.max_model_len - self.config.drafts.max_tokens
+        sections = {
+            "prompts": (self.config.prompts, None),
+            "evaluation": (self.config.evaluation, self.config.evaluation.samples),
+        }
+        return [
+            {
+                "key": f"{name}.dataset",
+                "dataset": section.dataset,
+                "split": section.split,
+                "samples": samples,
+                "longest": longest,
+            }
+            for name, (section, samples) in sections.items()
+        ]
 
     # The stages
 
@@ -151,6 +183,8 @@ class Rounds:
         if self.config.sft is None or self.product(0).exists():
             return
         if not round_dir.sft.exists():
+            rows = len(self.sft_rows) + sum(self.sft_dropped.values())
+            write_json(round_dir.drops, {"sft_rows": rows, "dropped": self.sft_dropped})
             write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
         job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
         job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
@@ -167,6 +201,7 @@ class Rounds:
             write_jsonl(round_dir.prompts, select_prompts(self.prompts, number, self.round_size, self.config.seed))
         self.generate(number)
         self.check_parity(number)
+        self.check_health(number - 1)
         self.score(number)
         self.close(number - 1)
         self.pair(number)
@@ -265,6 +300,48 @@ class Rounds:
         with self.stage(min(number, self.config.rounds), "parity") as update:
             run_child("trl_ext.aries.parity", job, logs / "parity.log", update, env=one_gpu())
 
+    def check_health(self, number: int) -> None:
+        """
+        Has a round's policy degenerated, beside the one before round 1? Then it is set aside, and the run ends. What was found
+        stays so, unless the recipe has other bounds.
+        """
+        round_dir = self.dir.round(number)
+        if number == 0 or self.is_skipped(number) or round_dir.manifest.exists():
+            return
+        prompts = read_jsonl(self.dir.evaluation_prompts)
+        chains, initial = (load_chains(prompts, self.dir.round(n).evaluation) for n in (number, 0))
+        parity = json.loads(round_dir.parity.read_text(encoding="utf-8")) if round_dir.parity.exists() else {}
+        measured = health.examine(chains, initial, (parity.get("kl_to_initial") or {}).get("per_token"))
+        found = health.findings(measured, self.config.health)
+        write_json(round_dir.health, {"decision": "set_aside" if found else "kept", "findings": found, **measured})
+        if found:
+            round_dir.set_aside.mkdir(exist_ok=True)
+            self.product(number).rename(round_dir.set_aside / self.product(number).name)
+            self.stop_degenerate(number, found)
+
+    def stop_degenerate(self, number: int, found: list[str]) -> None:
+        policy = self.policy(number - 1)
+        aside = self.dir.round(number).set_aside / self.product(number).name
+        raise RecipeError(health.stop_message(number, found, str(aside), policy.adapter or policy.model))
+
+    def take_back(self, number: int) -> bool:
+        """
+        Whether a policy that was set aside is taken back, since the recipe's bounds are others now.
+
+        Raises:
+            [`RecipeError`]: it is beyond these too.
+        """
+        round_dir = self.dir.round(number)
+        aside = round_dir.set_aside / self.product(number).name
+        if not aside.exists():
+            return False
+        measured = json.loads(round_dir.health.read_text(encoding="utf-8"))
+        found = health.findings(measured, self.config.health)
+        if found:
+            self.stop_degenerate(number, found)
+        aside.rename(self.product(number))
+        return True
+
     def score(self, number: int) -> None:
         """Scores of the round's answers and of the evaluation's."""
         previous, current = self.dir.round(number - 1), self.dir.round(number)
@@ -296,6 +373,14 @@ class Rounds:
             chains, [row["scores"] for row in read_jsonl(round_dir.scores)], self.config.pairs
         )
         write_json(round_dir.drops, {"chains": len(chains), "pairs": len(pairs), "dropped": dropped})
+        faults = {reason: count for reason, count in dropped.items() if reason in FAULTS}
+        possible = len(chains) * self.config.pairs.pairs_per_prompt
+        finding = health.share_finding("possible pairs", faults, possible, self.config.health)
+        if finding:
+            raise RecipeError(
+                f"round {number} would train on what is left: {finding}. Look at {round_dir.answers} and {round_dir.scores}, and "
+                "at the reasons in docs/aries.md. Or go on with a larger share, `--health.max_dropped 0.9`."
+            )
         if not pairs:
             raise RecipeError(
                 f"round {number} has no pairs to train on: all {len(chains)} chains were dropped, {dropped}. Look at "
@@ -333,7 +418,7 @@ class Rounds:
     def train(self, number: int) -> None:
         """Preference training of the round's policy, unless the guard left the round out."""
         round_dir = self.dir.round(number)
-        if self.is_decided(number):
+        if self.is_decided(number) or self.take_back(number):
             return
         job = self.training_job(number, self.policy(number - 1))
         job |= trainer_settings(self.config, number, str(round_dir.training))
@@ -346,6 +431,7 @@ class Rounds:
             return
         self.generate(self.config.rounds + 1)
         self.check_parity(self.config.rounds + 1)
+        self.check_health(self.config.rounds)
         self.score(self.config.rounds + 1)
         self.close(self.config.rounds)
 
@@ -383,6 +469,8 @@ class Rounds:
         for file in (round_dir.drops, round_dir.training / "rows.json"):
             if file.exists():
                 facts |= json.loads(file.read_text(encoding="utf-8"))
+        if round_dir.health.exists():
+            facts["health"] = json.loads(round_dir.health.read_text(encoding="utf-8"))["decision"]
         if round_dir.guard.exists():
             facts["guard"] = json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"]
         self.dir.write_manifest(number, facts)
@@ -442,6 +530,7 @@ class Rounds:
             "reference": asdict(reference) | {"is_policy": reference == policy},
             "rows": str(round_dir.pairs),
             "output": str(self.product(number)),
+            "health": asdict(self.config.health),
         }
 
     @contextmanager

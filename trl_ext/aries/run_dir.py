@@ -9,9 +9,10 @@ import json
 import platform
 import subprocess
 import time
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from typing import Any
 import trl_ext
 
 from ..recipe import RecipeError
+from ..recipe_values import union_members
 from .config import AriesConfig
-from .records import sha256, write_atomically, write_json
+from .disk import writing
+from .records import append_lines, sha256, write_atomically, write_json
 
 
 # Settings that may change while a run goes on: where it is, how the engine uses the machine, how results are described, and
@@ -34,6 +37,10 @@ OPERATIONAL_KEYS = {
     "generation.gpu_memory_utilization",
     "generation.max_num_seqs",
     "generation.tensor_parallel_size",
+    "health.max_dropped",
+    "health.max_kl",
+    "health.min_diversity",
+    "health.min_length",
     "parity.tolerance",
     "pairs.guard",
     "scores.judge.max_concurrency",
@@ -72,6 +79,8 @@ class RoundDir:
         self.samples = path / "parity.jsonl"
         self.parity = path / "parity.json"
         self.evaluation = path / "evaluation.jsonl"
+        self.health = path / "health.json"
+        self.set_aside = path / "set_aside"
         self.evaluation_scores = path / "evaluation_scores.jsonl"
         self.metrics = path / "metrics.json"
         self.cost = path / "cost.json"
@@ -114,14 +123,14 @@ class RunDir:
 
         Raises:
             [`RecipeError`]: it belongs to another recipe, another process is using it, or it cannot be written.
+            [`~aries.disk.DiskError`]: the disk is full, then or while the run goes on.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.lock, "w")
-        except OSError as error:
-            raise RecipeError(
-                f"`output_dir`: cannot write to {self.path}: {error.strerror}. Choose another."
-            ) from error
+        except (OSError, ValueError) as error:  # a path with a NUL character is a ValueError
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise RecipeError(f"`output_dir`: cannot write to {self.path}: {reason}. Choose another.") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,13 +139,14 @@ class RunDir:
                     f"{self.path} is in use by another process. Wait for it, watch it with `trl-ext aries status`, or set "
                     "another `output_dir`."
                 ) from None
-            self._claim(config, recipe_text, inputs)
-            yield
+            with writing(self.path):
+                self._claim(config, recipe_text, inputs)
+                yield
 
     def _claim(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> None:
         resolved = json.loads(json.dumps(asdict(config))) | {"inputs": inputs}
         if self.resolved.exists():
-            recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
+            recorded = self._recorded()
             changed = differing_keys(recorded, resolved) - OPERATIONAL_KEYS
             # More rounds continue a run, where the rounds done so far do not depend on their number
             if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
@@ -156,10 +166,20 @@ class RunDir:
         write_atomically(self.recipe, [recipe_text])
         write_json(self.resolved, resolved)
 
+    def _recorded(self) -> dict[str, Any]:
+        """What the run was made with; keys that its version of this package did not have are at their defaults."""
+        try:
+            recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(
+                f"{self.resolved}: not valid JSON ({error}), so it cannot be seen what the run was made with. Bring the file "
+                "back, or set another `output_dir`."
+            ) from error
+        return with_defaults(recorded, AriesConfig)
+
     def log_event(self, **event: Any) -> None:
         """Append to `events.jsonl`: what happened, when."""
-        with open(self.events, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **event}) + "\n")
+        append_lines(self.events, [json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **event}) + "\n"])
 
     def read_events(self) -> list[dict[str, Any]]:
         """What `events.jsonl` holds; its last line may be half written."""
@@ -206,6 +226,28 @@ def differing_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
         return set() if old == new else {prefix}
     keys = old.keys() | new.keys()
     return set().union(*(differing_keys(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k) for k in keys))
+
+
+def with_defaults(recorded: Any, cls: type) -> Any:
+    """A recorded section of a recipe, with the keys of `cls` that it lacks at their defaults, in nested sections too."""
+    if not isinstance(recorded, dict):
+        return recorded
+    hints, complete = typing.get_type_hints(cls), dict(recorded)
+    for field in fields(cls):
+        if field.name not in recorded:
+            if field.default is not MISSING:
+                complete[field.name] = field.default
+            elif field.default_factory is not MISSING:
+                complete[field.name] = json.loads(json.dumps(asdict(field.default_factory())))
+            continue
+        value = recorded[field.name]
+        for member in union_members(hints[field.name]):
+            items = typing.get_args(member)
+            if is_dataclass(member):
+                complete[field.name] = with_defaults(value, member)
+            elif isinstance(value, list) and items and is_dataclass(items[0]):
+                complete[field.name] = [with_defaults(item, items[0]) for item in value]
+    return complete
 
 
 def lookup(mapping: Any, dotted: str) -> Any:

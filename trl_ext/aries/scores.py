@@ -10,14 +10,16 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..recipe import RecipeError
+from ..recipe_values import show
 from .config import ScorerConfig
+from .disk import writing
 from .records import Answer, Chain, as_completion, read_jsonl, recover_jsonl, sha256, to_line
 
 
@@ -52,7 +54,7 @@ class ScoreCache:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows with a `key`, and whatever the scorer reads back."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(map(to_line, rows))
         self._rows |= {row["key"]: row for row in rows}
 
@@ -206,7 +208,7 @@ def load_verifier(reference: str) -> Callable[..., list[float | None]]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # user code: whatever it raises is reported with its place
+    except (Exception, SystemExit) as error:  # user code: whatever it raises is reported with its place
         raise RecipeError(f"`scores.verifier`: importing {path} failed: {type(error).__name__}: {error}") from error
     functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
     if name not in functions:
@@ -237,7 +239,7 @@ def call_verifier(
             completions=[as_completion(chain.prompt, answer.text) for chain, answer, _ in answers],
             **{column: [values[column] for _, _, values in answers] for column in columns},
         )
-    except Exception as error:  # user code: whatever it raises is reported with its place
+    except (Exception, SystemExit) as error:  # user code: whatever it raises is reported with its place
         raise RecipeError(
             f"the scorer `{name}` raised {type(error).__name__}: {error}. It is called as {name}(prompts=[...], "
             f"completions=[...], {', '.join(f'{c}=[...]' for c in columns)}); add `**kwargs` for the columns it does not "
@@ -247,9 +249,10 @@ def call_verifier(
         found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
         raise RecipeError(f"the scorer `{name}` returned {found} for {len(answers)} answers. Return a list.")
     for (chain, answer, _), score in zip(answers, scores, strict=True):
-        if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
+        # A whole number may be beyond every float
+        if score is not None and not (isinstance(score, int | float) and abs(score) <= sys.float_info.max):
             raise RecipeError(
-                f"the scorer `{name}` returned {score!r} for answer {answer.turn} of {chain.prompt_id}. Return a finite "
+                f"the scorer `{name}` returned {show(score)} for answer {answer.turn} of {chain.prompt_id}. Return a finite "
                 "number, or None to leave an answer without a score."
             )
     return [None if score is None else float(score) for score in scores]

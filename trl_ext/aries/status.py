@@ -2,6 +2,7 @@
 Status: how far a run is, read off its directory, whether a process is running in it or not.
 """
 
+import json
 from pathlib import Path
 
 from .config import AriesConfig
@@ -37,8 +38,14 @@ def status(config: AriesConfig) -> int:
         done = {name: "done" if path.exists() else progress(path) for name, path in stages.items()}
         if loop.is_skipped(number):
             done["training"] = "left out by the guard"
+        if round_dir.set_aside.exists() and not loop.product(number).exists():
+            done["training"] = "set aside as degenerate"
         words = [f"{name} {state}" for name, state in done.items()]
         say(f"  round {number}: " + ", ".join(words))
+        if round_dir.drops.exists():
+            dropped = json.loads(round_dir.drops.read_text(encoding="utf-8"))["dropped"]
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+            say(f"           dropped: {counts or 'none'}")
     for last in loop.dir.read_events()[-1:]:
         say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
     loop.print_results()

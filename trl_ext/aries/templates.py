@@ -6,7 +6,7 @@ the whole plain-text prompt), `draft` the answer to improve, `drafts` all answer
 policy said of the draft (empty in training rows, and where nobody judged), `turn` the turn of the answer asked for.
 """
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment
 from jinja2.meta import find_undeclared_variables
 
 
@@ -118,7 +118,7 @@ def template_variables(key: str, template: str) -> set[str]:
     environment = Environment()
     try:
         variables = find_undeclared_variables(environment.parse(template))
-    except TemplateSyntaxError as error:
+    except Exception as error:  # the user's code: besides its own errors Jinja2 has those of Python's compiler
         raise ValueError(f"`{key}` is not valid Jinja2: {error}.") from error
     unknown = sorted(variables - set(VARIABLES) - environment.globals.keys())
     if unknown:

@@ -7,6 +7,7 @@ where direct and refinement rows take different losses.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
+from ..recipe import RecipeError
 from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
@@ -29,6 +31,9 @@ from ..trainers.squared_refinement import (
 from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.tdpo_trainer import TDPOTrainer
 from .children import child_main
+from .config import HealthConfig
+from .disk import writing
+from .health import share_finding
 from .records import read_jsonl, write_json
 
 
@@ -70,6 +75,35 @@ class ProgressReport(TrainerCallback):
         self._progress(state.global_step, state.max_steps)
 
 
+class StopOnNoNumber(TrainerCallback):
+    """End the training where what is logged is NaN or infinite. Under fp16 a gradient may be, and its step is left out."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key in ("loss", "grad_norm"):
+            value = (logs or {}).get(key)
+            if value is not None and not math.isfinite(value) and not (args.fp16 and key == "grad_norm"):
+                where = f"`{key}` is {value} at step {state.global_step} of {state.max_steps}"
+                raise RecipeError(diverged(where, args.output_dir))
+
+
+def check_weights(model: torch.nn.Module, output_dir: str) -> None:
+    """
+    Raises:
+        [`RecipeError`]: a trained weight is NaN or infinite.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise RecipeError(diverged(f"after the last step, {name} is no longer finite", output_dir))
+
+
+def diverged(where: str, output_dir: str) -> str:
+    return (
+        f"training has diverged: {where}. Nothing of it is saved, and the policy before it is the last good one. Ways out, under "
+        "another `output_dir`: a lower `learning_rate`, more `warmup_steps`, a smaller `max_grad_norm`, or float32 in place of 16 "
+        f"bits. To try the same again, as after a fault of the machine, delete {output_dir}."
+    )
+
+
 def repeat_by_weight(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row as often as its `weight` says: the same epoch for every trainer, TRL's own included."""
     return [row for row in rows for _ in range(row.get("weight", 1))]
@@ -93,6 +127,7 @@ def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code:
         attn_implementation=model_args.attn_implementation,
         revision=model_args.model_revision,
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,
         quantization_config=get_quantization_config(model_args),
         device_map={"": "cpu"} if job["config"].get("use_cpu") else None,
     )
@@ -111,6 +146,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
             "dtype": model_args.dtype,
             "attn_implementation": model_args.attn_implementation,
             "revision": model_args.model_revision,
+            "use_safetensors": True,
         }
         kwargs["peft_config"] = get_peft_config(model_args)
         kwargs["quantization_config"] = get_quantization_config(model_args)
@@ -121,6 +157,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
                 attn_implementation=model_args.attn_implementation,
                 revision=model_args.model_revision,
                 trust_remote_code=args.trust_remote_code,
+                use_safetensors=True,
             )
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
@@ -134,7 +171,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
         processing_class=AutoTokenizer.from_pretrained(
             job["model"], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
         ),
-        callbacks=[ProgressReport(progress)],
+        callbacks=[ProgressReport(progress), StopOnNoNumber()],
         **kwargs,
     )
     keep_nf4_trainable(trainer.model)  # TRL's own trainers too: `check_step_0` is an evaluation
@@ -212,21 +249,26 @@ def save_policy(trainer, output: Path) -> None:
 def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     """The child process: train, save the policy, leave the log history beside it."""
     trainer = make_trainer(job, progress)
+    # TRL leaves out rows whose prompt alone fills `max_length`
+    rows = len(repeat_by_weight(read_jsonl(Path(job["rows"]))))
+    counts = {"rows": rows, "trained_rows": len(trainer.train_dataset)}
+    left_out = {"prompt fills max_length": rows - counts["trained_rows"]}
+    finding = share_finding("training rows", left_out, rows, HealthConfig(**job["health"]))
+    if finding:
+        raise RecipeError(f"{finding}. Raise `max_length` in the section, which is {job['config'].get('max_length')}.")
     if job["trainer"] != "sft" and job["reference"]["is_policy"]:
         check_step_0(trainer)
     output_dir = Path(job["config"]["output_dir"])
     checkpoint = last_whole_checkpoint(output_dir)
     if checkpoint is not None and isinstance(trainer.model, PeftModel):
         trainer.add_callback(RestoreAdapter(checkpoint))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with writing(output_dir):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    check_weights(trainer.model, str(output_dir))
     write_json(output_dir / "log_history.json", trainer.state.log_history)
-    # TRL leaves out rows whose prompt alone fills `max_length`
-    trained = {
-        "rows": len(repeat_by_weight(read_jsonl(Path(job["rows"])))),
-        "trained_rows": len(trainer.train_dataset),
-    }
-    write_json(output_dir / "rows.json", trained)
-    save_policy(trainer, Path(job["output"]))
+    write_json(output_dir / "rows.json", counts)
+    with writing(Path(job["output"])):
+        save_policy(trainer, Path(job["output"]))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..processes import die_with_launcher
 from ..recipe import RecipeError, parse_flat, take_flag
+from ..terminal import printable
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     try:
         run(list(argv))
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         return 2
     return 0
 

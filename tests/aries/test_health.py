@@ -1,0 +1,205 @@
+"""Health: what is measured, by hand, and what the loop does with a policy that has degenerated and with what is left of its data."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trl_ext.aries.config import AriesConfig, EvaluationConfig, HealthConfig, PairsConfig, PromptsConfig, ScoresConfig
+from trl_ext.aries.health import examine, findings, share_finding
+from trl_ext.aries.records import Answer, Chain, write_json, write_jsonl
+from trl_ext.aries.rounds import Rounds
+from trl_ext.aries.status import status
+from trl_ext.recipe import RecipeError
+
+
+def chains(*texts: str | None) -> list[Chain]:
+    """A chain for each direct answer, a token a word; `None` for a prompt without an answer."""
+    return [
+        Chain(f"p-{i}", "x", [] if text is None else [Answer(1, text, len(text.split()), "stop")])
+        for i, text in enumerate(texts)
+    ]
+
+
+INITIAL = chains("a b c d", "e f g h", "i j k l", "m n o p")  # 4 tokens, and 12 pairs of words, all different
+
+
+def test_measures_by_hand():
+    """Two answers of 2 tokens, one of 4 that repeats itself, none: 8 tokens over 4 prompts; pairs ab, ab, aa, aa, aa: 2 of 5."""
+    measured = examine(chains("a b", "a b", "a a a a", None), INITIAL, kl_per_token=0.5)
+    assert measured == {
+        "kl_per_token": 0.5,
+        "length": 2.0,
+        "length_ratio": 0.5,
+        "diversity": 0.4,
+        "diversity_ratio": 0.4,
+    }
+    assert examine(INITIAL, INITIAL, None)["length_ratio"] == examine(INITIAL, INITIAL, None)["diversity_ratio"] == 1.0
+
+
+def test_nothing_to_compare_with():
+    """Without answers in round 0, or pairs of words, a ratio is not measured, and not judged."""
+    measured = examine(chains("a"), chains(None), None)
+    assert measured["length_ratio"] is None and measured["diversity_ratio"] is None
+    assert findings(measured, HealthConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "kl", "found"),
+    [
+        (("a b c d", "e f g h", "i j k l", "m n o p"), 0.2, []),
+        (("a b c d",) * 4, 5.0, []),  # 3 of 12 pairs are different: a quarter of round 0's, at the bounds
+        (("a b c d",) * 4, 5.01, ["KL to the initial policy is 5.01 nats per token, more than `health.max_kl` (5)"]),
+        (("a b c d",) * 4, float("nan"), ["KL to the initial policy is nan nats per token"]),
+        (
+            ("", "", "", "m"),
+            0.2,
+            ["have 0.25 tokens on average, 0.062 times round 0's, less than `health.min_length` (0.1)"],
+        ),
+        ((None, None, None, None), 0.2, ["have 0 tokens on average"]),
+        (("a " * 40,) * 4, 0.2, ["0.0064 times round 0's, less than `health.min_diversity` (0.1): they repeat"]),
+    ],
+)
+def test_findings(answers, kl, found):
+    sentences = findings(examine(chains(*answers), INITIAL, kl), HealthConfig())
+    assert len(sentences) == len(found)
+    assert all(part in sentence for part, sentence in zip(found, sentences, strict=True))
+
+
+def test_a_bound_of_null_is_none():
+    off = HealthConfig(max_dropped=None, max_kl=None, min_length=None, min_diversity=None)
+    assert findings(examine(chains(None, "a a a a a", None, None), INITIAL, 1000.0), off) == []
+    assert share_finding("rows", {"bad": 9}, 10, off) is None
+
+
+def test_a_share_at_the_bound_passes():
+    assert share_finding("rows", {"bad": 5}, 10, HealthConfig()) is None
+    assert "6 of 10 rows cannot be used (1 a, 5 b), more than" in share_finding(
+        "rows", {"b": 5, "a": 1}, 10, HealthConfig()
+    )
+    assert share_finding("rows", {}, 10, HealthConfig(max_dropped=0.0)) is None
+
+
+# In the loop
+
+
+@pytest.fixture
+def config(tmp_path):
+    return AriesConfig(
+        output_dir=str(tmp_path / "run"),
+        model={"model_name_or_path": "m", "use_peft": True},
+        prompts=PromptsConfig("p.jsonl", per_round=4),
+        evaluation=EvaluationConfig("e.jsonl"),
+        training={"trainer": "dpo"},
+        scores=ScoresConfig(verifier="v.py:f"),
+        rounds=2,
+    )
+
+
+@pytest.fixture
+def evaluated(config):
+    """A run whose round 1 has been trained and has answered the evaluation prompts; with bounds of its own if asked to."""
+    loop = Rounds(config)
+    write_prompts = [{"prompt_id": chain.prompt_id, "prompt": "x"} for chain in INITIAL]
+    for number, answers in ((0, INITIAL), (1, chains("", "", "", "m"))):
+        round_dir = loop.dir.round(number)
+        round_dir.path.mkdir(parents=True)
+        write_jsonl(round_dir.evaluation, [chain.to_row() for chain in answers])
+    write_jsonl(loop.dir.evaluation_prompts, write_prompts)
+    write_json(loop.dir.round(1).parity, {"kl_to_initial": {"per_token": 7.5}})
+    loop.product(1).mkdir()
+    (loop.product(1) / "adapter_model.safetensors").write_text("weights")
+    return lambda **bounds: Rounds(replace(config, health=HealthConfig(**bounds)))
+
+
+def test_a_degenerate_policy_is_set_aside_and_the_one_before_stays(evaluated, capsys):
+    loop = evaluated()
+    with pytest.raises(
+        RecipeError, match="the policy of round 1 has degenerated: its KL .*7.5 nats.*; its direct answers"
+    ) as error:
+        loop.check_health(1)
+    message = str(error.value)
+    assert f"set aside in {loop.dir.path}/round_01/set_aside/adapter, and the last good policy is m." in message
+    for way_out in ("learning_rate", "output_dir", "--health.max_kl null"):
+        assert way_out in message
+    assert not loop.product(1).exists() and not loop.is_decided(1)
+    assert (loop.dir.round(1).set_aside / "adapter" / "adapter_model.safetensors").read_text() == "weights"
+    found = json.loads(loop.dir.round(1).health.read_text())
+    assert found["decision"] == "set_aside" and len(found["findings"]) == 2 and found["kl_per_token"] == 7.5
+    status(loop.config)
+    assert "training set aside as degenerate" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_run_that_was_stopped_stops_again_until_it_has_other_bounds(evaluated):
+    """Before it trains anew: a child process would fail without a model."""
+    with pytest.raises(RecipeError):
+        evaluated().check_health(1)
+    for bounds in ({}, {"max_kl": None}, {"min_length": None}):
+        with pytest.raises(RecipeError, match="the policy of round 1 has degenerated"):
+            evaluated(**bounds).train(1)
+    loop = evaluated(max_kl=8.0, min_length=0.05)
+    loop.train(1)
+    assert (loop.product(1) / "adapter_model.safetensors").read_text() == "weights"
+    loop.check_health(1)
+    assert json.loads(loop.dir.round(1).health.read_text())["decision"] == "kept"
+
+
+def test_bounds_may_be_changed_in_a_run(config):
+    for health in (HealthConfig(), HealthConfig(max_kl=None, max_dropped=0.9, min_length=0.5, min_diversity=1.0)):
+        loop = Rounds(replace(config, health=health))
+        with loop.dir.opened(loop.config, "recipe: text\n", {}):
+            pass
+
+
+def test_a_round_whose_chains_are_mostly_unusable_stops_with_the_counts(config, capsys):
+    """Three of four prompts are too long. A larger share goes on, with the one pair there is; what is left out shows in the status."""
+    config = replace(config, pairs=PairsConfig())
+    for number, bound in enumerate((0.5, 0.75)):
+        loop = Rounds(replace(config, health=HealthConfig(max_dropped=bound)))
+        round_dir = loop.dir.round(1)
+        round_dir.path.mkdir(parents=True, exist_ok=True)
+        whole = [Answer(1, "a", 1, "stop"), Answer(2, "b", 1, "stop")]
+        made = [Chain("p-0", "x", whole)] + [Chain(f"p-{i}", "x", [], "prompt_too_long") for i in (1, 2, 3)]
+        write_jsonl(round_dir.prompts, [{"prompt_id": chain.prompt_id, "prompt": "x"} for chain in made])
+        write_jsonl(round_dir.answers, [chain.to_row() for chain in made])
+        scores = [[0.0, 1.0], [], [], []]
+        write_jsonl(
+            round_dir.scores, [{"prompt_id": c.prompt_id, "scores": s} for c, s in zip(made, scores, strict=True)]
+        )
+        if number == 0:
+            with pytest.raises(
+                RecipeError, match=r"3 of 4 possible pairs cannot be used \(3 prompt_too_long\).*answers.jsonl"
+            ):
+                loop.pair(1)
+            assert not round_dir.pairs.exists()
+        else:
+            loop.pair(1)
+            assert round_dir.pairs.exists()
+    capsys.readouterr()
+    status(loop.config)
+    assert "dropped: 3 prompt_too_long" in capsys.readouterr().out
+
+
+def test_sft_rows_without_answers(config, tmp_path):
+    """They are left out and counted; above the bound the run stops before anything is made."""
+    for name in ("p", "e"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "x"}\n' * 8)
+    (tmp_path / "v.py").write_text("def f(prompts, completions):\n    return [0.0] * len(completions)\n")
+    sft = tmp_path / "sft.jsonl"
+    config = replace(
+        config,
+        prompts=PromptsConfig(str(tmp_path / "p.jsonl")),
+        evaluation=EvaluationConfig(str(tmp_path / "e.jsonl")),
+        scores=ScoresConfig(verifier=f"{tmp_path}/v.py:f"),
+        sft={"dataset": str(sft)},
+    )
+    row, empty = '{"prompt": "x", "completion": "y"}\n', '{"prompt": "x", "completion": ""}\n'
+    sft.write_text(row + empty)
+    loop = Rounds(config)
+    loop.load()
+    assert len(loop.sft_rows) == 1 and loop.sft_dropped == {"empty_completion": 1}
+    sft.write_text(row + empty * 2)
+    with pytest.raises(RecipeError, match=r"2 of 3 rows of `sft.dataset` cannot be used \(2 empty_completion\)"):
+        Rounds(config).load()
+    assert not Path(config.output_dir).exists()
