@@ -12,7 +12,10 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from ..recipe import Recipe, RecipeError, check_keys
+from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import PairwiseTrainer
+from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
+from ..trainers.tdpo_config import TDPOConfig
 from .children import child_main
 from .config import LOOP_KEYS
 from .reward_model import check_reward_model
@@ -64,7 +67,9 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
             args = config_class(**settings["config"])
             if issubclass(trainer_class, PairwiseTrainer):
                 trainer_class._refuse_options(args)
-        except (ValueError, TypeError, ImportError) as error:
+            if settings["config"].get("share_prompt"):  # where a recipe leaves it out, the model decides
+                check_share_prompt(args, recipe)
+        except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
 
     name, where = recipe.at("model", "model_name_or_path"), recipe.where("model", "model_name_or_path")
@@ -96,6 +101,18 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
             except ValueError as error:
                 where = recipe.where(*keys, "reward_model")
                 raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
+
+
+def check_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, recipe: Recipe) -> None:
+    """Raise a `ValueError` if the recipe's model cannot do with `share_prompt`."""
+    model_args = ModelConfig(**recipe.mapping["model"])
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    reason = why_not_packed(model_args.model_name_or_path, args)
+    if reason is not None:
+        raise ValueError(f"`share_prompt: true` is not supported here: {reason} Or leave it out.")
 
 
 if __name__ == "__main__":
