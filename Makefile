@@ -71,6 +71,7 @@ test-gpu: $(STAMP) ## Tests that need a CUDA device
 bench: $(STAMP) ## Measure TDPO and Sr-DPO steps beside a DPO step; writes docs/benchmarks
 	$(BIN)/python -m tests.benchmarks.tdpo $(ARGS)
 	$(BIN)/python -m tests.benchmarks.self_refine_dpo $(ARGS)
+	$(BIN)/python -m tests.benchmarks.shared_prompt $(ARGS)
 
 bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
