@@ -56,6 +56,28 @@ def step_flop(contestant: Contestant, shape: Shape, *, lora: bool) -> float:
     return flop + gemms * 2 * 2 * answer * shape.vocabulary * hidden
 
 
+def with_predictions(measured: list[dict], shape: Shape, lora: bool) -> list[dict]:
+    """The measured rows of a shape, in the table's columns: each ratio beside the one by arithmetic."""
+    flop = {name: step_flop(contestant, shape, lora=lora) for name, contestant in CONTESTANTS.items()}
+    ratio = {row["trainer"]: row["ratio"] for row in measured}
+    rows = []
+    for row in measured:
+        name = row["trainer"]
+        unshared = name.removesuffix(", share_prompt")
+        rows.append(
+            {
+                "P": shape.prompt_tokens,
+                "R": shape.answer_tokens + 1,
+                **{key: row[key] for key in ("weights", "trainer", "seconds", "ratio")},
+                "predicted": round(flop[name] / flop["DPOTrainer"], 3),
+                "to unshared": round(ratio[name] / ratio[unshared], 3),
+                "to unshared, predicted": round(flop[name] / flop[unshared], 3),
+                **{key: row[key] for key in ("head GEMMs", "peak MiB", "peak ratio")},
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--repeats", type=int, default=5)
@@ -65,24 +87,15 @@ def main() -> None:
         "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process, with "
         "gradient checkpointing (TRL's default). P and R are the tokens of prompt and answer. A step is loss and gradients; `ratio` "
         "is the median over the repeats of its time to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
-        "`predicted` is the same ratio by arithmetic ([shared_prompt.md](../shared_prompt.md#when-it-pays)), `peak` what a step "
-        "allocates.\n\n" + environment("cpu", "fp32")
+        "`to unshared` is to the same trainer without `share_prompt`. Beside either stands what the arithmetic of matrix products says "
+        "([shared_prompt.md](../shared_prompt.md#when-it-pays)); `peak` is what a step allocates. Rows are of one length, so that those "
+        "of the unshared trainers need no mask.\n\n" + environment("cpu", "fp32")
     )
     rows = []
     for shape in SHAPES:
         for lora in (True, False):
-            base = step_flop(CONTESTANTS["DPOTrainer"], shape, lora=lora)
-            for row in measure(CONTESTANTS, shape, lora=lora, repeats=args.repeats, checkpointing=True):
-                predicted = step_flop(CONTESTANTS[row["trainer"]], shape, lora=lora) / base
-                rows.append(
-                    {
-                        "P": shape.prompt_tokens,
-                        "R": shape.answer_tokens + 1,
-                        **{name: row[name] for name in ("weights", "trainer", "seconds", "ratio")},
-                        "predicted": round(predicted, 3),
-                        **{name: row[name] for name in ("head GEMMs", "peak MiB", "peak ratio")},
-                    }
-                )
+            measured = measure(CONTESTANTS, shape, lora=lora, repeats=args.repeats, checkpointing=True)
+            rows += with_predictions(measured, shape, lora)
             write(rows, args.output / "shared_prompt", "A step with the prompt of a pair computed once", text)
 
 

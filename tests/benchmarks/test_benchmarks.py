@@ -64,7 +64,7 @@ def test_shared_prompt(monkeypatch, tmp_path):
         for weights, more in (("LoRA", 0), ("full", 1)):
             shared, unshared = found[f"{trainer}, share_prompt", weights], found[trainer, weights]
             assert float(shared["head GEMMs"]) == float(unshared["head GEMMs"]) == gemms + more
-            assert float(shared["predicted"]) < float(unshared["predicted"])
+            assert float(shared["to unshared, predicted"]) < float(unshared["to unshared, predicted"]) == 1
 
     wide = Shape(4096, 65536, 1, 1, 4, 3)  # nothing but layers
     contestants = shared_prompt.CONTESTANTS
