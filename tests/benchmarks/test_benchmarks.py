@@ -57,7 +57,7 @@ def test_gpu_script(monkeypatch, tmp_path):
 
 def test_shared_prompt(monkeypatch, tmp_path):
     """docs/shared_prompt.md, When it pays: fewer bytes and the same head. By hand, layers alone: 4 + 2 · 4 of 2 · (4 + 4) tokens."""
-    monkeypatch.setattr(shared_prompt, "SHAPES", [TINY])
+    monkeypatch.setattr(shared_prompt, "CASES", [(TINY, True), (TINY, False)])
     run(shared_prompt, monkeypatch, tmp_path)
     found = {(row["trainer"], row["weights"]): row for row in rows(tmp_path / "shared_prompt")}
     for trainer, gemms in (("TDPOTrainer", 3), ("SelfRefineDPOTrainer", 5)):

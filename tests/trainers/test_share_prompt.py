@@ -364,6 +364,18 @@ def test_policy_equal_to_reference_is_exactly_so(make_trainer, trainer_class):
     assert metrics["rewards/margins"] == metrics["rewards/chosen"] == 0
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_logits_for_compute_metrics(make_both, lora_config, adapter):
+    """They are the batch's, in its layout."""
+    shared, unshared = make_both(arguments=lambda: {"trainer": {"peft_config": lora_config if adapter else None}})
+    batch, logits = first_batch(unshared), []
+    for trainer in (shared, unshared):
+        with pytest.warns(FutureWarning, match="return_outputs"):
+            _, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+        logits.append(outputs.logits)
+    torch.testing.assert_close(*logits)
+
+
 # What is computed
 
 

@@ -103,7 +103,7 @@ def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code:
     return PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
 
 
-def share_prompt(args: TDPOConfig | SelfRefineDPOConfig, model: str | PeftModel) -> None:
+def decide_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, model: str | PeftModel) -> None:
     """Have a pair's prompt computed once, where the model allows it; where not, the log says why."""
     reason = why_not_packed(model, args)
     args.share_prompt = reason is None
@@ -135,7 +135,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
                 trust_remote_code=args.trust_remote_code,
             )
     if job["trainer"] in ("tdpo", "self_refine_dpo") and "share_prompt" not in job["config"]:
-        share_prompt(args, model)
+        decide_share_prompt(args, model)
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
     if job.get("objective_alpha") is not None:

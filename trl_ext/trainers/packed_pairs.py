@@ -18,21 +18,8 @@ from trl import DPOConfig
 
 # Architectures whose packed sequences the tests compare with the sequences themselves
 EXACT_MODEL_TYPES = {
-    *(
-        "cohere",
-        "gemma",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "olmoe",
-    ),
-    *("phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+    *("cohere", "gemma", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2"),
+    *("olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
 }
 ATTENTION = ("sdpa", "eager", "flex_attention")  # those that take any mask
 SHARED, CHOSEN, REJECTED, PADDING = range(4)  # the parts of a packed sequence
@@ -46,9 +33,7 @@ class PackedPairs:
     """
 
     input_ids: torch.Tensor  # (B, S)
-    position_ids: (
-        torch.Tensor
-    )  # (B, S), the tokens' columns in the batch: those of rejected start again after what is shared
+    position_ids: torch.Tensor  # (B, S), the columns of the batch: those of rejected start again after what is shared
     parts: torch.Tensor  # (B, S)
     places: torch.Tensor  # (2B, W), where the tokens of the batch are in their pair's sequence; for padding anywhere
 
