@@ -24,6 +24,7 @@ from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.run_dir import RoundDir, RunDir
 from trl_ext.aries.templates import REFINEMENT_TEMPLATE
 from trl_ext.recipe import Recipe, check_keys, parse_section
+from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES
 
 from .test_readme import blocks, check_command, commands
 from .test_trl_contract import ADDED_METRICS
@@ -101,6 +102,11 @@ class TestTrainerPage:
         assert len(rows) >= 4
         for file, line in rows:
             assert line in (ROOT / file).read_text(encoding="utf-8"), line
+
+
+def test_every_accepted_architecture_is_listed():
+    listed = re.search(r"^Tested, and so accepted: (.*?);", DOCS["shared_prompt"], flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", listed.group(1))) == EXACT_MODEL_TYPES
 
 
 # ARIES

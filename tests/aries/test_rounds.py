@@ -160,6 +160,14 @@ def test_a_policy_is_not_a_reward_model(sorting, tmp_path, listed):
     refused(sorting, tmp_path, {"scores": scores}, r"r\.yaml:\d+: `scores.reward_model`: .*has 2 outputs")
 
 
+def test_a_prompt_that_cannot_be_shared(sorting, tmp_path):
+    """Where a recipe asks for it."""
+    model = {**recipe(sorting, tmp_path)["model"], "attn_implementation": "flash_attention_2"}
+    training = {"trainer": "tdpo", "share_prompt": True, **ON_CPU}
+    message = r"r\.yaml:\d+: `training`: `share_prompt: true` is not supported here: `attn_implementation='flash_att"
+    refused(sorting, tmp_path, {"model": model, "training": training}, message)
+
+
 def refused(sorting, tmp_path, changes, message):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))

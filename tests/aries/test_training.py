@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 from trl import DPOTrainer, ModelConfig, get_quantization_config
 
 from trl_ext.aries.config import (
@@ -166,6 +166,34 @@ def test_the_objective_a_training_starts_with(job, tmp_path, model_args):
     # An epoch: 32 rows in four batches
     mean = sum(entry["loss"] for entry in steps) / 4
     assert mean == pytest.approx(0.2 * math.log(2) + 0.8 * 2 * 0.25, abs=1e-3)
+
+
+# One prompt for both answers of a pair
+
+
+@pytest.mark.parametrize("objective_alpha", [None, 0.8], ids=["logistic", "squared"])
+@pytest.mark.parametrize("trainer", ["tdpo", "self_refine_dpo"])
+def test_prompts_are_shared_where_the_model_allows(job, trainer, objective_alpha):
+    """In round 1 and in round 2, unless the recipe says otherwise."""
+    settings = {"trainer": trainer, "objective_alpha": objective_alpha}
+    first = job("first", **settings)
+    assert make_trainer(first, silent).share_prompt
+    assert not make_trainer(job("not", share_prompt=False, **settings), silent).share_prompt
+    assert make_trainer(job("second", adapter=train(first), **settings), silent).share_prompt
+
+
+def test_prompts_are_not_shared_in_windows(job, tiny_model_path, tmp_path, caplog):
+    """And the log says so."""
+    sizes = AutoConfig.from_pretrained(tiny_model_path).to_dict()
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    config = MistralConfig(sliding_window=8, **{name: sizes[name] for name in same})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "windows")
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "windows")
+    settings = {"model": str(tmp_path / "windows"), "trainer": "tdpo"}
+    assert not make_trainer(job("windows", **settings), silent).share_prompt
+    assert "(`share_prompt: false`): this mistral attends in sliding windows" in caplog.text
+    with pytest.raises(ValueError, match="this mistral attends in sliding windows"):
+        make_trainer(job("windows", share_prompt=True, **settings), silent)
 
 
 def reference_logits(trainer) -> torch.Tensor:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks import gpu, self_refine_dpo, tdpo
+from tests.benchmarks import gpu, self_refine_dpo, shared_prompt, tdpo
 from tests.benchmarks.steps import Shape
 
 
@@ -78,3 +78,23 @@ def test_orchestrator(tmp_path):
     assert done.returncode == 0, done.stderr
     seconds = {row["stage"]: float(row["seconds"]) for row in rows(tmp_path / "orchestrator")}
     assert 0 < seconds["all but generate and train"] < seconds["round"]
+
+
+def test_shared_prompt(monkeypatch, tmp_path):
+    """docs/shared_prompt.md, When it pays: fewer bytes and the same head. By hand, layers alone: 4 + 2 · 4 of 2 · (4 + 4) tokens."""
+    monkeypatch.setattr(shared_prompt, "CASES", [(TINY, True), (TINY, False)])
+    run(shared_prompt, monkeypatch, tmp_path)
+    found = {(row["trainer"], row["weights"]): row for row in rows(tmp_path / "shared_prompt")}
+    for trainer, gemms in (("TDPOTrainer", 3), ("SelfRefineDPOTrainer", 5)):
+        for weights, more in (("LoRA", 0), ("full", 1)):
+            shared, unshared = found[f"{trainer}, share_prompt", weights], found[trainer, weights]
+            assert float(shared["head GEMMs"]) == float(unshared["head GEMMs"]) == gemms + more
+            assert float(shared["to unshared, predicted"]) < float(unshared["to unshared, predicted"]) == 1
+
+    wide = Shape(4096, 65536, 1, 1, 4, 3)  # nothing but layers
+    contestants = shared_prompt.CONTESTANTS
+    flop = [
+        shared_prompt.step_flop(contestants[name], wide, lora=True)
+        for name in ("TDPOTrainer, share_prompt", "TDPOTrainer")
+    ]
+    assert flop[0] / flop[1] == pytest.approx(12 / 16, rel=1e-2)

@@ -64,6 +64,12 @@ CASES = {
         TDPOConfig,
         options={"variant": "tdpo1", "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.0]},
     ),
+    "tdpo1_full_shared_prompt": Case(
+        TDPOTrainer, TDPOConfig, options={"variant": "tdpo1", "share_prompt": True, "gradient_checkpointing": True}
+    ),
+    "self_refine_lora_shared_prompt": Case(
+        SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION, options={"share_prompt": True}
+    ),
     "tdpo2_lora_checkpointing": Case(TDPOTrainer, TDPOConfig, ATTENTION, options={"gradient_checkpointing": True}),
     "tdpo2_lora_head_accumulation": Case(
         TDPOTrainer, TDPOConfig, ATTENTION_AND_HEAD, options=ACCUMULATION | EVALUATION

@@ -13,7 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from trl import ModelConfig
 
 from ..recipe import Recipe, RecipeError, check_keys
+from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import PairwiseTrainer
+from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
+from ..trainers.tdpo_config import TDPOConfig
 from .children import child_main
 from .config import LOOP_KEYS, HealthConfig
 from .drafts import encode_prompt
@@ -73,7 +76,9 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
             args = config_class(**settings["config"])
             if issubclass(trainer_class, PairwiseTrainer):
                 trainer_class._refuse_options(args)
-        except (ValueError, TypeError, ImportError) as error:
+            if settings["config"].get("share_prompt"):  # where a recipe leaves it out, the model decides
+                check_share_prompt(args, recipe)
+        except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
 
     tokenizer = check_model(recipe, job)
@@ -184,6 +189,18 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, file: dict[str, Any], heal
             f"{finding}: they have more than {file['longest']:,} tokens, which is `generation.max_model_len` less "
             "`drafts.max_tokens`. Raise the one, lower the other, or leave long prompts out."
         )
+
+
+def check_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, recipe: Recipe) -> None:
+    """Raise a `ValueError` if the recipe's model cannot do with `share_prompt`."""
+    model_args = ModelConfig(**recipe.mapping["model"])
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    reason = why_not_packed(model_args.model_name_or_path, args)
+    if reason is not None:
+        raise ValueError(f"`share_prompt: true` is not supported here: {reason} Or leave it out.")
 
 
 if __name__ == "__main__":

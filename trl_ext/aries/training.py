@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..recipe import RecipeError
+from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
@@ -36,6 +38,8 @@ from .disk import writing
 from .health import share_finding
 from .records import read_jsonl, write_json
 
+
+logger = get_logger(__name__)
 
 TRAINERS = {
     "sft": (SFTTrainer, SFTConfig),
@@ -134,6 +138,14 @@ def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code:
     return PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
 
 
+def decide_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, model: str | PeftModel) -> None:
+    """Have a pair's prompt computed once, where the model allows it; where not, the log says why."""
+    reason = why_not_packed(model, args)
+    args.share_prompt = reason is None
+    if reason is not None:
+        logger.warning(f"The prompt of a pair is computed for each of its answers (`share_prompt: false`): {reason}")
+
+
 def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
     """An ordinary trainer on the job's rows."""
     trainer_class, config_class = trainer_classes(job)
@@ -159,6 +171,8 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
                 trust_remote_code=args.trust_remote_code,
                 use_safetensors=True,
             )
+    if job["trainer"] in ("tdpo", "self_refine_dpo") and "share_prompt" not in job["config"]:
+        decide_share_prompt(args, model)
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
     if job.get("objective_alpha") is not None:

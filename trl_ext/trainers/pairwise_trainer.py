@@ -20,7 +20,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import fsdp2_load_full_state_dict, is_peft_model
 from datasets import Dataset
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers.utils import ModelOutput, is_bitsandbytes_available
@@ -28,6 +28,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from .packed_pairs import PackedPairs, why_not_packed
 from .position_kl_head import CompletionStates, add_position_kl_head
 
 
@@ -38,21 +39,31 @@ logger = get_logger(__name__)
 class PairBatch:
     """A collated batch of B pairs, `[chosen, rejected]` along the first dimension, as the models take it."""
 
-    model_kwargs: dict[str, torch.Tensor | bool]
+    model_kwargs: dict[str, torch.Tensor | bool | PackedPairs]
     labels: torch.Tensor  # (2B, T + 1), −100 outside the completions
     completion_mask: torch.Tensor  # (2B, T), aligned with the log-probabilities
     ref_logps: tuple[torch.Tensor, torch.Tensor] | None  # precomputed, of chosen and rejected, each (B,)
 
     @classmethod
-    def from_inputs(cls, inputs: dict[str, torch.Tensor]) -> "PairBatch":
+    def from_inputs(
+        cls, inputs: dict[str, torch.Tensor], share_prompt: bool = False, pad_to_multiple_of: int | None = None
+    ) -> "PairBatch":
         other = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
         model_kwargs = {key: value for key, value in inputs.items() if key not in other}
         completion_mask = inputs["completion_mask"]
         ref_logps = None
         if "ref_chosen_logps" in inputs:
             ref_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        packed = {}
+        if share_prompt:
+            if others := model_kwargs.keys() - {"input_ids", "attention_mask"}:
+                raise ValueError(
+                    f"`share_prompt=True` packs `input_ids` and `attention_mask`; this batch has {', '.join(sorted(others))} "
+                    "for the model too. Leave these out in your `data_collator`, or leave `share_prompt` at `False`."
+                )
+            packed["packed_pairs"] = PackedPairs.from_batch(**model_kwargs, pad_to_multiple_of=pad_to_multiple_of)
         return cls(
-            model_kwargs=model_kwargs | {"use_cache": False},
+            model_kwargs={**model_kwargs, **packed, "use_cache": False},
             labels=inputs["input_ids"].masked_fill(completion_mask == 0, -100),
             completion_mask=completion_mask[:, 1:],
             ref_logps=ref_logps,
@@ -127,6 +138,8 @@ class PairwiseTrainer(DPOTrainer):
     # for rounding, in fewer head GEMMs
     _own_head = False
     _separate_sft = False
+    # Whether chosen and rejected are computed in one sequence, behind one prompt
+    share_prompt = False
     _is_prepared = False
     # Loss types the subclass has a loss for, besides "sft", which is DPOTrainer's
     _pair_loss_types: ClassVar[tuple[str, ...]] = ()
@@ -237,8 +250,22 @@ class PairwiseTrainer(DPOTrainer):
         self._kl_weight = {None: None, "tdpo1": (1.0, 1.0), "tdpo2": (0.0, alpha)}[variant]
         self._separate_sft = variant == "tdpo1" and "sft" in args.loss_type
 
+    def _set_share_prompt(self, args: DPOConfig, peft_config: PeftConfig | None, *models) -> None:
+        """Have the prompt of each pair computed once, by all of `models` that there are. Before `super().__init__`."""
+        for model in models:
+            reason = None if model is None else why_not_packed(model, args, peft_config)
+            if reason is not None:
+                raise ValueError(
+                    f"`share_prompt=True` is not supported here: {reason} Or leave `share_prompt` at `False`: the prompt of a "
+                    "pair is then computed for each of its answers."
+                )
+        self.share_prompt = self._own_head = True
+
+    def _pair_batch(self, inputs: dict[str, torch.Tensor]) -> PairBatch:
+        return PairBatch.from_inputs(inputs, self.share_prompt, self.args.pad_to_multiple_of)
+
     def _compute_loss(self, model, inputs, return_outputs):
-        batch = PairBatch.from_inputs(inputs)
+        batch = self._pair_batch(inputs)
         reference = self._reference_forward(batch)
         policy = self._policy_forward(model, batch, reference)
         logps = self._pair_logps(batch, policy, reference)
@@ -285,8 +312,17 @@ class PairwiseTrainer(DPOTrainer):
         with self._reference_model() as ref_model:
             if self.variant is not None:
                 return ref_model(**batch.model_kwargs, labels=batch.labels, completion_states=True)
-            ref_outputs = ref_model(**batch.model_kwargs, labels=batch.labels, **self._head_kwargs())
+            return self._reference_logps(ref_model, batch)
+
+    def _reference_logps(self, ref_model: nn.Module, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        ref_outputs = ref_model(**batch.model_kwargs, labels=batch.labels, **self._head_kwargs())
         return self._sum_over_completion(ref_outputs.log_probs, batch)
+
+    def compute_ref_log_probs(self, model, inputs):
+        if not self.share_prompt:
+            return super().compute_ref_log_probs(model, inputs)
+        with self._reference_model():
+            return self._reference_logps(model, self._pair_batch(inputs))
 
     # Step 2: the policy
 

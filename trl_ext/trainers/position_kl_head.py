@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..kernels.position_kl import log_probs, position_kl
+from .packed_pairs import PackedPairs
 
 
 @dataclass
@@ -166,6 +167,8 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
       With `shared_prompts=...`, [`SharedPrompts`], `input_ids` are the completions alone, `(2B, R)`, and each prompt is computed
       once for its two completions; no gradient.
 
+    With `packed_pairs=...`, [`PackedPairs`] of the same batch, the model itself sees these, and the rest stays as it is.
+
     Args:
         model ([`~transformers.PreTrainedModel`]):
             Causal language model to patch, not wrapped by PEFT (patch its base model).
@@ -184,6 +187,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
         completion_states=False,
         completion_log_probs=False,
         shared_prompts=None,
+        packed_pairs: PackedPairs | None = None,
         reference=None,
         kl_weight=(0.0, 0.0),
         separate_sft=False,
@@ -195,20 +199,24 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
             return original_forward(*args, **kwargs)
 
         # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
-        if shared_prompts is None:
-            backbone_outputs = self.base_model(*args, **{**kwargs, "use_cache": False})
-            hidden, labels = backbone_outputs.last_hidden_state[:, :-1], labels[:, 1:]  # (2B, T, H), (2B, T)
-        else:
+        backbone = self.base_model
+        if shared_prompts is not None:
             hidden = states_after_shared_prompts(
-                self.base_model, shared_prompts, kwargs["input_ids"], kwargs["attention_mask"]
+                backbone, shared_prompts, kwargs["input_ids"], kwargs["attention_mask"]
             )  # (2B, R, H)
+        elif packed_pairs is not None:
+            backbone_outputs = backbone(**{**kwargs, **packed_pairs.model_inputs(backbone)})
+            hidden, labels = backbone_outputs.last_hidden_state, labels[:, 1:]  # (B, S, H), (2B, T)
+        else:
+            backbone_outputs = backbone(*args, **{**kwargs, "use_cache": False})
+            hidden, labels = backbone_outputs.last_hidden_state[:, :-1], labels[:, 1:]  # (2B, T, H), (2B, T)
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if isinstance(weight, DTensor):  # FSDP2
             weight, bias = gather(weight), None if bias is None else gather(bias)
-        labels = labels.to(weight.device)
+        labels, hidden = labels.to(weight.device), hidden.to(weight.device)
         mask = labels != -100  # (2B, T)
-        hidden = hidden.to(weight.device)[mask]  # (N, H)
+        hidden = hidden[mask] if packed_pairs is None else packed_pairs.take(hidden, mask)  # (N, H)
         if completion_states:
             if isinstance(self, FSDPModule):  # frees the unsharded head when this forward ends
                 weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
@@ -244,12 +252,13 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
             per_token["sft_log_probs"] = sft.new_zeros(mask.shape).masked_scatter(chosen, sft)
         aux_loss = None
         if kwargs.get("output_router_logits"):
+            router_logits, token_mask = backbone_outputs.router_logits, kwargs.get("attention_mask")
+            if packed_pairs is not None:  # a shared token counts twice, as in the batch
+                router_logits = packed_pairs.take_router_logits(router_logits, token_mask)
+                token_mask = None
             # Mixtral's load-balancing loss is the one every MoE family pulls in through the modular system
             aux_loss = load_balancing_loss_func(
-                backbone_outputs.router_logits,
-                text_config.num_experts,
-                text_config.num_experts_per_tok,
-                kwargs.get("attention_mask"),
+                router_logits, text_config.num_experts, text_config.num_experts_per_tok, token_mask
             )
         output_class = FusedCausalLMOutput if reference is None else PositionKLOutput
         return output_class(**per_token, label_mask=mask, aux_loss=aux_loss)

@@ -38,6 +38,10 @@ class SelfRefineDPOConfig(DPOConfig):
             `−log σ(u − TDPO's term − λ Δ)`. For `loss_type="sigmoid"`.
         alpha (`float`, *optional*, defaults to `0.5`):
             TDPO2's α, as in [`TDPOConfig`]. Only used with `variant="tdpo2"`.
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R tokens
+            in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are refused.
+            The augmented prompts are computed once in any case.
 
     Raises:
         `ValueError`: a negative `refinement_weight` or `alpha`, an unknown `refinement_prompt_role` or `variant`.
@@ -79,6 +83,14 @@ class SelfRefineDPOConfig(DPOConfig):
     alpha: float = field(
         default=0.5,
         metadata={"help": "TDPO2's weight of the difference of the sequential KLs, with variant='tdpo2'."},
+    )
+    share_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R "
+            "tokens in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are "
+            "refused."
+        },
     )
 
     def __post_init__(self):

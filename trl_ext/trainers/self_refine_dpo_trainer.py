@@ -132,7 +132,8 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     Raises:
         `ValueError`: an option that has no meaning here (`ld_alpha`, `use_weighting`, `f_divergence_type`,
         `truncation_mode="keep_end"`, `label_smoothing` without a loss that reads it, losses that are no functions of the
-        margin, `variant` with precomputed references or prompt-learning PEFT), before any model is loaded; a vision dataset.
+        margin, `variant` with precomputed references or prompt-learning PEFT), or a model that cannot do with `share_prompt`,
+        before any model is loaded; a vision dataset.
 
     Example:
 
@@ -200,6 +201,8 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
             )
         # λ = 0 is DPOTrainer, to the last bit
         self._own_head = self.refinement_weight > 0 and not self._learns_prompt
+        if config.share_prompt:
+            self._set_share_prompt(args, peft_config, model, ref_model)
         self._precomputes_augmented = False
 
         super().__init__(model, ref_model, args, data_collator, *pos, peft_config=peft_config, **kwargs)

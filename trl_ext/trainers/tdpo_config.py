@@ -9,7 +9,7 @@ class TDPOConfig(DPOConfig):
     Configuration class for the [`TDPOTrainer`].
 
     [`TDPOConfig`] inherits every parameter from [`~trl.DPOConfig`] and adds the two of Token-level DPO
-    (https://huggingface.co/papers/2404.11999). In `loss_type`, `"sigmoid"` stands for the TDPO loss.
+    (https://huggingface.co/papers/2404.11999), and `share_prompt`. In `loss_type`, `"sigmoid"` stands for the TDPO loss.
 
     Parameters:
         variant (`str`, *optional*, defaults to `"tdpo2"`):
@@ -17,6 +17,9 @@ class TDPOConfig(DPOConfig):
         alpha (`float`, *optional*, defaults to `0.5`):
             Weight α of the difference of the sequential KLs in TDPO2, at least 0; 0.5 is the paper's default. Larger
             values keep the policy closer to the reference; `0` is DPO. TDPO1 does not use it.
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R tokens
+            in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are refused.
 
     Raises:
         `ValueError`: unknown `variant`, or a negative `alpha`.
@@ -35,6 +38,14 @@ class TDPOConfig(DPOConfig):
         metadata={
             "help": "Weight of the difference of the sequential KLs in TDPO2, at least 0; 0.5 is the paper's default. "
             "Larger values keep the policy closer to the reference; 0 is DPO. TDPO1 does not use it."
+        },
+    )
+    share_prompt: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R "
+            "tokens in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are "
+            "refused."
         },
     )
 

@@ -25,8 +25,8 @@ class TDPOTrainer(PairwiseTrainer):
 
     Raises:
         `ValueError`: an option that has no meaning for TDPO (`precompute_ref_log_probs`, `ld_alpha`, `use_weighting`,
-        `f_divergence_type`, `label_smoothing`, other loss types than "sigmoid" and "sft", prompt-learning PEFT), before
-        any model is loaded.
+        `f_divergence_type`, `label_smoothing`, other loss types than "sigmoid" and "sft", prompt-learning PEFT), or a model
+        that cannot do with `share_prompt`, before any model is loaded.
 
     Example:
 
@@ -80,6 +80,8 @@ class TDPOTrainer(PairwiseTrainer):
             )
         config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
         self._set_token_level(config.variant, config.alpha, args)
+        if config.share_prompt:
+            self._set_share_prompt(args, peft_config, model, ref_model)
 
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
 

@@ -1,0 +1,574 @@
+"""
+`share_prompt=True` against the same trainer without it: one thing computed in two ways, so the oracle is the unshared step,
+whose own oracles are in the other files. How a pair is packed is compared with layouts drawn by hand.
+"""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tests.conftest import assert_gradients_close, first_batch, perturb, step_metrics, train_step
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from trl import DPOConfig
+
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES, PackedPairs, why_not_packed
+from trl_ext.trainers.squared_refinement import SquaredRefinementTDPOTrainer
+
+
+CONFIGS = {TDPOTrainer: TDPOConfig, SelfRefineDPOTrainer: SelfRefineDPOConfig}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+# What a tiny model of each architecture has beside SIZES; options that it does not have do not harm
+MODEL_TYPES = {
+    "cohere": {},
+    "gemma": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gpt_neox": {},
+    "granite": {},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "mixtral": EXPERTS,
+    "olmo": {},
+    "olmo2": {},
+    "olmoe": EXPERTS,
+    "phi": {},
+    "phi3": {},
+    "qwen2": {},
+    "qwen2_moe": EXPERTS,
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {**EXPERTS, "head_dim": 8},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+}
+
+
+@pytest.fixture
+def make_model_dir(tiny_model_dir, tmp_path):
+    """Returns a function that saves a tiny model of an architecture, for the tiny Llama's tokenizer, and returns its path."""
+
+    def make(model_type: str, **options) -> str:
+        llama = AutoConfig.from_pretrained(tiny_model_dir)
+        tokens = {"pad_token_id": llama.pad_token_id, "eos_token_id": llama.eos_token_id, "bos_token_id": None}
+        own = AutoConfig.for_model(model_type)
+        sizes = {name: value for name, value in SIZES.items() if hasattr(own, name)}
+        config = AutoConfig.for_model(model_type, vocab_size=llama.vocab_size, **tokens, **{**sizes, **options})
+        torch.manual_seed(0)
+        path = tmp_path / f"tiny-{model_type}"
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def make_both(make_trainer):
+    """
+    Returns a function that builds a trainer with and one without `share_prompt`, whose policies have moved in the same way.
+    `arguments()` are what each needs of its own.
+    """
+
+    def make(trainer_class=TDPOTrainer, config_class=None, *, arguments=dict, scale=0.05, **options):
+        trainers = []
+        for share_prompt in (True, False):
+            torch.manual_seed(0)  # LoRA's A
+            trainer = make_trainer(
+                trainer_class,
+                config_class or CONFIGS[trainer_class],
+                **{**options, **arguments()},
+                share_prompt=share_prompt,
+            )
+            assert trainer.share_prompt is share_prompt
+            perturb(trainer.model, scale)
+            trainers.append(trainer)
+        return trainers
+
+    return make
+
+
+def assert_same_step(
+    shared, unshared, *, rel: float = 1e-5, gradients: float = 1e-5, batch: dict | None = None
+) -> None:
+    """Loss, every metric and every gradient of a training step; `gradients` is relative to the largest entry of each."""
+    batch = first_batch(unshared) if batch is None else batch
+    loss, expected = train_step(shared, dict(batch)), train_step(unshared, dict(batch))
+    assert loss.item() == pytest.approx(expected.item(), rel=rel)
+    metrics = step_metrics(unshared)
+    assert abs(metrics["rewards/margins"]) > 1e-3  # the policy is another one than the reference
+    assert step_metrics(shared) == pytest.approx(metrics, rel=10 * rel, abs=10 * rel)
+    assert_gradients_close(
+        shared.model,
+        {name: p.grad for name, p in unshared.model.named_parameters() if p.requires_grad},
+        tolerance=gradients,
+    )
+
+
+# How a pair is packed
+
+
+def drawn(packed: PackedPairs, pair: int) -> dict[str, str]:
+    """The sequence of a pair as text, a column for each token."""
+    return {
+        "ids": " ".join(map(str, packed.input_ids[pair].tolist())),
+        "positions": " ".join(map(str, packed.position_ids[pair].tolist())),
+        "parts": "".join("scr-"[part] for part in packed.parts[pair].tolist()),
+    }
+
+
+def test_pairs_by_hand():
+    """Prompts of 3 and 1 tokens, answers of 2 and 3, and of 2 and 1 that begin with the same token."""
+    input_ids = torch.tensor([[5, 6, 7, 10, 11, 0], [8, 20, 21, 0, 0, 0], [5, 6, 7, 12, 13, 14], [8, 20, 0, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    packed = PackedPairs.from_batch(input_ids, mask)
+    assert drawn(packed, 0) == {"ids": "5 6 7 10 11 12 13 14", "positions": "0 1 2 3 4 3 4 5", "parts": "sssccrrr"}
+    second = drawn(packed, 1)
+    assert second["ids"].startswith("8 20 21 ") and second["parts"] == "ssc-----"
+    assert packed.places[mask.bool()].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 5, 6, 7, 0, 1]
+    # Any token of the batch is found again
+    torch.testing.assert_close(packed.take(packed.input_ids, mask.bool()), input_ids[mask.bool()])
+    columns = torch.arange(6).expand(4, -1)
+    torch.testing.assert_close(packed.take(packed.position_ids, mask.bool()), columns[mask.bool()])
+
+
+def test_left_padding_and_nothing_shared_by_hand():
+    input_ids = torch.tensor([[0, 5, 6], [5, 6, 7], [0, 5, 8], [9, 6, 7]])
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 1, 1], [1, 1, 1]])
+    packed = PackedPairs.from_batch(input_ids, mask)
+    assert drawn(packed, 0)["parts"] == "scr---"
+    assert drawn(packed, 0)["positions"].startswith("1 2 2 ")
+    assert drawn(packed, 1) == {"ids": "5 6 7 9 6 7", "positions": "0 1 2 0 1 2", "parts": "cccrrr"}
+    torch.testing.assert_close(packed.take(packed.input_ids, mask.bool()), input_ids[mask.bool()])
+
+
+def test_sequences_of_a_multiple_of():
+    ids, mask = torch.tensor([[5, 6, 0, 0], [5, 7, 8, 0]]), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
+    assert PackedPairs.from_batch(ids, mask).input_ids.size(1) == 4
+    assert PackedPairs.from_batch(ids, mask, pad_to_multiple_of=4).input_ids.size(1) == 4
+    packed = PackedPairs.from_batch(ids, mask, pad_to_multiple_of=8)
+    assert drawn(packed, 0)["parts"] == "scrr----"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_mask_by_hand(tiny_model_dir, attention):
+    """Rows see columns: the answers what they share and themselves, never each other."""
+    ids, mask = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation=attention)
+    (seen,) = PackedPairs.from_batch(ids, mask).model_inputs(model.model)["attention_mask"][:, 0]
+    seen = seen if attention == "sdpa" else seen == 0
+    assert ["".join("x" if visible else "." for visible in row) for row in seen.tolist()] == [
+        "x....",
+        "xx...",
+        "xxx..",
+        "xxxx.",
+        "xx..x",
+    ]
+
+
+# Exact
+
+
+def test_every_architecture_is_tested():
+    assert MODEL_TYPES.keys() == EXACT_MODEL_TYPES
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_architecture(make_both, make_model_dir, model_type):
+    """Experts' routing is discrete, so two roundings may differ by more there; here they do not."""
+    path = make_model_dir(model_type, **MODEL_TYPES[model_type])
+    shared, unshared = make_both(model=path, variant="tdpo1", beta=0.3)
+    assert_same_step(shared, unshared)
+    assert ("aux_loss" in step_metrics(shared)) == ("num_experts" in MODEL_TYPES[model_type])
+
+
+@pytest.fixture
+def make_adapter(tiny_model_dir, lora_config):
+    """Returns a function that makes the arguments of a trainer with one of WEIGHTS."""
+
+    def make(weights: str) -> dict:
+        if weights == "existing adapter":
+            base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+            model = get_peft_model(base, lora_config)
+            perturb(model, scale=0.2, seed=2)
+            return {"model": model}
+        if weights == "reference model":
+            ref_model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+            perturb(ref_model, seed=3)
+            return {"trainer": {"ref_model": ref_model}}
+        arguments = {"peft_config": lora_config} if weights in ("lora", "qlora") else {}
+        if weights == "qlora":
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            )
+        return {"trainer": arguments}
+
+    return make
+
+
+WEIGHTS = ["full", "lora", "qlora", "existing adapter", "reference model"]
+
+
+CHECKPOINTING = {"": None, "checkpointing": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
+CASES = [
+    *((TDPOTrainer, weights, checkpointing) for weights in WEIGHTS for checkpointing in ("", "checkpointing")),
+    *((TDPOTrainer, weights, "reentrant") for weights in ("full", "lora")),
+    *((SelfRefineDPOTrainer, weights, "checkpointing") for weights in WEIGHTS),
+]
+
+
+@pytest.mark.parametrize(("trainer_class", "weights", "checkpointing"), CASES)
+def test_weights(make_both, make_adapter, trainer_class, weights, checkpointing):
+    if weights == "qlora":
+        pytest.importorskip("bitsandbytes")
+    shared, unshared = make_both(
+        trainer_class,
+        arguments=lambda: make_adapter(weights),
+        scale=0.2,
+        gradient_checkpointing=bool(checkpointing),
+        gradient_checkpointing_kwargs=CHECKPOINTING[checkpointing],
+    )
+    if weights == "qlora":  # DPOTrainer puts its adapter in bf16, whose 8 bits would be all that is compared
+        for trainer in (shared, unshared):
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+            assert any(parameter.dtype == torch.uint8 for parameter in trainer.model.parameters())
+    assert_same_step(shared, unshared)
+
+
+LOSSES = {
+    "tdpo1": (TDPOTrainer, {"variant": "tdpo1"}),
+    "tdpo2": (TDPOTrainer, {"variant": "tdpo2", "alpha": 0.7}),
+    "tdpo1 and sft": (TDPOTrainer, {"variant": "tdpo1", "loss_type": ["sigmoid", "sft"]}),
+    "sr-dpo": (SelfRefineDPOTrainer, {"refinement_weight": 0.5}),
+    "sr-dpo, λ = 0": (SelfRefineDPOTrainer, {"refinement_weight": 0.0}),
+    "sr-ipo": (SelfRefineDPOTrainer, {"loss_type": ["ipo"]}),
+    "sr-dpo, tdpo2": (SelfRefineDPOTrainer, {"variant": "tdpo2"}),
+    "sr-dpo, precomputed": (SelfRefineDPOTrainer, {"precompute_ref_log_probs": True}),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss(make_both, loss):
+    trainer_class, options = LOSSES[loss]
+    assert_same_step(*make_both(trainer_class, **options))
+
+
+def test_squared_refinement(make_both, conversational_pairs):
+    """The trainers of ARIES, whose weight of the KL is another one for each row."""
+    dataset = conversational_pairs.add_column("turn", [0, 1] * 4)
+    assert_same_step(
+        *make_both(
+            SquaredRefinementTDPOTrainer,
+            TDPOConfig,
+            variant="tdpo1",
+            dataset=dataset,
+            arguments=lambda: {"trainer": {"objective_alpha": 0.7}},
+        )
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_length": 12},
+        {"max_length": 12, "truncation_mode": "keep_end"},  # other ends of the prompt for chosen and rejected
+        {"pad_to_multiple_of": 8},
+        {"per_device_train_batch_size": 1},
+        {"per_device_train_batch_size": 8},
+        {"model_init_kwargs": {"attn_implementation": "eager"}},
+    ],
+    ids=["truncated", "keep_end", "multiple of 8", "one pair", "eight pairs", "eager attention"],
+)
+def test_shapes_of_a_batch(make_both, options):
+    shared, unshared = make_both(**options)
+    attention = options.get("model_init_kwargs", {}).get("attn_implementation", "sdpa")
+    assert shared.model.config._attn_implementation == attention
+    batch = first_batch(unshared)
+    lengths = batch["attention_mask"].sum(dim=1)
+    if "max_length" in options:
+        assert (lengths == 12).sum() >= 2
+    assert_same_step(shared, unshared, batch=batch)
+
+
+@pytest.mark.parametrize("trainer_class", CONFIGS)
+def test_evaluation(make_both, conversational_pairs, trainer_class):
+    shared, unshared = make_both(trainer_class, trainer={"eval_dataset": conversational_pairs})
+    found, expected = shared.evaluate(), unshared.evaluate()
+    clocks = {name for name in expected if name.endswith(("runtime", "per_second"))}
+    assert {name: found[name] for name in found.keys() - clocks} == pytest.approx(
+        {name: expected[name] for name in expected.keys() - clocks}, rel=1e-4, abs=1e-4
+    )
+
+
+def test_training(make_both):
+    """The training loop: the same losses, gradient norms and metrics, step by step."""
+    logs = []
+    for trainer in make_both(max_steps=4, learning_rate=1e-3, gradient_checkpointing=True):
+        trainer.train()
+        logs.append(
+            [
+                {k: v for k, v in log.items() if "runtime" not in k and "second" not in k}
+                for log in trainer.state.log_history
+            ]
+        )
+    for found, expected in zip(*logs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_autocast(make_both):
+    """bf16 autocast: two roundings of the same numbers, to its 8 bits. They are not the same to the last bit."""
+    shared, unshared = make_both(bf16=True, scale=0.2)
+    batch = first_batch(unshared)
+    losses = []
+    for trainer in (shared, unshared):
+        with trainer.accelerator.autocast():
+            losses.append(train_step(trainer, dict(batch)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    metrics, expected = step_metrics(shared), step_metrics(unshared)
+    for name in ("logps/chosen", "logps/rejected", "position_kl/chosen", "entropy"):
+        assert metrics[name] == pytest.approx(expected[name], rel=2e-2)
+
+
+@pytest.mark.parametrize("trainer_class", CONFIGS)
+def test_policy_equal_to_reference_is_exactly_so(make_trainer, trainer_class):
+    """Both are packed: one forward, not two roundings of it."""
+    trainer = make_trainer(trainer_class, CONFIGS[trainer_class], share_prompt=True)
+    train_step(trainer, first_batch(trainer))
+    metrics = step_metrics(trainer)
+    assert metrics["rewards/margins"] == metrics["rewards/chosen"] == 0
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_logits_for_compute_metrics(make_both, lora_config, adapter):
+    """They are the batch's, in its layout."""
+    shared, unshared = make_both(arguments=lambda: {"trainer": {"peft_config": lora_config if adapter else None}})
+    batch, logits = first_batch(unshared), []
+    for trainer in (shared, unshared):
+        with pytest.warns(FutureWarning, match="return_outputs"):
+            _, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+        logits.append(outputs.logits)
+    torch.testing.assert_close(*logits)
+
+
+# What is computed
+
+
+def positions_computed(trainer, batch: dict) -> list[tuple[int, ...]]:
+    """The shapes of what goes through the policy's first and the reference's first layer in a step."""
+    shapes = []
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        layer = model.model.layers[0]
+        layer.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[:2])))
+    train_step(trainer, dict(batch))
+    return shapes
+
+
+def test_tokens_computed(make_both):
+    """
+    P + 2R tokens of a pair and not 2 (P + R), for the policy and for the reference: here 6 + 12 + 13 and not twice 6 + 13.
+    Hooks count them where they enter the layers.
+    """
+    answer = " because the sky is blue and the sea is green ."
+    row = {"prompt": "why is the sky blue ?", "chosen": answer, "rejected": f" no{answer}"}
+    shared, unshared = make_both(dataset=Dataset.from_list([row, row]), per_device_train_batch_size=2)
+    batch = first_batch(unshared)
+    assert (batch["attention_mask"] - batch["completion_mask"]).sum(dim=1).tolist() == [6] * 4
+    assert batch["completion_mask"].sum(dim=1).tolist() == [12, 12, 13, 13]
+    assert positions_computed(shared, batch) == [(2, 6 + 12 + 13)] * 2
+    assert positions_computed(unshared, batch) == [(4, 6 + 13)] * 2
+
+
+def test_checkpointing_recomputes_the_packed_sequences(make_trainer):
+    """Twice the policy, once the reference."""
+    trainer = make_trainer(TDPOTrainer, TDPOConfig, share_prompt=True, gradient_checkpointing=True)
+    batch = first_batch(trainer)
+    shape = tuple(PackedPairs.from_batch(batch["input_ids"], batch["attention_mask"]).parts.shape)
+    assert positions_computed(trainer, batch) == [shape] * 3
+
+
+def test_precomputed_reference_is_packed(make_trainer):
+    class Recording(SelfRefineDPOTrainer):
+        def compute_ref_log_probs(self, model, inputs):
+            if not self._precomputes_augmented:
+                layer = model.model.layers[0]
+                handle = layer.register_forward_pre_hook(lambda module, args: widths.append(tuple(args[0].shape[:2])))
+                batches.append(PackedPairs.from_batch(inputs["input_ids"], inputs["attention_mask"]))
+                try:
+                    return super().compute_ref_log_probs(model, inputs)
+                finally:
+                    handle.remove()
+            return super().compute_ref_log_probs(model, inputs)
+
+    widths, batches = [], []
+    make_trainer(Recording, SelfRefineDPOConfig, share_prompt=True, precompute_ref_log_probs=True)
+    assert widths == [tuple(batch.parts.shape) for batch in batches] and len(widths) == 2
+
+
+# Refused
+
+
+def test_a_plain_dpo_config_does_not_share(make_trainer):
+    assert make_trainer(TDPOTrainer, DPOConfig).share_prompt is False
+
+
+REFUSED = {
+    "sliding window": ("mistral", {"sliding_window": 8, "head_dim": 8}, "sliding windows"),
+    "some layers' windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "this qwen2 attends in sliding windows",
+    ),
+    "recurrent": ("mamba", {"state_size": 4}, "mamba has recurrent"),
+    "convolutions": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64, "block_auto_adjust_ff_dim": False},
+        "lfm2 has recurrent, convolutional",
+    ),
+    "ALiBi": ("bloom", {"n_head": 4, "n_layer": 2}, "not known to be exact for bloom"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("trainer_class", CONFIGS)
+def test_refused_model(make_trainer, make_model_dir, trainer_class, case):
+    """By path and as a loaded model, before the data are looked at."""
+    model_type, options, reason = REFUSED[case]
+    path = make_model_dir(model_type, **options)
+    for model in (path, AutoModelForCausalLM.from_pretrained(path)):
+        with pytest.raises(ValueError, match=rf"`share_prompt=True` is not supported here: .*{reason}.* at `False`"):
+            make_trainer(trainer_class, CONFIGS[trainer_class], model=model, dataset=None, share_prompt=True)
+
+
+def test_a_window_can_be_switched_off(make_both, make_model_dir):
+    """The way out that the error names."""
+    path = make_model_dir("mistral", sliding_window=512, head_dim=8)
+    assert_same_step(*make_both(model=path, model_init_kwargs={"sliding_window": None}))
+
+
+def test_refused_attention(make_trainer, tiny_model_dir):
+    options = {"attn_implementation": "flash_attention_2"}
+    with pytest.raises(ValueError, match="`attn_implementation='flash_attention_2'` takes no other mask.*'sdpa'"):
+        make_trainer(TDPOTrainer, TDPOConfig, share_prompt=True, model_init_kwargs=options)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.config._attn_implementation = "kernels-community/flash-attn3"
+    with pytest.raises(ValueError, match="flash-attn3'` takes no other mask"):
+        make_trainer(TDPOTrainer, TDPOConfig, model=model, share_prompt=True)
+
+
+def test_refused_reference(make_trainer, make_model_dir, tiny_model_dir):
+    path = make_model_dir("mistral", sliding_window=8, head_dim=8)
+    with pytest.raises(ValueError, match="this mistral attends in sliding windows"):
+        ref_model = AutoModelForCausalLM.from_pretrained(path)
+        make_trainer(TDPOTrainer, TDPOConfig, trainer={"ref_model": ref_model}, share_prompt=True)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_refused_adapter(make_trainer, tiny_model_dir, kind):
+    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), adapter)
+    for arguments in ({"trainer": {"peft_config": adapter}}, {"model": model}):
+        with pytest.raises(ValueError, match="not supported here: prompt-learning PEFT.*Use LoRA"):
+            make_trainer(SelfRefineDPOTrainer, SelfRefineDPOConfig, share_prompt=True, **arguments)
+
+
+def test_refused_modelling_code(tiny_model_dir, tmp_path):
+    """A Llama whose backbone is not the one of transformers, loaded and by its path."""
+
+    class OwnModel(LlamaModel):
+        pass
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.model = OwnModel(model.config)
+    assert "modelling code of its own" in why_not_packed(model, TDPOConfig(tmp_path, use_cpu=True))
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    config.auto_map = {"AutoModelForCausalLM": "modeling.OwnForCausalLM"}
+    config.save_pretrained(tmp_path)
+    trusting, careful = (TDPOConfig(tmp_path, use_cpu=True, trust_remote_code=trust) for trust in (True, False))
+    assert "modelling code of its own" in why_not_packed(str(tmp_path), trusting)
+    assert why_not_packed(str(tmp_path), careful) is None  # transformers' own code is taken
+
+
+def test_a_batch_with_more_for_the_model_is_refused(make_trainer):
+    trainer = make_trainer(TDPOTrainer, TDPOConfig, share_prompt=True)
+    batch = first_batch(trainer)
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    with pytest.raises(ValueError, match="this batch has token_type_ids for the model too"):
+        train_step(trainer, batch)
+
+
+# FlexAttention
+
+
+def tiny_llama(attention: str) -> LlamaForCausalLM:
+    """FlexAttention's kernels want heads of 16 at least."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 64, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation=attention))
+
+
+def ragged_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two pairs, of prompts of 140 and 10 tokens: more than one block of FlexAttention's."""
+    ids = torch.randint(3, 50, (4, 180), generator=torch.Generator().manual_seed(0))
+    ids[2, :140], ids[3, :10] = ids[0, :140], ids[1, :10]
+    lengths = torch.tensor([180, 30, 150, 40])
+    return ids, (torch.arange(180) < lengths.unsqueeze(1)).long()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_flex_attention_forward():
+    """Compiled for the CPU, which knows its forward only. Oracle: SDPA on the batch itself."""
+    ids, mask = ragged_batch()
+    packed = PackedPairs.from_batch(ids, mask)
+    flex = tiny_llama("flex_attention").model
+    inputs = packed.model_inputs(flex)
+    assert isinstance(inputs["attention_mask"], BlockMask)
+    found = packed.take(flex(**inputs).last_hidden_state, mask.bool())
+    expected = tiny_llama("sdpa").model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_on_gpu(attention):
+    """States and gradients, each beside those of SDPA on the batch itself."""
+    ids, mask = (x.cuda() for x in ragged_batch())
+    packed = PackedPairs.from_batch(ids, mask)
+    states, gradients = [], []
+    for implementation in (attention, "sdpa"):
+        model = tiny_llama(implementation).cuda().model
+        if not states:
+            found = packed.take(model(**packed.model_inputs(model)).last_hidden_state, mask.bool())
+        else:
+            found = model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        found.square().sum().backward()
+        states.append(found.detach())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
