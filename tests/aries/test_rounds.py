@@ -73,7 +73,7 @@ def results(path: Path) -> dict[str, bytes | dict]:
     for file in sorted(path.rglob("*")):
         name = str(file.relative_to(path))
         if file.is_file() and not re.search(
-            r"/?logs/|/training/|events.jsonl|run.lock|resolved.json|recipe.yaml|cost.json", name
+            r"/?logs/|/training/|events.jsonl|run.lock|resolved.json|recipe.yaml|cost.json|report.html", name
         ):
             # Paths differ between two run directories, and with them what is hashed over them
             content = file.read_bytes().replace(str(path).encode(), b"RUN")
@@ -149,6 +149,12 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     assert initial["kl_to_initial"]["per_answer"] == 0
     assert json.loads((whole / "round_02" / "manifest.json").read_text())["parity"]["difference"] < 1e-4
 
+    # The report of a finished run, written by it
+    report = (whole / "report.html").read_text(encoding="utf-8")
+    assert "round 2</th>" in report and '<span class="badge finished">' in report
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", printed)
+    assert "was not written" not in printed and f"{whole}/report.html" in printed
+
     # The run that was killed
     killed = tmp_path / "killed"
     file = tmp_path / "killed.yaml"
@@ -159,6 +165,7 @@ def test_the_loop_and_a_run_killed_in_every_stage(sorting, tmp_path):
     kill_when(file, (killed / "round_01" / "scores.jsonl").exists)
     kill_when(file, (killed / "round_01" / "pairs.jsonl").exists)
     kill_when(file, (killed / "round_01" / "adapter").exists)
+    assert "it ended without a word" in run(file, "status")
     assert "round 1: prompts done, answers done, scores done, pairs done, training done" in " ".join(
         run(file, "status").split()
     )
@@ -191,6 +198,9 @@ def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
     stopped = subprocess.run(command(file), capture_output=True, text=True)
     assert stopped.returncode == 2
     assert "round 1 would train the policy away from its better answers" in stopped.stderr
+    report = (output / "report.html").read_text(encoding="utf-8")
+    assert "The run stopped in round 1, guard" in report and "away from its better answers" in report
+    assert "stopped: round 1, guard" in run(file, "status")
     assert "Traceback" not in stopped.stderr and not (output / "round_01" / "training").exists()
     pairs = (output / "round_01" / "pairs.jsonl").read_bytes()
 
