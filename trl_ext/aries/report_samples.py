@@ -14,6 +14,9 @@ SAMPLES = 12
 # Characters of a text that are shown; what is left out is counted
 SHOWN_CHARACTERS = 4000
 
+# Words up to which a difference is exact: its time grows with their square
+EXACT_WORDS = 1000
+
 # Words, and single characters of scripts that put no spaces between them, each with the space before it
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORDS = re.compile(rf"\s*(?:[{_CJK}]|[^\W{_CJK}]+|[^\w\s])|\s+")
@@ -65,7 +68,9 @@ def word_diff(before: str, after: str) -> list[tuple[str, str]]:
     ```
     """
     old, new = _WORDS.findall(before), _WORDS.findall(after)
-    matcher = SequenceMatcher(None, [word.strip() for word in old], [word.strip() for word in new], autojunk=False)
+    # Exact for a text of words; for thousands of signs, as a policy writes that has broken down, by what is rare in them
+    texts = ([word.strip() for word in words] for words in (old, new))
+    matcher = SequenceMatcher(None, *texts, autojunk=len(new) > EXACT_WORDS)
     parts = []
     for operation, i, k, j, m in matcher.get_opcodes():
         if operation == "equal":
