@@ -25,13 +25,19 @@ ifneq ($(GOAL),)
   endif
 endif
 
+ifneq ($(filter report,$(MAKECMDGOALS)),)
+  ifeq ($(strip $(RUN)),)
+    $(error `make report` needs a run directory, for example: make report RUN=runs/quickstart)
+  endif
+endif
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 --sft_direct_rows 1280 --sft_refine_rows 2560
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status report lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +48,7 @@ help: ## This list
 		VENV "where the environment is; $(VENV)" \
 		TORCH_CPU_INDEX "where torch's CPU build is, if pip's own index has none; $(TORCH_CPU_INDEX)" \
 		RECIPE "the YAML file to run" \
+		RUN "a run directory, for the report" \
 		ARGS "more for the command, e.g. ARGS=\"--learning_rate 1.0e-6\", ARGS=\"-k tdpo\""
 
 install: $(STAMP) ## Make the environment (DEVICE=cpu|cuda to choose)
@@ -97,6 +104,9 @@ aries: $(STAMP) ## Run or continue the ARIES loop (RECIPE=...)
 
 status: $(STAMP) ## How far an ARIES run is (RECIPE=...)
 	$(BIN)/trl-ext aries status --config $(RECIPE) $(ARGS)
+
+report: $(STAMP) ## Write the report of an ARIES run (RUN=...)
+	$(BIN)/trl-ext aries report $(RUN)
 
 lock: ## Resolve the CPU packages anew and write requirements/cpu.txt
 	@PYTHON="$(PYTHON)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" sh requirements/install.sh lock ".[$(EXTRAS_cpu)]"

@@ -209,15 +209,17 @@ class TestAries:
         """Stands in for AriesConfig, which has far more."""
 
         rounds: int = 3
+        output_dir: str = "runs/r"
 
     @pytest.fixture
     def calls(self, workdir, monkeypatch):
-        """What the CLI asked of stand-ins for `run` and `status`; a run of 9 rounds fails in a stage."""
+        """What the CLI asked of stand-ins for the loop and what looks at it; a run of 9 rounds fails in a stage."""
         calls = []
-        rounds, status, config = (ModuleType(f"trl_ext.aries.{name}") for name in ("rounds", "status", "config"))
+        names = ("rounds", "status", "config", "report", "compare")
+        rounds, status, config, report, compare = (ModuleType(f"trl_ext.aries.{name}") for name in names)
 
-        def run(config, recipe):
-            calls.append(("run", config, recipe.path, recipe.where("rounds")))
+        def run(config, recipe, **options):
+            calls.append(("run", config, recipe.path, recipe.where("rounds"), options))
             if config.rounds == 9:
                 raise ChildError("training failed, see runs/a/logs/training.log")
             return 0
@@ -225,7 +227,9 @@ class TestAries:
         rounds.run = run
         status.status = lambda config: calls.append(("status", config)) or 3
         config.AriesConfig = self.Config
-        for module in (rounds, status, config):
+        report.report = lambda path: calls.append(("report", path)) or 0
+        compare.compare = lambda a, b: calls.append(("compare", a, b)) or 0
+        for module in (rounds, status, config, report, compare):
             monkeypatch.setitem(sys.modules, module.__name__, module)
             monkeypatch.setattr(trl_ext.aries, module.__name__.rpartition(".")[2], module, raising=False)
         monkeypatch.setenv("TRL_EXT_TEST", "0")
@@ -236,7 +240,33 @@ class TestAries:
         assert main(["aries", "run", "--config", "r.yaml", "--rounds", "2"]) == 0
         assert os.environ["TRL_EXT_TEST"] == "1"
         assert main(["aries", "status", "--config=r.yaml"]) == 3
-        assert calls == [("run", self.Config(2), Path("r.yaml"), "command line"), ("status", self.Config(1))]
+        options = {"log_format": "text", "quiet": False}
+        assert calls == [("run", self.Config(2), Path("r.yaml"), "command line", options), ("status", self.Config(1))]
+
+    def test_logs(self, calls):
+        assert main(["aries", "run", "--quiet", "--config", "r.yaml", "--rounds=2", "--log_format", "json"]) == 0
+        assert calls == [
+            ("run", self.Config(2), Path("r.yaml"), "command line", {"log_format": "json", "quiet": True})
+        ]
+
+    def test_reports(self, calls, capfd):
+        """Of a run directory, or of a recipe with its overrides; a run directory has none."""
+        assert main(["aries", "report", "runs/a"]) == 0
+        assert main(["aries", "report", "--config", "r.yaml", "--rounds", "2", "--output_dir", "runs/b"]) == 0
+        assert main(["aries", "report", "--output_dir=runs/c", "--config=r.yaml"]) == 0
+        assert main(["aries", "compare", "runs/a", "runs/b"]) == 0
+        assert calls == [
+            *(("report", Path(path)) for path in ("runs/a", "runs/b", "runs/c")),
+            ("compare", Path("runs/a"), Path("runs/b")),
+        ]
+        assert "`aries report` needs a run directory, or a recipe" in error_of(capfd, ["aries", "report"])
+        for argv in (["report", "runs/a"], ["compare", "runs/a", "runs/b"]):
+            error = error_of(capfd, ["aries", *argv, "--rounds=2"])
+            assert error.startswith(
+                "error: command line: unexpected argument `--rounds=2`. Overrides belong to a recipe"
+            )
+        error = error_of(capfd, ["aries", "report", "--config", "r.yaml", "runs/a"])
+        assert error.startswith("error: command line: unexpected argument `runs/a`")
 
     def test_a_failed_stage(self, calls, capfd):
         assert main(["aries", "run", "--config", "r.yaml", "--rounds", "9"]) == 1

@@ -43,7 +43,7 @@ def test_help_lists_every_target_and_variable():
     assert result.returncode == 0, result.stderr
     assert set(re.findall(r"^  make ([a-z-]+) +\S", result.stdout, flags=re.MULTILINE)) == targets
     variables = set(re.findall(r"^  ([A-Z_]+) +\S", result.stdout, flags=re.MULTILINE))
-    assert variables == {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "ARGS"}
+    assert variables == {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "RUN", "ARGS"}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -91,6 +91,12 @@ def test_missing_recipe_is_asked_for_with_an_example(target):
     )
     assert (ROOT / example.group(1)).parent.is_dir()
     assert result.stdout == ""  # before anything is installed
+
+
+def test_report_needs_a_run():
+    result = make("report")
+    assert result.returncode == 2 and "`make report` needs a run directory" in result.stderr
+    assert "trl-ext aries report runs/x" in make("-n", "report", "RUN=runs/x").stdout
 
 
 def test_recipe_and_arguments_reach_the_command():

@@ -116,6 +116,10 @@ def check_trl_ext(arguments: list[str]) -> None:
     arguments, _ = split_passed_args(arguments)
     args, rest = make_parser().parse_known_args(arguments)
     if args.command == "aries":
+        if args.action == "compare" or args.config is None:
+            assert args.action == "compare" or args.run is not None
+            assert rest == []
+            return
         recipe = export_env(apply_overrides(load_yaml(ROOT / args.config), rest))
         trainer = parse_section(recipe, AriesConfig).training.get("trainer", "dpo")
         check_keys(recipe, [training.TRAINERS[trainer][1]], ("training",), also=("trainer", "reference"))
@@ -134,7 +138,7 @@ def check_make(arguments: list[str]) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, flags=re.MULTILINE))
     variables = dict(word.split("=", 1) for word in arguments if "=" in word)
     assert {word for word in arguments if "=" not in word} <= targets
-    assert variables.keys() <= {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "ARGS"}
+    assert variables.keys() <= {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "RUN", "ARGS"}
     if "RECIPE" in variables:
         (target,) = (word for word in arguments if "=" not in word)
         action = ["aries", "run"] if target == "aries" else [target]

@@ -37,6 +37,7 @@ examples:
   trl-ext tdpo --config recipes/qwen2.5-7b/tdpo/config_full.yaml --accelerate_config fsdp2 --learning_rate 1.0e-6
   trl-ext tdpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir out
   trl-ext aries run --config recipes/my_rounds.yaml --training.learning_rate 1.0e-6
+  trl-ext aries report runs/my_rounds
   trl-ext aries export --config recipes/my_rounds.yaml --output my-model
 
 `trl-ext tdpo --help` lists every key: TRL's, and those of the method."""
@@ -59,20 +60,35 @@ def make_parser() -> argparse.ArgumentParser:
     meanings = {
         "run": "start the rounds, or continue them",
         "status": "say how far they are",
+        "report": "write a run's report.html",
+        "compare": "put two runs side by side",
         "answers": "write a round's evaluation answers for a judge",
         "lm-eval": "run lm-evaluation-harness on a round's model",
         "export": "save a round's policy as a model of its own",
     }
     options = {
+        "run": "[--quiet] [--log_format FORMAT] ",
         "answers": "[--round N] [--turn K] [--format FORMAT] --output FILE ",
         "lm-eval": "[--round N] --tasks TASKS ",
         "export": "[--round N] [--merge | --adapter] --output DIR ",
     }
     for name, meaning in meanings.items():
         action = actions.add_parser(name, help=meaning, description=f"{meaning}.", allow_abbrev=False)
-        action.add_argument("--config", required=True, metavar="RECIPE", help="the recipe, a YAML file")
+        if name == "compare":
+            action.add_argument("runs", type=Path, nargs=2, metavar="RUN_DIR", help="a run directory")
+            continue
+        action.add_argument("--config", required=name != "report", metavar="RECIPE", help="the recipe, a YAML file")
+        if name == "report":
+            action.add_argument(
+                "run", type=Path, nargs="?", metavar="RUN_DIR", help="the run directory, or else a recipe"
+            )
+            action.usage = "trl-ext aries report (RUN_DIR | --config RECIPE [--section.key value ...])"
+            continue
         passed = " [-- LM_EVAL_ARGS ...]" if name == "lm-eval" else ""
         action.usage = f"trl-ext aries {name} --config RECIPE {options.get(name, '')}[--section.key value ...]{passed}"
+    run = actions.choices["run"]
+    run.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    run.add_argument("--log_format", choices=("text", "json"), default="text", help="json: one object per line")
     answers, lm_eval = actions.choices["answers"], actions.choices["lm-eval"]
     answers.add_argument("--round", type=int, metavar="N", help="the round; the last evaluated one by default")
     answers.add_argument("--turn", type=int, default=1, metavar="K", help="1, the direct answer, by default")
@@ -118,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with signals_as_exceptions():
-            if args.command == "aries":
-                return aries(args, unknown, passed)
-            return train(args.command, argv[argv.index(args.command) + 1 :])
+            return dispatch(args, argv, unknown, passed)
     except RecipeError as error:
         print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         return 2
@@ -128,6 +142,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
         print(f"interrupted ({number.name}): {CONTINUE[args.command]}", file=sys.stderr)  # noqa: T201
         return 128 + number
+
+
+def dispatch(args: argparse.Namespace, argv: Sequence[str], unknown: Sequence[str], passed: Sequence[str]) -> int:
+    """The sub-command's function."""
+    if args.command != "aries":
+        return train(args.command, argv[argv.index(args.command) + 1 :])
+    if args.action == "compare" or (args.action == "report" and args.config is None):
+        return look_at_runs(args, unknown)
+    if args.action == "report":  # the parser takes the value of an override for the run directory
+        from .recipe import take_flag
+
+        unknown = take_flag(argv[2:], "config")[1]
+    return aries(args, unknown, passed)
 
 
 class Terminated(KeyboardInterrupt):
@@ -156,6 +183,26 @@ def signals_as_exceptions() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def look_at_runs(args: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`trl-ext aries report` and `compare` of run directories, which hold all they need."""
+    from .recipe import RecipeError
+
+    if unknown:
+        raise RecipeError(
+            f"command line: unexpected argument `{unknown[0]}`. Overrides belong to a recipe, `--config`."
+        )
+    if args.action == "compare":
+        from .aries.compare import compare
+
+        return compare(*args.runs)
+    if args.run is None:
+        raise RecipeError("`aries report` needs a run directory, or a recipe: `--config RECIPE`.")
+
+    from .aries.report import report
+
+    return report(args.run)
+
+
 def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[str]) -> int:
     """
     `trl-ext aries`: the recipe, what the command line adds to it, then the loop, its state, or something made of its
@@ -174,6 +221,10 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
         from .aries.status import status
 
         return status(config)
+    if args.action == "report":
+        from .aries.report import report
+
+        return report(Path(config.output_dir))
     if args.action == "answers":
         from .aries.answers import export_answers
 
@@ -190,7 +241,7 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
             from .aries.export import export
 
             return export(config, args.round, args.output, args.form)
-        return run(config, recipe)
+        return run(config, recipe, log_format=args.log_format, quiet=args.quiet)
     except ChildError as error:
         print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         return 1

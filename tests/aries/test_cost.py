@@ -17,6 +17,7 @@ def test_by_hand():
         {"event": "start", "round": 1, "stage": "training (dpo)"},
         {"event": "end", "round": 1, "stage": "training (dpo)", "seconds": 4.0},
         {"event": "start", "round": 1, "stage": "scores"},
+        {"event": "note", "round": 1, "stage": "scores", "note": "3 replies without a verdict"},
         {"event": "end", "round": 1, "stage": "scores", "seconds": 1.0},
     ]
     chains = [

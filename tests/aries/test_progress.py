@@ -1,12 +1,14 @@
 """The tables, as they are printed to a log."""
 
 import io
+import json
+import re
 
 import pytest
 from rich.console import Console
 
 from trl_ext.aries.evaluation import evaluation_metrics
-from trl_ext.aries.progress import RunProgress, answers_table, score_table
+from trl_ext.aries.progress import JsonProgress, RunProgress, answers_table, score_table
 from trl_ext.aries.records import Answer, Chain
 
 
@@ -61,3 +63,53 @@ def test_metrics_of_earlier_versions():
     lines = printed(score_table({0: old}, 2, has_sft=True))
     assert lines[0].strip() == "Mean score of each answer on 10 held-out prompts"
     assert any("0.500 ± 0.020 (n=9)" in line and "0.500 (n=9)" in line for line in lines)
+
+
+def ran(progress: RunProgress) -> str:
+    """What a stage, a warning, a message, a table and a round print."""
+    progress.console = Console(file=io.StringIO(), width=80, highlight=False)
+    with progress.stage(1, "training (dpo)") as update:
+        update(3, 12)
+        update(12, 12)
+    progress.say("look out", style="yellow")
+    progress.say("by the way")
+    progress.results({0: metrics_of([[1.0], [0.0]])}, 1, has_sft=False)
+    progress.end_round(1, 61.0)
+    return progress.console.file.getvalue()
+
+
+def test_a_log_has_one_line_per_stage_and_no_control_characters():
+    text = ran(RunProgress(2))
+    assert re.search(r"^round 1/2  training \(dpo\) +12 +0.0 s$", text, flags=re.MULTILINE)
+    assert "round 1/2 done in 1 min 01 s, about 1 min 01 s to go" in text
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+
+
+def test_quiet_prints_warnings_alone():
+    assert ran(RunProgress(2, quiet=True)) == "look out\n"
+
+
+def test_json_lines(monkeypatch):
+    monkeypatch.setattr("trl_ext.aries.progress.PROGRESS_SECONDS", 0.0)
+    lines = [json.loads(line) for line in ran(JsonProgress(2)).splitlines()]
+    assert [line["event"] for line in lines] == [
+        "start",
+        "progress",
+        "progress",
+        "end",
+        "message",
+        "message",
+        "metrics",
+        "round",
+    ]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", line["time"]) for line in lines)
+    assert [line["level"] for line in lines] == ["info"] * 4 + ["warning"] + ["info"] * 3
+    assert (lines[1]["done"], lines[1]["total"], lines[1]["stage"]) == (3, 12, "training (dpo)")
+    assert (lines[3]["done"], lines[3]["round"]) == (12, 1) and lines[3]["seconds"] >= 0
+    assert lines[6]["turns"][0]["score"] == 0.5 and lines[7]["seconds"] == 61.0
+    quiet = JsonProgress(2, quiet=True)
+    (line,) = (json.loads(line) for line in ran(quiet).splitlines())
+    assert (line["level"], line["text"]) == ("warning", "look out")
+    quiet.stopped(2, "guard", "\x1b[31mwhy\n")
+    last = quiet.console.file.getvalue().splitlines()[-1]
+    assert "\x1b" not in last and json.loads(last)["error"] == "\x1b[31mwhy\n"

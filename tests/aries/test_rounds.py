@@ -71,6 +71,12 @@ def test_the_loop(whole_run):
     assert initial["kl_to_initial"]["per_answer"] == 0
     assert json.loads((whole / "round_02" / "manifest.json").read_text())["parity"]["difference"] < 1e-4
 
+    # The report of a finished run, written by it
+    report = (whole / "report.html").read_text(encoding="utf-8")
+    assert "round 2</th>" in report and '<span class="badge finished">' in report
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", printed)
+    assert "was not written" not in printed and f"{whole}/report.html" in printed
+
     # A finished run is left as it is
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != "run.lock"}
     run(whole.with_suffix(".yaml"))
@@ -97,6 +103,9 @@ def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
     stopped = subprocess.run(command(file), capture_output=True, text=True)
     assert stopped.returncode == 2
     assert "round 1 would train the policy away from its better answers" in stopped.stderr
+    report = (output / "report.html").read_text(encoding="utf-8")
+    assert "The run stopped in round 1, guard" in report and "away from its better answers" in report
+    assert "stopped: round 1, guard" in run(file, "status")
     assert "Traceback" not in stopped.stderr and not (output / "round_01" / "training").exists()
     pairs = (output / "round_01" / "pairs.jsonl").read_bytes()
 

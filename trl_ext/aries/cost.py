@@ -24,6 +24,18 @@ def round_cost(
         logged under this round, `stage`, `seconds` of the runs that ended, and `interrupted`, how many did not: their time
         is not known.
     """
+    return {
+        "generated_tokens": {
+            "drafts": sum(answer.tokens for chain in chains for answer in chain.answers[:1]),
+            "refinements": sum(answer.tokens for chain in chains for answer in chain.answers[1:]),
+            "evaluation": sum(answer.tokens for chain in evaluation for answer in chain.answers),
+        },
+        "stages": stage_times(events, number),
+    }
+
+
+def stage_times(events: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The `stages` of [`round_cost`]."""
     stages: dict[str, dict[str, Any]] = {}
     for event in events:
         if event["round"] != number or event["event"] not in ("start", "end"):
@@ -34,11 +46,4 @@ def round_cost(
         else:
             stage["interrupted"] -= 1
             stage["seconds"] = round(stage["seconds"] + event["seconds"], 3)
-    return {
-        "generated_tokens": {
-            "drafts": sum(answer.tokens for chain in chains for answer in chain.answers[:1]),
-            "refinements": sum(answer.tokens for chain in chains for answer in chain.answers[1:]),
-            "evaluation": sum(answer.tokens for chain in evaluation for answer in chain.answers),
-        },
-        "stages": list(stages.values()),
-    }
+    return list(stages.values())

@@ -1,7 +1,9 @@
 """
-What a run prints: one live bar with an ETA per stage on a terminal, one line per stage in a log, and the closing table.
+What a run prints: one live bar with an ETA per stage on a terminal, one line per stage in a log, and the closing table; or one
+JSON object per line.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,10 @@ from ..terminal import printable
 
 # Tables are laid out for this many columns; a log has no width of its own
 TABLE_WIDTH = 100
+# The style of a line that `--quiet` prints too
+WARNING = "yellow"
+# Between two lines about the same stage
+PROGRESS_SECONDS = 10.0
 
 
 class RunProgress:
@@ -26,15 +32,23 @@ class RunProgress:
             Rounds of the run.
         console ([`rich.console.Console`], *optional*):
             Where to print; standard output by default.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Print warnings only.
     """
 
-    def __init__(self, rounds: int, console: Console | None = None):
+    def __init__(self, rounds: int, console: Console | None = None, quiet: bool = False):
         self.rounds = rounds
+        self.quiet = quiet
         self.console = console or Console(highlight=False)
         self._round_seconds: list[float] = []
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Print a line as it is: no markup read from paths or generated text, no control sequences, no wrapping."""
+        """
+        Print a line as it is: no markup read from paths or generated text, no control sequences, no wrapping. Yellow ones are
+        warnings.
+        """
+        if self.quiet and style != WARNING:
+            return
         self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -48,7 +62,7 @@ class RunProgress:
         label = f"round {number}/{self.rounds}  {name}"
         start = time.monotonic()
         last = {"done": 0, "total": None}
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.quiet:
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -73,9 +87,20 @@ class RunProgress:
 
     def show(self, table: Table) -> None:
         """Print a table; in a log, with room for its columns."""
+        if self.quiet:
+            return
         if not self.console.is_terminal:
             self.console.width = max(self.console.width, TABLE_WIDTH)
         self.console.print(table)
+
+    def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> None:
+        """The round × turn table, and what else is known of the last round's answers; arguments as of [`score_table`]."""
+        self.show(score_table(metrics, turns, has_sft))
+        if "correct_score" in metrics[max(metrics)]:  # not in the metrics of earlier versions
+            self.show(answers_table(metrics, has_sft))
+
+    def stopped(self, number: int, stage: str, error: str) -> None:
+        """An error ends the run. Here the command line prints it."""
 
     def end_round(self, number: int, seconds: float) -> None:
         """Say how long the round took and how long the rest should take."""
@@ -83,6 +108,48 @@ class RunProgress:
         left = (self.rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
         rest = f", about {duration(left)} to go" if number < self.rounds else ""
         self.say(f"round {number}/{self.rounds} done in {duration(seconds)}{rest}\n", style="bold")
+
+
+class JsonProgress(RunProgress):
+    """
+    The same as JSON lines: `time`, `level` (`info`, `warning`, `error`), `event` and what belongs to it. Events: `start`, `progress`
+    (every [`PROGRESS_SECONDS`] at most) and `end` of a stage, `message`, `round`, `metrics`, `stopped`.
+    """
+
+    def log(self, event: str, level: str = "info", **fields: Any) -> None:
+        if not self.quiet or level != "info":
+            now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            line = json.dumps({"time": now, "level": level, "event": event, **fields})
+            self.console.out(line, highlight=False)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self.log("message", "warning" if style == WARNING else "info", text=text.strip())
+
+    @contextmanager
+    def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
+        start = logged = time.monotonic()
+        last: dict[str, int] = {}
+        self.log("start", round=number, stage=name)
+
+        def update(done: int, total: int) -> None:
+            nonlocal logged
+            last.update(done=done, total=total)
+            if time.monotonic() - logged >= PROGRESS_SECONDS:
+                logged = time.monotonic()
+                self.log("progress", round=number, stage=name, **last)
+
+        yield update
+        self.log("end", round=number, stage=name, seconds=round(time.monotonic() - start, 3), **last)
+
+    def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> None:
+        for number, of_round in metrics.items():
+            self.log("metrics", round=number, **of_round)
+
+    def stopped(self, number: int, stage: str, error: str) -> None:
+        self.log("stopped", "error", round=number, stage=stage, error=error)
+
+    def end_round(self, number: int, seconds: float) -> None:
+        self.log("round", round=number, seconds=round(seconds, 3))
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,18 @@ import yaml
 
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from . import health
-from .children import run_child
+from .children import ChildError, run_child
 from .config import AriesConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import decide, examine, report, stop_message
 from .judge import Judge
 from .pairs import FAULTS, preference_rows, select_pairs
-from .progress import RunProgress, answers_table, duration, score_table
+from .progress import WARNING, JsonProgress, RunProgress, duration
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, sha256, write_json, write_jsonl
 from .refinements import Strategy
+from .report import NEEDS_MATPLOTLIB
 from .reward_model import RewardModel
 from .run_dir import RunDir
 from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, score_rows
@@ -49,7 +51,7 @@ class Policy:
     adapter: str | None
 
 
-def run(config: AriesConfig, recipe: Recipe) -> int:
+def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
     """
     Run a recipe, or continue it.
 
@@ -58,6 +60,8 @@ def run(config: AriesConfig, recipe: Recipe) -> int:
             What the recipe says.
         recipe ([`~recipe.Recipe`]):
             The recipe itself: its file is copied into the run directory, and errors name its lines.
+        log_format (`str`, *optional*, defaults to `"text"`), quiet (`bool`, *optional*, defaults to `False`):
+            What is printed: text or JSON lines (`"json"`); warnings only.
 
     Returns:
         `int`: exit code, 0.
@@ -67,9 +71,9 @@ def run(config: AriesConfig, recipe: Recipe) -> int:
         [`~aries.children.ChildError`]: a stage failed; running again continues from it.
     """
     start = time.monotonic()
-    loop = Rounds(config)
+    loop = Rounds(config, {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet))
     loop.load()
-    with loop.dir.opened(config, recipe_text(recipe), loop.input_hashes()):
+    with loop.dir.opened(config, recipe_text(recipe), loop.input_hashes()), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
             loop.check(recipe)
         loop.sft()
@@ -96,10 +100,12 @@ def one_gpu() -> dict[str, str]:
 class Rounds:
     """The stages of a run, in the order of the data."""
 
-    def __init__(self, config: AriesConfig):
+    def __init__(self, config: AriesConfig, progress: RunProgress | None = None):
         self.config = config
         self.dir = RunDir(Path(config.output_dir))
-        self.progress = RunProgress(config.rounds)
+        self.progress = progress or RunProgress(config.rounds)
+        self.at = (0, "check")  # round and stage, for the error that stops the run
+        self.told = False  # that reports need matplotlib
         self.template = Strategy(config.refinements).templates[0]  # of training rows
 
     def load(self) -> None:
@@ -366,6 +372,7 @@ class Rounds:
     def pair(self, number: int) -> None:
         """The round's preference dataset, direct and refinement rows."""
         round_dir = self.dir.round(number)
+        self.at = (number, "pairs")
         if round_dir.pairs.exists():
             return
         chains = load_chains(read_jsonl(round_dir.prompts), round_dir.answers)
@@ -406,12 +413,13 @@ class Rounds:
         with another `pairs.guard`.
         """
         round_dir = self.dir.round(number)
+        self.at = (number, "guard")
         found = json.loads(round_dir.guard.read_text(encoding="utf-8"))
         if found["decision"] == "stopped" and self.config.pairs.guard != "stop":
             found["decision"] = decide(found, self.config.pairs.guard)
             write_json(round_dir.guard, found)
         for line in report(found, found["decision"]):
-            self.progress.say(f"round {number}/{self.config.rounds}  {line}", style="yellow")
+            self.progress.say(f"round {number}/{self.config.rounds}  {line}", style=WARNING)
         if found["decision"] == "stopped":
             raise RecipeError(stop_message(number, found, self.config.pairs.selection))
 
@@ -474,6 +482,7 @@ class Rounds:
         if round_dir.guard.exists():
             facts["guard"] = json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"]
         self.dir.write_manifest(number, facts)
+        self.write_report(running=number < self.config.rounds)
 
     # What the stages share
 
@@ -537,24 +546,50 @@ class Rounds:
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
         """Show a stage while it runs, and log its start and end."""
         start = time.monotonic()
+        self.at = (number, name)
         self.dir.log_event(event="start", round=number, stage=name)
         with self.progress.stage(number, name) as update:
             yield update
         self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
 
+    @contextmanager
+    def stops_reported(self) -> Iterator[None]:
+        """Have the event log and the report say where and why a run stopped."""
+        try:
+            yield
+        except BaseException as error:
+            number, stage = self.at
+            text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
+            self.dir.log_event(event="stopped", round=number, stage=stage, error=text)
+            self.progress.stopped(number, stage, text)
+            if not isinstance(error, KeyboardInterrupt) and any(self.dir.path.glob("round_*/*")):
+                self.write_report(running=False)
+            raise
+
+    def write_report(self, running: bool) -> None:
+        """Bring `report.html` up to date, in a process that gives its memory back. A run does not fail by its report."""
+        if find_spec("matplotlib") is None:
+            if not self.told:
+                self.progress.say(f"{'':<11}no {self.dir.report.name}: {NEEDS_MATPLOTLIB}", style=WARNING)
+            self.told = True
+            return
+        job, log = {"run": str(self.dir.path), "running": running}, self.dir.path / "logs" / "report.log"
+        try:
+            run_child("trl_ext.aries.report", job, log, lambda done, total: None)
+        except (RecipeError, ChildError, OSError) as error:
+            lines = str(error).splitlines()
+            why = " ".join(dict.fromkeys([lines[0], lines[-1]]))
+            self.progress.say(f"{'':<11}{self.dir.report} was not written: {why}", style=WARNING)
+
     def print_results(self) -> None:
-        """The round × turn table of what has been evaluated so far, and what else is known of the last round's answers."""
+        """What has been evaluated so far."""
         metrics = {}
         for number in range(self.config.rounds + 1):
             file = self.dir.round(number).metrics
             if file.exists():
                 metrics[number] = json.loads(file.read_text(encoding="utf-8"))
-        if not metrics:
-            return
-        has_sft = self.config.sft is not None
-        self.progress.show(score_table(metrics, self.config.refinements.turns, has_sft))
-        if "correct_score" in metrics[max(metrics)]:  # not in the metrics of earlier versions
-            self.progress.show(answers_table(metrics, has_sft))
+        if metrics:
+            self.progress.results(metrics, self.config.refinements.turns, self.config.sft is not None)
 
     def print_next(self, recipe_path: Path, elapsed: str) -> None:
         """What to do with a finished run."""
@@ -565,7 +600,8 @@ class Rounds:
         program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"
         self.progress.say(
             f"Finished in {elapsed}. The trained policy is {policy.adapter or policy.model}. Next, for example:\n"
-            f"  less {last.pairs}  # what it learned from\n"
+            + (f"  {self.dir.report}  # how it went, for a browser\n" if self.dir.report.exists() else "")
+            + f"  less {last.pairs}  # what it learned from\n"
             f"  less {last.evaluation}  # its answers, y1 to y{self.config.refinements.turns}\n"
             f"  {program} aries run --config {recipe_path} --output_dir {self.dir.path}-{other} --training.trainer {other}"
         )

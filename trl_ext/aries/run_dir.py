@@ -106,6 +106,7 @@ class RunDir:
         self.evaluation_prompts = path / "evaluation_prompts.jsonl"
         self.score_cache = path / "score_cache.jsonl"
         self.lock = path / "run.lock"
+        self.report = path / "report.html"
 
     def round(self, number: int) -> RoundDir:
         return RoundDir(self.path / f"round_{number:02d}")

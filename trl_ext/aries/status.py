@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import AriesConfig
 from .rounds import Rounds
-from .run_dir import is_locked
+from .state import read_state
 
 
 def status(config: AriesConfig) -> int:
@@ -22,7 +22,8 @@ def status(config: AriesConfig) -> int:
     if not loop.dir.path.exists():
         say(f"{loop.dir.path} does not exist: the run has not been started.")
         return 0
-    say(f"{loop.dir.path}: {'running' if is_locked(loop.dir.lock) else 'not running'}")
+    state = read_state(loop.dir, config.rounds)
+    say(f"{loop.dir.path}: {state}")
     for number in range(config.rounds + 1):
         round_dir = loop.dir.round(number)
         stages = {"sft": loop.product(0)} if config.sft else {}
@@ -46,8 +47,9 @@ def status(config: AriesConfig) -> int:
             dropped = json.loads(round_dir.drops.read_text(encoding="utf-8"))["dropped"]
             counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
             say(f"           dropped: {counts or 'none'}")
-    for last in loop.dir.read_events()[-1:]:
-        say(f"  {last['time']}: {last['event']} of {last['stage']}, round {last['round']}")
+    if state.kind in ("stopped", "died"):
+        # As it was recorded: with what the command line had added
+        say(f"To continue: trl-ext aries run --config {loop.dir.recipe}")
     loop.print_results()
     return 0
 

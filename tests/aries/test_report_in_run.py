@@ -1,0 +1,94 @@
+"""The loop and its report: written by a process of its own, never a reason to fail, and there when an error stops the run."""
+
+import io
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tests.aries.test_report import AFTER, BEFORE, TEXTS
+from tests.made_run import make_run
+
+import trl_ext
+from trl_ext.aries.children import ChildError
+from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.progress import RunProgress
+from trl_ext.aries.rounds import Rounds
+from trl_ext.aries.state import read_state
+from trl_ext.recipe import load_yaml, parse_section
+
+
+@pytest.fixture
+def loop(tmp_path) -> Rounds:
+    """The loop of a run of two rounds, of which one is done; what it prints is kept."""
+    run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER], rounds=2)
+    progress = RunProgress(2, Console(file=io.StringIO(), width=80))
+    return Rounds(parse_section(load_yaml(run.recipe), AriesConfig), progress)
+
+
+def printed(loop: Rounds) -> str:
+    return loop.progress.console.file.getvalue()
+
+
+def test_a_run_that_goes_on(loop):
+    loop.write_report(running=True)
+    assert printed(loop) == ""
+    assert '<span class="badge running">' in loop.dir.report.read_text(encoding="utf-8")
+    assert (loop.dir.path / "logs" / "report.job.json").exists()
+
+
+def test_a_report_that_fails_is_said_in_one_line(loop):
+    loop.dir.round(1).guard.write_text("{")
+    loop.write_report(running=True)
+    (line,) = printed(loop).splitlines()
+    assert "report.html was not written: " in line and "round_01/guard.json: not valid JSON" in line
+    assert not loop.dir.report.exists()
+
+
+def test_without_matplotlib_one_line_says_so_once(loop, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for _ in range(2):
+        loop.write_report(running=True)
+    (line,) = printed(loop).splitlines()
+    assert "no report.html: the report needs matplotlib" in line
+
+
+def test_an_error_that_stops_the_run(loop):
+    """It is in the log and in the report, and goes on to the command line."""
+    with pytest.raises(ChildError, match="training failed"), loop.stops_reported():
+        loop.at = (2, "training (tdpo)")
+        raise ChildError("training failed\nsee the log")
+    state = read_state(loop.dir, 2)
+    assert (state.kind, state.round, state.stage) == ("stopped", 2, "training (tdpo)")
+    html = loop.dir.report.read_text(encoding="utf-8")
+    assert "The run stopped in round 2, training (tdpo)" in html and "training failed\nsee the log" in html
+
+
+def test_an_interrupt_does_not_wait_for_a_report(loop):
+    with pytest.raises(KeyboardInterrupt), loop.stops_reported():
+        raise KeyboardInterrupt
+    assert read_state(loop.dir, 2).error == "interrupted"
+    assert not loop.dir.report.exists()
+
+
+def test_an_error_before_any_work_leaves_no_report(tmp_path, loop):
+    """A setting that the check refuses: the error is enough."""
+    config = json.loads(loop.dir.recipe.read_text()) | {"output_dir": str(tmp_path / "new")}
+    (tmp_path / "new").mkdir()
+    (tmp_path / "r.yaml").write_text(json.dumps(config))
+    new = Rounds(parse_section(load_yaml(tmp_path / "r.yaml"), AriesConfig), loop.progress)
+    with pytest.raises(ChildError), new.stops_reported():
+        raise ChildError("unknown key")
+    assert not new.dir.report.exists() and new.dir.read_events()[-1]["error"] == "unknown key"
+
+
+def test_the_package_has_its_files():
+    """What is no Python and belongs to the package is among its data, or a wheel would be without it."""
+    package = Path(trl_ext.__file__).parent
+    settings = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    files = {
+        p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
+    assert {file for file in files if not file.endswith(".py")} == set(settings["trl_ext"])

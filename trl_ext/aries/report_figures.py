@@ -1,0 +1,240 @@
+"""
+Figures of a report: numbers in, inline SVG out.
+
+Text stays text and colours are CSS variables, so that a figure follows the page into the dark and onto paper. A series has a
+marker and a dash of its own besides its colour. The same numbers give the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+# Colours to draw with -> what the page makes of them
+SERIES = tuple(f"#a1000{i}" for i in range(1, 7))
+INK, GRID, GOOD, BAD = "#b10001", "#b10002", "#b10003", "#b10004"
+PAINT = {color: f"var(--series-{i})" for i, color in enumerate(SERIES, start=1)}
+PAINT |= {INK: "var(--muted)", GRID: "var(--line)", GOOD: "var(--good)", BAD: "var(--bad)"}
+MARKERS = "osD^vP"
+DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)), "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
+
+# Wide enough for a phone at its own size, so that text need not shrink
+WIDTH, HEIGHT = 4.3, 2.9
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+DODGE = 0.07  # between series, so that their intervals do not hide each other
+
+Turns = list[dict[str, Any]]  # the `turns` of a round's metrics
+Segment = tuple[str, list[float], list[float]]  # a round's name, steps and values of a logged metric
+
+
+def render(name: str, title: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> Markup:
+    """
+    Draw a figure.
+
+    Args:
+        name (`str`):
+            Unique on the page: ids inside the figure begin with it.
+        title (`str`):
+            What it shows, for those who do not see it.
+        draw (`Callable[[Axes], None]`):
+            Draws it.
+    """
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.tick_params(length=0)
+        axes.set_axisbelow(True)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}".replace("-", "\N{MINUS SIGN}"))
+        draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        if len(labels) > 1:
+            columns = min(len(labels), 4)
+            figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    return inline(file.getvalue(), name, title)
+
+
+def inline(svg: str, name: str, title: str) -> Markup:
+    """An SVG file as a part of a page: no prolog, no background, ids and colours the page's own."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub("#[ab]1000[1-6]", lambda match: PAINT[match.group()], svg)
+    head = rf'<svg role="img" aria-labelledby="{name}-title" \1><title id="{name}-title">{escape(title)}</title>'
+    return Markup(re.sub(r"<svg ([^>]*)>", lambda match: match.expand(head), svg, count=1))
+
+
+def look(index: int) -> dict[str, Any]:
+    """Colour, marker and dash of a series."""
+    return {
+        "color": SERIES[index % len(SERIES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "markersize": 4,
+        "linewidth": 1.6,
+    }
+
+
+def turn_name(turn: int) -> str:
+    return f"y{turn}" + (" (direct)" if turn == 1 else "")
+
+
+def round_axis(axes: Axes, rounds: Sequence[int]) -> None:
+    word = "round " if len(rounds) <= 6 else "r"
+    axes.set_xticks(list(rounds), ["start" if number == 0 else f"{word}{number}" for number in rounds])
+    axes.set_xlim(min(rounds) - 0.4, max(rounds) + 0.4)
+
+
+def score_by_round(metrics: dict[int, Turns], label: str) -> Markup:
+    """A line per turn."""
+
+    def draw(axes: Axes) -> None:
+        turns = len(next(iter(metrics.values())))
+        for turn in range(turns):
+            points = [(number, of_round[turn]) for number, of_round in metrics.items()]
+            offset = (turn - (turns - 1) / 2) * DODGE
+            line(axes, [(x + offset, values) for x, values in points], turn_name(turn + 1), turn)
+        round_axis(axes, list(metrics))
+        score_axis(axes, label)
+
+    return render("score-by-round", f"{label} by round, one line for each answer of the chain", draw)
+
+
+def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
+    """A line per round, the first and the last ones where there are many."""
+    shown = list(metrics) if len(metrics) <= 4 else [*list(metrics)[:1], *list(metrics)[-3:]]
+
+    def draw(axes: Axes) -> None:
+        for index, number in enumerate(shown):
+            offset = (index - (len(shown) - 1) / 2) * DODGE
+            points = [(turn["turn"] + offset, turn) for turn in metrics[number]]
+            line(axes, points, "start" if number == 0 else f"round {number}", index)
+        turns = [turn["turn"] for turn in metrics[shown[0]]]
+        axes.set_xticks(turns, [turn_name(turn) for turn in turns])
+        axes.set_xlim(turns[0] - 0.4, turns[-1] + 0.4)
+        score_axis(axes, label)
+
+    return render(
+        "score-by-turn", f"{label} from the direct answer to the last refinement, one line for each round", draw
+    )
+
+
+def line(axes: Axes, points: list[tuple[float, dict[str, Any]]], label: str, index: int) -> None:
+    """Scores with their intervals."""
+    points = [(x, turn) for x, turn in points if turn["score"] is not None]
+    if not points:
+        return
+    xs, scores = [x for x, _ in points], [turn["score"] for _, turn in points]
+    intervals = [turn["interval"] or [turn["score"]] * 2 for _, turn in points]
+    errors = [[max(0.0, s - i[0]) for s, i in zip(scores, intervals, strict=True)]]
+    errors += [[max(0.0, i[1] - s) for s, i in zip(scores, intervals, strict=True)]]
+    axes.errorbar(xs, scores, yerr=errors, label=label, elinewidth=1.2, capsize=2, **look(index))
+
+
+def score_axis(axes: Axes, label: str) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_ylabel(label)
+
+
+def flips(metrics: dict[int, Turns], keys: tuple[str, str], parent: str) -> Markup:
+    """Bars up and down: how many answers refining made better and worse, by round and turn."""
+    bars = [
+        (f"{'start' if number == 0 else f'r{number}'}\ny{turn['turn']}", turn[parent])
+        for number, turns in metrics.items()
+        for turn in turns
+        if turn[parent]
+    ]
+
+    def draw(axes: Axes) -> None:
+        xs = range(len(bars))
+        up, down = ([values[key] for _, values in bars] for key in keys)
+        axes.bar(xs, up, 0.7, color=GOOD, label=keys[0].replace("_", " "))
+        axes.bar(xs, [-n for n in down], 0.7, color=BAD, label=keys[1].replace("_", " "), hatch="////", edgecolor=GRID)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_xticks(list(xs), [name for name, _ in bars], fontsize=8 if len(bars) <= 12 else 6)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
+        axes.set_ylabel("answers")
+
+    return render("flips", f"Answers that refining made {keys[0]} (up) and {keys[1]} (down)".replace("_", " "), draw)
+
+
+def lengths(metrics: dict[int, Turns]) -> Markup:
+    """Mean tokens, a line per turn."""
+
+    def draw(axes: Axes) -> None:
+        for turn in range(len(next(iter(metrics.values())))):
+            points = [(n, turns[turn]["tokens"]) for n, turns in metrics.items() if turns[turn]["tokens"] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=turn_name(turn + 1), **look(turn))
+        round_axis(axes, list(metrics))
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_ylabel("mean tokens of an answer")
+
+    return render(
+        "lengths", "Mean length of the answers in tokens by round, one line for each answer of the chain", draw
+    )
+
+
+def divergence(kl: dict[int, dict[str, Any]]) -> Markup:
+    """KL to the policy before round 1, with two standard errors."""
+
+    def draw(axes: Axes) -> None:
+        values = [entry["per_answer"] for entry in kl.values()]
+        errors = [2 * (entry["standard_error"] or 0.0) for entry in kl.values()]
+        axes.errorbar(list(kl), values, yerr=errors, elinewidth=1.2, capsize=2, **look(0))
+        round_axis(axes, list(kl))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_ylabel("KL to the start, nats per answer")
+
+    return render(
+        "divergence", "KL of the policy to the one before round 1, in nats per direct answer, by round", draw
+    )
+
+
+def curves(name: str, title: str, metrics: dict[str, list[Segment]]) -> Markup:
+    """Logged metrics of the training over its steps, round after round."""
+
+    def draw(axes: Axes) -> None:
+        for index, (metric, segments) in enumerate(metrics.items()):
+            style = look(index) | {"markersize": 3, "linewidth": 1.4}
+            for place, (_, steps, values) in enumerate(segments):
+                style["marker"] = MARKERS[index] if len(steps) < 30 else ""
+                axes.plot(steps, values, label=None if place else metric, **style)
+        segments = next(iter(metrics.values()))
+        for (_, before, _), (_, steps, _) in pairwise(segments):
+            axes.axvline((before[-1] + steps[0]) / 2, color=GRID, linewidth=1, linestyle=(0, (3, 3)))
+        if len(segments) > 1:
+            for label, steps, _ in segments:
+                text = label if len(segments) <= 4 else label.replace("round ", "r")
+                where = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8}
+                axes.text((steps[0] + steps[-1]) / 2, 1.01, text, **where)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("step")
+
+    return render(name, f"{title} over the training steps", draw, height=2.3)
