@@ -37,7 +37,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status report lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status report build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,13 @@ status: $(STAMP) ## How far an ARIES run is (RECIPE=...)
 
 report: $(STAMP) ## Write the report of an ARIES run (RUN=...)
 	$(BIN)/trl-ext aries report $(RUN)
+
+build: $(STAMP) ## The wheel and the source archive, in dist/
+	$(BIN)/python -m build
+
+try-trl: ## What the newest TRL breaks, in an environment of its own (TRL="trl==1.15.0" for another)
+	@$(MAKE) --no-print-directory install VENV=$(VENV)-trl
+	@BIN="$(VENV)-trl/bin" sh requirements/try_trl.sh $(TRL)
 
 lock: ## Resolve the CPU packages anew and write requirements/cpu.txt
 	@PYTHON="$(PYTHON)" TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" sh requirements/install.sh lock ".[$(EXTRAS_cpu)]"
