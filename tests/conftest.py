@@ -18,7 +18,7 @@ from hypothesis import settings  # noqa: E402
 
 # The same examples in every run, and no clock. `pytest --hypothesis-profile=search` looks further
 settings.register_profile("suite", derandomize=True, database=None, deadline=None)
-settings.register_profile("search", database=None, deadline=None, max_examples=10_000)
+settings.register_profile("search", database=None, deadline=None, max_examples=2_000)
 settings.load_profile("suite")
 
 

@@ -162,6 +162,17 @@ class TestErrors:
         for part in parts:
             assert part in error
 
+    def test_too_many_pairs_without_two_answers(self, recipe, capfd):
+        """Two of three: one without an answer, one that is the same twice."""
+        rows = [
+            *pairs(1),
+            {"prompt": "a", "chosen": " b", "rejected": " b"},
+            {"prompt": "a", "chosen": "b", "rejected": ""},
+        ]
+        Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        error = error_of(capfd, ["tdpo", "--config", write(recipe)])
+        assert "2 of 3 pairs cannot be used: 1 with an empty answer, 1 with identical answers. More than half" in error
+
     def test_an_option_refused_for_the_other_trainer(self, recipe, capfd):
         path = write(recipe | {"label_smoothing": 0.1})
         assert "not supported by SelfRefineDPOTrainer" in error_of(capfd, ["self-refine-dpo", "--config", path])
@@ -305,6 +316,20 @@ class TestTraining:
         state = json.loads(Path("other/checkpoint-1/trainer_state.json").read_text())
         assert state["max_steps"] == 1
         assert any("eval_position_kl/chosen" in row for row in state["log_history"])
+
+    def test_pairs_without_two_answers_are_left_out_and_counted(self, recipe, capfd):
+        """Four of the eight, and one epoch of two pairs a step is two steps."""
+        spoilt = [{**row, "rejected": row["chosen"]} for row in pairs(2)] + [
+            {**row, "chosen": None} for row in pairs(2)
+        ]
+        Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*pairs(4), *spoilt]))
+        path = write(recipe | {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2})
+        assert main(["tdpo", "--config", path]) == 0
+        assert [row["step"] for row in logged()] == [1, 2]
+        assert (
+            "pairs.jsonl (split `train`): 4 of 8 pairs cannot be used: 2 with an empty answer, 2 with identical answers. "
+            "They are left out." in capfd.readouterr().err
+        )
 
     def test_resume(self, recipe):
         """`true` continues from the last checkpoint: steps 1 and 2 are read back, 3 is new."""

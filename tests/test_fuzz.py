@@ -199,6 +199,9 @@ class TestData:
 
 
 class TestTexts:
+    @pytest.mark.filterwarnings(
+        "ignore:Possible (nested set|set):FutureWarning"
+    )  # Python's, of a pattern such as `[[`
     @given(
         pattern=st.text(alphabet=st.sampled_from("ab()[]{}.*+?|\\\\^$<>=!:,019P")), text=st.text(alphabet="ab\n() ")
     )

@@ -96,6 +96,12 @@ def test_answer_patterns_are_refused_by_name(pattern, message):
         parse(generation={"answer_pattern": pattern})
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_that_no_generator_takes_are_refused(seed):
+    with pytest.raises(RecipeError, match="`seed` must be at least 0 and below 2"):
+        parse(seed=seed)
+
+
 def test_drafts_are_refused_by_name():
     with pytest.raises(RecipeError, match=r"`drafts.top_p` must be in \(0, 1\]; 1 is off"):
         parse(drafts={"top_p": 0.0})

@@ -125,6 +125,33 @@ def test_models_that_cannot_be_trained(model, edit, message):
         model(edit)
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["no", "such"], "Target modules .* not found in the base model"),
+        (
+            ["q_proj"],
+            "Target modules q_proj not found .*TRL takes a list of one as a pattern.*: write `.*: [.][*]q_proj`",
+        ),
+    ],
+)
+def test_adapters_that_the_model_does_not_take(check, sorting, tmp_path, targets, message):
+    settings = recipe(sorting, tmp_path)["model"]
+    with pytest.raises(RecipeError, match=rf"r\.yaml:\d+: `model`: {message}"):
+        check(model=settings | {"lora_target_modules": targets})
+    if len(targets) == 1:  # the way out is one
+        check(model=settings | {"lora_target_modules": f".*{targets[0]}"})
+
+
+@pytest.mark.parametrize("section", ["training", "sft"])
+@pytest.mark.parametrize("key", ["learning_rate", "per_device_train_batch_size"])
+def test_settings_that_nobody_looks_at_before_the_training(check, sorting, tmp_path, section, key):
+    settings = recipe(sorting, tmp_path)[section]
+    for value in (-1, 0):
+        with pytest.raises(RecipeError, match=rf"r\.yaml:\d+: `{section}.{key}` must be positive, got {value}"):
+            check(**{section: settings | {key: value}})
+
+
 def test_a_model_with_fewer_positions_than_the_engine_is_asked_for(model):
     with pytest.raises(
         RecipeError, match=r"r\.yaml:\d+: `generation.max_model_len` is 64, and the model has 32 positions"
@@ -206,7 +233,7 @@ def test_code_of_a_model_is_run_when_asked_for(model, sorting, tmp_path):
     marker = tmp_path / "executed"
     sections = recipe(sorting, tmp_path)
     trusted = {name: sections[name] | {"trust_remote_code": True} for name in ("training", "sft")}
-    model(custom_model(marker), **trusted)
+    model(custom_model(marker), model={"lora_target_modules": ["q_proj", "v_proj"]}, **trusted)
     assert marker.exists()
 
 

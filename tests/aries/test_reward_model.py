@@ -242,6 +242,22 @@ def test_scores_are_kept_batch_by_batch(reward_model, tmp_path):
     assert cache.read_bytes().startswith(b"".join(lines[:5])) and len(read_jsonl(cache)) == 8
 
 
+def test_a_score_that_is_no_number_ends_the_run(tiny_model_path, tmp_path):
+    """A head with one weight that is NaN: its answers would be neither best nor worst, and compare as false with all others."""
+    from safetensors.torch import load_file, save_file
+
+    path = save_reward_model(tmp_path / "broken", tiny_model_path)
+    weights = load_file(path / "model.safetensors")
+    weights["score.weight"][0, 0] = float("nan")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    task, cache = write_task(tmp_path, conversations()), tmp_path / "cache.jsonl"
+    with pytest.raises(
+        RecipeError, match="`scores.reward_model`: .*/broken gives nan for an answer of .* tokens. Its weights"
+    ):
+        score_here(path, task, cache)
+    assert not cache.exists()
+
+
 def test_another_model_backend_or_revision_is_another_scorer(reward_model, tiny_model_path, tmp_path):
     chain = conversations()[0]
 

@@ -601,6 +601,10 @@ class AriesConfig:
     def __post_init__(self):
         _require(self.rounds > 0, "`rounds` must be positive.")
         _require(
+            0 <= self.seed < 2**32 - self.rounds,
+            "`seed` must be at least 0 and below 2^32: every round adds its number.",
+        )
+        _require(
             self.model.get("lora_r", 16) <= MAX_LORA_RANK, f"`model.lora_r`: vLLM serves ranks up to {MAX_LORA_RANK}."
         )
         _require(

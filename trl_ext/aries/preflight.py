@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from trl import ModelConfig
+from peft import get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig, get_peft_config
 
 from ..recipe import Recipe, RecipeError, check_keys
 from ..trainers.packed_pairs import why_not_packed
@@ -37,6 +45,9 @@ OWNED_KEYS = {
     "precompute_ref_log_probs": "the reference is chosen by `training.reference`, after TRL would have used it",
 }
 
+
+# Those that nobody looks at before the training
+POSITIVE_KEYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 # Of each file, evenly spaced: enough for a share, and seconds for any file
 PROBED_PROMPTS = 2000
@@ -67,7 +78,9 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         if settings is None:
             continue
         trainer_class, config_class = trainer_classes(settings)
-        for key in check_keys(recipe, [config_class], (section,), also=own_keys):
+        for key, value in check_keys(recipe, [config_class], (section,), also=own_keys).items():
+            if key in POSITIVE_KEYS and not value > 0:
+                raise RecipeError(f"{recipe.where(section, key)}: `{section}.{key}` must be positive, got {value}.")
             if key in OWNED_KEYS:
                 raise RecipeError(
                     f"{recipe.where(section, key)}: `{section}.{key}` belongs to the loop: {OWNED_KEYS[key]}. Remove it."
@@ -136,16 +149,37 @@ def check_model(recipe: Recipe, job: dict[str, Any]) -> PreTrainedTokenizerBase:
             "model's embeddings, or use the tokenizer that it was trained with."
         )
     check_context(recipe, text_config, job["max_model_len"])
-    adapters = [path for path in map(Path, job["adapters"]) if path.is_dir()]
-    if adapters:
-        with torch.device("meta"):
+    if settings.get("use_peft"):
+        with torch.device("meta"):  # shapes without weights
             base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        shapes = {key: tuple(m.weight.shape) for key, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-        for path in adapters:
-            problem = adapter_problem(path, shapes, settings.get("lora_r", ModelConfig().lora_r))
-            if problem:
-                refuse(f"{problem} Bring back the adapter that the run made, or set another `output_dir`.")
+        check_adapters(recipe, base, [path for path in map(Path, job["adapters"]) if path.is_dir()])
     return tokenizer
+
+
+def check_adapters(recipe: Recipe, base: PreTrainedModel, adapters: list[Path]) -> None:
+    """
+    Raises:
+        [`RecipeError`]: the model does not take the recipe's adapter, or one that the run has made.
+    """
+    model_args = ModelConfig(**recipe.mapping["model"])
+    shapes = {key: tuple(m.weight.shape) for key, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    for path in adapters:
+        problem = adapter_problem(path, shapes, model_args.lora_r)
+        if problem:
+            where = recipe.where("model", "model_name_or_path")
+            raise RecipeError(
+                f"{where}: `model.model_name_or_path`: {problem} Bring back the adapter that the run made, or set another `output_dir`."
+            )
+    try:
+        get_peft_model(base, get_peft_config(model_args))
+    except ValueError as error:
+        targets = model_args.lora_target_modules
+        hint = ""
+        if isinstance(targets, str) and targets != "all-linear":
+            hint = (
+                f" TRL takes a list of one as a pattern for the whole name: write `lora_target_modules: .*{targets}`."
+            )
+        raise RecipeError(f"{recipe.where('model')}: `model`: {error}{hint}") from error
 
 
 def custom_code(name: str) -> str:

@@ -190,7 +190,7 @@ class Rounds:
             return
         if not round_dir.sft.exists():
             rows = len(self.sft_rows) + sum(self.sft_dropped.values())
-            write_json(round_dir.drops, {"sft_rows": rows, "dropped": self.sft_dropped})
+            write_json(round_dir.sft_drops, {"sft_rows": rows, "dropped": self.sft_dropped})
             write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
         job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
         job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
@@ -474,7 +474,7 @@ class Rounds:
             and self.config.generation.quantization is None,
             "parity": parity or None,
         }
-        for file in (round_dir.drops, round_dir.training / "rows.json"):
+        for file in (round_dir.sft_drops, round_dir.drops, round_dir.training / "rows.json"):
             if file.exists():
                 facts |= json.loads(file.read_text(encoding="utf-8"))
         if round_dir.health.exists():

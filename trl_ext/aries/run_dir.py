@@ -67,6 +67,7 @@ class RoundDir:
     def __init__(self, path: Path):
         self.path = path
         self.sft = path / "sft.jsonl"
+        self.sft_drops = path / "sft_drops.json"
         self.prompts = path / "prompts.jsonl"
         self.answers = path / "answers.jsonl"
         self.scores = path / "scores.jsonl"

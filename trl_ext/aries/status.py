@@ -43,8 +43,9 @@ def status(config: AriesConfig) -> int:
             done["training"] = "set aside as degenerate"
         words = [f"{name} {state}" for name, state in done.items()]
         say(f"  round {number}: " + ", ".join(words))
-        if round_dir.drops.exists():
-            dropped = json.loads(round_dir.drops.read_text(encoding="utf-8"))["dropped"]
+        drops = round_dir.drops if number > 0 else round_dir.sft_drops
+        if drops.exists():
+            dropped = json.loads(drops.read_text(encoding="utf-8"))["dropped"]
             counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
             say(f"           dropped: {counts or 'none'}")
     if state.kind in ("stopped", "died"):

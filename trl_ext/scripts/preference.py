@@ -7,10 +7,12 @@ model is loaded.
 """
 
 import dataclasses
+import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..processes import die_with_launcher
 from ..recipe import RecipeError, parse_flat, take_flag
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 # Suffix of a local data file -> builder of `datasets`
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+
+
+# Largest share of the pairs that may be unusable. [house]
+MOST_DROPPED = 0.5
 
 
 def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
@@ -164,8 +170,9 @@ def load_pairs(
             For `test_split_size`. TRL splits without a seed, so that two runs, or two processes of one run, differ.
 
     Raises:
-        [`RecipeError`]: no such data, no such split, no rows, or no `chosen` and `rejected`.
+        [`RecipeError`]: no such data, no such split, no rows, no `chosen` and `rejected`, or too few rows with both.
     """
+    import datasets
     from trl import get_dataset
 
     train_split, size = script_args.dataset_train_split, dataset_args.test_split_size
@@ -203,6 +210,8 @@ def load_pairs(
                 way_out += ", or `test_split_size: 0.1`, or `eval_strategy: 'no'`"
             raise RecipeError(f"{name} has no split `{split}`, only {', '.join(splits)}. {way_out}.")
         _check_pairs(splits[split], f"{name} (split `{split}`)")
+        if isinstance(splits[split], datasets.Dataset):  # a stream is not read ahead of the training
+            splits[split] = _usable_pairs(splits[split], f"{name} (split `{split}`)")
     return splits[train_split], splits[test_split] if evaluate else None
 
 
@@ -276,3 +285,39 @@ def _check_pairs(dataset: "Dataset | IterableDataset", name: str) -> None:
             raise RecipeError(
                 f"{name}: `{column}` of the first row is {row[column]!r}; it must be text or a list of messages."
             )
+
+
+def _usable_pairs(dataset: "Dataset", name: str) -> "Dataset":
+    """The pairs with two answers that differ; how many others there were is printed, and too many end the run."""
+    dropped: Counter[str] = Counter()
+    kept = []
+    for index, row in enumerate(dataset.select_columns(["chosen", "rejected"])):
+        problem = pair_problem(row["chosen"], row["rejected"])
+        if problem is None:
+            kept.append(index)
+        else:
+            dropped[problem] += 1
+    if not dropped:
+        return dataset
+    counts = f"{dropped.total():,} of {len(dataset):,} pairs cannot be used: " + ", ".join(
+        f"{count:,} {reason}" for reason, count in sorted(dropped.items())
+    )
+    if dropped.total() > MOST_DROPPED * len(dataset):
+        raise RecipeError(f"{name}: {counts}. More than half: look at the data.")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(printable(f"{name}: {counts}. They are left out."), file=sys.stderr)  # noqa: T201
+    return dataset.select(kept)
+
+
+def pair_problem(chosen: Any, rejected: Any) -> str | None:
+    """Why there is nothing to learn from a pair, or `None`."""
+    if is_empty(chosen) or is_empty(rejected):
+        return "with an empty answer"
+    return "with identical answers" if chosen == rejected else None
+
+
+def is_empty(answer: Any) -> bool:
+    """Whether an answer, text or messages, has nothing in its text or its last message."""
+    if isinstance(answer, list):
+        answer = answer[-1].get("content") or answer[-1].get("tool_calls") if answer else None
+    return not (answer.strip() if isinstance(answer, str) else answer)
