@@ -164,7 +164,12 @@ def test_what_to_keep_in_mind(tmp_path):
     assert "Direct answers grew from 2 to 4 tokens on average." in said
     assert "Round 1: the chosen answers did not score higher than the rejected ones; trained on all the same." in said
     assert "compares turns, not rounds" in said and "3 replies without a verdict" in said
+
+    # A judge's scores do not say whether training made the answers better, and the page does not either
     write_report(run.path)
+    text = flat_text(Page(run.report.read_text(encoding="utf-8")))
+    assert "not whether one policy is better than another" in text
+    assert "What refining adds" in text and "Answering directly" not in text and "After refining" not in text
 
 
 def test_the_same_run_gives_the_same_page(finished, page):
