@@ -80,6 +80,13 @@ def test_other_scorers_are_not_compared(tmp_path, runs, capsys):
     assert "The scorers are not the same" in out and "B − A" not in out
 
 
+def test_judges_are_not_compared(tmp_path, capsys):
+    scores = {"scores": {"judge": {"base_url": "http://judge/v1", "model": "m"}}}
+    runs = [make_run(tmp_path / name, TEXTS, [BEFORE, AFTER], settings=scores) for name in "ab"]
+    out = compared(runs, capsys)
+    assert "A judge's scores compare the answers of a chain, not those of two runs" in out and "B − A" not in out
+
+
 def test_a_run_without_scores(tmp_path, runs, capsys):
     for number in (0, 1):
         runs[1].round(number).metrics.unlink()

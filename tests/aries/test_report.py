@@ -164,7 +164,12 @@ def test_what_to_keep_in_mind(tmp_path):
     assert "Direct answers grew from 2 to 4 tokens on average." in said
     assert "Round 1: the chosen answers did not score higher than the rejected ones; trained on all the same." in said
     assert "compares turns, not rounds" in said and "3 replies without a verdict" in said
+
+    # A judge's scores do not say whether training made the answers better, and the page does not either
     write_report(run.path)
+    text = flat_text(Page(run.report.read_text(encoding="utf-8")))
+    assert "not whether one policy is better than another" in text
+    assert "What refining adds" in text and "Answering directly" not in text and "After refining" not in text
 
 
 def test_the_same_run_gives_the_same_page(finished, page):
@@ -253,6 +258,7 @@ def test_a_diff_holds_both_texts(before, after):
 def test_nothing_acts_unseen():
     assert visible("a\x00b\x1b[0m\x7f\x9b\r\nc\td\r") == r"a\x00b\x1b[0m\x7f\x9b" + "\nc\td" + r"\x0d"
     assert visible("\u202ex\u202c \ud800 \u200b") == r"\u202ex\u202c \ud800 \u200b"
+    assert visible("\U000e0041") == r"\U000e0041"
     assert visible("naïve 漢字 👩\u200d💻 עברית") == "naïve 漢字 👩\u200d💻 עברית"
 
 
@@ -352,7 +358,10 @@ def test_a_run_that_got_so_far(tmp_path, finished, kept):
         for evaluated in (0, 1):
             shutil.rmtree(run.round(evaluated).path)
     report(path)
-    text = flat_text(Page(run.report.read_text(encoding="utf-8")))
+    page = Page(run.report.read_text(encoding="utf-8"))
+    text = flat_text(page)
+    links = {attrs["href"].lstrip("#") for tag, attrs in page.elements if tag == "a"}
+    assert links <= {attrs.get("id") for _, attrs in page.elements} and len(links) == (6 if kept == 0 else 9)
     assert ("No policy has been evaluated yet." in text) == (kept == 0)
     assert ("No pairs have been made yet." in text) == (kept <= 1)
     assert ("Nothing has been trained yet." in text) == (kept <= 3)

@@ -54,6 +54,8 @@ def not_comparable(a: RunRecord, b: RunRecord) -> str | None:
     """Why a difference of the scores would mean nothing; `None` where it does."""
     if not (a.evaluated and b.evaluated):
         return "One of them has not been evaluated yet, so there are no differences."
+    if a.judged or b.judged:
+        return "A judge's scores compare the answers of a chain, not those of two runs, so no differences are shown."
     prompts = [
         [
             json.dumps({key: value for key, value in row.items() if key != "prompt_id"}, sort_keys=True)

@@ -168,6 +168,8 @@ def view(run: RunRecord) -> dict[str, Any]:
 def headline(run: RunRecord, compared: dict[str, Change | None]) -> str:
     """The answer in one or two sentences, no surer than its intervals."""
     direct, refined = compared.get("direct"), compared.get("refined")
+    if run.judged:
+        return "The scores of a judge say which answer of a chain is better, not whether one policy is better than another."
     if direct is None:
         return "There is nothing to compare yet: it takes the scores of two policies."
     yes = {"higher": "Yes", "lower": "No"}.get(direct.verdict, f"Not that {direct.prompts:,} prompts could show")

@@ -89,6 +89,12 @@ class RunRecord:
         return self.resolved["refinements"]["turns"]
 
     @property
+    def judged(self) -> bool:
+        """Whether a judge has a part in the scores: then they compare the answers of a chain, and not one policy with another."""
+        scorers = self.resolved["scores"].get("scorers") or [self.resolved["scores"]]
+        return any(scorer.get("judge") for scorer in scorers)
+
+    @property
     def draw(self) -> dict[str, int]:
         """How the intervals are drawn; version 0.1.0 had none."""
         samples = self.resolved["evaluation"].get("bootstrap_samples", EvaluationConfig.bootstrap_samples)
@@ -172,7 +178,7 @@ def changes(run: RunRecord) -> dict[str, Change | None]:
     one's (`refined`), and its last answers against its own direct ones (`refining`).
     """
     first, last = run.evaluated[0], run.evaluated[-1]
-    draw, end, later = run.draw, run.turns, first is not last
+    draw, end, later = run.draw, run.turns, first is not last and not run.judged
     return {
         "direct": change(of_turn(first.scores, 1), of_turn(last.scores, 1), **draw) if later else None,
         "refined": change(of_turn(first.scores, end), of_turn(last.scores, end), **draw)
@@ -185,8 +191,7 @@ def changes(run: RunRecord) -> dict[str, Change | None]:
 def warnings(run: RunRecord) -> list[str]:
     """What a reader must know before believing the figures."""
     found = [event["note"] for event in run.events if event["event"] == "note"]
-    scorers = run.resolved["scores"].get("scorers") or [run.resolved["scores"]]
-    if any(scorer.get("judge") for scorer in scorers):
+    if run.judged:
         found.append(
             "A judge's score is an answer's win rate against the other answers of its chain and averages 1/2 over it: it "
             "compares turns, not rounds."

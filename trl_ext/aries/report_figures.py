@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 
 # Colours to draw with -> what the page makes of them
@@ -67,7 +67,7 @@ def render(name: str, title: str, draw: Callable[[Axes], None], height: float = 
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.tick_params(length=0)
         axes.set_axisbelow(True)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}".replace("-", "\N{MINUS SIGN}"))
+        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
         draw(axes)
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
@@ -173,6 +173,7 @@ def flips(metrics: dict[int, Turns], keys: tuple[str, str], parent: str) -> Mark
         up, down = ([values[key] for _, values in bars] for key in keys)
         axes.bar(xs, up, 0.7, color=GOOD, label=keys[0].replace("_", " "))
         axes.bar(xs, [-n for n in down], 0.7, color=BAD, label=keys[1].replace("_", " "), hatch="////", edgecolor=GRID)
+        axes.set_xlim(-0.6, max(len(bars), 6) - 0.4)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xticks(list(xs), [name for name, _ in bars], fontsize=8 if len(bars) <= 12 else 6)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
