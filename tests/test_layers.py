@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "trainers": {"losses", "kernels"},
     "aries": {"recipe", "recipe_values", "losses", "kernels", "trainers"},
     "scripts": {"recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "cli": {"recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
+    "migrate": {"recipe", "recipe_values", "trainers"},
+    "doctor": {"recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
+    "cli": {"recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts", "doctor", "migrate"},
     "__init__": {"trainers"},  # the public names, lazily
 }
 

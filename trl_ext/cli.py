@@ -32,6 +32,8 @@ examples:
   trl-ext tdpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir out
   trl-ext aries run --config recipes/my_rounds.yaml --training.learning_rate 1.0e-6
   trl-ext aries export --config recipes/my_rounds.yaml --output my-model
+  trl-ext doctor --config recipes/my_rounds.yaml
+  trl-ext migrate old_dpo_recipe.yaml --output recipes/new.yaml
 
 `trl-ext tdpo --help` lists every key: TRL's, and those of the method."""
 
@@ -86,7 +88,28 @@ def make_parser() -> argparse.ArgumentParser:
         help="merge the adapter into the base, in the checkpoint's data type (default)",
     )
     form.add_argument("--adapter", dest="form", action="store_const", const="adapter", help="save the adapter alone")
+    add_doctor_and_migrate(commands)
     return parser
+
+
+def add_doctor_and_migrate(commands: "argparse._SubParsersAction") -> None:
+    meaning = "look at the installation, the machine and, with --config, at a recipe; nothing is trained"
+    doctor = commands.add_parser("doctor", help="check the installation, or a recipe", description=meaning)
+    doctor.usage = "trl-ext doctor [--config RECIPE] [--start-vllm] [--probe] [--section.key value ...]"
+    doctor.add_argument("--config", type=Path, metavar="RECIPE", help="a trainer's recipe, or one of ARIES")
+    doctor.add_argument("--start-vllm", action="store_true", help="start vLLM on a tiny model, and generate")
+    doctor.add_argument("--probe", action="store_true", help="run a little of the recipe, and estimate its time")
+    migrate = commands.add_parser(
+        "migrate",
+        help="turn an older DPO recipe into a current one",
+        description="turn an alignment-handbook or older TRL DPO recipe into a current one, and list every change",
+        allow_abbrev=False,
+    )
+    migrate.add_argument("old", type=Path, metavar="OLD_RECIPE", help="a YAML file")
+    migrate.add_argument(
+        "--method", choices=tuple(TRAINERS), default="tdpo", help="of the new recipe; tdpo by default"
+    )
+    migrate.add_argument("--output", type=Path, metavar="FILE", help="the file to write; stdout by default")
 
 
 def split_passed_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -112,6 +135,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "aries":
             return aries(args, unknown, passed)
+        if args.command == "migrate":
+            if unknown:
+                parser.error(f"unknown arguments: {' '.join(unknown)}")
+            from . import migrate
+
+            return migrate.main(args.old, args.method, args.output)
+        if args.command == "doctor":
+            from . import doctor
+
+            return doctor.main(args.config, unknown, args.start_vllm, args.probe)
         return train(args.command, argv[argv.index(args.command) + 1 :])
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
