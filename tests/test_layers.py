@@ -28,7 +28,12 @@ MAY_IMPORT = {
     "trainers": {"losses", "kernels"},
     "aries": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
     "scripts": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "cli": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"},
+    "migrate": {"recipe", "recipe_values", "trainers"},
+    "doctor": {"recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
+    "cli": {
+        *("processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"),
+        *("doctor", "migrate"),
+    },
     "__init__": {"trainers"},  # the public names, lazily
 }
 

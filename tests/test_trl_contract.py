@@ -1,7 +1,8 @@
 """
 What `trl_ext` relies on in TRL beyond its documented API, so that an upgrade breaks here first, and by name.
 
-Oracle: TRL 1.16. A failure after an upgrade means: read what changed, adapt the trainers and kernels, then this file.
+Oracle: TRL 1.16. A failure after an upgrade means: read what changed, adapt the trainers and kernels, then this file
+and `trl_ext/trainers/trl_contract.py`, which lists the names and signatures.
 """
 
 import importlib
@@ -20,37 +21,9 @@ from tests.conftest import first_batch, labels_and_mask, perturb, step_metrics, 
 from tests.oracles.tdpo import token_logps
 from tests.test_layers import imports, is_private_to_trl, modules, part
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext.trainers import trl_contract
+from trl_ext.trainers.trl_contract import METHODS, NOT_EXPORTED, parameters
 
-
-# Names TRL does not export -> their parameters. For an autograd function, those of `forward` after `ctx`.
-NOT_EXPORTED = {
-    ("trl.data_utils", "_tokenize"): ("processing_class", "input", "apply_chat_template_kwargs"),
-    ("trl.data_utils", "common_prefix_length"): ("ids", "other_ids"),
-    ("trl.kernels.chunked_logprob", "_addmm_fp32"): ("acc", "a", "b"),
-    ("trl.models.utils", "disable_gradient_checkpointing"): ("model", "gradient_checkpointing_kwargs"),
-    ("trl.trainer.dpo_trainer", "DataCollatorForPreference"): (
-        *("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"),
-    ),
-    ("trl.trainer.utils", "FusedCausalLMOutput"): (
-        *("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"),
-    ),
-    ("trl.trainer.utils", "get_config_model_id"): ("config",),
-    ("trl.trainer.utils", "global_then_local_main_first"): (),
-    ("trl.trainer.utils", "maybe_gather_lm_head_ctx"): ("params",),
-    ("trl.trainer.utils", "pad"): ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
-    ("trl.trainer.utils", "use_adapter"): ("model", "adapter_name"),
-}
-
-# Methods of DPOTrainer that are overridden or called -> their parameters
-METHODS = {
-    "_compute_loss": ("self", "model", "inputs", "return_outputs"),
-    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
-    "_precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
-    "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
-    "_set_signature_columns_if_needed": ("self",),
-    "compute_ref_log_probs": ("self", "model", "inputs"),
-    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),  # calls `_compute_loss`
-}
 
 # Attributes that DPOTrainer sets in its constructor -> their values for a plain config
 ATTRIBUTES = {
@@ -80,12 +53,6 @@ ADDED_METRICS = {
 CONFIGS = {TDPOTrainer: TDPOConfig, SelfRefineDPOTrainer: SelfRefineDPOConfig}
 
 
-def parameters(function) -> tuple[str, ...]:
-    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
-        return tuple(inspect.signature(function.forward).parameters)[1:]
-    return tuple(inspect.signature(function).parameters)
-
-
 # Names and signatures
 
 
@@ -111,11 +78,16 @@ def test_method_has_the_signature_relied_on(method):
     assert tuple(inspect.signature(getattr(DPOTrainer, method)).parameters) == METHODS[method]
 
 
-def test_constructor_takes_the_arguments_passed_on():
-    """The order matters: both trainers pass the first ones by position."""
-    assert list(inspect.signature(DPOTrainer.__init__).parameters) == [
-        *("self", "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
-        *("compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"),
+def test_what_doctor_says_of_a_trl_that_differs(monkeypatch):
+    """Nothing of this one; of others, each name with what it has become."""
+    assert trl_contract.broken() == []
+    monkeypatch.setitem(trl_contract.NOT_EXPORTED, ("trl.trainer.utils", "pad"), ("tensors",))
+    monkeypatch.setitem(trl_contract.NOT_EXPORTED, ("trl.trainer.utils", "no_such_name"), ())
+    monkeypatch.setitem(trl_contract.METHODS, "no_such_method", ())
+    assert [problem.split(" ")[0] + " " + problem.split(" ")[1] for problem in trl_contract.broken()] == [
+        "trl.trainer.utils.pad takes",
+        "trl.trainer.utils.no_such_name is",
+        "DPOTrainer.no_such_method is",
     ]
 
 

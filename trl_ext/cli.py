@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 TRAINERS = {"tdpo": "tdpo", "self-refine-dpo": "self_refine_dpo"}
 
 CONTINUE = {
-    "aries": "what is done is kept; the same command continues.",
-    **dict.fromkeys(TRAINERS, "`--resume_from_checkpoint true` continues from the last checkpoint, if there is one."),
+    "aries": ": what is done is kept; the same command continues.",
+    **dict.fromkeys(
+        TRAINERS, ": `--resume_from_checkpoint true` continues from the last checkpoint, if there is one."
+    ),
 }
 
 EXAMPLES = """\
@@ -39,6 +41,8 @@ examples:
   trl-ext aries run --config recipes/my_rounds.yaml --training.learning_rate 1.0e-6
   trl-ext aries report runs/my_rounds
   trl-ext aries export --config recipes/my_rounds.yaml --output my-model
+  trl-ext doctor --config recipes/my_rounds.yaml
+  trl-ext migrate old_dpo_recipe.yaml --output recipes/new.yaml
 
 `trl-ext tdpo --help` lists every key: TRL's, and those of the method."""
 
@@ -108,7 +112,28 @@ def make_parser() -> argparse.ArgumentParser:
         help="merge the adapter into the base, in the checkpoint's data type (default)",
     )
     form.add_argument("--adapter", dest="form", action="store_const", const="adapter", help="save the adapter alone")
+    add_doctor_and_migrate(commands)
     return parser
+
+
+def add_doctor_and_migrate(commands: "argparse._SubParsersAction") -> None:
+    meaning = "look at the installation, the machine and, with --config, at a recipe; nothing is trained"
+    doctor = commands.add_parser("doctor", help="check the installation, or a recipe", description=meaning)
+    doctor.usage = "trl-ext doctor [--config RECIPE] [--start-vllm] [--probe] [--section.key value ...]"
+    doctor.add_argument("--config", type=Path, metavar="RECIPE", help="a trainer's recipe, or one of ARIES")
+    doctor.add_argument("--start-vllm", action="store_true", help="start vLLM on a tiny model, and generate")
+    doctor.add_argument("--probe", action="store_true", help="run a little of the recipe, and estimate its time")
+    migrate = commands.add_parser(
+        "migrate",
+        help="turn an older DPO recipe into a current one",
+        description="turn an alignment-handbook or older TRL DPO recipe into a current one, and list every change",
+        allow_abbrev=False,
+    )
+    migrate.add_argument("old", type=Path, metavar="OLD_RECIPE", help="a YAML file")
+    migrate.add_argument(
+        "--method", choices=tuple(TRAINERS), default="tdpo", help="of the new recipe; tdpo by default"
+    )
+    migrate.add_argument("--output", type=Path, metavar="FILE", help="the file to write; stdout by default")
 
 
 def split_passed_args(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -134,20 +159,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with signals_as_exceptions():
-            return dispatch(args, argv, unknown, passed)
+            return dispatch(parser, args, argv, unknown, passed)
     except RecipeError as error:
         print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
-        print(f"interrupted ({number.name}): {CONTINUE[args.command]}", file=sys.stderr)  # noqa: T201
+        print(f"interrupted ({number.name}){CONTINUE.get(args.command, '')}", file=sys.stderr)  # noqa: T201
         return 128 + number
 
 
-def dispatch(args: argparse.Namespace, argv: Sequence[str], unknown: Sequence[str], passed: Sequence[str]) -> int:
-    """The sub-command's function."""
-    if args.command != "aries":
+def dispatch(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    argv: Sequence[str],
+    unknown: Sequence[str],
+    passed: Sequence[str],
+) -> int:
+    """Import what the sub-command needs, and run it."""
+    if args.command in TRAINERS:
         return train(args.command, argv[argv.index(args.command) + 1 :])
+    if args.command == "doctor":
+        from . import doctor
+
+        return doctor.main(args.config, unknown, args.start_vllm, args.probe)
+    if args.command == "migrate":
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")
+        from . import migrate
+
+        return migrate.main(args.old, args.method, args.output)
     if args.action == "compare" or (args.action == "report" and args.config is None):
         return look_at_runs(args, unknown)
     if args.action == "report":  # the parser takes the value of an override for the run directory

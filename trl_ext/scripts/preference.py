@@ -163,7 +163,8 @@ def load_pairs(
         script_args ([`~trl.ScriptArguments`]):
             `dataset_name` may be a Hub dataset, a local file, a directory of files, or what `save_to_disk` wrote.
         dataset_args ([`~trl.DatasetMixtureConfig`]):
-            A mixture, in which a `path` may be a local file too. `test_split_size` holds for both.
+            A mixture, in which a `path` may be a local file too. `test_split_size` holds for both: a share below 1, or a
+            number of rows.
         evaluate (`bool`):
             Whether an evaluation split is wanted.
         seed (`int`):
@@ -199,7 +200,8 @@ def load_pairs(
             )
         if dataset_args.streaming or script_args.dataset_streaming:
             raise RecipeError("`test_split_size` cannot split a streaming dataset. Turn streaming off.")
-        halves = _loaded(name, lambda: splits[train_split].train_test_split(test_size=size, seed=seed))
+        rows = int(size) if size >= 1 else size  # TRL's field is a number; from 1 it is meant in rows
+        halves = _loaded(name, lambda: splits[train_split].train_test_split(test_size=rows, seed=seed))
         splits = {train_split: halves["train"], test_split: halves["test"]}
     for key, split in (("dataset_train_split", train_split), ("dataset_test_split", test_split)):
         if split is None:
@@ -209,7 +211,7 @@ def load_pairs(
             if key == "dataset_test_split":
                 way_out += ", or `test_split_size: 0.1`, or `eval_strategy: 'no'`"
             raise RecipeError(f"{name} has no split `{split}`, only {', '.join(splits)}. {way_out}.")
-        _check_pairs(splits[split], f"{name} (split `{split}`)")
+        splits[split] = _check_pairs(splits[split], f"{name} (split `{split}`)")
         if isinstance(splits[split], datasets.Dataset):  # a stream is not read ahead of the training
             splits[split] = _usable_pairs(splits[split], f"{name} (split `{split}`)")
     return splits[train_split], splits[test_split] if evaluate else None
@@ -269,7 +271,11 @@ def _loaded(name: str, load: Callable):
         raise RecipeError(f"{name}: cannot be loaded: {error}{cause}") from error
 
 
-def _check_pairs(dataset: "Dataset | IterableDataset", name: str) -> None:
+def _check_pairs(dataset: "Dataset | IterableDataset", name: str) -> "Dataset | IterableDataset":
+    """
+    Look at the first row. A text `prompt` beside whole conversations, as in HuggingFaceH4/ultrafeedback_binarized, repeats their
+    beginning, and `DPOTrainer` cannot add the two: the column is left out, and the prompt taken from the conversations.
+    """
     row = next(iter(dataset), None)
     if row is None:
         raise RecipeError(f"{name}: no rows. A preference dataset has one pair per row.")
@@ -285,6 +291,18 @@ def _check_pairs(dataset: "Dataset | IterableDataset", name: str) -> None:
             raise RecipeError(
                 f"{name}: `{column}` of the first row is {row[column]!r}; it must be text or a list of messages."
             )
+    if not isinstance(row.get("prompt"), str) or isinstance(row["chosen"], str):
+        return dataset
+    if row["chosen"][0] != row["rejected"][0]:
+        raise RecipeError(
+            f"{name}: `prompt` is text, and `chosen` and `rejected` are messages without it. Make the prompt messages too: "
+            '[{"role": "user", "content": ...}].'
+        )
+    print(  # noqa: T201
+        f"{name}: `prompt` is text beside conversations that begin with it; the conversations are used.",
+        file=sys.stderr,
+    )
+    return dataset.remove_columns("prompt")
 
 
 def _usable_pairs(dataset: "Dataset", name: str) -> "Dataset":

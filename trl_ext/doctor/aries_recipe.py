@@ -1,0 +1,197 @@
+"""An ARIES recipe: what its loop checks before it starts, the prompts as they are rendered, and the memory of every stage."""
+
+import contextlib
+import inspect
+import io
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jinja2 import Environment
+from jinja2.meta import find_undeclared_variables
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from ..aries.children import ChildError
+from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
+from ..aries.drafts import encode_prompt
+from ..aries.refinements import refinement_prompt
+from ..aries.rounds import Rounds
+from ..aries.scores import load_verifier
+from ..aries.training import trainer_classes
+from ..recipe import Recipe, RecipeError, parse_section
+from .checks import Check, Report
+from .flat_recipe import check_memory, find_shape, left_out
+from .memory import BYTES, Estimate, Item, concurrency, engine_dtype, engine_memory, overhead, training_memory
+from .samples import SAMPLED_ROWS, check_bos, checkpoint_dtype, percent, read_model, show
+from .shape import Shape, classifier_parameters
+
+
+JUDGE_VARIABLES = {"messages", "question", "answer_a", "answer_b"}
+PLACEHOLDER = "(the draft)"
+
+
+def check(recipe: Recipe, probe: bool, report: Report) -> None:
+    """
+    Raises:
+        [`RecipeError`]: what the rest depends on is wrong.
+    """
+    report.heading(f"{recipe.path}, for trl-ext aries")
+    config = parse_section(recipe, AriesConfig)
+    report.add(Check("ok", "keys", "all sections parse"))
+    trust_remote_code = bool(config.training.get("trust_remote_code", False))
+    name, revision = config.model["model_name_or_path"], config.model.get("model_revision", "main")
+    model_config, tokenizer = read_model(name, revision, trust_remote_code, "model.model_name_or_path")
+    report.add(Check("ok", "model", f"{name}: {', '.join(model_config.architectures or ['?'])}"))
+    # In a directory of its own: the run's is left as it is
+    with tempfile.TemporaryDirectory() as directory:
+        loop = Rounds(replace(config, output_dir=directory))
+        loop.load()
+        check_data(loop, report)
+        runs_here = check_settings(loop, recipe, report)
+    check_samples(loop, tokenizer, report)
+    estimates(config, model_config, trust_remote_code, report)
+    if probe and runs_here:
+        from .probe import probe_aries
+
+        for found in probe_aries(config, loop.prompts):
+            report.add(found)
+    else:
+        report.add(left_out(probe))
+
+
+def check_data(loop: Rounds, report: Report) -> None:
+    config = loop.config
+    columns = [key for key in loop.prompts[0] if key != "prompt_id"]
+    needed = ["prompt", *sorted(set().union(*map(needed_columns, config.scores.each())))]
+    missing = [column for column in needed if column not in columns]
+    found = f"found {', '.join(columns)}; needed {', '.join(needed)}"
+    way_out = (
+        f"No column {', '.join(missing)}: add it to the prompts, or let the scorer do without." if missing else None
+    )
+    report.add(Check("failed" if missing else "ok", "columns", found, way_out))
+    kind = "text" if isinstance(loop.prompts[0]["prompt"], str) else "messages"
+    found = f"{len(loop.prompts):,} prompts ({kind}), {loop.round_size:,} a round × {config.rounds} rounds, "
+    found += f"{len(loop.evaluation_prompts):,} for evaluation"
+    report.add(Check("ok", "rows", found + (f", {len(loop.sft_rows):,} for SFT" if loop.sft_rows else "")))
+
+
+def needed_columns(scorer: ScorerConfig) -> set[str]:
+    """Columns beside `prompt` that a scorer asks for by name: a verifier's parameters, a judge's variables."""
+    if scorer.verifier is not None:
+        parameters = inspect.signature(load_verifier(scorer.verifier)).parameters.values()
+        named = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        return named - {"prompts", "completions"}
+    if scorer.judge is not None:
+        return find_undeclared_variables(Environment().parse(scorer.judge.template)) - JUDGE_VARIABLES
+    return set()
+
+
+def check_settings(loop: Rounds, recipe: Recipe, report: Report) -> bool:
+    """The loop's own checks: scorers against columns, the trainer's keys, the tokenizer, reward models."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            loop.check(recipe)
+    except RecipeError as error:
+        for line in str(error).splitlines():
+            report.add(Check("failed", "settings", line))
+    except ChildError as error:
+        report.add(Check("failed", "settings", str(error).splitlines()[-1]))
+    else:
+        report.add(Check("ok", "settings", "scorers, trainer, tokenizer and reward models are accepted"))
+        return True
+    return False
+
+
+def check_samples(loop: Rounds, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+    """The prompts and, around a placeholder, the refinement prompts of two samples; how many cannot be answered."""
+    config = loop.config
+    conversational = not isinstance(loop.prompts[0]["prompt"], str)
+    if conversational and tokenizer.chat_template is None:
+        return  # among the settings
+    report.add(Check("ok", "samples", "the first two prompts, and the refinement prompts around a draft"))
+    for row in loop.prompts[:2]:
+        ids = encode_prompt(tokenizer, row["prompt"])
+        show(report, "prompt", ids, tokenizer)
+        show(report, "refinement prompt", encode_prompt(tokenizer, _around(row["prompt"], loop)), tokenizer)
+    found = check_bos(encode_prompt(tokenizer, loop.prompts[0]["prompt"]), tokenizer)
+    if found is not None:
+        report.add(found)
+
+    rows = loop.prompts[:SAMPLED_ROWS]
+    sampling, limit = sampling_by_turn(config), config.generation.max_model_len
+    empty = len(tokenizer(PLACEHOLDER, add_special_tokens=False)["input_ids"])
+    answers = max(turn.max_tokens for turn in sampling)
+    direct = refined = 0
+    for row in rows:
+        direct += len(encode_prompt(tokenizer, row["prompt"])) + sampling[0].max_tokens > limit
+        around = len(encode_prompt(tokenizer, _around(row["prompt"], loop))) - empty
+        refined += around + sampling[0].max_tokens + answers > limit
+    way_out = (
+        "Raise `generation.max_model_len`, or lower `drafts.max_tokens`: these chains stop with `prompt_too_long`."
+    )
+    text = f"{percent(direct, len(rows))} prompts are too long for `drafts.max_tokens` in `max_model_len: {limit}`"
+    report.add(Check("warning" if direct else "ok", "lengths", text, way_out if direct else None))
+    if config.refinements.strategy == "chain":
+        text = f"{percent(refined, len(rows))} chains would be, to refine the longest draft that is allowed"
+        many = refined > 0.05 * len(rows)
+        report.add(Check("warning" if many else "ok", "refinements", text, way_out if many else None))
+
+
+def _around(prompt: Any, loop: Rounds) -> Any:
+    return refinement_prompt(prompt, [PLACEHOLDER], loop.template)
+
+
+def estimates(config: AriesConfig, model_config: PreTrainedConfig, trust_remote_code: bool, report: Report) -> None:
+    """The memory of the engine, of each reward model and of training, which take turns on the GPU."""
+    model_args = ModelConfig(**config.model)
+    shape = find_shape(model_config, model_args, trust_remote_code, report)
+    if shape is None:
+        return
+    checkpoint = checkpoint_dtype(model_config)
+    dtype = engine_dtype(config.generation, checkpoint)
+    rank = config.model.get("lora_r", 16) if model_args.use_peft else None
+    engine = engine_memory(shape, config.generation, dtype, rank)
+    check_memory(engine, report)
+    _engine_room(shape, config, dtype, engine, report)
+    for scorer in config.scores.each():
+        if scorer.reward_model is not None:
+            check_memory(reward_memory(scorer.reward_model, scorer.reward_model_revision), report)
+    settings = trainer_settings(config, 1, "unused")
+    _, config_class = trainer_classes(settings)
+    keys = settings["config"] | {
+        "use_cpu": True,
+        "bf16": False,
+        "fp16": False,
+        "tf32": None,
+    }  # what a machine must have
+    args = config_class(**keys)
+    args.bf16 = config.training.get("bf16", not config.training.get("fp16", False))
+    args.fp16 = config.training.get("fp16", False)
+    if model_args.dtype not in (None, "auto"):
+        checkpoint = model_args.dtype
+    has_ref = model_args.use_peft and (config.rounds > 1 or config.sft is not None)
+    check_memory(training_memory(shape, model_args, args, checkpoint, has_ref), report)
+
+
+def _engine_room(shape: Shape, config: AriesConfig, dtype: str, engine: Estimate, report: Report) -> None:
+    if not torch.cuda.is_available():
+        report.detail(f"{'':>10}  on a CPU: the weights, and `cpu_kv_cache_gib: {config.generation.cpu_kv_cache_gib}`")
+        return
+    fit = concurrency(shape, config.generation, dtype, engine, torch.cuda.mem_get_info(0)[1])
+    share = config.generation.gpu_memory_utilization
+    report.detail(f"{'':>10}  in {share:.0%} of cuda:0, {fit} sequences of `max_model_len` fit side by side")
+
+
+def reward_memory(name: str, revision: str | None) -> Estimate:
+    """A reward model's weights, in the checkpoint's data type."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"`scores.reward_model`: {name} cannot be read: {str(error).strip().splitlines()[0]}"
+        ) from error
+    dtype, count = checkpoint_dtype(config), classifier_parameters(config)
+    weights = Item("weights", count * BYTES[dtype], f"{count:,} parameters × {BYTES[dtype]} B ({dtype})")
+    return Estimate(f"reward model {name}", [weights, overhead()])

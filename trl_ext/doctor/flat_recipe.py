@@ -1,0 +1,191 @@
+"""A trainer's recipe: keys, data, what the trainer would see of it, and its memory."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset, disable_progress_bars
+from jinja2 import TemplateError
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
+
+from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from ..recipe import Recipe, RecipeError, parse_flat, take_flag
+from ..recipe_values import LAUNCH_KEYS
+from ..scripts.preference import load_pairs
+from ..trainers.prepared import prepared_pairs
+from .checks import Check, Report, gigabytes
+from .environment import last_line
+from .memory import Estimate, training_memory
+from .samples import SAMPLED_ROWS, check_bos, checkpoint_dtype, percent, read_model, show
+from .shape import Shape, model_shape
+
+
+SELF_REFINE_KEYS = {f.name for f in dataclasses.fields(SelfRefineDPOConfig)} - {
+    f.name for f in dataclasses.fields(TDPOConfig)
+}
+
+
+def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report) -> None:
+    """
+    Raises:
+        [`RecipeError`]: what the rest depends on is wrong.
+    """
+    given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in overrides if flag.startswith("--")}
+    self_refine = bool(SELF_REFINE_KEYS & {*recipe.mapping, *given})
+    trainer, config = (SelfRefineDPOTrainer, SelfRefineDPOConfig) if self_refine else (TDPOTrainer, TDPOConfig)
+    command = "self-refine-dpo" if self_refine else "tdpo"
+    report.heading(f"{recipe.path}, for trl-ext {command}")
+    for key in LAUNCH_KEYS:  # for `accelerate launch`
+        _, overrides = take_flag(overrides, key)
+    no_gpu = not torch.cuda.is_available() and not recipe.mapping.get("use_cpu") and "use_cpu" not in given
+    on_cpu = ["--use_cpu", "--bf16", "false"] if no_gpu else []
+    classes = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    script_args, args, model_args, dataset_args = parse_flat(recipe, classes, [*overrides, *on_cpu])
+    try:
+        trainer._refuse_options(args)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    report.add(Check("ok", "keys", f"{len(recipe.mapping)} keys, all known"))
+    if no_gpu:
+        report.add(
+            Check("failed", "device", "no CUDA device, and the recipe is for one", "Add `--use_cpu --bf16 false`.")
+        )
+        args.bf16 = recipe.mapping.get("bf16", not args.fp16)  # what it would be on a GPU
+    if model_args.model_name_or_path is None:
+        raise RecipeError("`model_name_or_path` is missing: a directory, or a model's name on the Hub.")
+    model_config, tokenizer = read_model(
+        model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code, "model_name_or_path"
+    )
+    report.add(
+        Check("ok", "model", f"{model_args.model_name_or_path}: {', '.join(model_config.architectures or ['?'])}")
+    )
+
+    train, evaluation = load_pairs(script_args, dataset_args, evaluate=args.eval_strategy != "no", seed=args.seed)
+    check_data(train, evaluation, report)
+    check_samples(_sample(train), tokenizer, args, report)
+    if self_refine:
+        count = len(tokenizer(args.refinement_prompt)["input_ids"])
+        report.add(Check("ok", "refinement", f"`refinement_prompt` adds {count} tokens to every prompt"))
+
+    dtype = checkpoint_dtype(model_config) if model_args.dtype in (None, "auto") else model_args.dtype
+    shape = find_shape(model_config, model_args, args.trust_remote_code, report)
+    if shape is not None:
+        check_memory(training_memory(shape, model_args, args, dtype), report)
+    if probe and not no_gpu:
+        from .probe import probe_training
+
+        report.add(probe_training(command, recipe, overrides, args, len(train)))
+    else:
+        report.add(left_out(probe))
+
+
+def find_shape(config: PreTrainedConfig, model_args: ModelConfig, trust: bool, report: Report) -> Shape | None:
+    """The model's sizes, or a warning that there is no estimate for it."""
+    try:
+        return model_shape(config, model_args, trust)
+    except Exception as error:  # the architecture's own code, run without values: whatever it raises is the finding
+        found = f"no estimate for {config.model_type}: {type(error).__name__}: {last_line(str(error))}"
+        report.add(Check("warning", "memory", found))
+        return None
+
+
+def left_out(probe: bool) -> Check:
+    why = "the recipe cannot run here" if probe else "`--probe` runs a little of the recipe to estimate it"
+    return Check("ok", "time", f"left out: {why}")
+
+
+def _sample(dataset: Dataset | IterableDataset) -> Dataset:
+    """Rows to look at: the first two of the dataset, and others drawn from all of it."""
+    if isinstance(dataset, IterableDataset):
+        return Dataset.from_list(list(dataset.take(SAMPLED_ROWS)))
+    if len(dataset) <= SAMPLED_ROWS:
+        return dataset
+    others = torch.randperm(len(dataset) - 2, generator=torch.Generator().manual_seed(0))[: SAMPLED_ROWS - 2] + 2
+    return dataset.select([0, 1, *others.tolist()])
+
+
+def check_data(train: Any, evaluation: Any, report: Report) -> None:
+    columns = list(next(iter(train)))
+    needed = ["prompt", "chosen", "rejected"] if "prompt" in columns else ["chosen", "rejected"]
+    used = [*needed, *(column for column in ("tools", "chat_template_kwargs") if column in columns)]
+    others = [column for column in columns if column not in used]
+    found = f"{', '.join(used)} used" + (f"; not used: {', '.join(others)}" if others else "")
+    if "prompt" not in columns:
+        found += "; the prompt is what chosen and rejected share at their start"
+    report.add(Check("ok", "columns", found))
+    sizes = [("train", train)] + ([("evaluation", evaluation)] if evaluation is not None else [])
+    counted = (f"{name} {len(rows):,}" if isinstance(rows, Dataset) else f"{name} streamed" for name, rows in sizes)
+    report.add(Check("ok", "rows", ", ".join(counted)))
+
+
+def check_samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, report: Report) -> None:
+    """Two samples as the trainer sees them, and what `max_length` cuts."""
+    if tokenizer.chat_template is None and isinstance(rows[0]["chosen"], list):
+        raise RecipeError(
+            "the pairs are messages, and the tokenizer has no chat template. Give it one (`trl.clone_chat_template`), or make "
+            "the pairs plain text."
+        )
+    disable_progress_bars()
+    try:
+        prepared = prepared_pairs(rows, tokenizer, args)
+    except (TemplateError, TypeError, ValueError) as error:  # a template's, or TRL's on rows that do not fit together
+        raise RecipeError(f"the pairs cannot be rendered: {type(error).__name__}: {last_line(str(error))}") from error
+    report.add(Check("ok", "samples", "the first two, as the trainer sees them"))
+    for row in prepared.select(range(min(2, len(prepared)))):
+        for part in ("prompt", "chosen", "rejected"):
+            show(report, part, row[f"{part}_ids"], tokenizer)
+    first = prepared[0]
+    found = check_bos(first["prompt_ids"], tokenizer)
+    if found is not None:
+        report.add(found)
+    if tokenizer.eos_token_id not in first["chosen_ids"][-3:]:
+        way_out = "The model will not learn to stop. Does the chat template end a turn with another token?"
+        report.add(
+            Check("warning", "EOS", f"the first chosen answer does not end with {tokenizer.eos_token}", way_out)
+        )
+
+    if args.max_length is None:
+        report.add(
+            Check(
+                "ok", "lengths", "`max_length: null` cuts nothing; the memory below is for sequences of 1,024 tokens"
+            )
+        )
+        return
+    prompts = [len(ids) for ids in prepared["prompt_ids"]]
+    longest = [
+        prompt + max(len(chosen), len(rejected))
+        for prompt, chosen, rejected in zip(prompts, prepared["chosen_ids"], prepared["rejected_ids"], strict=True)
+    ]
+    cut = sum(length > args.max_length for length in longest)
+    lost = sum(prompt >= args.max_length for prompt in prompts)
+    found = f"{percent(cut, len(longest))} pairs are longer than `max_length: {args.max_length}`"
+    found += f", {percent(lost, len(prompts))} prompts fill it alone; longest pair {max(longest):,} tokens"
+    state = "warning" if cut > 0.05 * len(longest) or lost else "ok"
+    way_out = (
+        "Raise `max_length`: pairs are cut, and rows whose prompt fills it are left out."
+        if state == "warning"
+        else None
+    )
+    report.add(Check(state, "lengths", found, way_out))
+
+
+def check_memory(estimate: Estimate, report: Report) -> None:
+    """An estimate with its arithmetic, beside what the first GPU has."""
+    found = f"{estimate.stage}: about {gigabytes(estimate.total)} on one GPU, nothing sharded"
+    check = Check("ok", "memory", found)
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info(0)[1]
+        check.found += f"; cuda:0 has {gigabytes(total)}"
+        if estimate.total > total:
+            check.state = "warning"
+            check.way_out = (
+                "Lower `per_device_train_batch_size` or `max_length`, load the base in 4 bits, or shard with "
+                "`accelerate_config: fsdp2`."
+                if estimate.stage == "training"
+                else "Lower `generation.max_model_len`, or raise `generation.tensor_parallel_size`."
+            )
+    report.add(check)
+    for line in estimate.lines():
+        report.detail(line)

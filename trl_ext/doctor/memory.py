@@ -1,0 +1,176 @@
+"""
+GPU memory of a stage, by arithmetic: [`Item`]s with their bytes and how they come about. One device, nothing sharded.
+
+Weights, gradients, optimizer states, adapters and the KV cache are exact. Activations are what autograd keeps of the model's
+layers in 16 bits, counted on the meta device, for sequences of full length: an upper bound for shorter ones. The rest is
+[house]: `OVERHEAD`, and the tiles of this package's kernels.
+"""
+
+from dataclasses import dataclass
+
+from trl import DPOConfig, ModelConfig
+
+from ..aries.config import GenerationConfig
+from ..kernels.position_kl import KEPT_GRADIENT_BYTES, TILE_ELEMENTS
+from .checks import gigabytes
+from .shape import BYTES, Shape
+
+
+OVERHEAD = 10**9  # [house]: CUDA's context, workspaces, what the allocator cannot use
+# `optim` -> (states per parameter, bytes of each; None: the parameter's own type). Others are counted as AdamW
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_apex_fused"), (2, None)),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), (2, 1)),
+    **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), (2, 4)),
+    **dict.fromkeys(("rmsprop", "adagrad"), (1, None)),
+    **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_32bit", "lion_32bit", "paged_lion_32bit"), (1, 4)),
+    **dict.fromkeys(("rmsprop_bnb_8bit", "lion_8bit", "paged_lion_8bit"), (1, 1)),
+    "sgd": (0, None),
+}
+
+
+@dataclass
+class Item:
+    """One line of an estimate: what, its bytes, and the arithmetic."""
+
+    what: str
+    bytes: int
+    how: str
+
+
+@dataclass
+class Estimate:
+    """The memory of one stage."""
+
+    stage: str
+    items: list[Item]
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+    def lines(self) -> list[str]:
+        return [f"{gigabytes(item.bytes):>10}  {item.what}: {item.how}" for item in self.items]
+
+
+def training_memory(
+    shape: Shape, model_args: ModelConfig, args: DPOConfig, dtype: str, has_ref_adapter: bool = False
+) -> Estimate:
+    """
+    A step of preference training, at its largest: all sequences of `max_length` tokens.
+
+    Args:
+        shape ([`~doctor.shape.Shape`]), model_args ([`~trl.ModelConfig`]), args ([`~trl.DPOConfig`]):
+            The model and what the recipe says.
+        dtype (`str`):
+            Data type of the weights, `"float32"`, `"bfloat16"` or `"float16"`.
+        has_ref_adapter (`bool`, *optional*, defaults to `False`):
+            Whether the reference is an adapter of its own: ARIES' rounds after the first.
+    """
+    items = [base_weights("policy", shape, model_args, dtype)]
+    if model_args.use_peft:
+        # TRL puts the adapters on quantized bases into bfloat16; PEFT puts the others into float32
+        size = 2 if model_args.load_in_4bit or model_args.load_in_8bit else 4
+        trained, where = shape.lora, "LoRA"
+        items.append(Item("adapter", size * trained, f"{trained:,} parameters × {size} B"))
+        if has_ref_adapter:
+            items.append(Item("reference", 4 * trained, f"a frozen adapter: {trained:,} parameters × 4 B"))
+    else:
+        size, trained, where = BYTES[dtype], shape.parameters, "all"
+        if not args.precompute_ref_log_probs:
+            items.append(base_weights("reference", shape, model_args, dtype))
+        if dtype == "float32" and (args.bf16 or args.fp16):
+            linear = sum(shape.linear)
+            items.append(Item("autocast", 2 * linear, f"16-bit copies of {linear:,} weights of linear layers × 2 B"))
+    items.append(Item("gradients", size * trained, f"{trained:,} parameters ({where}) × {size} B"))
+    name = str(getattr(args.optim, "value", args.optim))
+    states, each = OPTIMIZERS.get(name, (2, 4))
+    as_adam = "" if name in OPTIMIZERS else ", counted as AdamW's"
+    each = each or size
+    how = f"{name}: {trained:,} parameters × {states} states × {each} B{as_adam}"
+    items.append(Item("optimizer", trained * states * each, how))
+    return Estimate("training", [*items, *step_memory(shape, model_args, args), overhead()])
+
+
+def step_memory(shape: Shape, model_args: ModelConfig, args: DPOConfig) -> list[Item]:
+    """What a forward and backward hold: activations, hidden states of the answers, tiles of logits."""
+    length = args.max_length or 1024
+    tokens = 2 * args.per_device_train_batch_size * length
+    size = 2 if args.bf16 or args.fp16 else 4
+    shown = f"2 × {args.per_device_train_batch_size} × {length} tokens"
+    kept = shape.saved_bytes * size // 2
+    if args.gradient_checkpointing:
+        inputs = Item(
+            "checkpoints",
+            tokens * shape.hidden * shape.layers * size,
+            f"{shown} × {shape.layers} layers × {shape.hidden} × {size} B",
+        )
+        layer = kept // shape.layers
+        items = [inputs, Item("one layer", tokens * layer, f"{shown} × {layer:,} B that autograd keeps of a layer")]
+    else:
+        items = [
+            Item("activations", tokens * kept, f"{shown} × {kept:,} B that autograd keeps of {shape.layers} layers")
+        ]
+    tile = 2 * 4 * min(TILE_ELEMENTS["cuda"], tokens * shape.vocabulary)
+    items.append(Item("tiles", tile, f"logits of policy and reference × {tile // 8:,} elements × 4 B"))
+    if not model_args.use_peft:
+        gradient = min(KEPT_GRADIENT_BYTES, tokens * shape.vocabulary * size)
+        items.append(Item("head", gradient, f"the head's gradient tiles, at most {gigabytes(KEPT_GRADIENT_BYTES)}"))
+    return items
+
+
+def base_weights(what: str, shape: Shape, model_args: ModelConfig, dtype: str) -> Item:
+    """The weights of a model, quantized where the recipe says so."""
+    linear = sum(shape.linear)
+    rest = f"{shape.parameters - linear:,} parameters × {BYTES[dtype]} B ({dtype})"
+    if model_args.load_in_4bit:
+        nested = model_args.use_bnb_nested_quant
+        scales = "scales in 8 bits" if nested else "a 4 B scale per 64"
+        return Item(what, shape.nf4(dtype, nested), f"{linear:,} parameters × ½ B ({scales}) + {rest}")
+    if model_args.load_in_8bit:
+        return Item(what, shape.int8(dtype), f"{linear:,} parameters × 1 B + {rest}")
+    return Item(what, shape.weights(dtype), f"{shape.parameters:,} parameters × {BYTES[dtype]} B ({dtype})")
+
+
+def engine_memory(shape: Shape, generation: GenerationConfig, dtype: str, lora_rank: int | None) -> Estimate:
+    """
+    vLLM on one of `tensor_parallel_size` GPUs, with as much KV cache as one sequence of `max_model_len` needs: the least with
+    which it starts. It takes more, up to `gpu_memory_utilization`.
+    """
+    parts = generation.tensor_parallel_size
+    split = "" if parts == 1 else f" / {parts} GPUs"
+    if generation.quantization == "bitsandbytes":
+        weights = Item("weights", shape.nf4(dtype, nested=False) // parts, f"NF4, the rest in {dtype}{split}")
+    else:
+        how = f"{shape.parameters:,} parameters × {BYTES[dtype]} B ({dtype}){split}"
+        weights = Item("weights", shape.weights(dtype) // parts, how)
+    items = [weights]
+    if lora_rank is not None:
+        items.append(Item("adapter", shape.lora * BYTES[dtype], f"{shape.lora:,} parameters × {BYTES[dtype]} B"))
+    token = kv_bytes(shape, dtype) // parts
+    how = f"{generation.max_model_len} tokens × {token:,} B (one sequence of `max_model_len`)"
+    items.append(Item("KV cache", generation.max_model_len * token, how))
+    return Estimate("engine", [*items, overhead()])
+
+
+def kv_bytes(shape: Shape, dtype: str) -> int:
+    """Bytes of the KV cache per token, whose type is the engine's."""
+    return shape.kv_elements * BYTES[dtype]
+
+
+def concurrency(shape: Shape, generation: GenerationConfig, dtype: str, estimate: Estimate, total: int) -> int:
+    """Sequences of `max_model_len` that fit into what `gpu_memory_utilization` leaves on a GPU of `total` bytes."""
+    token = kv_bytes(shape, dtype) // generation.tensor_parallel_size
+    others = estimate.total - generation.max_model_len * token
+    return max(0, int(generation.gpu_memory_utilization * total - others)) // (generation.max_model_len * token)
+
+
+def overhead() -> Item:
+    return Item("overhead", OVERHEAD, "CUDA's context, workspaces, fragmentation; a guess")
+
+
+def engine_dtype(generation: GenerationConfig, checkpoint: str) -> str:
+    """The data type that vLLM takes: for `auto` the checkpoint's, and 16 bits for a float32 one."""
+    if generation.dtype != "auto":
+        return generation.dtype
+    return "bfloat16" if checkpoint == "float32" else checkpoint

@@ -1,0 +1,172 @@
+"""
+The time of a recipe from a little of it: a real start of the engine, real steps of the trainer, in a directory that is removed.
+
+Both are estimates. Steps are timed one micro-batch at a time, after the first; the engine with fewer requests at once than in a
+round, where it is faster per request.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trl import DPOConfig
+
+from ..aries.children import ENVIRONMENT, ChildError, end_group, run_child
+from ..aries.config import AriesConfig, PairsConfig, trainer_settings
+from ..aries.pairs import Pair, preference_rows
+from ..aries.progress import duration
+from ..aries.records import write_jsonl
+from ..aries.rounds import Rounds, one_gpu
+from ..aries.scores import load_chains
+from ..recipe import Recipe
+from .checks import Check
+from .environment import last_line
+
+
+STEPS = 4
+PROMPTS = 32
+MODULES = {"tdpo": "trl_ext.scripts.tdpo", "self-refine-dpo": "trl_ext.scripts.self_refine_dpo"}
+
+
+def probe_training(command: str, recipe: Recipe, overrides: Sequence[str], args: DPOConfig, rows: int) -> Check:
+    """`STEPS` steps of one micro-batch each, of the recipe's model on its data."""
+    with tempfile.TemporaryDirectory() as directory:
+        changes = {
+            "output_dir": directory,
+            "max_steps": STEPS,
+            "gradient_accumulation_steps": 1,
+            "logging_strategy": "steps",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "eval_strategy": "no",
+            "load_best_model_at_end": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "push_to_hub": False,
+        }
+        flags = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
+        module = [sys.executable, "-m", MODULES[command], "--config", str(recipe.path)]
+        seconds, code, tail = timed_steps([*module, *overrides, *flags])
+    if code != 0 or len(seconds) < 2:
+        return Check(
+            "failed", "time", f"the probe ended with exit code {code}: {tail}", "Run it to see all: `max_steps: 2`."
+        )
+    each = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+    return Check("ok", "time", training_time(each, args, rows))
+
+
+def timed_steps(command: list[str]) -> tuple[list[float], int, str]:
+    """When each step was logged, the exit code, and the last line."""
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **ENVIRONMENT, **one_gpu()},
+        start_new_session=True,
+    )
+    seconds, lines = [], []
+    try:
+        for line in child.stdout:
+            lines.append(line)
+            if "'loss'" in line:
+                seconds.append(time.monotonic())
+        code = child.wait()
+    finally:
+        end_group(child)
+    return seconds, code, last_line("".join(lines))
+
+
+def training_time(each: float, args: DPOConfig, rows: int) -> str:
+    """From the seconds of a micro-batch to the whole training, on one device."""
+    size = args.per_device_train_batch_size
+    if args.max_steps > 0:
+        count = args.max_steps * args.gradient_accumulation_steps
+        shown = f"{args.max_steps} steps × {args.gradient_accumulation_steps}"
+    else:
+        count = round(rows * args.num_train_epochs / size)
+        shown = f"{rows:,} pairs × {args.num_train_epochs:g} epochs / {size}"
+    return f"about {duration(count * each)} of training on one device: {shown} = {count:,} × {each:.2f} s (evaluations left out)"
+
+
+class ProbedRounds(Rounds):
+    """Rounds that print nothing and note when their stages report."""
+
+    def __init__(self, config: AriesConfig):
+        super().__init__(config)
+        self.times: dict[str, list[tuple[float, int]]] = {}
+
+    @contextmanager
+    def stage(self, number: int, name: str) -> Iterator[Any]:
+        self.times[name] = [(time.monotonic(), 0)]
+        yield lambda done, total: self.times[name].append((time.monotonic(), done))
+
+
+def probe_aries(config: AriesConfig, prompts: list[dict[str, Any]]) -> Iterator[Check]:
+    """A start of the engine, some chains, and training steps on their answers."""
+    with tempfile.TemporaryDirectory() as directory:
+        short = {"output_dir": directory, "rounds": 1, "sft": None, "parity": replace(config.parity, samples=0)}
+        loop = ProbedRounds(replace(config, **short))
+        loop.evaluation_prompts = prompts[:1]
+        chosen = prompts[: min(PROMPTS, config.generation.max_num_seqs)]
+        round_dir = loop.dir.round(1)
+        for number in (0, 1):
+            loop.dir.round(number).path.mkdir(parents=True)
+        write_jsonl(round_dir.prompts, chosen)
+        try:
+            loop.generate(1)
+            yield Check("ok", "time", engine_time(loop, config, len(chosen), len(prompts)))
+            yield Check("ok", "time", steps_time(loop, config, chosen, directory))
+        except ChildError as error:
+            yield Check(
+                "failed", "time", f"the probe failed: {last_line(str(error))}", "Run the recipe to see all of it."
+            )
+
+
+def engine_time(loop: ProbedRounds, config: AriesConfig, count: int, rows: int) -> str:
+    times = loop.times["drafts and refinements"]
+    start, first, last = times[0][0], next(t for t, done in times if done == 1), times[-1][0]
+    size = config.prompts.per_round or rows // config.rounds
+    each = (last - first) / count
+    return (
+        f"engine: {duration(first - start)} until the first chain, then {each:.2f} s per chain with {count} at once; a round of "
+        f"{size:,} at most {duration(size * each)}, less with more at once"
+    )
+
+
+def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, Any]], directory: str) -> str:
+    """Steps on rows made of the probe's own answers: the last of each chain over the first."""
+    round_dir = loop.dir.round(1)
+    chains = [chain for chain in load_chains(prompts, round_dir.answers) if chain.answers]
+    pairs = [Pair(chain, chain.answers[-1], chain.answers[0], None, None) for chain in chains]
+    rows = [row for pair in pairs for row in preference_rows(pair, loop.template, PairsConfig())]
+    if not rows:
+        return "training: left out, no chain of the probe has an answer"
+    write_jsonl(round_dir.pairs, rows)
+    settings = trainer_settings(config, 1, str(round_dir.training))
+    size = settings["config"].get("per_device_train_batch_size", 8)
+    settings["config"] |= {
+        "max_steps": STEPS,
+        "gradient_accumulation_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    job = loop.training_job(1, loop.policy(0)) | settings
+    with loop.stage(1, "training") as update:
+        run_child("trl_ext.aries.training", job, Path(directory, "training.log"), update, env=one_gpu())
+    ends = {done: at for at, done in loop.times["training"] if done > 0}
+    each = (ends[STEPS] - ends[1]) / (STEPS - 1)
+    per_pair = config.pairs.direct_weight + 2 * config.pairs.refinement_weight
+    return (
+        f"training: {each:.2f} s for {size} rows, so {each / size * per_pair:.3f} s for a pair of {per_pair} rows, times "
+        "the round's pairs and `num_train_epochs`"
+    )

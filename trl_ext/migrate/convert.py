@@ -1,0 +1,308 @@
+"""
+The conversion: one mapping in, one mapping out, with an account of every key.
+
+Values are judged by the dataclasses that a current recipe is parsed with, so that what comes out parses; what the trainer of the
+method refuses is a problem here already.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..recipe import Recipe, RecipeError, check_keys
+from ..recipe_values import LAUNCH_KEYS, unknown_key
+from .data import from_mixer, from_mixture
+from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, WANDB
+
+
+@dataclass
+class Migration:
+    """
+    A recipe on its way.
+
+    Args:
+        recipe (`dict`):
+            The new recipe.
+        kept (`list[str]`):
+            Keys that stayed as they were.
+        changes, problems (`list[str]`):
+            One line each: what and why; what was left out and the way out.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def other_method(recipe: Recipe, text: str) -> tuple[str, str] | None:
+    """The method of a recipe that is not of DPO's family, and what shows it."""
+    for key, method in MARKS.items():
+        if key in recipe.mapping:
+            return method, f"{recipe.where(key)}: `{key}` is a key of {method}"
+    words = {name.upper(): name for name in METHODS}
+    for directory in () if recipe.path is None else (recipe.path.parent.name, recipe.path.stem):
+        for word in re.split(r"[^A-Za-z]+", directory):
+            if word.upper() in words:
+                return words[word.upper()], f"{recipe.path}: `{directory}` in its path"
+    found = re.search(rf"^\s*#.*?\b({'|'.join(METHODS)})(?:Trainer|Config)\b", text, flags=re.MULTILINE)
+    return (found[1], f"{recipe.path}: the comment `{found[0].strip()}`") if found else None
+
+
+def classes(method: str) -> tuple[type, tuple[type, ...]]:
+    """The trainer of a method, and the dataclasses its recipe is parsed with."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+
+    trainer, config = {
+        "tdpo": (TDPOTrainer, TDPOConfig),
+        "self-refine-dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
+    }[method]
+    return trainer, (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+
+
+def convert(recipe: Recipe, text: str, method: str) -> Migration:
+    """
+    Args:
+        recipe ([`~recipe.Recipe`]), text (`str`):
+            The old recipe, and its file's text: comments tell the method of some.
+        method (`str`):
+            `"tdpo"` or `"self-refine-dpo"`.
+
+    Raises:
+        [`RecipeError`]: the recipe of another method.
+    """
+    found = other_method(recipe, text)
+    if found is not None:
+        name, shown = found
+        raise RecipeError(
+            f"{shown}: this is a recipe of {name}, and trl-ext trains with preference pairs against a reference (DPO's "
+            f"family). Use TRL's own trainer for {name}; if it is a DPO recipe all the same, remove the key or rename the file."
+        )
+    if isinstance(recipe.mapping.get("prompts"), dict):
+        raise RecipeError(f"{recipe.where('prompts')}: this is an ARIES recipe, which is current. Nothing to migrate.")
+    trainer, config_classes = classes(method)
+    migration, old = Migration(), dict(recipe.mapping)
+    for step in (_data, _precision, _lengths, _loss, _model):
+        step(old, migration)
+    for key, value in list(old.items()):
+        _key(key, value, old, migration)
+    _keep_defaults(recipe.mapping, migration)
+    _check(migration, config_classes, trainer)
+    script, _, model, mixture = config_classes  # the model first, then the data, then the rest in the old order
+    first = [name for cls in (model, script, mixture) for name in cls.__dataclass_fields__ if name in migration.recipe]
+    migration.recipe = {key: migration.recipe[key] for key in dict.fromkeys([*first, *migration.recipe])}
+    return migration
+
+
+# Steps. Each takes its keys out of `old`
+
+
+def _data(old: dict[str, Any], migration: Migration) -> None:
+    for key, read in (("dataset_mixer", from_mixer), ("dataset_mixture", from_mixture)):
+        if old.get(key) is None:
+            continue
+        changes, problems = read(old, migration.recipe)
+        migration.changes += changes
+        migration.problems += problems
+    if old.get("dataset_splits") is not None:  # without a mixer it named the splits of `dataset_name`
+        splits = old.pop("dataset_splits")
+        for key, word in (("dataset_train_split", "train"), ("dataset_test_split", "test")):
+            named = [split for split in ([splits] if isinstance(splits, str) else splits) if word in split]
+            if len(named) == 1:
+                migration.recipe[key] = named[0]
+                migration.changes.append(f"`dataset_splits` -> `{key}: {named[0]}`: TRL's name")
+
+
+def _precision(old: dict[str, Any], migration: Migration) -> None:
+    if "torch_dtype" in old and old["torch_dtype"] is None:
+        del old["torch_dtype"]
+        migration.recipe["dtype"] = "float32"
+        migration.changes.append("`torch_dtype: null` -> `dtype: float32`: what it meant in transformers 4")
+    if old.get("use_flash_attention_2") is not None:
+        if old.pop("use_flash_attention_2"):
+            old.setdefault("attn_implementation", "flash_attention_2")
+            migration.changes.append(
+                "`use_flash_attention_2` -> `attn_implementation: flash_attention_2`: needs flash-attn installed; "
+                "`sdpa` does not"
+            )
+        else:
+            migration.changes.append(
+                "`use_flash_attention_2: false` left out: `attn_implementation` names another one"
+            )
+
+
+def _lengths(old: dict[str, Any], migration: Migration) -> None:
+    keys = [key for key in ("max_prompt_length", "max_completion_length") if key in old]
+    given = {key: old.pop(key) for key in keys}
+    if not keys:
+        return
+    whole = len(keys) == 2 and all(isinstance(value, int) for value in given.values())
+    if old.get("max_length") is None and whole:
+        old["max_length"] = sum(given.values())
+        migration.changes.append(
+            f"`max_prompt_length` + `max_completion_length` -> `max_length: {old['max_length']}`: one bound for both"
+        )
+        return
+    for key, value in given.items():
+        migration.changes.append(
+            f"`{key}: {value}` left out: TRL removed it. `max_length` ({old.get('max_length') or 'by default 1024'}) bounds "
+            "prompt and answer together and cuts the end of the answer; a row whose prompt alone fills it is left out, and "
+            "counted"
+        )
+
+
+def _loss(old: dict[str, Any], migration: Migration) -> None:
+    names = old.pop("loss_type", None)
+    if names is not None:
+        names = [names] if isinstance(names, str) else list(names)
+        renamed = [LOSS_TYPES.get(name, name) for name in names]
+        if renamed != names:
+            migration.changes.append(f"`loss_type: {names}` -> `{renamed}`: TRL renamed it")
+        migration.recipe["loss_type"] = renamed
+        if renamed == names:
+            migration.kept.append("loss_type")
+    alpha = old.pop("rpo_alpha", None)
+    if alpha is not None:
+        losses = migration.recipe.get("loss_type", ["sigmoid"])
+        migration.recipe |= {"loss_type": [*losses, "sft"], "loss_weights": [*([1.0] * len(losses)), float(alpha)]}
+        migration.changes.append(
+            f"`rpo_alpha: {alpha}` -> `loss_type: {migration.recipe['loss_type']}`, `loss_weights: "
+            f"{migration.recipe['loss_weights']}`: TRL's form of the NLL term"
+        )
+    if old.get("truncation_mode") == "keep_end":
+        migration.changes.append("`truncation_mode: keep_end` kept, but TRL 2 removes it: `keep_start` is the default")
+    if "label_smoothing" in old and not old["label_smoothing"]:
+        old.pop("label_smoothing")
+        migration.changes.append("`label_smoothing: 0` left out: the default")
+
+
+def _model(old: dict[str, Any], migration: Migration) -> None:
+    tokenizer = old.pop("tokenizer_name_or_path", None)
+    if tokenizer is not None:
+        if tokenizer == old.get("model_name_or_path"):
+            migration.changes.append("`tokenizer_name_or_path` left out: it is the model's own")
+        else:
+            migration.problems.append(
+                f"`tokenizer_name_or_path: {tokenizer}`: the tokenizer is the one beside the model. Save it there: "
+                f"`AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained(model_directory)`."
+            )
+    if old.pop("chat_template", None) is not None:
+        migration.problems.append(
+            "`chat_template`: the template is the tokenizer's. If the model has none, set `tokenizer.chat_template`, save "
+            "tokenizer and model in one directory, and name it in `model_name_or_path`; if it has its own, remove the key."
+        )
+    reentrant = old.pop("gradient_checkpointing_use_reentrant", None)
+    if reentrant is not None:
+        old["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+        migration.changes.append(
+            "`gradient_checkpointing_use_reentrant` -> `gradient_checkpointing_kwargs.use_reentrant`"
+        )
+    for key, name in WANDB.items():
+        if old.get(key) is not None:
+            old["env"] = {**(old.get("env") or {}), name: str(old.pop(key))}
+            migration.changes.append(f"`{key}` -> `env.{name}`: the tracker reads its environment")
+
+
+def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> None:
+    """One key that no step has taken."""
+    if key == "warmup_ratio":
+        if old.get("warmup_steps"):
+            migration.changes.append("`warmup_ratio` left out: `warmup_steps` went before it")
+        elif isinstance(value, (int, float)) and 0 <= value < 1:
+            migration.recipe["warmup_steps"] = value
+            migration.changes.append(
+                f"`warmup_ratio` -> `warmup_steps: {value}`: below 1 it is a fraction of all steps"
+            )
+        else:
+            migration.problems.append(f"`warmup_ratio: {value}` is no fraction below 1. Set `warmup_steps`.")
+    elif key == "group_by_length":
+        if value:
+            migration.recipe["train_sampling_strategy"] = "group_by_length"
+        migration.changes.append("`group_by_length` -> `train_sampling_strategy`: transformers' name")
+    elif key == "adafactor":
+        if value:
+            migration.recipe["optim"] = "adafactor"
+        migration.changes.append("`adafactor` -> `optim`: transformers' name")
+    elif key in GONE:
+        migration.changes.append(f"`{key}: {value}` left out: {GONE[key]}")
+    elif key in NEUTRAL:
+        neutral, way_out = NEUTRAL[key]
+        if value in (neutral, None):
+            migration.changes.append(f"`{key}` left out: it said nothing")
+        else:
+            migration.problems.append(f"`{key}: {value!r}`: {way_out}.")
+    elif key in RENAMED:
+        new, why = RENAMED[key]
+        if new in old:
+            migration.problems.append(f"`{key}` is an old name of `{new}`, and both are given. `{new}` is kept.")
+        else:
+            migration.recipe[new] = value
+            migration.changes.append(f"`{key}` -> `{new}`: {why}")
+    else:
+        migration.recipe[key] = value
+        migration.kept.append(key)
+
+
+def _keep_defaults(old: dict[str, Any], migration: Migration) -> None:
+    """Defaults that moved since, written down where the old recipe relied on them."""
+    if not {"bf16", "fp16", "use_cpu"} & migration.recipe.keys():
+        migration.recipe["bf16"] = False
+        migration.changes.append("`bf16: false` added: without the key TRL now trains in bf16, and did not then")
+    if "dataset_mixer" in old and "optim" not in migration.recipe:
+        migration.recipe["optim"] = "rmsprop"
+        migration.changes.append("`optim: rmsprop` added: it was the handbook's default")
+
+
+# The result
+
+
+def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type) -> None:
+    """Move what a current recipe does not take, and what the trainer refuses, from the recipe to the problems."""
+    known = [name for cls in config_classes for name in cls.__dataclass_fields__]
+    for key in list(migration.recipe):
+        if key in LAUNCH_KEYS or key == "env":
+            continue
+        value = migration.recipe[key]
+        if key not in known:
+            _leave_out(migration, key, f"{unknown_key(key, known)} Nothing takes its place.")
+            continue
+        problem = _problem(config_classes, key, value)
+        if problem and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            migration.recipe[key] = float(value)
+            migration.changes.append(f"`{key}: {value}` -> a number: YAML reads it as text without a point")
+            problem = _problem(config_classes, key, migration.recipe[key])
+        if problem:
+            _leave_out(migration, key, problem)
+    for key, (accepted, reason) in trainer._refused_options.items():
+        if migration.recipe.get(key, accepted) != accepted:
+            _leave_out(migration, key, f"`{key}: {migration.recipe[key]}` is not supported: {reason}")
+    from .. import SelfRefineDPOTrainer
+
+    pair_losses, margin_losses = trainer._pair_loss_types, SelfRefineDPOTrainer._pair_loss_types
+    refused = [name for name in migration.recipe.get("loss_type", ()) if name not in (*pair_losses, "sft")]
+    if refused:
+        others = "`--method self-refine-dpo` knows it; " if set(refused) <= set(margin_losses) else ""
+        migration.recipe.pop("loss_weights", None)
+        _leave_out(
+            migration,
+            "loss_type",
+            f"`loss_type`: {', '.join(refused)} is not among {', '.join((*pair_losses, 'sft'))} of "
+            f"{trainer.__name__}. {others}`trl.DPOTrainer` has TRL's others.",
+        )
+
+
+def _problem(config_classes: tuple[type, ...], key: str, value: Any) -> str | None:
+    try:
+        check_keys(Recipe(None, {key: value}, {}), config_classes)
+    except RecipeError as error:
+        return str(error).removeprefix("command line: ")
+    return None
+
+
+def _leave_out(migration: Migration, key: str, problem: str) -> None:
+    del migration.recipe[key]
+    if key in migration.kept:
+        migration.kept.remove(key)
+    migration.problems.append(problem)

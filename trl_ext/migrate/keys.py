@@ -1,0 +1,90 @@
+"""
+Keys of older recipes and what became of them. Facts of alignment-handbook's recipes and of TRL's and transformers' own
+history; what a current recipe takes is asked of the dataclasses themselves, in `convert.py`.
+"""
+
+# Old key -> (new key, why); the value stays
+RENAMED = {
+    "torch_dtype": ("dtype", "transformers renamed it"),
+    "evaluation_strategy": ("eval_strategy", "transformers renamed it"),
+    "preprocessing_num_workers": ("dataset_num_proc", "TRL's name for it"),
+    "no_cuda": ("use_cpu", "transformers renamed it"),
+    "hub_model_revision": ("hub_revision", "transformers' name for the branch that is pushed to"),
+    "push_to_hub_model_id": ("hub_model_id", "transformers renamed it"),
+    "push_to_hub_token": ("hub_token", "transformers renamed it"),
+    "dataset_train_name": ("dataset_train_split", "TRL renamed it"),
+    "dataset_test_name": ("dataset_test_split", "TRL renamed it"),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size", "transformers renamed it"),
+    "per_gpu_eval_batch_size": ("per_device_eval_batch_size", "transformers renamed it"),
+}
+
+# Keys that named what is so today, or nothing of the training: left out without loss, whatever they say
+GONE = {
+    "overwrite_output_dir": "transformers removed it: an existing directory is always written to",
+    "save_safetensors": "transformers removed it: checkpoints are always safetensors",
+    "generate_during_eval": "TRL removed it: no samples are generated during the evaluation",
+    "label_pad_token_id": "TRL removed it: the completion is marked by a mask",
+    "padding_value": "TRL removed it: the tokenizer's pad token is used",
+    "is_encoder_decoder": "TRL removed it: the model's configuration says so",
+    "use_logits_to_keep": "TRL removed it: only the answers' logits are computed",
+    "use_num_logits_to_keep": "TRL removed it: only the answers' logits are computed",
+    "model_adapter_name": "TRL removed it: the trained adapter is called `default`",
+    "ref_adapter_name": "TRL removed it: the reference adapter is called `ref`",
+    "base_model_attribute_name": "TRL removed it",
+    "sanity_check": "TRL removed it: `max_steps: 2` is a short run",
+    "auto_insert_empty_system_msg": "the chat template alone decides on a system message",
+}
+
+# Keys that go without loss at this value, and are a problem at any other: -> (the value, the way out)
+NEUTRAL = {
+    "reference_free": (
+        False,
+        "there is no training without a reference here. Remove it, or use `trl.DPOTrainer`'s losses",
+    ),
+    "force_use_ref_model": (False, "with PEFT the reference is the model without its adapter; that costs no memory"),
+    "max_train_samples": (None, "cut the split: `datasets: [{path: ..., split: 'train[:5000]'}]`"),
+    "max_eval_samples": (None, "cut the split of the evaluation data, or use `test_split_size`"),
+    "base_model_revision": (None, "merge the adapter into its base, and name the result in `model_name_or_path`"),
+    "model_code_revision": (None, "it is gone: `model_revision` is the revision of model and code"),
+    "truncation_side": (None, "it is gone: `truncation_mode: keep_start` or `keep_end` cuts the whole sequence"),
+    "dataset_kwargs": (None, "it is gone: the trainers prepare every dataset in the same way"),
+    "ref_model_init_kwargs": (None, "it is gone: the reference is loaded as the model is; see `model_init_kwargs`"),
+    "tools": (None, "give the data a column `tools`"),
+    "eos_token": (
+        None,
+        "set it in the tokenizer, save it beside the model, and name that directory in `model_name_or_path`",
+    ),
+    "text_column": (None, "rename the column in the data to `prompt`, `chosen` or `rejected`"),
+    "logging_dir": (None, "trackers read their directory from the environment: `env: {TENSORBOARD_LOGGING_DIR: ...}`"),
+    "fp16_backend": ("auto", "it is gone: torch's own autocast is the only one"),
+    "half_precision_backend": ("auto", "it is gone: torch's own autocast is the only one"),
+}
+
+# wandb's settings, keys in some recipes -> environment variables, which TRL sets from `env:`
+WANDB = {
+    "wandb_project": "WANDB_PROJECT",
+    "wandb_entity": "WANDB_ENTITY",
+    "wandb_run_group": "WANDB_RUN_GROUP",
+}
+
+# Values of `loss_type` that TRL renamed
+LOSS_TYPES = {"aot": "aot_unpaired", "aot_pair": "aot"}
+
+# Key that only another method's recipe has -> that method
+MARKS = {
+    "max_seq_length": "SFT",
+    "dataset_text_field": "SFT",
+    "assistant_only_loss": "SFT",
+    "completion_only_loss": "SFT",
+    "packing": "SFT",
+    "cpo_alpha": "CPO",
+    "simpo_gamma": "CPO",
+    "desirable_weight": "KTO",
+    "undesirable_weight": "KTO",
+    "center_rewards_coefficient": "Reward",
+    "num_ppo_epochs": "PPO",
+    "num_generations": "GRPO",
+    "reward_funcs": "GRPO",
+}
+# Names of methods in directories, comments and output names
+METHODS = ("SFT", "ORPO", "KTO", "CPO", "PPO", "RLOO", "GRPO", "Reward", "BCO", "PRM", "GKD", "CPT")
