@@ -1,6 +1,7 @@
 """The command line, from the outside: exit codes, one clear error, and a real training of two steps."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -60,6 +61,8 @@ def write(recipe: dict) -> str:
 def error_of(capfd, argv: list[str]) -> str:
     """Run and return the one error, which stands alone on stderr, without traceback or usage."""
     capfd.readouterr()
+    for handler in logging.getLogger("datasets").handlers:
+        handler.stream = sys.stderr  # it keeps the one of its import, which may have been another test's, closed since
     assert main(argv) == 2
     stderr = capfd.readouterr().err
     error = stderr[stderr.index("error: ") :]
