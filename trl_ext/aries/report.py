@@ -173,7 +173,10 @@ def headline(run: RunRecord, compared: dict[str, Change | None]) -> str:
     if direct is None:
         return "There is nothing to compare yet: it takes the scores of two policies."
     yes = {"higher": "Yes", "lower": "No"}.get(direct.verdict, f"Not that {direct.prompts:,} prompts could show")
-    text = f"{yes}: the direct answers of {run.evaluated[-1].name} {FINDINGS[direct.verdict]}"
+    name = run.evaluated[-1].name
+    if refined and refined.verdict == direct.verdict:
+        return f"{yes}: the direct and the refined answers of {name} {FINDINGS[direct.verdict]}."
+    text = f"{yes}: the direct answers of {name} {FINDINGS[direct.verdict]}"
     return f"{text}, and its refined answers {FINDINGS[refined.verdict]}." if refined else f"{text}."
 
 
