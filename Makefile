@@ -49,6 +49,7 @@ help: ## This list
 		TORCH_CPU_INDEX "where torch's CPU build is, if pip's own index has none; $(TORCH_CPU_INDEX)" \
 		RECIPE "the YAML file to run" \
 		RUN "a run directory, for the report" \
+		TRL "what \`make try-trl\` tries, e.g. TRL=\"trl==1.15.0\"; the newest" \
 		ARGS "more for the command, e.g. ARGS=\"--learning_rate 1.0e-6\", ARGS=\"-k tdpo\""
 
 install: $(STAMP) ## Make the environment (DEVICE=cpu|cuda to choose)
@@ -111,7 +112,7 @@ report: $(STAMP) ## Write the report of an ARIES run (RUN=...)
 build: $(STAMP) ## The wheel and the source archive, in dist/
 	$(BIN)/python -m build
 
-try-trl: ## What the newest TRL breaks, in an environment of its own (TRL="trl==1.15.0" for another)
+try-trl: ## What the newest TRL breaks, in an environment of its own
 	@$(MAKE) --no-print-directory install VENV=$(VENV)-trl
 	@BIN="$(VENV)-trl/bin" sh requirements/try_trl.sh $(TRL)
 

@@ -138,7 +138,7 @@ def check_make(arguments: list[str]) -> None:
     targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, flags=re.MULTILINE))
     variables = dict(word.split("=", 1) for word in arguments if "=" in word)
     assert {word for word in arguments if "=" not in word} <= targets
-    assert variables.keys() <= {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "RUN", "ARGS"}
+    assert variables.keys() <= {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "RUN", "TRL", "ARGS"}
     if "RECIPE" in variables:
         (target,) = (word for word in arguments if "=" not in word)
         action = ["aries", "run"] if target == "aries" else [target]

@@ -31,9 +31,23 @@ def config(tmp_path):
     )
 
 
-def enter(config, **inputs):
-    with RunDir(Path(config.output_dir)).opened(config, "recipe: text\n", inputs):
-        pass
+def enter(config, works: bool = True, **inputs):
+    """Open the run directory, and, if the run works, make a file of its first round there."""
+    run_dir = RunDir(Path(config.output_dir))
+    with run_dir.opened(config, "recipe: text\n", inputs):
+        if works:
+            run_dir.round(1).path.mkdir(exist_ok=True)
+            run_dir.round(1).prompts.touch()
+
+
+def test_a_run_that_made_nothing_takes_the_corrected_recipe(config):
+    """As when the check of the settings refused it."""
+    enter(config, works=False)
+    enter(replace(config, rounds=2), works=False)
+    assert json.loads(RunDir(Path(config.output_dir)).resolved.read_text())["rounds"] == 2
+    enter(config)
+    with pytest.raises(RecipeError, match="rounds: 3 -> 2"):
+        enter(replace(config, rounds=2))
 
 
 def test_the_recipe_and_what_it_resolved_to_are_kept(config):
@@ -126,7 +140,7 @@ def test_an_unwritable_place_is_named(config, tmp_path):
 
 
 def test_the_manifest_names_versions_and_hashes(config):
-    enter(config)
+    enter(config, works=False)
     run_dir = RunDir(Path(config.output_dir))
     round_dir = run_dir.round(1)
     round_dir.path.mkdir()

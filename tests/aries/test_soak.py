@@ -41,14 +41,16 @@ def test_thirty_rounds(sorting, tmp_path, capsys):
     (tmp_path / "verifier.py").write_text(VERIFIER)
     changes = {
         "rounds": ROUNDS,
-        "prompts": {"dataset": str(sorting / "train.jsonl"), "per_round": 2},
+        "prompts": {"dataset": str(tmp_path / "prompts.jsonl"), "per_round": 6},
         "evaluation": {"dataset": str(sorting / "eval.jsonl"), "samples": 4},
         "scores": {"verifier": f"{tmp_path}/verifier.py:spread"},
         "parity": {"samples": 4},
+        "health": {"max_dropped": None},
         "training": {"trainer": "dpo", **ON_CPU, "max_steps": 1, "save_strategy": "no", "learning_rate": 1e-6},
     }
+    (tmp_path / "prompts.jsonl").write_text((sorting / "train.jsonl").read_text() * 3)
     settings = recipe(sorting, output, **changes)
-    del settings["sft"]
+    settings["sft"]["max_steps"] = 40  # until answers end
     file.write_text(yaml.safe_dump(settings))
     held = []
     with open(tmp_path / "log", "w") as log:

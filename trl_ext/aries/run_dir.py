@@ -147,7 +147,9 @@ class RunDir:
 
     def _claim(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> None:
         resolved = json.loads(json.dumps(asdict(config))) | {"inputs": inputs}
-        if self.resolved.exists():
+        if self.resolved.exists() and any(
+            self.path.glob("round_*/*")
+        ):  # a run that its check refused has made nothing
             recorded = self._recorded()
             changed = differing_keys(recorded, resolved) - OPERATIONAL_KEYS
             # More rounds continue a run, where the rounds done so far do not depend on their number
@@ -163,7 +165,7 @@ class RunDir:
                 )
             if recorded == resolved:
                 return
-        elif any(self.path.glob("round_*")):
+        elif not self.resolved.exists() and any(self.path.glob("round_*")):
             raise RecipeError(f"{self.path} holds rounds but no {self.resolved.name}. Choose another `output_dir`.")
         write_atomically(self.recipe, [recipe_text])
         write_json(self.resolved, resolved)
