@@ -43,7 +43,7 @@ def test_help_lists_every_target_and_variable():
     assert result.returncode == 0, result.stderr
     assert set(re.findall(r"^  make ([a-z-]+) +\S", result.stdout, flags=re.MULTILINE)) == targets
     variables = set(re.findall(r"^  ([A-Z_]+) +\S", result.stdout, flags=re.MULTILINE))
-    assert variables == {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "RUN", "ARGS"}
+    assert variables == {"DEVICE", "PYTHON", "VENV", "TORCH_CPU_INDEX", "RECIPE", "RUN", "TRL", "ARGS"}
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
