@@ -203,3 +203,14 @@ def test_sft_rows_without_answers(config, tmp_path):
     with pytest.raises(RecipeError, match=r"2 of 3 rows of `sft.dataset` cannot be used \(2 empty_completion\)"):
         Rounds(config).load()
     assert not Path(config.output_dir).exists()
+
+
+def test_dropped_sft_rows_show_in_the_status(config, capsys):
+    config = replace(config, sft={"dataset": "sft.jsonl"})
+    loop = Rounds(config)
+    loop.sft_rows, loop.sft_dropped = [{"prompt": "x", "completion": "y"}] * 2, {"empty_completion": 1}
+    loop.dir.round(0).path.mkdir(parents=True)
+    loop.write_sft_rows(loop.dir.round(0))
+    assert json.loads(loop.dir.round(0).sft_drops.read_text()) == {"sft_rows": 3, "dropped": {"empty_completion": 1}}
+    status(config)
+    assert "dropped: 1 empty_completion" in capsys.readouterr().out
