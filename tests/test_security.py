@@ -90,6 +90,7 @@ def test_secrets_in_a_recipe_are_refused_without_showing_them(tmp_path, monkeypa
     "changes",
     [
         {"env": {"TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/a/b", "HF_HOME": "/c", "OMP_NUM_THREADS": 1}},
+        {"env": {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}},
         {"sft": {"dataset": "d", "eos_token": "<|im_end|>", "pad_token": "<pad>"}},
     ],
 )

@@ -182,6 +182,8 @@ def is_secret(keys: tuple, value: str) -> bool:
     """
     if _TOKEN.fullmatch(value):
         return True
+    if value.lower() in ("0", "1", "true", "false", "yes", "no", "on", "off"):  # HF_HUB_DISABLE_IMPLICIT_TOKEN
+        return False
     name = str(next((key for key in reversed(keys) if not isinstance(key, int)), "")).lower()
     if keys[0] == "env":
         return name.rpartition("_")[2] in ("token", "secret", "password", "passwd", "key", "apikey")

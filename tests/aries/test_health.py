@@ -1,10 +1,13 @@
 """Health: what is measured, by hand, and what the loop does with a policy that has degenerated and with what is left of its data."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, HealthConfig, PairsConfig, PromptsConfig, ScoresConfig
 from trl_ext.aries.health import examine, findings, share_finding
@@ -203,3 +206,60 @@ def test_sft_rows_without_answers(config, tmp_path):
     with pytest.raises(RecipeError, match=r"2 of 3 rows of `sft.dataset` cannot be used \(2 empty_completion\)"):
         Rounds(config).load()
     assert not Path(config.output_dir).exists()
+
+
+def test_dropped_sft_rows_show_in_the_status(config, capsys):
+    config = replace(config, sft={"dataset": "sft.jsonl"})
+    loop = Rounds(config)
+    loop.sft_rows, loop.sft_dropped = [{"prompt": "x", "completion": "y"}] * 2, {"empty_completion": 1}
+    loop.dir.round(0).path.mkdir(parents=True)
+    loop.write_sft_rows(loop.dir.round(0))
+    assert json.loads(loop.dir.round(0).sft_drops.read_text()) == {"sft_rows": 3, "dropped": {"empty_completion": 1}}
+    status(config)
+    assert "dropped: 1 empty_completion" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_run_that_stops_over_its_kl_and_then_goes_on(sorting, tmp_path):
+    """The whole loop, with a bound that any training passes: it stops, stops again without training, and goes on without it."""
+    output = tmp_path / "run"
+    on_cpu = {
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    lora = {"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj", "v_proj", "up_proj"]}
+    recipe = {
+        "output_dir": str(output),
+        "rounds": 1,
+        "model": {"model_name_or_path": str(sorting / "model"), "dtype": "float32", **lora},
+        "prompts": {"dataset": str(sorting / "train.jsonl"), "per_round": 24},
+        "generation": {"max_model_len": 64, "max_num_seqs": 16, "dtype": "float32", "cpu_kv_cache_gib": 1},
+        "drafts": {"temperature": 1.0, "max_tokens": 8},
+        "refinements": {"turns": 2, "template": "{{ question }} Draft : {{ draft }} . Write a better answer ."},
+        "scores": {"verifier": "recipes/quickstart/verifier.py:partial_match"},
+        "pairs": {"guard": "warn"},
+        "training": {"trainer": "dpo", **on_cpu, "max_steps": 4, "learning_rate": 5e-2},
+        "evaluation": {"dataset": str(sorting / "eval.jsonl"), "samples": 10},
+        "health": {"max_kl": 1e-9, "max_dropped": None, "min_length": None, "min_diversity": None},
+    }
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "trl_ext.cli", "aries", "run", "--config", str(file)]
+    aside, made = output / "round_01" / "set_aside" / "adapter", []
+    for _ in range(2):
+        stopped = subprocess.run(command, capture_output=True, text=True)
+        assert stopped.returncode == 2, stopped.stdout + stopped.stderr
+        assert "the policy of round 1 has degenerated: its KL to the initial policy is" in stopped.stderr
+        assert not (output / "round_01" / "adapter").exists() and not (output / "round_01" / "manifest.json").exists()
+        made.append((aside / "adapter_model.safetensors").stat().st_mtime_ns)
+    assert made[0] == made[1]
+
+    done = subprocess.run([*command, "--health.max_kl", "null"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (output / "round_01" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == made[0]
+    manifest = json.loads((output / "round_01" / "manifest.json").read_text())
+    assert manifest["health"] == "kept" and manifest["policy"]["adapter"] == str(output / "round_01" / "adapter")

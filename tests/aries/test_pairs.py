@@ -41,6 +41,7 @@ def test_best_over_worst(scores, chosen, rejected):
         (chain("a", "b"), [0.5, 0.5], {}, "no_margin"),
         (chain("a", "b"), [0.5, 0.6], {"min_margin": 0.2}, "no_margin"),
         (chain("a", "a"), [0.0, 1.0], {}, "identical_answers"),
+        (chain("a", " \n"), [0.0, 1.0], {}, "empty_answer"),
         (chain("a", "b"), [None, 1.0], {}, "fewer_than_two_scores"),
         (chain("a", stopped="prompt_too_long"), [1.0], {}, "prompt_too_long"),
         (chain("a", "b", truncated=(1, 2)), [0.0, 1.0], {}, "all_answers_truncated"),
@@ -50,6 +51,11 @@ def test_best_over_worst(scores, chosen, rejected):
 )
 def test_every_drop_has_its_reason(a_chain, scores, config, reason):
     assert select(a_chain, scores, **config) == {reason: 1}
+
+
+def test_an_empty_answer_may_be_rejected():
+    pair = select(chain("", "b"), [0.0, 1.0])
+    assert (pair.chosen.turn, pair.rejected.turn) == (2, 1)
 
 
 def test_a_truncated_answer_is_never_chosen_but_may_be_rejected():
@@ -67,6 +73,7 @@ def test_rule_based_takes_the_last_over_the_first_where_the_chain_has_settled():
     [
         (chain("a", "b", "c", "d"), "not_settled"),
         (chain("a", "b", "a", "a"), "identical_answers"),
+        (chain("a", "b", "", ""), "empty_answer"),
         (chain("a", "b", "c", "c", truncated=(4,)), "last_answer_truncated"),
         (chain("a", stopped="prompt_too_long"), "prompt_too_long"),
         (chain("a", "b", stopped="prompt_too_long"), "prompt_too_long"),

@@ -32,7 +32,7 @@ def load_rows(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
         raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
     if path.suffix == ".jsonl":
         try:
-            rows = read_jsonl(path)
+            rows = read_jsonl(path, to_write=True)
         except OSError as error:
             raise RecipeError(f"`{where}`: cannot read {path}: {error.strerror}. Check the file.") from error
     else:

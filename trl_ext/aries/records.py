@@ -57,21 +57,28 @@ def as_completion(prompt: Prompt, text: str) -> str | list[dict[str, str]]:
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, to_write: bool = False) -> list[dict[str, Any]]:
     """
+    Args:
+        path (`Path`):
+            The file.
+        to_write (`bool`, *optional*, defaults to `False`):
+            Whether the rows will be written again. Then an escaped half of a character, which JSON allows and no text file can
+            hold, is an error.
+
     Raises:
         [`RecipeError`]: a line is not a JSON object in UTF-8; the message names file and line.
     """
     with open(path, "rb") as file:
-        return [read_line(path, number, line) for number, line in enumerate(file, start=1)]
+        return [read_line(path, number, line, to_write) for number, line in enumerate(file, start=1)]
 
 
-def read_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """One row. Half a character, which Python's reader lets through, is refused: it could not be written again."""
+def read_line(path: Path, number: int, line: bytes, to_write: bool = False) -> dict[str, Any]:
+    """One row of [`read_jsonl`]."""
     try:
         text = line.decode("utf-8")
         row = json.loads(text)
-        if "\\ud" in text.lower():  # an escape that may be half of a character
+        if to_write and "\\ud" in text.lower():
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeError as error:
         raise RecipeError(f"{path}:{number}: not UTF-8 text ({error}). Save the file as UTF-8.") from error

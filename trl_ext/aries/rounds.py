@@ -34,7 +34,7 @@ from .records import read_jsonl, sha256, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
 from .reward_model import RewardModel
-from .run_dir import RunDir
+from .run_dir import RoundDir, RunDir
 from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, score_rows
 from .sft import sft_row, usable_sft_rows
 
@@ -189,13 +189,16 @@ class Rounds:
         if self.config.sft is None or self.product(0).exists():
             return
         if not round_dir.sft.exists():
-            rows = len(self.sft_rows) + sum(self.sft_dropped.values())
-            write_json(round_dir.sft_drops, {"sft_rows": rows, "dropped": self.sft_dropped})
-            write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
+            self.write_sft_rows(round_dir)
         job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
         job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
         with self.stage(0, "sft") as update:
             run_child("trl_ext.aries.training", job, round_dir.logs / "sft.log", update, env=one_gpu())
+
+    def write_sft_rows(self, round_dir: RoundDir) -> None:
+        rows = len(self.sft_rows) + sum(self.sft_dropped.values())
+        write_json(round_dir.sft_drops, {"sft_rows": rows, "dropped": self.sft_dropped})
+        write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
 
     def round(self, number: int) -> None:
         start = time.monotonic()
