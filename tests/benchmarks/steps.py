@@ -154,6 +154,8 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data.add_(0.01 * torch.randn_like(parameter))
     trainer.model.train()
+    if checkpointing:  # the training loop enables it, not the constructor
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     return trainer
 
 
