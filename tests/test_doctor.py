@@ -117,7 +117,8 @@ class TestEnvironment:
     @pytest.mark.vllm
     def test_vllm(self):
         assert environment.check_vllm_imports().state == "ok"
-        assert environment.check_vllm_starts() == Check("ok", "vllm start", "started and generated 8 tokens")
+        check = environment.check_vllm_starts()
+        assert check.state == "ok" and re.fullmatch(r"started and generated [1-8] tokens", check.found)
 
 
 def test_prepared_pairs_are_the_trainers(make_trainer, tiny_model_dir, conversational_pairs):
@@ -174,7 +175,7 @@ class TestFlatRecipe:
     def test_what_it_shows(self, recipe, capsys):
         """
         By hand: "what is one plus two ?" are 6 words, " three" one and the EOS. The longest pair is "why is grass green ?" (5)
-        with 16 words and an EOS.
+        with 15 words and an EOS.
         """
         assert doctor(recipe) == 0
         out = capsys.readouterr().out
@@ -183,7 +184,7 @@ class TestFlatRecipe:
         assert "ok       rows           train 8\n" in out
         assert "prompt, 6 tokens:\n           what is one plus two ?\n" in out
         assert "chosen, 2 tokens:\n           three </s>\n" in out
-        assert "0 of 8 (0.0%) pairs are longer than `max_length: 256`" in out and "longest pair 22 tokens" in out
+        assert "0 of 8 (0.0%) pairs are longer than `max_length: 256`" in out and "longest pair 21 tokens" in out
         assert "policy: 24,224 parameters × 4 B (float32)" in out
         assert "left out: `--probe` runs a little" in out
         assert out.endswith(" 0 failed\n")
@@ -223,6 +224,13 @@ class TestFlatRecipe:
         assert doctor(recipe | changes) == 1
         failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
         assert len(failed) == 1 and part in failed[0]
+
+    def test_the_rest_is_looked_at(self, recipe, capsys):
+        """Neither the data nor the memory depend on the other."""
+        assert doctor(recipe | {"model_name_or_path": "org/not-there"}) == 1
+        assert "ok       rows           train 8" in capsys.readouterr().out
+        assert doctor(recipe | {"dataset_name": "none.jsonl"}) == 1
+        assert "policy: 24,224 parameters × 4 B" in capsys.readouterr().out
 
     def test_messages_without_a_template(self, recipe, capsys, conversational_pairs):
         conversational_pairs.to_json("messages.jsonl")
@@ -312,6 +320,17 @@ class TestAriesRecipe:
         assert doctor(recipe | {section: recipe[section] | keys}) == 1
         failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
         assert len(failed) == 1 and part in failed[0]
+
+    @pytest.mark.slow
+    @pytest.mark.vllm
+    def test_probe(self, recipe, capsys, tmp_path):
+        """A real engine and real steps on its answers, in a directory of their own."""
+        recipe |= {"generation": {"max_model_len": 100, "dtype": "float32", "cpu_kv_cache_gib": 1}}
+        assert doctor(recipe, "--probe") == 0
+        out = capsys.readouterr().out
+        assert re.search(r"engine: .* until the first chain, then .* with 8 at once; a round of 4 at most", out)
+        assert re.search(r"training: \d+\.\d\d s for 8 rows", out)
+        assert not Path("run").exists()
 
 
 class TestCommand:
