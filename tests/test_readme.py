@@ -115,6 +115,17 @@ def check_command(command: str) -> None:
 def check_trl_ext(arguments: list[str]) -> None:
     arguments, _ = split_passed_args(arguments)
     args, rest = make_parser().parse_known_args(arguments)
+    if args.command == "migrate":
+        assert rest == []
+        return
+    if args.command == "doctor":
+        if args.config is None:
+            assert rest == []
+            return
+        mapping = load_yaml(ROOT / args.config).mapping
+        return check_trl_ext(
+            [*(["aries", "run"] if "prompts" in mapping else ["tdpo"]), "--config", str(args.config), *rest]
+        )
     if args.command == "aries":
         if args.action == "compare" or args.config is None:
             assert args.action == "compare" or args.run is not None
@@ -169,7 +180,7 @@ def test_inline_commands_name_what_exists():
     targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`make ([a-z-]+)", prose)) <= targets
-    assert set(re.findall(r"`trl-ext ([a-z-]+)", prose)) <= {*TRAINERS, "aries"}
+    assert set(re.findall(r"`trl-ext ([a-z-]+)", prose)) <= {*TRAINERS, "aries", "doctor", "migrate"}
 
 
 def test_extras_are_all_there():

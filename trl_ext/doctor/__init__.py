@@ -50,19 +50,15 @@ def main(config: Path | None, overrides: Sequence[str], start_vllm: bool, probe:
 
 
 def check_recipe(recipe: Recipe, overrides: Sequence[str], is_aries: bool, probe: bool, report: Report) -> None:
-    """The recipe's own checks; bad input is a failed check, and what depends on it is left out."""
+    """The recipe's own checks. Bad input is a failed check, and what depends on it is left out."""
     if is_aries:
         from .aries_recipe import check
     else:
         from .flat_recipe import check
-    try:
-        if is_aries:
-            check(recipe, probe, report)
-        else:
-            check(recipe, overrides, probe, report)
-    except RecipeError as error:
-        for line in str(error).splitlines():
-            report.add(Check("failed", "recipe", line))
+    if is_aries:
+        report.attempt("recipe", check, recipe, probe, report)
+    else:
+        report.attempt("recipe", check, recipe, overrides, probe, report)
 
 
 def output_dir(recipe: Recipe | None) -> Path:

@@ -42,23 +42,32 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
     report.add(Check("ok", "keys", "all sections parse"))
     trust_remote_code = bool(config.training.get("trust_remote_code", False))
     name, revision = config.model["model_name_or_path"], config.model.get("model_revision", "main")
-    model_config, tokenizer = read_model(name, revision, trust_remote_code, "model.model_name_or_path")
-    report.add(Check("ok", "model", f"{name}: {', '.join(model_config.architectures or ['?'])}"))
+    model = report.attempt("model", read_model, name, revision, trust_remote_code, "model.model_name_or_path")
+    if model is not None:
+        report.add(Check("ok", "model", f"{name}: {', '.join(model[0].architectures or ['?'])}"))
     # In a directory of its own: the run's is left as it is
     with tempfile.TemporaryDirectory() as directory:
         loop = Rounds(replace(config, output_dir=directory))
-        loop.load()
-        check_data(loop, report)
-        runs_here = check_settings(loop, recipe, report)
-    check_samples(loop, tokenizer, report)
-    estimates(config, model_config, trust_remote_code, report)
-    if probe and runs_here:
-        from .probe import probe_aries
-
-        for found in probe_aries(config, loop.prompts):
-            report.add(found)
-    else:
+        loaded = report.attempt("data", _loaded, loop)
+        if loaded:
+            check_data(loop, report)
+        if model is not None and loaded:
+            check_settings(loop, recipe, report)
+            check_samples(loop, model[1], report)
+    if model is not None:
+        report.attempt("memory", estimates, config, model[0], trust_remote_code, report)
+    if not probe or report.counts["failed"]:
         report.add(left_out(probe))
+        return
+    from .probe import probe_aries
+
+    for found in probe_aries(config, loop.prompts):
+        report.add(found)
+
+
+def _loaded(loop: Rounds) -> bool:
+    loop.load()
+    return True
 
 
 def check_data(loop: Rounds, report: Report) -> None:
@@ -88,7 +97,7 @@ def needed_columns(scorer: ScorerConfig) -> set[str]:
     return set()
 
 
-def check_settings(loop: Rounds, recipe: Recipe, report: Report) -> bool:
+def check_settings(loop: Rounds, recipe: Recipe, report: Report) -> None:
     """The loop's own checks: scorers against columns, the trainer's keys, the tokenizer, reward models."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -100,8 +109,6 @@ def check_settings(loop: Rounds, recipe: Recipe, report: Report) -> bool:
         report.add(Check("failed", "settings", str(error).splitlines()[-1]))
     else:
         report.add(Check("ok", "settings", "scorers, trainer, tokenizer and reward models are accepted"))
-        return True
-    return False
 
 
 def check_samples(loop: Rounds, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
@@ -160,13 +167,11 @@ def estimates(config: AriesConfig, model_config: PreTrainedConfig, trust_remote_
             check_memory(reward_memory(scorer.reward_model, scorer.reward_model_revision), report)
     settings = trainer_settings(config, 1, "unused")
     _, config_class = trainer_classes(settings)
-    keys = settings["config"] | {
-        "use_cpu": True,
-        "bf16": False,
-        "fp16": False,
-        "tf32": None,
-    }  # what a machine must have
-    args = config_class(**keys)
+    on_any_machine = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
+    try:
+        args = config_class(**settings["config"] | on_any_machine)
+    except (TypeError, ValueError):
+        return  # among the settings
     args.bf16 = config.training.get("bf16", not config.training.get("fp16", False))
     args.fp16 = config.training.get("fp16", False)
     if model_args.dtype not in (None, "auto"):

@@ -1,11 +1,16 @@
 """What a check says: one line with its state, what was looked at and what was found, and the way out below it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
+from ..recipe import RecipeError
+
+
+T = TypeVar("T")
 
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -47,6 +52,15 @@ class Report:
         self.console.print(line.append(printable(check.found), style="not bold default"))
         if check.way_out:
             self.console.print(Text(f"{'':<9}-> {printable(check.way_out)}"))
+
+    def attempt(self, what: str, step: Callable[..., T], *args: Any) -> T | None:
+        """What a step returns; where it finds bad input, a failed check for each line of the message, and `None`."""
+        try:
+            return step(*args)
+        except RecipeError as error:
+            for line in str(error).splitlines():
+                self.add(Check("failed", what, line))
+        return None
 
     def heading(self, text: str) -> None:
         self.console.print(Text(f"\n{printable(text)}", style="bold"))

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def check_vllm_imports() -> Check:
         way_out = (
             "Look at the whole of it: python -c 'import vllm'. docs/troubleshooting.md, \"Installing and starting\"."
         )
-        return Check("failed", "vllm import", f"exit code {code}: {last_line(error)}", way_out)
+        return Check("failed", "vllm import", f"{ended(code)}: {last_line(error)}", way_out)
     return Check("ok", "vllm import", f"vLLM {last_line(out)}")
 
 
@@ -162,13 +163,14 @@ def check_vllm_starts() -> Check:
         code, _, error = done
         if code != 0 or not answers.exists():
             way_out = 'docs/troubleshooting.md, "Installing and starting"; on a GPU, is its memory free?'
-            return Check("failed", "vllm start", f"exit code {code}: {last_line(error)}", way_out)
+            return Check("failed", "vllm start", f"{ended(code)}: {last_line(error)}", way_out)
         [row] = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
         return Check("ok", "vllm start", f"started and generated {row['answers'][0]['tokens']} tokens")
 
 
 def engine_command(directory: Path) -> list[str]:
     """Write a tiny model and a job for ARIES' engine; the command that answers it."""
+    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -192,7 +194,13 @@ def engine_command(directory: Path) -> list[str]:
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
     (directory / "prompts.jsonl").write_text('{"prompt_id": "p-1", "prompt": "a b c"}\n')
-    generation = GenerationConfig(max_model_len=64, max_num_seqs=2, cpu_kv_cache_gib=1, gpu_memory_utilization=0.2)
+    generation = GenerationConfig(
+        max_model_len=64,
+        max_num_seqs=2,
+        dtype="auto" if torch.cuda.is_available() else "float32",  # vLLM's 16-bit code aborts on some CPUs
+        cpu_kv_cache_gib=1,
+        gpu_memory_utilization=0.2,
+    )
     job = {
         "model": str(directory),
         "adapter": None,
@@ -282,6 +290,11 @@ def run_limited(command: list[str], seconds: float) -> tuple[int, str, str] | No
         finally:
             end_group(child)
     return child.returncode, out, error
+
+
+def ended(code: int) -> str:
+    """How a process ended, in words: a negative code is a signal."""
+    return f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
 
 
 def last_line(text: str) -> str:

@@ -53,32 +53,38 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
             Check("failed", "device", "no CUDA device, and the recipe is for one", "Add `--use_cpu --bf16 false`.")
         )
         args.bf16 = recipe.mapping.get("bf16", not args.fp16)  # what it would be on a GPU
-    if model_args.model_name_or_path is None:
-        raise RecipeError("`model_name_or_path` is missing: a directory, or a model's name on the Hub.")
-    model_config, tokenizer = read_model(
-        model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code, "model_name_or_path"
-    )
-    report.add(
-        Check("ok", "model", f"{model_args.model_name_or_path}: {', '.join(model_config.architectures or ['?'])}")
-    )
-
-    train, evaluation = load_pairs(script_args, dataset_args, evaluate=args.eval_strategy != "no", seed=args.seed)
-    check_data(train, evaluation, report)
-    check_samples(_sample(train), tokenizer, args, report)
-    if self_refine:
-        count = len(tokenizer(args.refinement_prompt)["input_ids"])
-        report.add(Check("ok", "refinement", f"`refinement_prompt` adds {count} tokens to every prompt"))
-
-    dtype = checkpoint_dtype(model_config) if model_args.dtype in (None, "auto") else model_args.dtype
-    shape = find_shape(model_config, model_args, args.trust_remote_code, report)
-    if shape is not None:
-        check_memory(training_memory(shape, model_args, args, dtype), report)
-    if probe and not no_gpu:
-        from .probe import probe_training
-
-        report.add(probe_training(command, recipe, overrides, args, len(train)))
-    else:
+    model = report.attempt("model", _model, model_args, args, report)
+    evaluate = args.eval_strategy != "no"
+    data = report.attempt("data", load_pairs, script_args, dataset_args, evaluate, args.seed)
+    if data is not None:
+        check_data(*data, report)
+    if model is not None and data is not None:
+        report.attempt("samples", check_samples, _sample(data[0]), model[1], args, report)
+    if model is not None:
+        if self_refine:
+            count = len(model[1](args.refinement_prompt)["input_ids"])
+            report.add(Check("ok", "refinement", f"`refinement_prompt` adds {count} tokens to every prompt"))
+        dtype = checkpoint_dtype(model[0]) if model_args.dtype in (None, "auto") else model_args.dtype
+        shape = find_shape(model[0], model_args, args.trust_remote_code, report)
+        if shape is not None:
+            check_memory(training_memory(shape, model_args, args, dtype), report)
+    if not probe or report.counts["failed"] or not isinstance(data[0], Dataset):
         report.add(left_out(probe))
+        return
+    from .probe import probe_training
+
+    report.add(probe_training(command, recipe, overrides, args, len(data[0])))
+
+
+def _model(
+    model_args: ModelConfig, args: DPOConfig, report: Report
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    name = model_args.model_name_or_path
+    if name is None:
+        raise RecipeError("`model_name_or_path` is missing: a directory, or a model's name on the Hub.")
+    found = read_model(name, model_args.model_revision, args.trust_remote_code, "model_name_or_path")
+    report.add(Check("ok", "model", f"{name}: {', '.join(found[0].architectures or ['?'])}"))
+    return found
 
 
 def find_shape(config: PreTrainedConfig, model_args: ModelConfig, trust: bool, report: Report) -> Shape | None:
@@ -92,7 +98,11 @@ def find_shape(config: PreTrainedConfig, model_args: ModelConfig, trust: bool, r
 
 
 def left_out(probe: bool) -> Check:
-    why = "the recipe cannot run here" if probe else "`--probe` runs a little of the recipe to estimate it"
+    why = (
+        "something above failed, or the data are streamed"
+        if probe
+        else "`--probe` runs a little of the recipe to estimate it"
+    )
     return Check("ok", "time", f"left out: {why}")
 
 

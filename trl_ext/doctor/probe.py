@@ -27,7 +27,7 @@ from ..aries.rounds import Rounds, one_gpu
 from ..aries.scores import load_chains
 from ..recipe import Recipe
 from .checks import Check
-from .environment import last_line
+from .environment import ended, last_line
 
 
 STEPS = 4
@@ -56,7 +56,7 @@ def probe_training(command: str, recipe: Recipe, overrides: Sequence[str], args:
         seconds, code, tail = timed_steps([*module, *overrides, *flags])
     if code != 0 or len(seconds) < 2:
         return Check(
-            "failed", "time", f"the probe ended with exit code {code}: {tail}", "Run it to see all: `max_steps: 2`."
+            "failed", "time", f"the probe's process: {ended(code)}: {tail}", "Run it to see all: `max_steps: 2`."
         )
     each = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
     return Check("ok", "time", training_time(each, args, rows))
