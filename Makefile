@@ -67,8 +67,8 @@ aries-qlora-smoke: $(STAMP) ## Three QLoRA rounds of ARIES on a tiny model, to s
 	$(BIN)/python recipes/quickstart/prepare.py --output recipes/quickstart/build/qlora $(QLORA_SMOKE)
 	$(BIN)/trl-ext aries run --config recipes/quickstart/aries_qlora.yaml $(ARGS)
 
-test: $(STAMP) ## Tests, without the slow ones and those for a GPU
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## Tests, without the slow ones and those for a GPU, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## Tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
