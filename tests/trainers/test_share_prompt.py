@@ -540,6 +540,11 @@ def ragged_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, (torch.arange(180) < lengths.unsqueeze(1)).long()
 
 
+# torch.compile (torch 2.13, and transformers 5.17, which calls it) warns about parts of torch itself while it compiles
+COMPILES = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@COMPILES
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_forward():
@@ -554,6 +559,7 @@ def test_flex_attention_forward():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@COMPILES
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 def test_on_gpu(attention):
