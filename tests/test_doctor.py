@@ -324,8 +324,11 @@ class TestAriesRecipe:
     @pytest.mark.slow
     @pytest.mark.vllm
     def test_probe(self, recipe, capsys, tmp_path):
-        """A real engine and real steps on its answers, in a directory of their own."""
-        recipe |= {"generation": {"max_model_len": 100, "dtype": "float32", "cpu_kv_cache_gib": 1}}
+        """A real engine and real steps on its answers, in a directory of their own. Of heads that vLLM takes on a CPU."""
+        environment.engine_command(tmp_path / "model")
+        recipe["model"] = {"model_name_or_path": str(tmp_path / "model"), "dtype": "float32"}
+        Path("prompts.jsonl").write_text("".join(f'{{"prompt": "a b {w}", "solution": ""}}\n' for w in "cdefghij"))
+        recipe |= {"generation": {"max_model_len": 200, "dtype": "float32", "cpu_kv_cache_gib": 1}}
         assert doctor(recipe, "--probe") == 0
         out = capsys.readouterr().out
         assert re.search(r"engine: .* until the first chain, then .* with 8 at once; a round of 4 at most", out)

@@ -398,7 +398,10 @@ class TestParseFlat:
             ("datasets: a/b\n", ["x.yaml:1: `datasets` must be a list, got the text 'a/b'"]),
             ("datasets:\n- name: b\n", ["x.yaml:2: `datasets[0]` needs the key `path`"]),
             ("datasets:\n- id: b\n", ["x.yaml:2: unknown key `id` in `datasets[0]`: it is called `path` now"]),
-            ("datasets:\n- path: b\n  weight: 1\n", ["x.yaml:3: unknown key `weight`", "`fraction` now"]),
+            (
+                "datasets:\n- path: b\n  weight: 1\n",
+                ["x.yaml:3: unknown key `weight`", "slice the split, `split: train[:50%]`"],
+            ),
             ("torch_dtype: auto\n", ["x.yaml:1: unknown key `torch_dtype`: it is called `dtype` now."]),
             ("warmup_ratio: 0.1\n", ["x.yaml:1: unknown key `warmup_ratio`: use `warmup_steps`"]),
             ("max_prompt_length: 1\n", ["x.yaml:1: unknown key `max_prompt_length`: it is gone: `max_length`"]),

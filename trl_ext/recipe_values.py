@@ -51,7 +51,7 @@ _RENAMED = {
 _RENAMED_IN_DATASETS = {
     "id": "it is called `path` now",
     "config": "it is called `name` now",
-    "weight": "it is called `fraction` now",
+    "weight": "slice the split, `split: train[:50%]`; TRL's `fraction` is another thing, a share of the whole mixture",
 }
 
 

@@ -190,7 +190,7 @@ def engine_command(directory: Path) -> list[str]:
         eos_token_id=2,
         bos_token_id=None,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    LlamaForCausalLM(config).save_pretrained(directory)  # makes the directory
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
     (directory / "prompts.jsonl").write_text('{"prompt_id": "p-1", "prompt": "a b c"}\n')
