@@ -118,9 +118,9 @@ def measure(engine: FixedLengths, workload: Workload, slots: int, repeats: int) 
     for _ in range(repeats):
         for name, schedule in schedules.items():
             engine.start(task)
-            start = time.perf_counter()
+            start = time.process_time()
             schedule()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
             steps[name] = engine.steps
     return [
         {
@@ -131,7 +131,7 @@ def measure(engine: FixedLengths, workload: Workload, slots: int, repeats: int) 
             "tokens": tokens,
             "steps": steps[name],
             "step ratio": round(steps[TURN_BY_TURN] / steps[name], 3),
-            "tokens/s": round(tokens / statistics.median(times)),
+            "tokens/CPU s": round(tokens / statistics.median(times)),
             "speed ratio": round(
                 statistics.median(t / own for t, own in zip(seconds[TURN_BY_TURN], times, strict=True)), 3
             ),
@@ -160,7 +160,7 @@ def main() -> None:
         "each of the four turns. One call: all requests at once, as if no answer had to be waited for. Answers have seeded "
         f"lengths, log-normal with a median of {Workload.median} tokens and at most {Workload.longest}, prompts "
         f"{QUESTION_TOKENS} tokens and more; `slots` requests are decoded together. `step ratio` and `speed ratio` are to "
-        "turn by turn, the latter as the median over the repeats. Steps of the engine are counted, and say what a GPU would "
+        "turn by turn, the latter by the process's CPU time, as the median over the repeats. Steps of the engine are counted, and say what a GPU would "
         "gain whose step takes as long for few requests as for many. `prefix hits`: share of prompt tokens from the prefix "
         "cache.\n\n" + environment("cpu", "fp32")
     )

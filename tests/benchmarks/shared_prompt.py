@@ -5,15 +5,12 @@ Side by side, at four ratios of prompt to answer: `trl.DPOTrainer`, and `TDPOTra
 `share_prompt`. Beside each measured ratio stands the one that counting FLOP gives.
 """
 
-import argparse
-from pathlib import Path
-
 from trl import DPOTrainer
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.trainers.self_refine_dpo_config import REFINEMENT_PROMPT
 
-from .steps import OUTPUT, Contestant, Shape, environment, measure, write
+from .steps import Contestant, Shape, argument_parser, environment, measure, write
 
 
 SHARED = {"share_prompt": True}
@@ -80,10 +77,7 @@ def with_predictions(measured: list[dict], shape: Shape, lora: bool) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    args = parser.parse_args()
+    args = argument_parser(__doc__, repeats=5).parse_args()
     text = (
         "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process, with "
         "gradient checkpointing (TRL's default). P and R are the tokens of prompt and answer. A step is loss and gradients; `ratio` "
