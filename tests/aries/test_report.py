@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from tests.made_run import make_run
 
+from trl_ext.aries.records import write_json
 from trl_ext.aries.report import number, report, write_report
 from trl_ext.aries.report_data import change, curve, drop_table, read_run, time_table, warnings
 from trl_ext.aries.report_samples import KINDS, SHOWN_CHARACTERS, choose, kind_of, samples, visible, word_diff
@@ -144,6 +145,17 @@ def test_pairs_training_and_time(finished, page):
     assert "1 min 00 s 1 min 00 s 67%" in text and "1 min 30 s of work" in text
     assert "some/model · tdpo · 1 round" in text
     assert "trl 1.16.0" in text and "0123456789" in text and "abc123" in text
+
+
+def test_health_and_rows_left_out_of_the_sft(tmp_path):
+    run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER])
+    write_json(run.round(0).sft_drops, {"sft_rows": 7, "dropped": {"empty_completion": 2}})
+    measured = {"kl_per_token": 0.25, "length_ratio": 0.875, "diversity_ratio": None}
+    write_json(run.round(1).health, {"decision": "set_aside", "findings": ["x"], **measured})
+    write_report(run.path)
+    text = flat_text(Page(run.report.read_text(encoding="utf-8")))
+    assert "Left out of the SFT rows: 2 empty_completion." in text
+    assert "round 1 set aside 0.250 0.875 –" in text
 
 
 def test_curves_go_on_from_round_to_round(tmp_path):

@@ -51,7 +51,9 @@ class RoundRecord:
         self.metrics = read_json(files.metrics)
         for turn in self.metrics["turns"] if self.metrics else ():
             turn.update({key: turn.get(key) for key in LATER_KEYS})
+        self.sft_drops = read_json(files.sft_drops)
         self.drops = read_json(files.drops)
+        self.health = read_json(files.health)
         self.guard = read_json(files.guard)
         self.rows = read_json(files.training / "rows.json")
         self.history = read_json(files.training / "log_history.json")
