@@ -26,7 +26,8 @@ from trl_ext.aries.refinements import Strategy
 from .steps import Shape, argument_parser, environment, write
 
 
-MODEL = Shape(vocabulary=2048, hidden=128, layers=2, pairs=0, head_size=32)
+# Thin and deep: a step costs nearly as much for few requests as for many, as on a GPU
+MODEL = Shape(vocabulary=2048, hidden=64, layers=24, pairs=0, head_size=32)
 QUESTION_TOKENS = 140  # a block of the prefix cache, 128 tokens on a CPU, and some
 TURNS = 4
 CHAINS, TURN_BY_TURN, ONE_CALL = "chain driver", "turn by turn", "one call"
@@ -38,8 +39,8 @@ class Workload:
 
     chains: int
     sigma: float
-    median: int = 16
-    longest: int = 160
+    median: int = 12
+    longest: int = 400
 
     def tokens(self, name: tuple[Any, ...]) -> int:
         """Length of a request's answer, the same in every schedule."""
@@ -56,7 +57,7 @@ class FixedLengths(EmbeddedEngine):
     """The embedded engine, with answers as long as the workload says. It counts its steps and keeps the requests."""
 
     def __init__(self, model: Path, slots: int):
-        config = GenerationConfig(max_model_len=512, max_num_seqs=slots, dtype="float32", cpu_kv_cache_gib=1)
+        config = GenerationConfig(max_model_len=1024, max_num_seqs=slots, dtype="float32", cpu_kv_cache_gib=1)
         super().__init__(str(model), None, config, max_lora_rank=16)
         step = self._engine.step
 
@@ -99,7 +100,7 @@ def in_calls(engine: FixedLengths, calls: list[list[tuple[list[int], Any]]]) -> 
 def measure(engine: FixedLengths, workload: Workload, slots: int, repeats: int) -> list[dict[str, Any]]:
     """One row per schedule; they take turns, after a pass of the chain driver that records the requests."""
     engine.workload = workload
-    task = Task(Path(), Path(), Strategy(RefinementsConfig(turns=TURNS)), [DraftsConfig(max_tokens=1)] * TURNS, (0,))
+    task = Task(Path(), Path(), Strategy(RefinementsConfig(turns=TURNS)), [DraftsConfig(temperature=0.0, max_tokens=1)] * TURNS, (0,))
     engine.start(task)
     in_chains(engine, workload, slots)
     cached = engine.cached_tokens / engine.prompt_tokens
@@ -147,7 +148,7 @@ def save_model(path: Path) -> None:
     MODEL.tokenizer().save_pretrained(path)
 
 
-WORKLOADS = (Workload(128, 1.0), Workload(256, 1.0), Workload(256, 0.5), Workload(256, 0.0))
+WORKLOADS = (Workload(128, 1.3), Workload(256, 1.3), Workload(256, 0.5), Workload(256, 0.0))
 
 
 def main() -> None:
