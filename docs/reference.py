@@ -123,7 +123,7 @@ def in_words(text: str) -> str:
         return f"[`{name}`](api.md#{name.lower()})" if name in ON_THE_PAGE else f"`{name}`"
 
     text = re.sub(r"\[`([\w.~]+)`\]", reference, text)
-    text = re.sub(r"(?<![(<])(https://huggingface\.co/papers/([\d.]+\d))", r"[\2](\1)", text)
+    text = re.sub(r"(?<!\]\()(https://huggingface\.co/papers/([\d.]+\d))", r"[\2](\1)", text)
     return text.replace("[house]", "**house**")
 
 
@@ -143,11 +143,11 @@ def type_name(kind: type, choices: typing.Collection[str] = ()) -> str:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(type_name(part) for part in typing.get_args(kind) if part is not types.NoneType)
     if typing.get_origin(kind) is list:
-        return f"list of {type_name(typing.get_args(kind)[0])}"
+        return f"list, each {type_name(typing.get_args(kind)[0])}"
     if typing.get_origin(kind) is dict:
         return "mapping"
     if dataclasses.is_dataclass(kind):
-        return "[section](#" + kind.__name__.removesuffix("Config").lower() + ")"
+        return f"section [{kind.__name__.removesuffix('Config').lower()}](#{kind.__name__.removesuffix('Config').lower()})"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[kind]
 
 
@@ -170,14 +170,14 @@ def keys_table(config: type, leave_out: typing.Collection[str] = (), prefix: str
         name: text for names, _, text in entries(sections(config)["Parameters"]) for name in names
     }  # a field without an entry is a KeyError here
     hints = typing.get_type_hints(config)
-    rows, long_texts = ["| key | type | default | |", "|---|---|---|---|"], []
+    rows, long_texts = ["| key | default | |", "|---|---|---|"], []
     for field in dataclasses.fields(config):
         if field.name in leave_out:
             continue
         kind, value = type_name(hints[field.name], field.metadata.get("choices", ())), default(field)
         section = dataclasses.is_dataclass(hints[field.name]) and config is aries.AriesConfig
         text = sections(hints[field.name])[""].partition(". ")[0].rstrip(".") + "." if section else texts[field.name]
-        rows.append(f"| `{field.name}` | {kind} | {value} | {cell(text)} |")
+        rows.append(f"| `{field.name}` | {value} | *{kind}.* {cell(text)} |")
         if value == "below":
             long_texts.append(f"Default of `{prefix}{field.name}`:\n\n```text\n{field.default}\n```\n")
     return "\n".join([*rows, "", *long_texts])
@@ -225,10 +225,10 @@ def described(item: type | types.FunctionType) -> Iterator[str]:
     yield in_words(found[""]) + "\n"
     if "Parameters" in found:
         rows = [
-            f"| {', '.join(f'`{name}`' for name in names)} | {cell(spec)} | {cell(text)} |"
+            f"| {', '.join(f'`{name}`' for name in names)} | {cell(f'{spec}. {text}')} |"
             for names, spec, text in entries(found["Parameters"])
         ]
-        yield "\n".join(["| parameter | type | |", "|---|---|---|", *rows, ""])
+        yield "\n".join(["| parameter | |", "|---|---|", *rows, ""])
     if isinstance(item, type) and issubclass(item, tuple):
         yield f"Fields: {', '.join(f'`{name}`' for name in item._fields)}.\n"
     for heading in ("Returns", "Raises"):
@@ -248,8 +248,8 @@ def signature(item: type | types.FunctionType) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not star:
             parameters.append("*")
             star = True
-        given = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
-        parameters.append(parameter.name + given)
+        value = f'"{parameter.default}"' if isinstance(parameter.default, str) else repr(parameter.default)
+        parameters.append(parameter.name + ("" if parameter.default is parameter.empty else f"={value}"))
     call = f"{item.__name__}({', '.join(parameters)})"
     if len(call) > LONGEST_CALL:
         call = f"{item.__name__}(\n    " + ",\n    ".join(parameters) + ",\n)"
