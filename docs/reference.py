@@ -153,7 +153,7 @@ def type_name(kind: type, choices: typing.Collection[str] = ()) -> str:
 
 def default(field: dataclasses.Field) -> str:
     if field.default_factory is not dataclasses.MISSING:
-        return "its keys'"
+        return "optional"
     if field.default is dataclasses.MISSING:
         return "**required**"
     if field.default is None:
