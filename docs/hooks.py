@@ -19,15 +19,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = "project/"
 MARKDOWN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md")
 # Shown as code
-CODE = {".yaml": "yaml", ".cff": "yaml", ".py": "python", ".csv": "text", "": "text"}
-SOURCES = (
-    "LICENSE",
-    "CITATION.cff",
-    "recipes/**/*.yaml",
-    "recipes/**/*.py",
-    "docs/figures/*.py",
-    "docs/benchmarks/*.csv",
-)
+CODE = {".yaml": "yaml", ".cff": "yaml", ".py": "python", "": "text"}
+SOURCES = ("LICENSE", "CITATION.cff", "recipes/**/*.yaml", "recipes/**/*.py")
 CODE_OR_LINK = re.compile(r"^```.*?^```|`[^`\n]*`|(\]\()([^)\s]+)(\))", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -61,7 +54,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def link(match: re.Match) -> str:
         if match.group(2) is None:  # code
-            return match.group().replace(r"\|", "|") if match.group().startswith("`") else match.group()
+            in_table = markdown.startswith("|", markdown.rfind("\n", 0, match.start()) + 1)
+            return match.group().replace(r"\|", "|") if in_table else match.group()
         target, hash_, anchor = match.group(2).partition("#")
         if not target or "://" in target:
             return match.group()
