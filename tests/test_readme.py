@@ -87,9 +87,11 @@ def test_python_blocks_run_as_written(ran):
     assert {page: found for page, found in ran.items() if found} == {
         "README.md": [tdpo_ran, self_refine_ran],
         "docs/aries.md": ["None", "None"],
+        "docs/migration.md": [tdpo_ran],
         "docs/paper_index.md": ["None", "None"],
         "docs/self_refine_dpo.md": [self_refine_ran],
         "docs/tdpo.md": [tdpo_ran],
+        "docs/tour.md": [tdpo_ran],
     }
 
 

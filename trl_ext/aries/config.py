@@ -110,6 +110,7 @@ class GenerationConfig:
         answer_pattern (`str`, *optional*):
             A regular expression with one group: the part of a generated text that is its answer, which is refined, scored
             and learned, such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of it.
+            [house]
     """
 
     max_model_len: int = 2048
@@ -151,9 +152,9 @@ class DraftsConfig:
         temperature (`float`, *optional*, defaults to `0.7`):
             Sampling temperature. [house] The paper's relatives sample at 0.7.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
-            Nucleus and top-k sampling; `1.0` and `0` are off.
+            Nucleus and top-k sampling; `1.0` and `0` are off. [house]
         max_tokens (`int`, *optional*, defaults to `512`):
-            Longest answer, in tokens.
+            Longest answer, in tokens. [house]
     """
 
     temperature: float = 0.7
@@ -185,9 +186,9 @@ class RefinementsConfig:
             For `"self_evaluation"`: the template that asks for the critique. Default: ours, [house].
         temperature (`float` or `list[float]`, *optional*), top_p (`float` or `list[float]`, *optional*):
             Sampling of the refinements, one value for all or one for each. Default: the drafts'. A critique is sampled as
-            the refinement it is for.
+            the refinement it is for. [house]
         top_k (`int` or `list[int]`, *optional*), max_tokens (`int` or `list[int]`, *optional*):
-            Likewise.
+            Likewise: one value for all refinements or one for each. Default: the drafts'. [house]
     """
 
     strategy: Literal["chain", "parallel", "few_shot", "self_evaluation"] = "chain"
@@ -250,7 +251,7 @@ class JudgeConfig:
             `question` (its last message), `answer_a`, `answer_b` and the prompt's other columns. The last `[[A]]`, `[[B]]`
             or `[[C]]` (a tie) of the reply is its verdict. Default: ours, [house].
         temperature (`float`, *optional*, defaults to `0.0`), max_tokens (`int`, *optional*, defaults to `1024`):
-            Sampling of the reply. `null` leaves them to the server, as some reasoning models require.
+            Sampling of the reply. `null` leaves them to the server, as some reasoning models require. [house]
         max_concurrency (`int`, *optional*, defaults to `8`):
             Requests in flight.
         timeout (`float`, *optional*, defaults to `120.0`):
@@ -375,9 +376,10 @@ class ScoresConfig(_OneScorer):
             Answers per forward of the reward model under transformers. vLLM batches by itself.
         judge ([`JudgeConfig`], *optional*):
             A language model behind a server; the score of an answer is its win rate against the others of its chain.
+            [house]
         scorers (`list[ScorerConfig]`, *optional*):
             Several of these, in place of the keys above. The score is their weighted sum; an answer that one of them leaves
-            without a score has none.
+            without a score has none. [house]
     """
 
     scorers: list[ScorerConfig] | None = None
@@ -414,9 +416,9 @@ class PairsConfig:
             `"rule_based"` (no scores: the last refinement chosen, the draft rejected, where the chain has settled;
             the rule is [house]).
         min_margin (`float`, *optional*, defaults to `0.0`):
-            The chosen score must exceed the rejected one by more than this.
+            The chosen score must exceed the rejected one by more than this. [house]
         min_chosen_score, max_rejected_score (`float`, *optional*):
-            Bounds on the scores; with a 0/1 verifier, a margin above 0 already means right over wrong.
+            Bounds on the scores; with a 0/1 verifier, a margin above 0 already means right over wrong. [house]
         pairs_per_prompt (`int`, *optional*, defaults to `1`):
             For `"best_over_worst"`: pairs of a chain, the best answer over the worst, then the next best over the next
             worst, no text twice. [house]
@@ -425,9 +427,10 @@ class PairsConfig:
             [house]
         settled_similarity (`float`, *optional*, defaults to `0.9`):
             For `"rule_based"`: the last two answers must be at least this similar (difflib's ratio of their words).
+            [house]
         direct_weight, refinement_weight (`int`, *optional*, defaults to `1`):
             How often an epoch shows a pair's direct row, and each of its two refinement rows (from the rejected and
-            from the chosen draft). `0` leaves them out.
+            from the chosen draft). `0` leaves them out. [house]
         guard (`str`, *optional*, defaults to `"stop"`):
             What happens to a round whose chosen answers do not score higher than its rejected ones on average: `"stop"`
             ends the run before training, `"skip"` leaves the round untrained and goes on to the next one, `"warn"`

@@ -1,0 +1,266 @@
+"""
+Writes the two pages that are made from the code: `docs/recipe_keys.md`, from the dataclasses behind the recipes, and `docs/api.md`,
+from the docstrings of the public names. `make docs` runs it; `tests/test_docs.py` says when a page is stale.
+
+    python docs/reference.py
+
+Docstrings are in TRL's format. Both pages are plain Markdown, so that they read the same in a repository viewer and in the site.
+"""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from trl import DPOConfig
+
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext.aries import config as aries
+from trl_ext.kernels.position_kl import LogProbs, PositionKL, log_probs, position_kl
+from trl_ext.losses.aries import aries_loss, row_weights, squared_refinement_loss
+from trl_ext.losses.self_refine import self_refine_dpo_loss
+from trl_ext.losses.tdpo import sequential_kl_difference, tdpo_loss
+from trl_ext.trainers.self_refine_dpo_trainer import DataCollatorForSelfRefinement, augment_prompt
+
+
+DOCS = Path(__file__).parent
+LONGEST_DEFAULT = 40
+LONGEST_CALL = 80
+SECTION = re.compile(r"^(Args|Parameters|Returns|Raises|Example):$")
+# `names (type), names (type):`, over an indented text
+TYPED = re.compile(r"([\w, ]+?) \(((?:[^()]|\([^()]*\))*)\)(?:, |:$)")
+
+TRAINERS = (TDPOTrainer, SelfRefineDPOTrainer)
+CONFIGS = (TDPOConfig, SelfRefineDPOConfig)
+GROUPS = {
+    "Trainers": TRAINERS,
+    "Configurations": CONFIGS,
+    "Losses": (
+        tdpo_loss,
+        sequential_kl_difference,
+        self_refine_dpo_loss,
+        squared_refinement_loss,
+        row_weights,
+        aries_loss,
+    ),
+    "Kernels": (position_kl, log_probs, PositionKL, LogProbs),
+    "Data": (augment_prompt, DataCollatorForSelfRefinement),
+}
+ON_THE_PAGE = {item.__name__ for group in GROUPS.values() for item in group}
+
+RECIPE_KEYS = """\
+# Recipes, key by key
+
+<!-- Written by docs/reference.py from the dataclasses; edit those. -->
+
+What each key is, its type and its default. [aries.md](aries.md#recipe) says the same at more length, by stage, with the method.
+Values marked **house** are this package's choice where the paper is silent; what a paper states is said to be the paper's; the
+others are plain technical defaults.
+
+A key that is not known is an error with a "did you mean". Every key is also a flag: `--learning_rate 1.0e-6` in a trainer's recipe,
+`--pairs.min_margin 0.5` in an ARIES one. Write `5.0e-7`, since YAML reads `5e-7` as text.
+"""
+
+ARIES_KEYS = """\
+## ARIES recipes
+
+For `trl-ext aries`. At the top level, beside [`env`](aries.md#top-level):
+"""
+
+TRAINER_KEYS = """\
+## Trainer recipes
+
+For `trl-ext tdpo` and `trl-ext self-refine-dpo`: one flat mapping over TRL's
+[`ScriptArguments`](https://huggingface.co/docs/trl/script_utils), the method's config, which is
+[`DPOConfig`](https://huggingface.co/docs/trl/dpo_trainer#trl.DPOConfig) with the keys below,
+[`ModelConfig`](https://huggingface.co/docs/trl/model_utils) and `DatasetMixtureConfig`. `trl-ext tdpo --help` prints all of
+them. The launcher's keys, such as `accelerate_config` and `num_processes`, and `env` are in
+[recipes/README.md](../recipes/README.md#launch).
+"""
+
+API = """\
+# API
+
+<!-- Written by docs/reference.py from the docstrings; edit those. -->
+
+The public names of `trl_ext` are the two trainers and their configurations. Losses and kernels are plain functions over tensors; they are
+here for those who write a trainer of their own. B is the number of pairs.
+"""
+
+
+# Docstrings
+
+
+def sections(item: type | types.FunctionType) -> dict[str, str]:
+    """The parts of a docstring by their heading; the text before the first one is under an empty heading."""
+    found, heading = {"": []}, ""
+    for line in inspect.getdoc(item).splitlines():
+        match = SECTION.match(line)
+        if match:
+            heading = match.group(1).replace("Args", "Parameters")
+            found[heading] = []
+        else:
+            found[heading].append(line)
+    return {heading: textwrap.dedent("\n".join(lines)).strip() for heading, lines in found.items()}
+
+
+def entries(text: str) -> Iterator[tuple[list[str], str, str]]:
+    """Names, types and text of each entry of `Parameters`; names that share a line share its text."""
+    for head, body in re.findall(r"^(\S.*:)\n((?:    .*(?:\n|\Z)|\n)*)", text + "\n", flags=re.MULTILINE):
+        for names, spec in TYPED.findall(head) or [(head.rstrip(":"), "")]:
+            yield re.split(r",\s*", names.strip()), spec, " ".join(body.split())
+
+
+def in_words(text: str) -> str:
+    """References of TRL's docstrings as links where the page has the name, as code otherwise."""
+
+    def reference(match: re.Match) -> str:
+        name = match.group(1).lstrip("~").rpartition(".")[2]
+        return f"[`{name}`](api.md#{name.lower()})" if name in ON_THE_PAGE else f"`{name}`"
+
+    text = re.sub(r"\[`([\w.~]+)`\]", reference, text)
+    text = re.sub(r"(?<!\]\()(https://huggingface\.co/papers/([\d.]+\d))", r"[\2](\1)", text)
+    return text.replace("[house]", "**house**")
+
+
+def cell(text: str) -> str:
+    return in_words(" ".join(text.split())).replace("|", r"\|")
+
+
+# Recipes
+
+
+def type_name(kind: type, choices: typing.Collection[str] = ()) -> str:
+    """A type as one writes it into YAML."""
+    if choices:
+        return "one of " + ", ".join(f"`{value}`" for value in choices)
+    if typing.get_origin(kind) is typing.Literal:
+        return type_name(str, typing.get_args(kind))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(type_name(part) for part in typing.get_args(kind) if part is not types.NoneType)
+    if typing.get_origin(kind) is list:
+        return f"list, each {type_name(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is dict:
+        return "mapping"
+    if dataclasses.is_dataclass(kind):
+        return f"section [{kind.__name__.removesuffix('Config').lower()}](#{kind.__name__.removesuffix('Config').lower()})"
+    return {str: "text", int: "integer", float: "number", bool: "true or false"}[kind]
+
+
+def default(field: dataclasses.Field) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return "optional"
+    if field.default is dataclasses.MISSING:
+        return "**required**"
+    if field.default is None:
+        return "none"
+    if isinstance(field.default, str) and len(field.default) > LONGEST_DEFAULT:
+        return "below"
+    value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return f"`{value}`"
+
+
+def keys_table(config: type, leave_out: typing.Collection[str] = (), prefix: str = "") -> str:
+    """A table of a dataclass's fields with their docstring entries, and long texts that are defaults below it."""
+    texts = {
+        name: text for names, _, text in entries(sections(config)["Parameters"]) for name in names
+    }  # a field without an entry is a KeyError here
+    hints = typing.get_type_hints(config)
+    rows, long_texts = ["| key | default | |", "|---|---|---|"], []
+    for field in dataclasses.fields(config):
+        if field.name in leave_out:
+            continue
+        kind, value = type_name(hints[field.name], field.metadata.get("choices", ())), default(field)
+        section = dataclasses.is_dataclass(hints[field.name]) and config is aries.AriesConfig
+        text = sections(hints[field.name])[""].partition(". ")[0].rstrip(".") + "." if section else texts[field.name]
+        rows.append(f"| `{field.name}` | {value} | *{kind}.* {cell(text)} |")
+        if value == "below":
+            long_texts.append(f"Default of `{prefix}{field.name}`:\n\n```text\n{field.default}\n```\n")
+    return "\n".join([*rows, "", *long_texts])
+
+
+def recipe_keys() -> str:
+    hints = typing.get_type_hints(aries.AriesConfig)
+    documented = [name for names, _, _ in entries(sections(aries.AriesConfig)["Parameters"]) for name in names]
+    parts = [RECIPE_KEYS, ARIES_KEYS, keys_table(aries.AriesConfig)]
+    # In the docstring's order, which is that of the data
+    configs = {name: hints[name] for name in documented if dataclasses.is_dataclass(hints[name])}
+    shared = {field.name for field in dataclasses.fields(aries.ScoresConfig)}
+    for name, config in configs.items():
+        parts += keys_section(name, config)
+        if config is aries.ScoresConfig:
+            parts += keys_section("judge", aries.JudgeConfig)
+            parts += keys_section("scorer", aries.ScorerConfig, shared)
+    parts.append(TRAINER_KEYS)
+    inherited = {field.name for field in dataclasses.fields(DPOConfig)}
+    for config in CONFIGS:
+        command = {"TDPOConfig": "tdpo", "SelfRefineDPOConfig": "self-refine-dpo"}[config.__name__]
+        parts += [f"### `trl-ext {command}`\n", keys_table(config, leave_out=inherited)]
+    return "\n".join(parts)
+
+
+def keys_section(name: str, config: type, leave_out: typing.Collection[str] = ()) -> list[str]:
+    return [f"### `{name}`\n", in_words(sections(config)[""]) + "\n", keys_table(config, leave_out, f"{name}.")]
+
+
+# Python
+
+
+def api() -> str:
+    parts = [API]
+    for group, items in GROUPS.items():
+        parts.append(f"## {group}\n")
+        for item in items:
+            parts += [f"### {item.__name__}\n", *described(item)]
+    return "\n".join(parts)
+
+
+def described(item: type | types.FunctionType) -> Iterator[str]:
+    yield f"```py\n{signature(item)}\n```\n"  # no ```python block: those are programs, and the tests run them
+    found = sections(item)
+    yield in_words(found[""]) + "\n"
+    if "Parameters" in found:
+        rows = [
+            f"| {', '.join(f'`{name}`' for name in names)} | {cell(f'{spec}. {text}')} |"
+            for names, spec, text in entries(found["Parameters"])
+        ]
+        yield "\n".join(["| parameter | |", "|---|---|", *rows, ""])
+    if isinstance(item, type) and issubclass(item, tuple):
+        yield f"Fields: {', '.join(f'`{name}`' for name in item._fields)}.\n"
+    for heading in ("Returns", "Raises"):
+        if heading in found:
+            yield f"**{heading}** {in_words(found[heading])}\n"
+    if "Example" in found:
+        yield found["Example"].replace("```python", "```pycon") + "\n"
+
+
+def signature(item: type | types.FunctionType) -> str:
+    """How it is imported and called. Trainers and configurations take what TRL's take."""
+    line = f"from {'trl_ext' if item in (*TRAINERS, *CONFIGS) else item.__module__} import {item.__name__}"
+    if isinstance(item, type):
+        return line
+    parameters, star = [], False
+    for parameter in inspect.signature(item).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            parameters.append("*")
+            star = True
+        value = f'"{parameter.default}"' if isinstance(parameter.default, str) else repr(parameter.default)
+        parameters.append(parameter.name + ("" if parameter.default is parameter.empty else f"={value}"))
+    call = f"{item.__name__}({', '.join(parameters)})"
+    if len(call) > LONGEST_CALL:
+        call = f"{item.__name__}(\n    " + ",\n    ".join(parameters) + ",\n)"
+    return f"{line}\n\n{call}"
+
+
+def pages() -> dict[str, str]:
+    """The pages by their names in `docs/`."""
+    return {name: text.rstrip() + "\n" for name, text in (("recipe_keys.md", recipe_keys()), ("api.md", api()))}
+
+
+if __name__ == "__main__":
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
