@@ -27,7 +27,7 @@ from .steps import Shape, argument_parser, environment, write
 
 
 # Thin and deep: a step costs nearly as much for few requests as for many, as on a GPU
-MODEL = Shape(vocabulary=2048, hidden=64, layers=24, pairs=0, head_size=32)
+MODEL = Shape(vocabulary=2048, hidden=64, layers=12, pairs=0, head_size=32)
 QUESTION_TOKENS = 140  # a block of the prefix cache, 128 tokens on a CPU, and some
 TURNS = 4
 CHAINS, TURN_BY_TURN, ONE_CALL = "chain driver", "turn by turn", "one call"
@@ -100,7 +100,13 @@ def in_calls(engine: FixedLengths, calls: list[list[tuple[list[int], Any]]]) -> 
 def measure(engine: FixedLengths, workload: Workload, slots: int, repeats: int) -> list[dict[str, Any]]:
     """One row per schedule; they take turns, after a pass of the chain driver that records the requests."""
     engine.workload = workload
-    task = Task(Path(), Path(), Strategy(RefinementsConfig(turns=TURNS)), [DraftsConfig(temperature=0.0, max_tokens=1)] * TURNS, (0,))
+    task = Task(
+        Path(),
+        Path(),
+        Strategy(RefinementsConfig(turns=TURNS)),
+        [DraftsConfig(temperature=0.0, max_tokens=1)] * TURNS,
+        (0,),
+    )
     engine.start(task)
     in_chains(engine, workload, slots)
     cached = engine.cached_tokens / engine.prompt_tokens
@@ -148,7 +154,7 @@ def save_model(path: Path) -> None:
     MODEL.tokenizer().save_pretrained(path)
 
 
-WORKLOADS = (Workload(128, 1.3), Workload(256, 1.3), Workload(256, 0.5), Workload(256, 0.0))
+WORKLOADS = (Workload(256, 1.3), Workload(256, 0.5), Workload(256, 0.0))
 
 
 def main() -> None:
