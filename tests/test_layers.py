@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "aries": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
     "scripts": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
     "migrate": {"recipe", "recipe_values", "trainers"},
-    "doctor": {"recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
+    "doctor": {"processes", "recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
     "cli": {
         *("processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"),
         *("doctor", "migrate"),

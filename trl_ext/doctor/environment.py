@@ -270,7 +270,8 @@ def check_memory() -> Check:
 
 def run_limited(command: list[str], seconds: float) -> tuple[int, str, str] | None:
     """Exit code, stdout and stderr of a command that may take so long; `None` if it was ended, with all its children."""
-    from ..aries.children import ENVIRONMENT, end_group
+    from ..aries.children import ENVIRONMENT
+    from ..processes import end_group
 
     child = subprocess.Popen(
         command,
@@ -282,7 +283,7 @@ def run_limited(command: list[str], seconds: float) -> tuple[int, str, str] | No
         env={**os.environ, **ENVIRONMENT},
         start_new_session=True,
     )
-    with child.stderr:
+    with child.stdout, child.stderr:
         try:
             out, error = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
