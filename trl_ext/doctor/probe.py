@@ -18,13 +18,14 @@ from typing import Any
 
 from trl import DPOConfig
 
-from ..aries.children import ENVIRONMENT, ChildError, end_group, run_child
+from ..aries.children import ENVIRONMENT, ChildError, run_child
 from ..aries.config import AriesConfig, PairsConfig, trainer_settings
 from ..aries.pairs import Pair, preference_rows
 from ..aries.progress import duration
 from ..aries.records import write_jsonl
 from ..aries.rounds import Rounds, one_gpu
 from ..aries.scores import load_chains
+from ..processes import end_group
 from ..recipe import Recipe
 from .checks import Check
 from .environment import ended, last_line
@@ -83,6 +84,7 @@ def timed_steps(command: list[str]) -> tuple[list[float], int, str]:
         code = child.wait()
     finally:
         end_group(child)
+        child.stdout.close()
     return seconds, code, last_line("".join(lines))
 
 
