@@ -4,7 +4,6 @@ What a round of ARIES costs besides generation and training: `make bench`. Write
 One real round on the quickstart's task: real vLLM, real TRL, and the stages between them timed one by one.
 """
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -91,13 +90,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             measured.append(measure(Path(directory), args.prompts))
     rows = sorted(measured, key=lambda stages: stages[-1]["seconds"])[len(measured) // 2]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     text = (
         "`make bench` measures this: one round of the loop on the quickstart's task, with real vLLM and real training, on "
         f"{args.prompts:,} prompts with four answers each and 500 evaluation prompts; one epoch. Models this small leave the "
         "stages around them their largest share. `generate` and `train` are the processes that hold the policy, "
-        "`check_parity` loads it once more to compare log-probabilities, the rest runs in the loop's own process, whose "
-        f"memory peaked at {memory:,.0f} MiB.\n\n" + environment("cpu", "fp32")
+        "`check_parity` loads it once more to compare log-probabilities, `close` writes metrics and report; the rest runs in the "
+        "loop's own process.\n\n" + environment("cpu", "fp32")
     )
     write(rows, args.output / "orchestrator", "A round of ARIES, stage by stage", text)
     print(*rows, sep="\n")
