@@ -45,6 +45,18 @@ def single_thread():
     torch.set_num_threads(1)
 
 
+# Sizes of the tiny models, as most architectures spell them
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # the default 0.02 is nearly uniform over the vocabulary, and every KL nearly 0
+}
+
+
 def save_tiny_llama(path: Path) -> None:
     """Saves a random two-layer Llama (hidden 32) and its tokenizer in `path`, as `from_pretrained` takes it."""
     import torch
@@ -67,13 +79,7 @@ def save_tiny_llama(path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,  # the default 0.02 is nearly uniform over the vocabulary, and every KL nearly 0
+        **TINY,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.aries.tiny_run import MINIMAL
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.prompts import load_prompts
 from trl_ext.aries.records import read_jsonl, recover_jsonl, to_line, write_jsonl
@@ -40,12 +41,7 @@ values = st.recursive(
 )
 
 RECIPE = {
-    "output_dir": "run",
-    "model": {"model_name_or_path": "model"},
-    "prompts": {"dataset": "prompts.jsonl"},
-    "evaluation": {"dataset": "eval.jsonl"},
-    "scores": {"verifier": "verifier.py:score"},
-    "training": {},
+    **MINIMAL,
     "sft": {"dataset": "sft.jsonl"},
     "generation": {"answer_pattern": "(.*)"},
     "refinements": {"strategy": "few_shot"},

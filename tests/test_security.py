@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import trl_ext
+from tests.aries.tiny_run import MINIMAL
 from trl_ext.aries.children import run_child
 from trl_ext.aries.config import AriesConfig, JudgeConfig, ScorerConfig
 from trl_ext.aries.judge import Judge, JudgeError
@@ -25,15 +26,6 @@ from trl_ext.recipe import Recipe, RecipeError, apply_overrides, export_env, loa
 
 
 SECRET = "hf_" + "S3cretS3cretS3cretS3cretS3cretS3cret"[:34]
-
-RECIPE = {
-    "output_dir": "run",
-    "model": {"model_name_or_path": "model"},
-    "prompts": {"dataset": "prompts.jsonl"},
-    "evaluation": {"dataset": "eval.jsonl"},
-    "scores": {"verifier": "verifier.py:score"},
-    "training": {},
-}
 
 
 # Recipes
@@ -80,7 +72,7 @@ def test_a_recipe_makes_no_objects(tmp_path, value):
 def test_secrets_in_a_recipe_are_refused_without_showing_them(tmp_path, monkeypatch, changes, named):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump({**RECIPE, **changes}))
+    file.write_text(yaml.safe_dump({**MINIMAL, **changes}))
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: " + named) as error:
         export_env(load_yaml(file))
     assert "abc" not in str(error.value) and SECRET not in str(error.value)
@@ -96,7 +88,7 @@ def test_secrets_in_a_recipe_are_refused_without_showing_them(tmp_path, monkeypa
 )
 def test_what_is_no_secret_is_taken(monkeypatch, changes):
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    export_env(Recipe(None, {**RECIPE, **changes}, {}))
+    export_env(Recipe(None, {**MINIMAL, **changes}, {}))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +100,7 @@ def test_what_is_no_secret_is_taken(monkeypatch, changes):
     ],
 )
 def test_secrets_of_a_judge_are_refused_without_showing_them(judge):
-    recipe = {**RECIPE, "scores": {"judge": {"model": "m", **judge}}}
+    recipe = {**MINIMAL, "scores": {"judge": {"model": "m", **judge}}}
     with pytest.raises(RecipeError, match="`judge.(base_url|api_key_env)`") as error:
         parse_section(Recipe(None, recipe, {}), AriesConfig)
     assert "abc" not in str(error.value)
@@ -152,7 +144,7 @@ def test_no_file_of_a_run_and_no_error_holds_a_secret(tmp_path, monkeypatch):
     try:
         url = f"http://127.0.0.1:{server.server_port}/v1"
         judge = {"base_url": url, "model": "m", "api_key_env": "JUDGE_KEY", "max_retries": 0, "max_concurrency": 1}
-        mapping = {**RECIPE, "output_dir": str(tmp_path / "run"), "scores": {"judge": judge}}
+        mapping = {**MINIMAL, "output_dir": str(tmp_path / "run"), "scores": {"judge": judge}}
         config = parse_section(Recipe(None, mapping, {}), AriesConfig)
         run_dir = RunDir(tmp_path / "run")
         with run_dir.opened(config, yaml.safe_dump(mapping), {}):

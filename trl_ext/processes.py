@@ -8,20 +8,36 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 
 PR_SET_PDEATHSIG = 1
 LAUNCHER = "TRL_EXT_LAUNCHER"  # in the environment of what a launcher starts: its process id
 
 
-def end_group(process: subprocess.Popen) -> None:
-    """End a process that was started in a session of its own, and everything it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+@contextmanager
+def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """
+    Start a process in a session of its own. However this is left, the process is ended with everything it started, and its pipes
+    are closed.
+
+    Args:
+        command (`Sequence[str]`):
+            As `subprocess.Popen` takes it.
+        options:
+            Likewise.
+    """
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
 
 
 def run_launcher(module: str, arguments: Sequence[str]) -> int:
@@ -33,11 +49,8 @@ def run_launcher(module: str, arguments: Sequence[str]) -> int:
         `int`: its exit code.
     """
     command = [sys.executable, "-m", "trl_ext.processes", str(os.getpid()), module, *arguments]
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
+    with process_group(command) as process:
         return process.wait()
-    finally:
-        end_group(process)
 
 
 def die_with_launcher() -> None:

@@ -3,6 +3,7 @@ What the sections on generation refuse, by name and with a way out, and what the
 """
 
 import pytest
+from tests.aries.tiny_run import MINIMAL
 
 from trl_ext.aries.config import AriesConfig, DraftsConfig, sampling_by_turn
 from trl_ext.aries.templates import EVALUATION_TEMPLATE, TEMPLATES
@@ -11,16 +12,7 @@ from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 def parse(**sections) -> AriesConfig:
     """A whole recipe with these sections."""
-    recipe = {
-        "output_dir": "run",
-        "model": {"model_name_or_path": "model"},
-        "prompts": {"dataset": "prompts.jsonl"},
-        "evaluation": {"dataset": "eval.jsonl"},
-        "scores": {"verifier": "verifier.py:score"},
-        "training": {},
-        **sections,
-    }
-    return parse_section(Recipe(None, recipe, {}), AriesConfig)
+    return parse_section(Recipe(None, {**MINIMAL, **sections}, {}), AriesConfig)
 
 
 DRAFTS = "{% for draft in drafts %}{{ draft }}{% endfor %}"

@@ -8,6 +8,15 @@ from pathlib import Path
 
 
 SLOTS, MAX_TOKENS, PROMPTS, EVALUATION_PROMPTS, TURNS = 4, 8, 24, 10, 3
+# The smallest recipe that parses; none of the files it names is there
+MINIMAL = {
+    "output_dir": "run",
+    "model": {"model_name_or_path": "model"},
+    "prompts": {"dataset": "prompts.jsonl"},
+    "evaluation": {"dataset": "eval.jsonl"},
+    "scores": {"verifier": "verifier.py:score"},
+    "training": {},
+}
 ON_CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1, "report_to": "none"}
 
 

@@ -16,6 +16,7 @@ from datasets import Dataset, load_from_disk
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tests.conftest import (
     CHAT_TEMPLATE,
+    TINY,
     FullLogits,
     assert_gradients_close,
     first_batch,
@@ -801,18 +802,7 @@ def test_precomputed_reference_is_not_stale(make_with_reference, stored_pairs, c
 # Shared prompts
 
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-    "bos_token_id": None,
-}
+SMALL = {**TINY, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
 GPT2_SIZES = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
 WINDOW = {"sliding_window": 8, "head_dim": 8}  # shorter than each augmented prompt
 # Class and config of a tiny model, and whether chosen and rejected share the computation of their prompt

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tests.conftest import assert_gradients_close, first_batch, perturb, step_metrics, train_step
+from tests.conftest import TINY, assert_gradients_close, first_batch, perturb, step_metrics, train_step
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
@@ -25,16 +25,7 @@ from trl_ext.trainers.squared_refinement import SquaredRefinementTDPOTrainer
 
 
 CONFIGS = {TDPOTrainer: TDPOConfig, SelfRefineDPOTrainer: SelfRefineDPOConfig}
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
+SIZES = {**TINY, "tie_word_embeddings": False}
 EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..processes import die_with_parent, end_group
+from ..processes import die_with_parent, process_group
 from ..recipe import RecipeError
 
 
@@ -60,31 +60,29 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
     job_file.write_text(json.dumps(job, indent=2), encoding="utf-8")
-    with open(log, "a", encoding="utf-8") as log_file:
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, str(job_file), str(os.getpid())],
+    command = [sys.executable, "-m", module, str(job_file), str(os.getpid())]
+    with (
+        open(log, "a", encoding="utf-8") as log_file,
+        process_group(
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log_file,
             text=True,
             env={**os.environ, **ENVIRONMENT, **(env or {})},
-            start_new_session=True,  # a group of its own: it is ended with all its children
-        )
-        try:
-            for line in child.stdout:
-                if not line.startswith(REPORT):  # printed while the module was being imported
-                    log_file.write(line)
-                    continue
-                report = json.loads(line.removeprefix(REPORT))
-                if "error" in report:
-                    raise RecipeError(report["error"])
-                if "failed" in report:
-                    raise ChildError(report["failed"])
-                on_progress(report["done"], report["total"])
-            code = child.wait()
-        finally:
-            end_group(child)
-            child.stdout.close()
+        ) as child,
+    ):
+        for line in child.stdout:
+            if not line.startswith(REPORT):  # printed while the module was being imported
+                log_file.write(line)
+                continue
+            report = json.loads(line.removeprefix(REPORT))
+            if "error" in report:
+                raise RecipeError(report["error"])
+            if "failed" in report:
+                raise ChildError(report["failed"])
+            on_progress(report["done"], report["total"])
+        code = child.wait()
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"

@@ -271,25 +271,15 @@ def check_memory() -> Check:
 def run_limited(command: list[str], seconds: float) -> tuple[int, str, str] | None:
     """Exit code, stdout and stderr of a command that may take so long; `None` if it was ended, with all its children."""
     from ..aries.children import ENVIRONMENT
-    from ..processes import end_group
+    from ..processes import process_group
 
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, **ENVIRONMENT},
-        start_new_session=True,
-    )
-    with child.stdout, child.stderr:
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options |= {"text": True, "errors": "replace", "env": {**os.environ, **ENVIRONMENT}}
+    with process_group(command, **options) as child:
         try:
             out, error = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             return None
-        finally:
-            end_group(child)
     return child.returncode, out, error
 
 

@@ -25,7 +25,7 @@ from ..aries.progress import duration
 from ..aries.records import write_jsonl
 from ..aries.rounds import Rounds, one_gpu
 from ..aries.scores import load_chains
-from ..processes import end_group
+from ..processes import process_group
 from ..recipe import Recipe
 from .checks import Check
 from .environment import ended, last_line
@@ -65,26 +65,15 @@ def probe_training(command: str, recipe: Recipe, overrides: Sequence[str], args:
 
 def timed_steps(command: list[str]) -> tuple[list[float], int, str]:
     """When each step was logged, the exit code, and the last line."""
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env={**os.environ, **ENVIRONMENT, **one_gpu()},
-        start_new_session=True,
-    )
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    options |= {"text": True, "errors": "replace", "env": {**os.environ, **ENVIRONMENT, **one_gpu()}}
     seconds, lines = [], []
-    try:
+    with process_group(command, **options) as child:
         for line in child.stdout:
             lines.append(line)
             if "'loss'" in line:
                 seconds.append(time.monotonic())
         code = child.wait()
-    finally:
-        end_group(child)
-        child.stdout.close()
     return seconds, code, last_line("".join(lines))
 
 
