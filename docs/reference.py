@@ -192,6 +192,8 @@ def recipe_keys() -> str:
     shared = {field.name for field in dataclasses.fields(aries.ScoresConfig)}
     for name, config in configs.items():
         parts += keys_section(name, config)
+        if config is aries.PromptsConfig:
+            parts += keys_section("dataset", aries.DatasetConfig)
         if config is aries.ScoresConfig:
             parts += keys_section("judge", aries.JudgeConfig)
             parts += keys_section("scorer", aries.ScorerConfig, shared)

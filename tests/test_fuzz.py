@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.aries.tiny_run import MINIMAL
-from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.config import AriesConfig, DatasetConfig
 from trl_ext.aries.prompts import load_prompts
 from trl_ext.aries.records import read_jsonl, recover_jsonl, to_line, write_jsonl
 from trl_ext.aries.refinements import compile_template, find_answer, refinement_prompt
@@ -162,7 +162,7 @@ class TestData:
         file.write_bytes(b"\n".join(lines) + (b"" if torn else b"\n"))
         copy.unlink(missing_ok=True)
         try:
-            rows = load_prompts(str(file), "train", "prompts.dataset")
+            rows = load_prompts([DatasetConfig(str(file))], "prompts.dataset")
         except RecipeError as error:
             assert "prompts.jsonl" in str(error)
             return

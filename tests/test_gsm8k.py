@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_ext.aries.config import ScorerConfig
+from trl_ext.aries.config import DatasetConfig, ScorerConfig
 from trl_ext.aries.prompts import load_prompts
 from trl_ext.aries.scores import Verifier, load_verifier
 
@@ -51,7 +51,7 @@ def test_prepared_prompts_are_what_the_loop_reads(tmp_path):
         (copy / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     main = runpy.run_path(str(RECIPES / "gsm8k" / "prepare.py"))["main"]
     main(["--dataset", str(copy), "--output", str(output)])
-    prompts = load_prompts(str(output / "train.jsonl"), "train", "prompts.dataset")
+    prompts = load_prompts([DatasetConfig(str(output / "train.jsonl"))], "prompts.dataset")
     assert [row["solution"] for row in prompts] == ["6", "1000"]
     [message] = prompts[0]["prompt"]
     assert message["role"] == "user" and message["content"].startswith("Ann has 2 bags of 3 eggs. How many?\n\n")

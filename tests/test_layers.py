@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "losses": set(),
     "kernels": set(),
     "trainers": {"losses", "kernels"},
-    "aries": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
-    "scripts": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "data_files": {"recipe"},
+    "aries": {"data_files", "processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "scripts": {"data_files", "processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
     "migrate": {"recipe", "recipe_values", "trainers"},
     "doctor": {"processes", "recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
     "cli": {

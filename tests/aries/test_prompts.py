@@ -1,7 +1,9 @@
 import json
+from dataclasses import fields
 
 import pytest
 
+from trl_ext.aries.config import DatasetConfig, PromptsConfig
 from trl_ext.aries.prompts import load_prompts, prompts_per_round, select_prompts
 from trl_ext.recipe import RecipeError
 
@@ -22,7 +24,7 @@ def test_rounds_see_different_prompts_in_an_order_the_seed_settles():
 
 def test_ids_lead_back_to_the_row(tmp_path):
     file = write(tmp_path / "train.jsonl", {"prompt": "a", "solution": 1}, {"prompt": "b", "solution": 2})
-    assert load_prompts(file, "train", "prompts.dataset")[1] == {
+    assert load_prompts([DatasetConfig(file)], "prompts.dataset")[1] == {
         "prompt_id": "train-0000002",
         "prompt": "b",
         "solution": 2,
@@ -31,23 +33,71 @@ def test_ids_lead_back_to_the_row(tmp_path):
 
 def test_a_dataset_s_own_ids_are_kept_under_another_name(tmp_path):
     file = write(tmp_path / "p.jsonl", {"prompt_id": "x", "prompt": "a"}, {"prompt_id": "x", "prompt": "b"})
-    rows = load_prompts(file, "train", "prompts.dataset")
+    rows = load_prompts([DatasetConfig(file)], "prompts.dataset")
     assert [(row["prompt_id"], row["dataset_prompt_id"]) for row in rows] == [("p-0000001", "x"), ("p-0000002", "x")]
 
 
 def test_a_malformed_json_file_is_named(tmp_path):
     (tmp_path / "p.json").write_text('{"prompt": ')
     with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot load .*p.json.*JSON parse error"):
-        load_prompts(str(tmp_path / "p.json"), "train", "prompts.dataset")
+        load_prompts([DatasetConfig(str(tmp_path / "p.json"))], "prompts.dataset")
 
 
 def test_parquet(tmp_path):
     from datasets import Dataset
 
     Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "p.parquet")
-    assert load_prompts(str(tmp_path / "p.parquet"), "train", "prompts.dataset") == [
+    assert load_prompts([DatasetConfig(str(tmp_path / "p.parquet"))], "prompts.dataset") == [
         {"prompt_id": "p-0000001", "prompt": "a"}
     ]
+
+
+def test_a_mixture_is_trl_s(tmp_path):
+    """The same rows as TRL's `get_dataset`, fractions, columns and data files included."""
+    from datasets import Dataset
+    from trl import DatasetMixtureConfig, get_dataset
+    from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
+
+    write(tmp_path / "a.jsonl", *({"prompt": f"a{i}", "answer": i} for i in range(12)))
+    (tmp_path / "b").mkdir()
+    Dataset.from_list([{"prompt": f"b{i}", "answer": i, "other": 0} for i in range(9)]).to_parquet(
+        tmp_path / "b/train.parquet"
+    )
+    b = {"path": str(tmp_path / "b"), "columns": ["prompt", "answer"]}
+    for fractions in ((None, None), (1.0, 3.0), (0.75, 0.25)):
+        entries = [{"path": str(tmp_path / "a.jsonl"), "fraction": fractions[0]}, {**b, "fraction": fractions[1]}]
+        ours = load_prompts(
+            PromptsConfig(datasets=[DatasetConfig(**e) for e in entries]).entries(), "prompts.datasets"
+        )
+        entries[0] |= {"path": "json", "data_files": str(tmp_path / "a.jsonl")}
+        theirs = get_dataset(DatasetMixtureConfig(datasets=[TRLDatasetConfig(**entry) for entry in entries]))["train"]
+        assert [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours] == theirs.to_list()
+        assert len({row["prompt_id"] for row in ours}) == len(ours) and ours[-1]["prompt_id"].startswith("b-0")
+
+
+def test_entries_have_trl_s_keys():
+    from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
+
+    def keys(cls):
+        return [(field.name, field.default) for field in fields(cls)]
+
+    assert keys(DatasetConfig) == keys(TRLDatasetConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "`prompts.dataset` is missing: a file, or a dataset id on the Hub"),
+        ({"dataset": "a", "datasets": [DatasetConfig("b")]}, "are both given. Remove one"),
+        (
+            {"datasets": [DatasetConfig("a", fraction=0.5), DatasetConfig("b")]},
+            "a `fraction` to every dataset, or to none",
+        ),
+    ],
+)
+def test_one_dataset_or_a_whole_mixture(given, message):
+    with pytest.raises(ValueError, match=message):
+        PromptsConfig(**given)
 
 
 @pytest.mark.parametrize(
@@ -78,27 +128,27 @@ def test_parquet(tmp_path):
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
     with pytest.raises(RecipeError, match=message):
-        load_prompts(write(tmp_path / "p.jsonl", *rows), "train", "prompts.dataset")
+        load_prompts([DatasetConfig(write(tmp_path / "p.jsonl", *rows))], "prompts.dataset")
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     with pytest.raises(RecipeError, match=r"p\.jsonl:2: not UTF-8 text .*byte 0xff.* Save the file as UTF-8"):
-        load_prompts(str(tmp_path / "p.jsonl"), "train", "prompts.dataset")
+        load_prompts([DatasetConfig(str(tmp_path / "p.jsonl"))], "prompts.dataset")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     """The kernel refuses to read this process's memory at address 0, for root too."""
     (tmp_path / "p.jsonl").symlink_to("/proc/self/mem")
     with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot read .*p\.jsonl: Input/output error"):
-        load_prompts(str(tmp_path / "p.jsonl"), "train", "prompts.dataset")
+        load_prompts([DatasetConfig(str(tmp_path / "p.jsonl"))], "prompts.dataset")
 
 
 @pytest.mark.parametrize("file", ["none.jsonl", "none.parquet", f"{'x' * 300}.jsonl", "./no_such_directory"])
 def test_a_missing_file_is_named_with_its_key(tmp_path, monkeypatch, file):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RecipeError, match="prompts.dataset.*no"):
-        load_prompts(str(tmp_path / file), "train", "prompts.dataset")
+        load_prompts([DatasetConfig(str(tmp_path / file))], "prompts.dataset")
 
 
 def test_the_size_of_a_round():

@@ -63,25 +63,84 @@ def _check_sampling(name: str, key: str, value: float) -> None:
 
 
 @dataclass
-class PromptsConfig:
+class DatasetConfig:
+    """
+    One dataset of a mixture, with the keys of TRL's `DatasetConfig`.
+
+    Parameters:
+        path (`str`):
+            A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a directory of them, or a dataset id on the Hub.
+        name (`str`, *optional*), data_dir (`str`, *optional*), data_files (`str`, `list[str]` or `dict[str, str]`, *optional*):
+            As `datasets.load_dataset` takes them.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a directory or a Hub dataset.
+        columns (`list[str]`, *optional*):
+            The columns to keep. Default: all.
+        fraction (`float`, *optional*):
+            Share of the mixture: of each dataset the first rows, in these proportions, as many as there can be. For all
+            datasets or for none. Default: all rows.
+    """
+
+    path: str
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list[str] | dict[str, str] | None = None
+    split: str = "train"
+    columns: list[str] | None = None
+    fraction: float | None = None
+
+    def __post_init__(self):
+        _require(self.fraction is None or self.fraction > 0, "`fraction` must be positive.")
+
+
+@dataclass
+class _Source:
+    """The keys that `prompts` and `evaluation` share: one dataset, or a mixture."""
+
+    dataset: str | None = None
+    datasets: list[DatasetConfig] | None = None
+    split: str | None = None
+
+    def entries(self) -> list[DatasetConfig]:
+        """The datasets, one or several."""
+        return self.datasets or [DatasetConfig(self.dataset, split=self.split)]
+
+    def _check_source(self, section: str) -> None:
+        _require(
+            (self.dataset is None) != (not self.datasets),
+            f"`{section}.dataset` is missing: a file, or a dataset id on the Hub. Or list several as `{section}.datasets`."
+            if self.dataset is None
+            else f"`{section}.dataset` and `{section}.datasets` are both given. Remove one.",
+        )
+        shares = [entry.fraction is not None for entry in self.datasets or []]
+        _require(
+            all(shares) or not any(shares), f"`{section}.datasets`: give a `fraction` to every dataset, or to none."
+        )
+
+
+@dataclass
+class PromptsConfig(_Source):
     """
     Prompts to learn from. A row has `prompt` (text, or messages that end with the user's) and any columns that the
     scorer asks for.
 
     Parameters:
-        dataset (`str`):
-            A `.jsonl`, `.json` or `.parquet` file, a directory of them, or a dataset id on the Hub.
+        dataset (`str`, *optional*):
+            A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a directory of them, or a dataset id on the Hub.
+        datasets (`list[DatasetConfig]`, *optional*):
+            In its place a mixture of several, as in TRL's `DatasetMixtureConfig`: each has a `path`, and may have `name`,
+            `data_dir`, `data_files`, `split`, `columns` and `fraction`.
         split (`str`, *optional*, defaults to `"train"`):
-            Split of a Hub dataset.
+            Split of a directory or a Hub dataset.
         per_round (`int`, *optional*):
             Prompts of a round, all fresh. The paper uses 5,000 to 10,000. Default: the dataset divided by the rounds.
     """
 
-    dataset: str
     split: str = "train"
     per_round: int | None = None
 
     def __post_init__(self):
+        self._check_source("prompts")
         _require(self.per_round is None or self.per_round > 0, "`prompts.per_round` must be positive.")
 
 
@@ -468,12 +527,12 @@ class PairsConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(_Source):
     """
     Held-out prompts, answered by every round's policy, greedily, with the same chain of refinements.
 
     Parameters:
-        dataset (`str`), split (`str`, *optional*, defaults to `"test"`):
+        dataset (`str`, *optional*), datasets (`list[DatasetConfig]`, *optional*), split (`str`, *optional*, defaults to `"test"`):
             As in `prompts`.
         samples (`int`, *optional*):
             Use only the first ones.
@@ -486,7 +545,6 @@ class EvaluationConfig:
             Resamples of the 95 % bootstrap intervals over prompts. [house]
     """
 
-    dataset: str
     split: str = "test"
     samples: int | None = None
     temperature: float = 0.0
@@ -494,6 +552,7 @@ class EvaluationConfig:
     bootstrap_samples: int = 10_000
 
     def __post_init__(self):
+        self._check_source("evaluation")
         _require(self.samples is None or self.samples > 0, "`evaluation.samples` must be positive.")
         _require(self.temperature >= 0, "`evaluation.temperature` must be at least 0; 0 is greedy.")
         _require(self.bootstrap_samples > 0, "`evaluation.bootstrap_samples` must be positive.")

@@ -26,7 +26,7 @@ from ..trainers.pairwise_trainer import PairwiseTrainer
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.tdpo_config import TDPOConfig
 from .children import child_main
-from .config import LOOP_KEYS, HealthConfig
+from .config import LOOP_KEYS, DatasetConfig, HealthConfig
 from .drafts import encode_prompt
 from .health import share_finding
 from .prompts import load_prompts
@@ -209,14 +209,14 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, file: dict[str, Any], heal
     Raises:
         [`RecipeError`]: the chat template refuses one, or too many are too long.
     """
-    rows = load_prompts(file["dataset"], file["split"], file["key"])[: file["samples"]]
+    rows = load_prompts([DatasetConfig(**entry) for entry in file["datasets"]], file["key"])[: file["samples"]]
     probed = rows[:: -(-len(rows) // PROBED_PROMPTS)]
     too_long = 0
     for row in probed:
         try:
             too_long += len(encode_prompt(tokenizer, row["prompt"])) > file["longest"]
         except RecipeError as error:
-            raise RecipeError(f"`{file['key']}`: {file['dataset']}, {row['prompt_id']}: {error}") from error
+            raise RecipeError(f"`{file['key']}`: {row['prompt_id']}: {error}") from error
     finding = share_finding(f"prompts of `{file['key']}`", {"prompt_too_long": too_long}, len(probed), health)
     if finding:
         raise RecipeError(

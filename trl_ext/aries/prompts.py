@@ -2,82 +2,99 @@
 Prompts: a dataset in, the fresh prompts of one round out, each with an id that leads back to its row.
 """
 
-import os
 import random
 from pathlib import Path
 from typing import Any
 
+from ..data_files import BUILDERS, builder_arguments, is_data_file
 from ..recipe import RecipeError
+from .config import DatasetConfig
 from .records import read_jsonl
 
 
-FILE_LOADERS = {".json": "json", ".parquet": "parquet"}
-
-
-def load_rows(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
+def load_rows(entry: DatasetConfig, where: str) -> list[dict[str, Any]]:
     """
     Rows of a local file, a local directory or a Hub dataset.
 
     Args:
-        dataset (`str`), split (`str`):
-            As in a recipe's `prompts` section.
+        entry ([`DatasetConfig`]):
+            What to load.
         where (`str`):
             The recipe key, for error messages.
 
     Raises:
         [`RecipeError`]: nothing there, or no rows.
     """
-    path = Path(dataset)
-    if path.suffix in (".jsonl", *FILE_LOADERS) and not os.path.isfile(path):
-        raise RecipeError(f"`{where}`: no file {path} (looked in {Path.cwd()}). Check the path.")
-    if path.suffix == ".jsonl":
-        try:
-            rows = read_jsonl(path, to_write=True)
-        except OSError as error:
-            raise RecipeError(f"`{where}`: cannot read {path}: {error.strerror}. Check the file.") from error
-    else:
-        import datasets
-
-        if path.suffix in FILE_LOADERS:
-            source = {"path": FILE_LOADERS[path.suffix], "data_files": str(path), "split": "train"}
+    try:
+        is_file = is_data_file(entry.path)
+        if is_file and Path(entry.path).suffix == ".jsonl":
+            rows = read_jsonl(Path(entry.path).expanduser(), to_write=True)
+            if entry.columns is not None:
+                rows = [{column: row[column] for column in entry.columns if column in row} for row in rows]
         else:
-            source = {"path": dataset, "split": split}
-        try:
-            loaded = datasets.load_dataset(**source)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            cause = f" ({error.__cause__})" if error.__cause__ else ""
-            raise RecipeError(
-                f"`{where}`: cannot load {dataset!r}, split {split!r}: {error}{cause}. Name a .jsonl, .json or .parquet "
-                "file, a directory of them, or a dataset id on the Hub."
-            ) from error
-        rows = loaded.to_list()
+            rows = load_dataset(entry, is_file).to_list()
+    except RecipeError as error:
+        raise RecipeError(f"`{where}`: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"`{where}`: cannot read {entry.path}: {error.strerror}. Check the file.") from error
     if not rows:
-        raise RecipeError(f"`{where}`: {dataset} has no rows.")
+        raise RecipeError(f"`{where}`: {entry.path} has no rows.")
     return rows
 
 
-def load_prompts(dataset: str, split: str, where: str) -> list[dict[str, Any]]:
+def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # noqa: F821
+    """What `datasets` makes of an entry."""
+    import datasets
+
+    if is_file:
+        source = builder_arguments(entry.path) | {"split": "train"}
+    else:
+        source = {key: getattr(entry, key) for key in ("path", "name", "data_dir", "data_files", "split")}
+    try:
+        loaded = datasets.load_dataset(**source)
+        return loaded if entry.columns is None else loaded.select_columns(entry.columns)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise RecipeError(
+            f"cannot load {entry.path!r}, split {entry.split!r}: {error}{cause}. Name a file "
+            f"({', '.join(BUILDERS)}), a directory of them, or a dataset id on the Hub."
+        ) from error
+
+
+def load_mixture(entries: list[DatasetConfig], where: str) -> list[tuple[DatasetConfig, list[dict[str, Any]]]]:
     """
-    Rows with a usable `prompt`, in the dataset's order, each with a `prompt_id` of its own (a column of this name moves to
-    `dataset_prompt_id`).
+    The rows of each dataset. Where they have a `fraction`, as many as TRL's `get_dataset` takes: the first of each, in these
+    proportions, as many as there can be.
+    """
+    loaded = [(entry, load_rows(entry, where)) for entry in entries]
+    if entries[0].fraction is None:
+        return loaded
+    whole = sum(entry.fraction for entry in entries)
+    total = min(len(rows) * whole / entry.fraction for entry, rows in loaded)
+    return [(entry, rows[: round(total * entry.fraction / whole)]) for entry, rows in loaded]
+
+
+def load_prompts(entries: list[DatasetConfig], where: str) -> list[dict[str, Any]]:
+    """
+    Rows with a usable `prompt`, in the datasets' order, each with a `prompt_id` of its own (a column of this name moves to
+    `dataset_prompt_id`): the dataset's name, and the row's number in the mixture.
 
     Raises:
         [`RecipeError`]: a row without `prompt`, with an empty one, with messages that do not end with the user's, or text
         among messages.
     """
-    rows = load_rows(dataset, split, where)
-    for number, row in enumerate(rows, start=1):
-        problem = prompt_problem(row)
-        if problem:
-            raise RecipeError(f"`{where}`: {dataset}, row {number}: {problem}")
-        if type(row["prompt"]) is not type(rows[0]["prompt"]):
-            raise RecipeError(
-                f"`{where}`: {dataset}, row {number}: text and messages are mixed. Make all prompts one kind."
-            )
-    prompts = []
-    for number, row in enumerate(rows, start=1):
-        columns = {"dataset_prompt_id" if key == "prompt_id" else key: value for key, value in row.items()}
-        prompts.append({"prompt_id": f"{Path(dataset).stem}-{number:07d}", **columns})
+    prompts: list[dict[str, Any]] = []
+    for entry, rows in load_mixture(entries, where):
+        for number, row in enumerate(rows, start=1):
+            problem = prompt_problem(row)
+            if problem:
+                raise RecipeError(f"`{where}`: {entry.path}, row {number}: {problem}")
+            columns = {"dataset_prompt_id" if key == "prompt_id" else key: value for key, value in row.items()}
+            prompts.append({"prompt_id": f"{Path(entry.path).stem}-{len(prompts) + 1:07d}", **columns})
+            if type(row["prompt"]) is not type(prompts[0]["prompt"]):
+                raise RecipeError(
+                    f"`{where}`: {entry.path}, row {number}: text and messages are mixed. Make all prompts one kind."
+                )
     return prompts
 
 

@@ -22,7 +22,7 @@ import yaml
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from . import health
 from .children import ChildError, run_child
-from .config import AriesConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
+from .config import AriesConfig, DatasetConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import decide, examine, report, stop_message
@@ -97,6 +97,18 @@ def one_gpu() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
+def local_files(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
+    """What a section's datasets name that may be a local path, by the key that names it."""
+    if len(entries) == 1:
+        return {f"{section}.dataset": entries[0].path}
+    named = {}
+    for index, entry in enumerate(entries):
+        named[f"{section}.datasets[{index}].path"] = entry.path
+        if isinstance(entry.data_files, str):
+            named[f"{section}.datasets[{index}].data_files"] = entry.data_files
+    return named
+
+
 class Rounds:
     """The stages of a run, in the order of the data."""
 
@@ -112,13 +124,13 @@ class Rounds:
         """Read what the recipe names, so that anything missing shows before any work is done."""
         config = self.config
         self.scorers = [self.scorer(scorer) for scorer in config.scores.each()]
-        self.prompts = load_prompts(config.prompts.dataset, config.prompts.split, "prompts.dataset")
+        self.prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
         self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
-        evaluation = load_prompts(config.evaluation.dataset, config.evaluation.split, "evaluation.dataset")
+        evaluation = load_prompts(config.evaluation.entries(), "evaluation.dataset")
         self.evaluation_prompts = evaluation[: config.evaluation.samples]
         self.sft_rows, self.sft_dropped = [], {}
         if config.sft:
-            rows = load_rows(config.sft["dataset"], "train", "sft.dataset")
+            rows = load_rows(DatasetConfig(config.sft["dataset"]), "sft.dataset")
             self.sft_rows, self.sft_dropped = usable_sft_rows(rows, config.sft["dataset"])
             finding = health.share_finding("rows of `sft.dataset`", self.sft_dropped, len(rows), config.health)
             if finding or not self.sft_rows:
@@ -129,8 +141,8 @@ class Rounds:
     def input_hashes(self) -> dict[str, str]:
         """SHA-256 of the local files that the recipe names, by key."""
         named = {
-            "prompts.dataset": self.config.prompts.dataset,
-            "evaluation.dataset": self.config.evaluation.dataset,
+            **local_files("prompts", self.config.prompts.entries()),
+            **local_files("evaluation", self.config.evaluation.entries()),
             **{
                 "scores.verifier" if self.config.scores.scorers is None else f"scores.scorers.{scorer.name}": (
                     scorer.verifier.rpartition(":")[0]
@@ -172,8 +184,7 @@ class Rounds:
         return [
             {
                 "key": f"{name}.dataset",
-                "dataset": section.dataset,
-                "split": section.split,
+                "datasets": [asdict(entry) for entry in section.entries()],
                 "samples": samples,
                 "longest": longest,
             }

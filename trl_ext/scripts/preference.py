@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..data_files import builder_arguments, is_data_file
 from ..processes import die_with_launcher
 from ..recipe import RecipeError, parse_flat, take_flag
 from ..terminal import printable
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
     from ..trainers.pairwise_trainer import PairwiseTrainer
-
-
-# Suffix of a local data file -> builder of `datasets`
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 
 # Largest share of the pairs that may be unusable. [house]
@@ -222,8 +219,8 @@ def _load(script_args: "ScriptArguments"):
 
     name, streaming = script_args.dataset_name, script_args.dataset_streaming
     path = Path(name).expanduser()
-    if _is_file(name):
-        splits = datasets.load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+    if is_data_file(name):
+        splits = datasets.load_dataset(**builder_arguments(name), streaming=streaming)
         # One file has one split; it is the one asked for
         return {script_args.dataset_train_split: splits["train"]}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -236,24 +233,9 @@ def _load(script_args: "ScriptArguments"):
 
 def _local_entry(entry):
     """An entry of `datasets:` whose path is a file, as the builder for it."""
-    if not _is_file(entry.path):
+    if not is_data_file(entry.path):
         return entry
-    path = Path(entry.path).expanduser()
-    return dataclasses.replace(entry, path=BUILDERS[path.suffix], data_files=str(path))
-
-
-def _is_file(name: str) -> bool:
-    """Whether `name` is a local data file; a name that can only be a path, and leads nowhere, is an error."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise RecipeError(f"{name}: cannot read a `{path.suffix}` file; known are {', '.join(BUILDERS)}.")
-        if path.stat().st_size == 0:
-            raise RecipeError(f"{name}: the file is empty.")
-        return True
-    if not path.exists() and (path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~"))):
-        raise RecipeError(f"{name}: no such file or directory (working directory: {Path.cwd()}).")
-    return False
+    return dataclasses.replace(entry, **builder_arguments(entry.path))
 
 
 def _loaded(name: str, load: Callable):
