@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -349,6 +350,22 @@ class TestTraining:
         adapter = load_file("out/adapter_model.safetensors")
         assert any(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
         assert not Path("out/ref").exists()
+
+    @pytest.mark.parametrize("command", ["tdpo", "self-refine-dpo"])
+    def test_the_model_card_s_recipe_repeats_the_run(self, recipe, command):
+        """TRL's card names the method and its paper; the recipe in it, with the data, gives the same weights again."""
+        given = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "beta": 0.3, "seed": 7}
+        assert main([command, "--config", write(recipe | given)]) == 0
+        card = Path("out/README.md").read_text()
+        paper = {"tdpo": "2404.11999", "self-refine-dpo": "2405.21040"}[command]
+        assert "a method introduced in [" in card and f"https://huggingface.co/papers/{paper})" in card
+        assert "8 preference pairs of `pairs.jsonl`." in card
+        assert "# Model Card for out\n" in card and "None](" not in card
+        (block,) = re.findall("### Recipe\n\n```yaml\n(.*?)```", card, flags=re.DOTALL)
+        again = yaml.safe_load(block) | {"dataset_name": "pairs.jsonl", "output_dir": "again", "use_cpu": True}
+        assert main([command, "--config", write(again)]) == 0
+        first, second = (load_file(Path(where) / "adapter_model.safetensors") for where in ("out", "again"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_script_alone(self, recipe, capfd):
         """`python -m trl_ext.scripts.tdpo`: an error of the recipe is one line, as from `trl-ext`."""

@@ -101,9 +101,11 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.print("Training completed.")
     trainer.save_model(training_args.output_dir)
+    data = script_args.dataset_name if not dataset_args.datasets else None
+    trainer.create_model_card(Path(training_args.output_dir).name, data)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=data)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
 
 

@@ -8,6 +8,7 @@ refused by name.
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers.utils import ModelOutput, is_bitsandbytes_available
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import get_config_model_id, use_adapter
 
+from .model_card import complete_card, model_settings, recipe_section, settings
 from .packed_pairs import PackedPairs, why_not_packed
 from .position_kl_head import CompletionStates, add_position_kl_head
 
@@ -235,6 +237,25 @@ class PairwiseTrainer(DPOTrainer):
                     f"`max_length={args.max_length}`: {tokens} tokens are cut off."
                 )
         return prepared
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's card, with the data and the recipe. `dataset_name` may be a path; only one on the Hub is linked."""
+        on_disk = dataset_name is not None and os.path.exists(dataset_name)
+        super().create_model_card(model_name, None if on_disk else dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        model, base = self.accelerator.unwrap_model(self.model), get_config_model_id(self.model.config)
+        rows = (
+            f"{len(self.train_dataset):,} preference pairs" if isinstance(self.train_dataset, Dataset) else "A stream"
+        )
+        source = os.path.basename(dataset_name) if on_disk else dataset_name
+        sections = {
+            "Data": f"{rows}." if source is None else f"{rows} of `{source}`.",
+            "Recipe": recipe_section({**model_settings(model, base), **settings(self.args)}),
+        }
+        file = Path(self.args.output_dir) / "README.md"
+        chat = getattr(self.processing_class, "chat_template", None) is not None
+        file.write_text(complete_card(file.read_text(encoding="utf-8"), base, chat, sections), encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

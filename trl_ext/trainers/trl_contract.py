@@ -38,6 +38,7 @@ METHODS = {
     "_precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
     "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": ("self",),
+    "create_model_card": ("self", "model_name", "dataset_name", "tags"),
     "compute_ref_log_probs": ("self", "model", "inputs"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),  # calls `_compute_loss`
 }

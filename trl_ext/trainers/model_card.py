@@ -1,0 +1,83 @@
+"""
+Model cards: TRL's template, with the data and the recipe that TRL's leaves out, and no links to what is not on the Hub.
+"""
+
+import os
+
+import yaml
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+
+# Settings that say where and how a run was watched, not what was trained
+LEFT_OUT = {
+    *(
+        "output_dir",
+        "run_name",
+        "report_to",
+        "logging_dir",
+        "project",
+        "trackio_space_id",
+        "disable_tqdm",
+        "log_level",
+    ),
+    *("hub_token", "hub_model_id", "hub_strategy", "hub_private_repo", "push_to_hub", "resume_from_checkpoint"),
+    *(
+        "local_rank",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "accelerator_config",
+        "parallelism_config",
+        "model_init_kwargs",
+    ),
+}
+NEXT_SECTION = "### Framework versions"
+CHAT_CALL = 'generator([{"role": "user", "content": question}], '
+
+
+def settings(args: TrainingArguments) -> dict:
+    """The settings that differ from the defaults of their class."""
+    defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
+    given = {key: value for key, value in args.to_dict().items() if key not in LEFT_OUT and value != defaults[key]}
+    return {key: value for key, value in given.items() if isinstance(value, (str, int, float, bool, list))}
+
+
+def model_settings(model: PreTrainedModel | PeftModel, base: str | None) -> dict:
+    """The model and its adapter, in the keys of TRL's `ModelConfig`."""
+    found = {} if base is None else {"model_name_or_path": base}
+    if getattr(model, "is_loaded_in_4bit", False):
+        found["load_in_4bit"] = True
+    lora = model.peft_config.get("default") if isinstance(model, PeftModel) else None
+    if isinstance(lora, LoraConfig):
+        targets = lora.target_modules
+        found |= {"use_peft": True, "lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+        found["lora_target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+    return found
+
+
+def complete_card(card: str, base: str | None, chat: bool, sections: dict[str, str]) -> str:
+    """
+    Args:
+        card (`str`):
+            A card from TRL's template.
+        base (`str`, *optional*):
+            The base model, a name on the Hub or a path.
+        chat (`bool`):
+            Whether the model takes messages; the template's example gives it some.
+        sections (`dict[str, str]`):
+            What to add under these headings, before the versions.
+
+    Returns:
+        `str`: the card.
+    """
+    name = "a model on disk" if base is None else f"`{os.path.basename(os.path.normpath(base))}`"
+    card = card.replace("[None](https://huggingface.co/None)", name)
+    if not chat:
+        card = card.replace(CHAT_CALL, "generator(question, ")
+    added = "".join(f"### {heading}\n\n{text}\n\n" for heading, text in sections.items())
+    return card.replace(NEXT_SECTION, added + NEXT_SECTION)
+
+
+def recipe_section(recipe: dict) -> str:
+    return f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```"
