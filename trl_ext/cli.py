@@ -40,7 +40,8 @@ examples:
   trl-ext tdpo --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name pairs.jsonl --output_dir out
   trl-ext aries run --config recipes/my_rounds.yaml --training.learning_rate 1.0e-6
   trl-ext aries report runs/my_rounds
-  trl-ext aries export --config recipes/my_rounds.yaml --output my-model
+  trl-ext aries export --config recipes/my_rounds.yaml --output my-model --push_to_hub me/my-model
+  trl-ext aries pairs --config recipes/my_rounds.yaml --output my-pairs
   trl-ext doctor --config recipes/my_rounds.yaml
   trl-ext migrate old_dpo_recipe.yaml --output recipes/new.yaml
 
@@ -69,12 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
         "answers": "write a round's evaluation answers for a judge",
         "lm-eval": "run lm-evaluation-harness on a round's model",
         "export": "save a round's policy as a model of its own",
+        "pairs": "save the pairs of all rounds as a dataset",
     }
     options = {
         "run": "[--quiet] [--log_format FORMAT] ",
         "answers": "[--round N] [--turn K] [--format FORMAT] --output FILE ",
         "lm-eval": "[--round N] --tasks TASKS ",
-        "export": "[--round N] [--merge | --adapter] --output DIR ",
+        "export": "[--round N] [--merge | --adapter] --output DIR [--push_to_hub REPO [--private]] ",
+        "pairs": "--output DIR [--push_to_hub REPO [--private]] ",
     }
     for name, meaning in meanings.items():
         action = actions.add_parser(name, help=meaning, description=f"{meaning}.", allow_abbrev=False)
@@ -100,8 +103,12 @@ def make_parser() -> argparse.ArgumentParser:
     answers.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
     lm_eval.add_argument("--round", type=int, metavar="N", help="the round; the last trained one by default")
     lm_eval.add_argument("--tasks", required=True, help="tasks of lm-evaluation-harness, separated by commas")
+    for name in ("export", "pairs"):
+        action = actions.choices[name]
+        action.add_argument("--output", type=Path, required=True, metavar="DIR", help="the directory to make")
+        action.add_argument("--push_to_hub", metavar="REPO", help="upload it to this repository, `user/name`, too")
+        action.add_argument("--private", action="store_true", help="where the repository is new, keep it private")
     export = actions.choices["export"]
-    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="the directory to make")
     export.add_argument("--round", type=int, metavar="N", help="the round; the last finished one by default")
     form = export.add_mutually_exclusive_group()
     form.add_argument(
@@ -281,7 +288,11 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
         if args.action == "export":
             from .aries.export import export
 
-            return export(config, args.round, args.output, args.form)
+            return export(config, args.round, args.output, args.form, args.push_to_hub, args.private)
+        if args.action == "pairs":
+            from .aries.pairs_dataset import export_pairs
+
+            return export_pairs(config, args.output, args.push_to_hub, args.private)
         return run(config, recipe, log_format=args.log_format, quiet=args.quiet)
     except ChildError as error:
         print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201

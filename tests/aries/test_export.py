@@ -76,7 +76,8 @@ def recipe(base, tmp_path, monkeypatch):
             "pairs": {"selection": "rule_based"},
             "training": {"use_cpu": True},
         }
-        Path("r.yaml").write_text(yaml.safe_dump(content))
+        for file in ("r.yaml", "run/recipe.yaml"):
+            Path(file).write_text(yaml.safe_dump(content))
         return "r.yaml"
 
     return make
@@ -108,7 +109,16 @@ def test_the_adapter_is_merged_into_the_checkpoint_not_into_nf4(recipe, base, ca
     assert "quantization_config" not in json.loads(Path("deep/merged/config.json").read_text())
     assert AutoTokenizer.from_pretrained("deep/merged").chat_template
     card = Path("deep/merged/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n") and "# merged" in card
+    assert "library_name: transformers\n" in card and "# Model Card for merged\n" in card
+    for text in (
+        "fine-tuned version of `base` on",
+        "trained with ARIES, a method introduced in [",
+        "https://huggingface.co/papers/2502.05605)",
+        "The policy after round 1 of 2: the adapter merged into the base model, in bfloat16.",
+        "Prompts: `unused`.",
+        "selection: rule_based",
+    ):
+        assert text in card
     assert not list(Path("deep").glob("*.tmp"))
 
 
@@ -120,7 +130,7 @@ def test_an_adapter_is_saved_as_it_is(recipe):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert Path("adapter", name).read_bytes() == (product / name).read_bytes()
     assert AutoTokenizer.from_pretrained("adapter").chat_template
-    assert Path("adapter/README.md").read_text().startswith("---\nlibrary_name: peft\n")
+    assert "library_name: peft\n" in Path("adapter/README.md").read_text()
 
 
 def test_full_weights_are_copied(recipe, capfd):

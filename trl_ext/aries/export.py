@@ -2,8 +2,7 @@
 Export: the policy of a round as a model of its own, or as an adapter, ready to be loaded or uploaded.
 
 In: a run directory. Out: a directory with the adapter merged into the base in the checkpoint's own data type (not into the NF4 base
-that QLoRA trains on), or the adapter as it is, or the weights of full fine-tuning; with the tokenizer and the stub of a model
-card. It gets its name only after it has been loaded and has given the policy's log-probabilities.
+that QLoRA trains on), or the adapter as it is, or the weights of full fine-tuning; with the tokenizer and a model card. It gets its name only after it has been loaded and has given the policy's log-probabilities.
 """
 
 import shutil
@@ -15,10 +14,13 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..recipe import RecipeError
+from .cards import FORMS, model_card
 from .children import ChildError
 from .config import AriesConfig
 from .disk import writing
 from .drafts import encode_prompt
+from .hub import make_repo, upload
+from .pairs_dataset import check_output, move_into_place
 from .parity import TOLERANCES, compare, load_base, policy_logps
 from .records import read_jsonl
 from .rounds import Policy, Rounds
@@ -26,32 +28,16 @@ from .run_dir import RunDir
 
 
 SAMPLES = 16  # answers whose log-probabilities are compared
-CARD = """\
----
-{front_matter}
----
-
-# {name}
-
-The policy after round {round} of ARIES (https://huggingface.co/papers/2502.05605), rounds of chained self-refinement and preference
-training, made with trl-ext.
-
-- Base model: `{base}`
-- Here: {form}
-- Trainer: `{trainer}`
-- Data, evaluation, intended use, limits: to be written
-
-Checked at export: its log-probabilities differ from the trained policy's by {difference:.2g} nats per token (root mean square over
-{tokens} tokens).
-"""
-FORMS = {
-    "merged": "the adapter merged into the base model, in {dtype}",
-    "adapter": "a PEFT adapter, to be loaded on the base model",
-    "copy": "all weights, in {dtype}",
-}
 
 
-def export(config: AriesConfig, number: int | None, output: Path, form: str | None) -> int:
+def export(
+    config: AriesConfig,
+    number: int | None,
+    output: Path,
+    form: str | None,
+    repo: str | None = None,
+    private: bool = False,
+) -> int:
     """
     Export the policy of a finished round.
 
@@ -64,13 +50,15 @@ def export(config: AriesConfig, number: int | None, output: Path, form: str | No
             The directory to make. It must not exist, or be empty.
         form (`str`, *optional*):
             `"merged"` (the default where an adapter was trained) or `"adapter"`; `None` for full fine-tuning, which is copied.
+        repo (`str`, *optional*), private (`bool`, *optional*, defaults to `False`):
+            A model repository on the Hub to upload it to.
 
     Returns:
         `int`: exit code, 0.
 
     Raises:
-        [`RecipeError`]: there is nothing to export in this form, or `output` holds something.
-        [`~aries.children.ChildError`]: what was written is not the policy; it is removed.
+        [`RecipeError`]: there is nothing to export in this form, `output` holds something, or the repository cannot be made.
+        [`~aries.children.ChildError`]: what was written is not the policy, and is removed; or the upload failed, and it stays.
     """
     loop = Rounds(config)
     number = config.rounds if number is None else number
@@ -80,8 +68,9 @@ def export(config: AriesConfig, number: int | None, output: Path, form: str | No
             f"round {number} of {loop.dir.path} has no adapter: all weights were trained. Leave out --merge and --adapter."
         )
     form = "copy" if policy.adapter is None else form or "merged"
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(f"--output: {output} is there and not empty. Name a directory that is not there yet.")
+    check_output(output)
+    if repo is not None:
+        make_repo(repo, "model", private)
 
     revision = config.model.get("model_revision")
     loading = {"trust_remote_code": loop.trust_remote_code, "use_cpu": bool(config.training.get("use_cpu"))}
@@ -103,10 +92,9 @@ def export(config: AriesConfig, number: int | None, output: Path, form: str | No
             exported = Policy(policy.model, str(temporary)) if form == "adapter" else Policy(str(temporary), None)
             # Only the base is of a revision; what a run makes has none
             measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
-            write_card(temporary, output.name, number, form, config, measured)
-            if output.exists():
-                output.rmdir()
-            temporary.rename(output)
+            card = model_card(loop.dir, config, output.name, repo or str(output), number, form, tokenizer, measured)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            move_into_place(temporary, output)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -119,6 +107,8 @@ def export(config: AriesConfig, number: int | None, output: Path, form: str | No
             f"Rounding to {measured['dtype']} hides what the training changed: the policy and its base differ by less. "
             "--adapter keeps it."
         )
+    if repo is not None:
+        loop.progress.say(upload(output, repo, "model"))
     return 0
 
 
@@ -195,25 +185,3 @@ def measure(
             )
         )
     return measured
-
-
-def write_card(path: Path, name: str, number: int, form: str, config: AriesConfig, measured: dict[str, Any]) -> None:
-    """The stub of a model card, in the place of any that was copied."""
-    base = config.model["model_name_or_path"]
-    front_matter = [
-        "library_name: " + ("peft" if form == "adapter" else "transformers"),
-        "pipeline_tag: text-generation",
-    ]
-    if not Path(base).exists():  # an id on the Hub
-        front_matter.append(f"base_model: {base}")
-    front_matter += ["tags:", "- trl", "- aries"]
-    card = CARD.format(
-        front_matter="\n".join(front_matter),
-        name=name,
-        round=number,
-        base=base,
-        form=FORMS[form].format(**measured),
-        trainer=config.training.get("trainer", "dpo"),
-        **{key: measured[key] for key in ("difference", "tokens")},
-    )
-    (path / "README.md").write_text(card, encoding="utf-8")

@@ -39,6 +39,7 @@ from .weights import adapter_problem, weights_problem
 OWNED_KEYS = {
     "output_dir": "a round trains in its own directory, under the recipe's `output_dir`",
     "resume_from_checkpoint": "a run continues by itself",
+    "push_to_hub": "`trl-ext aries export --push_to_hub REPO` uploads a finished policy, and `trl-ext aries pairs` its pairs",
     "model_init_kwargs": "the section `model` says how models are loaded",
     "eval_strategy": "the section `evaluation` says what is evaluated",
     "load_best_model_at_end": "the section `evaluation` says what is evaluated",

@@ -5,8 +5,10 @@ Model cards: TRL's template, with the data and the recipe that TRL's leaves out,
 import os
 
 import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
+from trl.trainer.utils import generate_model_card
 
 
 # Settings that say where and how a run was watched, not what was trained
@@ -54,6 +56,25 @@ def model_settings(model: PreTrainedModel | PeftModel, base: str | None) -> dict
         found |= {"use_peft": True, "lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
         found["lora_target_modules"] = targets if isinstance(targets, str) else sorted(targets)
     return found
+
+
+def trl_card(
+    base: str | None, name: str, repo: str, dataset: str | None, tags: list[str], method: str, paper: dict[str, str]
+) -> ModelCard:
+    """TRL's card of a model that no trainer holds; `paper` as a trainer's `_paper`."""
+    return generate_model_card(
+        base_model=base,
+        model_name=name,
+        hub_model_id=repo,
+        dataset_name=dataset,
+        tags=tags,
+        wandb_url=None,
+        trackio_url=None,
+        trainer_name=method,
+        trainer_citation=paper["citation"],
+        paper_title=paper["title"],
+        paper_id=paper["id"],
+    )
 
 
 def complete_card(card: str, base: str | None, chat: bool, sections: dict[str, str]) -> str:

@@ -19,6 +19,19 @@ NOT_EXPORTED = {
     ("trl.trainer.utils", "FusedCausalLMOutput"): (
         *("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"),
     ),
+    ("trl.trainer.utils", "generate_model_card"): (
+        *(
+            "base_model",
+            "model_name",
+            "hub_model_id",
+            "dataset_name",
+            "tags",
+            "wandb_url",
+            "trackio_url",
+            "trainer_name",
+        ),
+        *("trainer_citation", "template_file", "paper_title", "paper_id", "comet_url"),
+    ),
     ("trl.trainer.utils", "get_config_model_id"): ("config",),
     ("trl.trainer.utils", "global_then_local_main_first"): (),
     ("trl.trainer.utils", "maybe_gather_lm_head_ctx"): ("params",),

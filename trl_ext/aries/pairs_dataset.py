@@ -1,0 +1,77 @@
+"""
+The pairs of a run as a dataset: what it learned from, ready for `datasets.load_dataset`, another trainer, or the Hub.
+"""
+
+import shutil
+from pathlib import Path
+
+from ..recipe import RecipeError
+from .cards import pairs_card
+from .config import AriesConfig
+from .disk import writing
+from .hub import make_repo, upload
+from .records import read_jsonl, write_jsonl
+from .rounds import Rounds
+
+
+def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, private: bool = False) -> int:
+    """
+    Write the pairs of the rounds so far, one file each, with a card.
+
+    Args:
+        config ([`AriesConfig`]):
+            What the run's recipe says.
+        output (`Path`):
+            The directory to make. It must not exist, or be empty.
+        repo (`str`, *optional*), private (`bool`, *optional*, defaults to `False`):
+            A dataset repository on the Hub to upload it to.
+
+    Returns:
+        `int`: exit code, 0.
+
+    Raises:
+        [`RecipeError`]: there are no pairs, `output` holds something, or the repository cannot be made.
+        [`~aries.children.ChildError`]: the upload failed; `output` stays.
+    """
+    loop = Rounds(config)
+    rounds = [n for n in range(1, config.rounds + 1) if loop.dir.round(n).pairs.exists() and loop.is_decided(n)]
+    rounds = [n for n in rounds if not loop.is_skipped(n)]
+    if not rounds:
+        raise RecipeError(f"{loop.dir.path} has no trained round, so no pairs that were learned from.")
+    check_output(output)
+    if repo is not None:
+        make_repo(repo, "dataset", private)
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(output):
+        try:
+            temporary.mkdir(parents=True)
+            rows = 0
+            for number in rounds:
+                pairs = [{**row, "round": number} for row in read_jsonl(loop.dir.round(number).pairs)]
+                write_jsonl(temporary / f"round_{number:02d}.jsonl", pairs)
+                rows += len(pairs)
+            card = pairs_card(loop.dir, config, output.name, repo or str(output), rounds, rows)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            move_into_place(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    loop.progress.say(f"{output}: {rows:,} rows of {len(rounds)} rounds.")
+    if repo is not None:
+        loop.progress.say(upload(output, repo, "dataset"))
+    return 0
+
+
+def check_output(output: Path) -> None:
+    """
+    Raises:
+        [`RecipeError`]: the directory to make holds something.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(f"--output: {output} is there and not empty. Name a directory that is not there yet.")
+
+
+def move_into_place(temporary: Path, output: Path) -> None:
+    if output.exists():
+        output.rmdir()
+    temporary.rename(output)
