@@ -33,8 +33,9 @@ MAY_IMPORT = {
     "doctor": {"processes", "recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
     "cli": {
         *("processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"),
-        *("doctor", "migrate"),
+        *("doctor", "migrate", "completion"),
     },
+    "completion": {"recipe_values", "trainers", "aries"},
     "__init__": {"trainers"},  # the public names, lazily
 }
 

@@ -120,6 +120,9 @@ def check_trl_ext(arguments: list[str]) -> None:
     if args.command == "migrate":
         assert rest == []
         return
+    if args.command == "completion":
+        assert rest[0] == ">"
+        return
     if args.command == "doctor":
         if args.config is None:
             assert rest == []
@@ -182,7 +185,7 @@ def test_inline_commands_name_what_exists():
     targets = set(re.findall(r"^([a-z][a-z-]*):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`make ([a-z-]+)", prose)) <= targets
-    assert set(re.findall(r"`trl-ext ([a-z-]+)", prose)) <= {*TRAINERS, "aries", "doctor", "migrate"}
+    assert set(re.findall(r"`trl-ext ([a-z-]+)", prose)) <= {*TRAINERS, "aries", "doctor", "migrate", "completion"}
 
 
 def test_extras_are_all_there():

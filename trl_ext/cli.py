@@ -120,6 +120,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     form.add_argument("--adapter", dest="form", action="store_const", const="adapter", help="save the adapter alone")
     add_doctor_and_migrate(commands)
+    completion = commands.add_parser(
+        "completion",
+        help="print what makes a shell complete commands, flags and keys",
+        description="print a completion script, for example: trl-ext completion bash > ~/.trl-ext.bash",
+        allow_abbrev=False,
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
     return parser
 
 
@@ -186,6 +193,13 @@ def dispatch(
     """Import what the sub-command needs, and run it."""
     if args.command in TRAINERS:
         return train(args.command, argv[argv.index(args.command) + 1 :])
+    if args.command == "completion":
+        if unknown:
+            parser.error(f"unknown arguments: {' '.join(unknown)}")
+        from .completion import script
+
+        print(script(parser, args.shell))  # noqa: T201
+        return 0
     if args.command == "doctor":
         from . import doctor
 

@@ -39,5 +39,7 @@ def whole_run(sorting, tmp_path_factory) -> tuple[Path, str]:
 
     whole = tmp_path_factory.mktemp("runs") / "whole"
     file = whole.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(recipe(sorting, whole)))
+    tracked = recipe(sorting, whole)
+    tracked["training"]["report_to"] = "tensorboard"
+    file.write_text(yaml.safe_dump(tracked))
     return whole, run(file)

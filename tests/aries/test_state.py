@@ -9,7 +9,7 @@ from tests.made_run import make_run
 
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.run_dir import RunDir
-from trl_ext.aries.state import read_state
+from trl_ext.aries.state import read_progress, read_state, recorded
 from trl_ext.aries.status import status
 from trl_ext.recipe import load_yaml, parse_section
 
@@ -39,6 +39,26 @@ def test_running(run, capsys):
         assert (state.kind, state.in_stage) == ("running", True)
         assert f"{run.path}: running: round 2, parity (20" in printed(run, capsys)
         assert "To continue" not in printed(run, capsys)
+
+
+def test_how_far_a_running_stage_is(run, capsys, monkeypatch):
+    """100 of 300 answers were there when it was continued; 50 in 60 s leave 150, which is 3 minutes."""
+    clock, shown = iter([0.0, 1.0, 60.0]), []
+    monkeypatch.setattr("trl_ext.aries.state.time.monotonic", lambda: next(clock))
+    update = recorded(lambda *counts: shown.append(counts), run, 2, "drafts and refinements")
+    update(100, 300)
+    assert str(read_progress(run)) == "100 of 300"
+    update(101, 300)  # too soon to be written
+    assert read_progress(run).done == 100
+    update(150, 300)
+    assert shown == [(100, 300), (101, 300), (150, 300)]
+    run.log_event(event="start", round=2, stage="drafts and refinements")
+    assert "150 of 300" not in printed(run, capsys)  # nothing is running
+    with open(run.lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "  150 of 300, about 3 min 00 s to go\n" in printed(run, capsys)
+        run.log_event(event="start", round=2, stage="parity")  # another stage's
+        assert "150 of 300" not in printed(run, capsys)
 
 
 def test_died_in_a_stage(run, capsys):

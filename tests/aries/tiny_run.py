@@ -67,7 +67,8 @@ def results(path: Path) -> dict[str, bytes | dict]:
     for file in sorted(path.rglob("*")):
         name = str(file.relative_to(path))
         if file.is_file() and not re.search(
-            r"/?logs/|/training/|events.jsonl|run.lock|resolved.json|recipe.yaml|cost.json|report.html", name
+            r"/?logs/|/training/|tensorboard/|events.jsonl|run.lock|resolved.json|recipe.yaml|cost.json|report.html|tracking.json|progress.json",
+            name,
         ):
             # Paths differ between two run directories, and with them what is hashed over them
             content = file.read_bytes().replace(str(path).encode(), b"RUN")

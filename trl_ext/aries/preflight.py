@@ -25,6 +25,7 @@ from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import PairwiseTrainer
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.tdpo_config import TDPOConfig
+from ..trainers.trackers import check_trackers
 from .children import child_main
 from .config import LOOP_KEYS, DatasetConfig, HealthConfig
 from .drafts import encode_prompt
@@ -88,6 +89,7 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
                 )
         try:
             args = config_class(**settings["config"])
+            check_trackers(args)
             if issubclass(trainer_class, PairwiseTrainer):
                 trainer_class._refuse_options(args)
             if settings["config"].get("share_prompt"):  # where a recipe leaves it out, the model decides

@@ -37,6 +37,8 @@ from .reward_model import RewardModel
 from .run_dir import RoundDir, RunDir
 from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, score_rows
 from .sft import sft_row, usable_sft_rows
+from .state import recorded
+from .tracking import is_tracked, tracked_training, tracking_job
 
 
 # vLLM accepts these as the largest LoRA rank
@@ -203,8 +205,9 @@ class Rounds:
             self.write_sft_rows(round_dir)
         job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
         job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
+        env = one_gpu() | tracked_training(job, self.dir, self.config, 0)
         with self.stage(0, "sft") as update:
-            run_child("trl_ext.aries.training", job, round_dir.logs / "sft.log", update, env=one_gpu())
+            run_child("trl_ext.aries.training", job, round_dir.logs / "sft.log", update, env=env)
 
     def write_sft_rows(self, round_dir: RoundDir) -> None:
         rows = len(self.sft_rows) + sum(self.sft_dropped.values())
@@ -444,8 +447,9 @@ class Rounds:
             return
         job = self.training_job(number, self.policy(number - 1))
         job |= trainer_settings(self.config, number, str(round_dir.training))
+        env = one_gpu() | tracked_training(job, self.dir, self.config, number)
         with self.stage(number, f"training ({job['trainer']})") as update:
-            run_child("trl_ext.aries.training", job, round_dir.logs / "training.log", update, env=one_gpu())
+            run_child("trl_ext.aries.training", job, round_dir.logs / "training.log", update, env=env)
 
     def evaluate_last(self) -> None:
         """Answer the evaluation prompts with the last round's policy."""
@@ -478,6 +482,7 @@ class Rounds:
         write_json(round_dir.metrics, metrics | kl)
         answers = load_chains(read_jsonl(round_dir.prompts), round_dir.answers) if number > 0 else []
         write_json(round_dir.cost, round_cost(self.dir.read_events(), number, answers, evaluation=chains))
+        self.track(number)
         facts: dict[str, Any] = {
             "seed": self.config.seed,
             "policy": asdict(self.policy(number)),
@@ -563,7 +568,8 @@ class Rounds:
         self.at = (number, name)
         self.dir.log_event(event="start", round=number, stage=name)
         with self.progress.stage(number, name) as update:
-            yield update
+            yield recorded(update, self.dir, number, name)
+        self.dir.progress.unlink(missing_ok=True)
         self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
 
     @contextmanager
@@ -579,6 +585,18 @@ class Rounds:
             if not isinstance(error, KeyboardInterrupt) and any(self.dir.path.glob("round_*/*")):
                 self.write_report(running=False)
             raise
+
+    def track(self, number: int) -> None:
+        """Send a round's metrics to the trackers, those of the trainings went there. A run does not fail by them."""
+        if not is_tracked(self.config):
+            return
+        log = self.dir.round(number).logs / "tracking.log"
+        try:
+            job = tracking_job(self.dir, self.config, number)
+            run_child("trl_ext.aries.tracking", job, log, lambda done, total: None)
+        except (RecipeError, ChildError, OSError) as error:
+            last = str(error).splitlines()[-1]
+            self.progress.say(f"{'':<11}metrics of round {number} were not tracked, see {log}: {last}", style=WARNING)
 
     def write_report(self, running: bool) -> None:
         """Bring `report.html` up to date, in a process that gives its memory back. A run does not fail by its report."""

@@ -46,6 +46,11 @@ OPERATIONAL_KEYS = {
     "scores.judge.max_concurrency",
     "scores.judge.max_retries",
     "scores.judge.timeout",
+    "sft.report_to",
+    "training.project",
+    "training.report_to",
+    "training.run_name",
+    "training.trackio_space_id",
 }
 PACKAGES = (
     "trl-ext",
@@ -106,6 +111,8 @@ class RunDir:
         self.events = path / "events.jsonl"
         self.evaluation_prompts = path / "evaluation_prompts.jsonl"
         self.score_cache = path / "score_cache.jsonl"
+        self.tracking = path / "tracking.json"
+        self.progress = path / "progress.json"
         self.lock = path / "run.lock"
         self.report = path / "report.html"
 

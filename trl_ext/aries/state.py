@@ -2,10 +2,72 @@
 State: is a run going on, finished, or stopped, and where? Read off its directory by those who look at it from outside.
 """
 
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from .progress import duration
+from .records import write_json
 from .run_dir import RunDir, is_locked
+
+
+# Between two writes of `progress.json`
+RECORD_SECONDS = 2.0
+
+
+@dataclass
+class StageProgress:
+    """
+    How far a stage is, as `progress.json` has it while it runs.
+
+    Args:
+        round (`int`), stage (`str`):
+            Which one.
+        first (`int`), done (`int`), total (`int`):
+            Of its answers, steps, ...: those that were there at its start, that are now, that are to be.
+        seconds (`float`):
+            Since its first report.
+    """
+
+    round: int
+    stage: str
+    first: int
+    done: int
+    total: int
+    seconds: float
+
+    def __str__(self) -> str:
+        text = f"{self.done:,} of {self.total:,}"
+        if self.done == self.first:
+            return text
+        return f"{text}, about {duration(self.seconds / (self.done - self.first) * (self.total - self.done))} to go"
+
+
+def recorded(update: Callable[[int, int], None], run: RunDir, number: int, name: str) -> Callable[[int, int], None]:
+    """An `update` of a stage that also writes `progress.json` now and then, for those who look at the run from outside."""
+    first = began = written = None
+
+    def update_and_record(done: int, total: int) -> None:
+        nonlocal first, began, written
+        update(done, total)
+        now = time.monotonic()
+        if first is None:
+            first, began = done, now
+        if written is None or now - written >= RECORD_SECONDS:
+            written = now
+            write_json(run.progress, asdict(StageProgress(number, name, first, done, total, now - began)))
+
+    return update_and_record
+
+
+def read_progress(run: RunDir) -> StageProgress | None:
+    """What a running stage has recorded, or `None`."""
+    try:
+        return StageProgress(**json.loads(run.progress.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
 
 
 @dataclass

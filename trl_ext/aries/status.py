@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .config import AriesConfig
 from .rounds import Rounds
-from .state import read_state
+from .state import read_progress, read_state
 
 
 def status(config: AriesConfig) -> int:
@@ -24,6 +24,9 @@ def status(config: AriesConfig) -> int:
         return 0
     state = read_state(loop.dir, config.rounds)
     say(f"{loop.dir.path}: {state}")
+    under_way = read_progress(loop.dir)
+    if state.kind == "running" and under_way and (under_way.round, under_way.stage) == (state.round, state.stage):
+        say(f"  {under_way}")
     for number in range(config.rounds + 1):
         round_dir = loop.dir.round(number)
         stages = {"sft": loop.product(0)} if config.sft else {}

@@ -60,8 +60,11 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
         [`RecipeError`]: anything in the recipe, on the command line or in the data that cannot work.
     """
     script_args, training_args, model_args, dataset_args = parse_args(config_class, argv)
+    from ..trainers.trackers import check_trackers
+
     try:
         trainer_class._refuse_options(training_args)
+        check_trackers(training_args)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     checkpoint = find_checkpoint(training_args)

@@ -3,6 +3,7 @@ Model cards: TRL's template, with the data and the recipe that TRL's leaves out,
 """
 
 import os
+from dataclasses import MISSING, fields
 
 import yaml
 from huggingface_hub import ModelCard
@@ -39,9 +40,14 @@ CHAT_CALL = 'generator([{"role": "user", "content": question}], '
 
 
 def settings(args: TrainingArguments) -> dict:
-    """The settings that differ from the defaults of their class."""
-    defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu).to_dict()
-    given = {key: value for key, value in args.to_dict().items() if key not in LEFT_OUT and value != defaults[key]}
+    """The settings that differ from the defaults of their fields. (Making a second `args` would reset accelerate's state.)"""
+    defaults = {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(args)
+    }
+    given = {key: value for key, value in args.to_dict().items() if key not in LEFT_OUT and value != defaults.get(key)}
+    if "pad_token" in given:  # which transformers takes for a secret
+        given["pad_token"] = args.pad_token
     return {key: value for key, value in given.items() if isinstance(value, (str, int, float, bool, list))}
 
 
