@@ -154,12 +154,13 @@ def save_model(path: Path) -> None:
     MODEL.tokenizer().save_pretrained(path)
 
 
-WORKLOADS = (Workload(256, 1.3), Workload(256, 0.5), Workload(256, 0.0))
+SIGMAS = (1.3, 0.5, 0.0)
+CHAINS_PER_SLOT = 8
 
 
 def main() -> None:
     parser = argument_parser(__doc__, repeats=3)
-    parser.add_argument("--slots", type=int, default=32, help="requests that the engine decodes together")
+    parser.add_argument("--slots", type=int, default=8, help="requests that the engine decodes together")
     args = parser.parse_args()
     text = (
         "`make bench` measures this: the same requests on one engine in three schedules, which take turns. Chain driver: "
@@ -167,16 +168,17 @@ def main() -> None:
         "each of the four turns. One call: all requests at once, as if no answer had to be waited for. Answers have seeded "
         f"lengths, log-normal with a median of {Workload.median} tokens and at most {Workload.longest}, prompts "
         f"{QUESTION_TOKENS} tokens and more; `slots` requests are decoded together. `step ratio` and `speed ratio` are to "
-        "turn by turn, the latter by the process's CPU time, as the median over the repeats. Steps of the engine are counted, and say what a GPU would "
-        "gain whose step takes as long for few requests as for many. `prefix hits`: share of prompt tokens from the prefix "
+        "turn by turn, the latter by the process's CPU time, as the median over the repeats. On a CPU a step takes the "
+        "longer the more requests it holds, less so the fewer slots there are (`--slots 32` shows it); where it takes as long for few as for many, as in the "
+        "decoding of a large model on a GPU, the speed ratio is the step ratio. `prefix hits`: share of prompt tokens from the prefix "
         "cache.\n\n" + environment("cpu", "fp32")
     )
     rows = []
     with tempfile.TemporaryDirectory() as path:
         save_model(Path(path))
         engine = FixedLengths(Path(path), args.slots)
-        for workload in WORKLOADS:
-            rows += measure(engine, workload, args.slots, args.repeats)
+        for sigma in SIGMAS:
+            rows += measure(engine, Workload(CHAINS_PER_SLOT * args.slots, sigma), args.slots, args.repeats)
             write(rows, args.output / "generation", "Chains beside a loop over turns", text)
             print(*rows[-3:], sep="\n", flush=True)
 
