@@ -74,8 +74,9 @@ class ModelServer(ThreadingHTTPServer):
         ids, adapter = body["prompt"], self.adapters.get(body["model"])
         usage = {"prompt_tokens": len(ids), "completion_tokens": 3}
         choice = {"text": "", "finish_reason": "length"}
-        if "prompt_logprobs" in body:
-            choice["prompt_logprobs"] = [None, *({str(i): {"logprob": logp(i, adapter)}} for i in ids[1:])]
+        if "allowed_token_ids" in body:
+            [token_id] = body["allowed_token_ids"]
+            choice["logprobs"] = {"token_logprobs": [logp(token_id, adapter)]}
             return 200, {"choices": [choice], "usage": usage}
         with self.lock:
             self.completions += 1

@@ -11,17 +11,21 @@ import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
 from tests.aries.model_server import ModelServer, answer, logp, serving, start, stop
-from tests.aries.tiny_run import MINIMAL
-from transformers import AutoTokenizer
+from tests.aries.tiny_run import MINIMAL, command, recipe, results
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.aries import served_engine
 from trl_ext.aries.chains import Task, answer_task
-from trl_ext.aries.children import ChildError
+from trl_ext.aries.children import ChildError, run_child
 from trl_ext.aries.config import AriesConfig, DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.drafts import encode_prompt, request_seed
 from trl_ext.aries.records import read_jsonl, sha256, to_line
@@ -32,7 +36,7 @@ from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 
 SECRET = "sk-" + "S3cret" * 5
-TEXTS = [[1, 2, 3, 4, 5], [6, 5, 4]]
+TEXTS = [{"token_ids": [1, 2, 3, 4, 5], "positions": [1, 2, 4]}, {"token_ids": [6, 5, 4], "positions": [2]}]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +61,8 @@ def make_engine(tiny_model_path, tmp_path):
 
     def make(*servers: ModelServer | str, adapter: Path | None = None, probed: Path | None = None, **options):
         def logps(path: Path | None) -> list[float]:
-            return [logp(i, None if path is None else str(path)) for text in TEXTS for i in text[1:]]
+            tokens = [text["token_ids"][position] for text in TEXTS for position in text["positions"]]
+            return [logp(i, None if path is None else str(path)) for i in tokens]
 
         others = {} if adapter is None else {"base": logps(None)}
         probe = {"dtype": "float32", "tolerance": 0.01, "texts": TEXTS}
@@ -432,3 +437,174 @@ def vllm_servers(model: str, directory: Path, count: int):
     finally:
         for server in servers:
             server.kill()
+
+
+@pytest.fixture
+def key(monkeypatch):
+    monkeypatch.setenv("VLLM_KEY", SECRET)
+
+
+@pytest.mark.vllm
+def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_path):
+    """
+    Oracle: the embedded engine, on the same job: greedy and sampled chains with an adapter, and the answers for the parity check. Another
+    server of the list is not there. The trainer's log-probabilities under another adapter are then no match.
+    """
+    adapters = {}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    policy = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    for name in ("round_01", "round_02"):
+        for parameter_name, parameter in policy.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.data += 0.3 * torch.randn(parameter.shape)
+        adapters[name] = str(tmp_path / name / "adapter")
+        policy.save_pretrained(adapters[name])
+
+    prompts = [{"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Sort : {i} 3 1 2"}]} for i in range(9)]
+    prompts.append({"prompt_id": "long", "prompt": [{"role": "user", "content": " ".join(["1"] * 60)}]})
+    (tmp_path / "prompts.jsonl").write_text("".join(map(to_line, prompts)))
+
+    def generate(name: str, **generation) -> dict[str, list[dict]]:
+        directory = tmp_path / name
+        directory.mkdir()
+        files = {task: directory / f"{task}.jsonl" for task in ("greedy", "sampled", "parity")}
+        config = GenerationConfig(
+            max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1, max_outage=60.0, **generation
+        )
+        tasks = [
+            {
+                "prompts": str(tmp_path / "prompts.jsonl"),
+                "answers": str(files[task]),
+                "refinements": asdict(RefinementsConfig(turns=3, template=TEMPLATE)),
+                "sampling": [asdict(DraftsConfig(temperature=temperature, top_k=12, max_tokens=8))] * 3,
+                "seed": [0, 1],
+            }
+            for task, temperature in (("greedy", 0.0), ("sampled", 1.0))
+        ]
+        job = {
+            "model": tiny_model_path,
+            "adapter": ["round_02", 3, adapters["round_02"]],
+            "max_lora_rank": 8,
+            "revision": None,
+            "trust_remote_code": False,
+            "generation": asdict(config),
+            "tasks": tasks,
+            "parity": {
+                "prompts": str(tmp_path / "prompts.jsonl"),
+                "answers": str(files["parity"]),
+                "samples": 10,
+                "max_tokens": 8,
+                "seed": [0, "parity"],
+            },
+            "probe": str(tmp_path / "parity_probe.json"),
+        }
+        run_child("trl_ext.aries.engine", job, directory / "engine.log", lambda *report: None, on_note=notes.append)
+        return {task: read_jsonl(file) for task, file in files.items()}
+
+    policies = {"policy": adapters["round_02"], "base": None, "previous": adapters["round_01"]}
+    probe_job = {
+        "policies": {name: {"model": tiny_model_path, "adapter": path} for name, path in policies.items()},
+        "tolerance": None,
+        "quantization": None,
+        "loading": {"revision": None, "trust_remote_code": False, "use_cpu": True},
+        "prompts": str(tmp_path / "prompts.jsonl"),
+        "output": str(tmp_path / "parity_probe.json"),
+        "dtype": "float32",
+        "max_model_len": 64,
+    }
+    notes: list[str] = []
+    with vllm_servers(tiny_model_path, tmp_path, 1) as [server], serving(tiny_model_path) as gone:
+        stop(gone)
+        run_child("trl_ext.aries.probe", probe_job, tmp_path / "probe.log", lambda *report: None)
+        embedded = generate("embedded")
+        assert notes == []
+        served = generate("served", base_urls=[server.url, gone.url], api_key_env="VLLM_KEY")
+        assert len(notes) == 1 and notes[0].endswith("; 1 of 2 are in use")
+        assert served["greedy"] == embedded["greedy"] and served["sampled"] == embedded["sampled"]
+        assert served["greedy"] != served["sampled"] and served["greedy"][-1]["stopped"] == "prompt_too_long"
+        for found, expected in zip(served["parity"], embedded["parity"], strict=True):
+            assert found.pop("logps") == pytest.approx(expected.pop("logps"), abs=1e-4)
+            assert found == expected
+
+        url = server.url.removesuffix("/v1")
+        models = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {SECRET}"}).json()["data"]
+        assert [model["id"] for model in models] == [tiny_model_path], "the adapter was unloaded"
+        config = GenerationConfig(base_urls=[server.url], api_key_env="VLLM_KEY", max_model_len=64)
+        file = tmp_path / "parity_probe.json"
+        probe = json.loads(file.read_text())
+        probe["logps"] |= {"policy": probe["logps"]["previous"], "previous": probe["logps"]["policy"]}
+        file.write_text(json.dumps(probe))
+        named = ("round_02", 3, adapters["round_02"])
+        with pytest.raises(
+            WrongServer, match=f"{url} does not answer with .* those of the policy of the round before"
+        ):
+            ServedEngine(tiny_model_path, named, config, 8, None, False, probe=file, note=notes.append)
+        for wanted, message in (
+            (Wanted("other", 64), f"has the model '{tiny_model_path}', and the recipe asks for 'other'"),
+            (Wanted(tiny_model_path, 128), "`--max-model-len 128`"),
+        ):
+            with pytest.raises(RecipeError, match=message):
+                check_servers(config, wanted)
+        assert check_servers(config, Wanted(tiny_model_path, 64)) == []
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path != server.log]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_run_on_two_servers_of_which_one_is_killed_and_one_hangs(key, sorting, whole_run, tmp_path):
+    """
+    Oracle: the run of the embedded engine that nothing disturbed, byte for byte but for log-probabilities of other batches. In the middle of
+    round 1 a server gets SIGKILL; the other one goes on alone; then that one is frozen, as if its machine were gone, and the first is started
+    again, without the adapter that it had, and ends the round. In round 2 both are used.
+    """
+    output = tmp_path / "run"
+    with vllm_servers(str(sorting / "model"), tmp_path, 2) as [killed, frozen]:
+        changes = recipe(sorting, output)["generation"]
+        changes |= {"base_urls": [killed.url, frozen.url], "api_key_env": "VLLM_KEY", "max_concurrency_per_server": 1}
+        file = output.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(recipe(sorting, output, generation=changes)))
+        part = output / "round_01" / "answers.jsonl.part"
+
+        def wait_for(condition) -> None:
+            deadline = time.monotonic() + 400
+            while not condition():
+                assert process.poll() is None, process.stdout.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+
+        def answers() -> int:
+            return part.read_bytes().count(b"\n") if part.exists() else 0
+
+        with subprocess.Popen(command(file), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            wait_for(lambda: answers() >= 6)
+            killed.kill()
+            at_kill = answers()
+            wait_for(lambda: answers() >= at_kill + 6)
+            frozen.signal(signal.SIGSTOP)
+            killed.start()
+            killed.wait()
+            wait_for(lambda: (output / "round_01" / "answers.jsonl").exists())
+            frozen.signal(signal.SIGCONT)
+            printed = process.stdout.read()
+        assert process.returncode == 0, printed
+
+    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    notes = [event["note"] for event in events if event["event"] == "note" and event["round"] == 1]
+    a, b = (f"the server at {server.url.removesuffix('/v1')}" for server in (killed, frozen))
+    assert notes[0].startswith(f"{a} is lost (") and notes[0].endswith("1 of 2 are in use")
+    assert any(note.startswith(f"{b} is lost (") for note in notes) and f"{a} is back" in notes
+    assert all(note in printed for note in notes)
+
+    by_rounding = ("parity.jsonl", "parity_probe.json", "parity.json", "metrics.json", "manifest.json", "health.json")
+    found, expected = (
+        {name: content for name, content in results(path).items() if not name.endswith(by_rounding)}
+        for path in (output, whole_run[0])
+    )
+    assert found == expected
+    for number in (0, 1, 2):
+        samples, others = (read_jsonl(path / f"round_0{number}" / "parity.jsonl") for path in (output, whole_run[0]))
+        assert [row["token_ids"] for row in samples] == [row["token_ids"] for row in others]
+    files = [path for path in output.rglob("*") if path.is_file()]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []

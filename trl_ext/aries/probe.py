@@ -16,8 +16,9 @@ from .parity import TOLERANCES, distinct, engine_quantization, load_base, policy
 from .records import read_jsonl, write_json
 
 
-# Enough tokens to tell policies apart, and less than a second for a server
-PROBE_PROMPTS, PROBE_TOKENS = 8, 256
+# Enough tokens to tell policies apart, and about a second for a server: of each of so many prompts, so many tokens
+PROBE_PROMPTS, PROBE_TOKENS = 8, 8
+LONGEST_TEXT = 256
 
 
 def served_dtype(dtype: str, model: str, **loading: Any) -> str:
@@ -35,7 +36,7 @@ def main(job: dict[str, Any], report: Reporter) -> None:
     of_model = {key: loading[key] for key in ("revision", "trust_remote_code")}
     model = policies["policy"]["model"]
     tokenizer = AutoTokenizer.from_pretrained(model, **of_model)
-    longest = min(PROBE_TOKENS, job["max_model_len"] - 1)
+    longest = min(LONGEST_TEXT, job["max_model_len"] - 1)
     prompts = read_jsonl(Path(job["prompts"]))[:PROBE_PROMPTS]
     texts = [encode_prompt(tokenizer, row["prompt"])[:longest] for row in prompts]
     texts = [text for text in texts if len(text) > 1]
@@ -48,15 +49,38 @@ def main(job: dict[str, Any], report: Reporter) -> None:
 
     names = dict.fromkeys(distinct(policies).values())
     logps = policy_logps({name: policies[name] for name in names}, rows, load)
+    positions = [spread(len(text)) for text in texts]
     write_json(
         Path(job["output"]),
         {
             "dtype": dtype,
             "tolerance": TOLERANCES[dtype] if job["tolerance"] is None else job["tolerance"],
-            "texts": texts,
-            "logps": {name: [logp for text in values for logp in text.tolist()] for name, values in logps.items()},
+            "texts": [{"token_ids": text, "positions": chosen} for text, chosen in zip(texts, positions, strict=True)],
+            "logps": {
+                name: [
+                    text[position - 1].item()
+                    for text, chosen in zip(values, positions, strict=True)
+                    for position in chosen
+                ]
+                for name, values in logps.items()
+            },
         },
     )
+
+
+def spread(length: int) -> list[int]:
+    """
+    Positions of tokens to look at in a text, evenly over it; the first one has nothing before it.
+
+    Example:
+
+    ```python
+    >>> spread(5), spread(17)
+    ([1, 2, 3, 4], [2, 4, 6, 8, 10, 12, 14, 16])
+    ```
+    """
+    count = min(length - 1, PROBE_TOKENS)
+    return [(index + 1) * (length - 1) // count for index in range(count)]
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ class ServedEngine(TaskEngine):
         Raises:
             [`~aries.servers.WrongServer`]: they are not the policy's.
         """
-        logps = await asyncio.gather(*map(server.text_logps, self._probe["texts"]))
+        logps = await asyncio.gather(*(server.token_logps(**text) for text in self._probe["texts"]))
         found = torch.tensor([logp for text in logps for logp in text])
         others = {name: torch.tensor(values) for name, values in self._probe["logps"].items()}
         measured = compare(found, others.pop("policy"), others, self._probe["tolerance"])
@@ -275,8 +275,8 @@ class ServedEngine(TaskEngine):
             nearest = measured["others"][measured["fault"]]["difference"]
             message += f"and from those of {NAMES[measured['fault']]} by {nearest:.3g}. "
         raise WrongServer(
-            f"{message}Start it with the recipe's model and revision, name its data type in `generation.dtype`, or take it out of "
-            "`generation.base_urls`. If this is its rounding, raise `parity.tolerance`."
+            f"{message}Start it with the recipe's model and revision, with raw log-probabilities, vLLM's default, and with the data type that "
+            "`generation.dtype` names; or take it out of `generation.base_urls`. If this is its rounding, raise `parity.tolerance`."
         )
 
     async def _keep(self, server: Server) -> None:

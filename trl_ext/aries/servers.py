@@ -218,15 +218,21 @@ class Server:
         except (ServerLost, RefusedRequest):  # then it is gone, or in nobody's way
             pass
 
-    async def text_logps(self, token_ids: list[int]) -> list[float]:
-        """Log-probabilities of the tokens of a text, but for the first one."""
-        body = {"prompt": token_ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        choice, _ = await self.complete(body)
-        try:
-            positions = choice["prompt_logprobs"][1:]
-            return [position[str(i)]["logprob"] for i, position in zip(token_ids[1:], positions, strict=True)]
-        except (LookupError, TypeError, ValueError):
-            raise WrongServer(f"{self} gives no log-probabilities of prompts, by which it could be checked.") from None
+    async def token_logps(self, token_ids: list[int], positions: list[int]) -> list[float]:
+        """
+        Log-probabilities of some tokens of a text, each given those before it. As one-token answers that may be nothing else: those of
+        prompts (`prompt_logprobs`) end vLLM's engine where it has an adapter on a CPU.
+        """
+        logps = []
+        for position in positions:
+            body = {"prompt": token_ids[:position], "allowed_token_ids": [token_ids[position]]}
+            choice, _ = await self.complete({**body, "max_tokens": 1, "temperature": 0.0, "logprobs": 0})
+            try:
+                [logp] = choice["logprobs"]["token_logprobs"]
+            except (LookupError, TypeError, ValueError):
+                raise WrongServer(f"{self} gives no log-probabilities, by which it could be checked.") from None
+            logps.append(logp)
+        return logps
 
     async def complete(self, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """
