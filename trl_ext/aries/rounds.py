@@ -157,7 +157,7 @@ class Rounds:
 
         wanted = Wanted(self.config.model["model_name_or_path"], self.config.generation.max_model_len)
         for note in check_servers(self.config.generation, wanted):
-            self.note(note)
+            self.note(note, WARNING)
 
     def preflight_job(self, recipe: Recipe) -> dict[str, Any]:
         return {
@@ -519,10 +519,10 @@ class Rounds:
 
     # What the stages share
 
-    def note(self, note: str) -> None:
+    def note(self, note: str, style: str | None = None) -> None:
         """Say what somebody should know, and log it."""
         number, stage = self.at
-        self.progress.say(f"{'':<11}{note}")
+        self.progress.say(f"{'':<11}{note}", style)
         self.dir.log_event(event="note", round=number, stage=stage, note=note)
 
     def evaluation_scores(self, number: int) -> list[list[float | None]]:

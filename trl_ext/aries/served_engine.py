@@ -55,7 +55,7 @@ class ServedEngine(TaskEngine):
             Called with what becomes of the servers.
 
     Raises:
-        [`~aries.servers.WrongServer`]: one of them is not what the recipe asks for.
+        [`~aries.servers.WrongServer`]: none of them is what the recipe asks for.
     """
 
     def __init__(
@@ -187,8 +187,7 @@ class ServedEngine(TaskEngine):
                 problems = "; ".join(f"{server}: {server.problem or 'no answer'}" for server in self._servers)
                 raise ChildError(
                     f"no server of `generation.base_urls` could be used for {self._config.max_outage:g} seconds (`generation.max_outage`): "
-                    f"{problems}. Start them again; what was answered is "
-                    "kept, and the same command goes on."
+                    f"{problems}. Start them again; what was answered is kept, and the same command goes on."
                 )
 
     def sample_logps(
@@ -227,10 +226,17 @@ class ServedEngine(TaskEngine):
     # Servers
 
     async def _admit_all(self) -> None:
-        """The first look at them. One that is not there may still come; one that is another one is an error before any work."""
+        """
+        The first look at them.
+
+        Raises:
+            [`~aries.children.ChildError`]: none of them is what the recipe asks for, and none may still come.
+        """
         found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
+        if all(isinstance(error, ChildError) for error in found):
+            raise found[0]
         for server, error in zip(self._servers, found, strict=True):
-            if isinstance(error, ServerLost):
+            if isinstance(error, (ServerLost, ChildError)):
                 self._set_aside(server, error)
             elif error is not None:
                 raise error
