@@ -5,6 +5,7 @@ The Hub is a directory here: the ids that the blocks use are paths below the wor
 eight pairs in them.
 """
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -98,7 +100,7 @@ def test_python_blocks_run_as_written(ran):
 def check_command(command: str) -> None:
     """Fail where a command names a target, sub-command, option or file that does not exist."""
     words = shlex.split(command)
-    program, *arguments = words
+    program, *arguments = itertools.dropwhile(re.compile(r"\w+=").match, words)
     if program == "trl-ext":
         check_trl_ext(arguments)
     elif program == "make":
@@ -110,8 +112,21 @@ def check_command(command: str) -> None:
         assert all((ROOT / word).exists() for word in arguments if word.endswith(".yaml"))
     elif program == "python":
         assert all((ROOT / word).exists() for word in arguments if re.search(r"^(docs|tests|recipes)/", word))
+    elif program == "vllm":
+        check_vllm(arguments)
     else:
         pytest.fail(f"an unknown kind of command: {command}")
+
+
+def check_vllm(arguments: list[str]) -> None:
+    """Read off vLLM's source: its parser takes seconds to import."""
+    assert arguments[0] == "serve"
+    package = find_spec("vllm")
+    if package is not None:
+        options = (Path(package.origin).parent / "engine" / "arg_utils.py").read_text(encoding="utf-8")
+        for word in arguments:
+            if word.startswith("--") and word != "--port":  # the HTTP server's
+                assert re.search(rf"^    {word[2:].replace('-', '_')}: ", options, flags=re.MULTILINE), word
 
 
 def check_trl_ext(arguments: list[str]) -> None:

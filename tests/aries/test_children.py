@@ -58,6 +58,14 @@ def test_progress_comes_back_and_prints_go_to_the_log(child, tmp_path):
     assert "from Python" in log and "from the shell" in log
 
 
+def test_notes_come_back(child, tmp_path):
+    reports = child("progress(0, 1)\nprogress.note('a server is lost')\nprogress(1, 1)")
+    assert reports == [(0, 1), (1, 1)]
+    notes = []
+    run_child("stage", {}, tmp_path / "stage.log", lambda *report: None, on_note=notes.append)
+    assert notes == ["a server is lost"]
+
+
 def test_prints_at_import_time_go_to_the_log_too(child, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "HEAD", HEAD + "print('a banner')\n")
     assert child("progress(1, 1)") == [(1, 1)]

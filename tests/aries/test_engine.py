@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.aries.chains import run_chains
 from trl_ext.aries.children import run_child
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.drafts import request_seed, stop_token_ids
-from trl_ext.aries.engine import run_chains
 from trl_ext.aries.records import Answer, Chain, read_jsonl, to_line
 
 

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from trl_ext.aries import refinements
+from trl_ext.aries.chains import run_chains
 from trl_ext.aries.config import RefinementsConfig
-from trl_ext.aries.engine import run_chains
 from trl_ext.aries.records import Chain
 from trl_ext.aries.refinements import Strategy, compile_template, find_answer, refinement_prompt
 from trl_ext.aries.templates import (

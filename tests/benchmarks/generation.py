@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
+from trl_ext.aries.chains import Task, run_chains
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
-from trl_ext.aries.engine import EmbeddedEngine, Task, run_chains
+from trl_ext.aries.engine import EmbeddedEngine
 from trl_ext.aries.records import Chain
 from trl_ext.aries.refinements import Strategy
 
@@ -164,7 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     text = (
         "`make bench` measures this: the same requests on one engine in three schedules, which take turns. Chain driver: "
-        "`trl_ext.aries.engine.run_chains`, templates and tokenization included. Turn by turn: a call of `LLM.generate` for "
+        "`trl_ext.aries.chains.run_chains`, templates and tokenization included. Turn by turn: a call of `LLM.generate` for "
         "each of the four turns. One call: all requests at once, as if no answer had to be waited for. Answers have seeded "
         f"lengths, log-normal with a median of {Workload.median} tokens and at most {Workload.longest}, prompts "
         f"{QUESTION_TOKENS} tokens and more; `slots` requests are decoded together. `step ratio` and `speed ratio` are to "

@@ -1,8 +1,9 @@
 """
 Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
 
-A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, `{"error": message}` for bad input, or
-`{"failed": message}` for a fault that it can name; whatever it or its libraries print goes to a log file. It dies with its parent.
+A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, `{"note": text}` for what somebody should know,
+`{"error": message}` for bad input, or `{"failed": message}` for a fault that it can name; whatever it or its libraries print goes to a
+log file. It dies with its parent.
 """
 
 import json
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..processes import die_with_parent, process_group
 from ..recipe import RecipeError
@@ -37,6 +38,7 @@ def run_child(
     log: Path,
     on_progress: Callable[[int, int], None],
     env: dict[str, str] | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
 ) -> None:
     """
     Run `python -m module` on a job and wait for it.
@@ -52,6 +54,8 @@ def run_child(
             Called with (done, total).
         env (`dict[str, str]`, *optional*):
             Environment variables to add.
+        on_note (`Callable[[str], None]`, *optional*):
+            Called with each note.
 
     Raises:
         [`RecipeError`]: it found bad input.
@@ -81,6 +85,9 @@ def run_child(
                 raise RecipeError(report["error"])
             if "failed" in report:
                 raise ChildError(report["failed"])
+            if "note" in report:
+                on_note(report["note"])
+                continue
             on_progress(report["done"], report["total"])
         code = child.wait()
     if code != 0:
@@ -93,21 +100,33 @@ def run_child(
         )
 
 
-def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None]) -> None:
-    """The other side of [`run_child`]: `main(job, progress)` with the job of the command line."""
+class Reporter:
+    """What a stage's `main` tells the loop: how far it is, when it is called with (done, total), and notes."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __call__(self, done: int, total: int) -> None:
+        self.send(done=done, total=total)
+
+    def note(self, text: str) -> None:
+        self.send(note=text)
+
+    def send(self, **message: Any) -> None:
+        self._stream.write(f"{REPORT}{json.dumps(message)}\n")
+        self._stream.flush()
+
+
+def child_main(main: Callable[[dict[str, Any], Reporter], None]) -> None:
+    """The other side of [`run_child`]: `main(job, report)` with the job of the command line."""
     job_file, parent = Path(sys.argv[1]), int(sys.argv[2])
     die_with_parent(parent)
     # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
-    reports = os.fdopen(os.dup(1), "w")
+    report = Reporter(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
-
-    def report(**message: Any) -> None:
-        reports.write(f"{REPORT}{json.dumps(message)}\n")
-        reports.flush()
-
     try:
-        main(json.loads(job_file.read_text(encoding="utf-8")), lambda done, total: report(done=done, total=total))
+        main(json.loads(job_file.read_text(encoding="utf-8")), report)
     except RecipeError as error:
-        report(error=str(error))
+        report.send(error=str(error))
     except ChildError as error:
-        report(failed=str(error))
+        report.send(failed=str(error))

@@ -62,6 +62,23 @@ def _check_sampling(name: str, key: str, value: float) -> None:
     _require(allowed, f"`{name}` must be {meaning}.")
 
 
+def _check_server(url_key: str, env_key: str, url: str, api_key_env: str | None) -> None:
+    """Refuse what is no address of a server, and secrets in it or in the place of their variable, without showing them."""
+    _require(
+        "@" not in url and "?" not in url,
+        f"`{url_key}` holds a user, a password or a query, and it is written down. Give the server's address alone, and a key "
+        f"through `{env_key}`.",
+    )
+    _require(
+        url.startswith(("http://", "https://")),
+        f"`{url_key}` must start with http:// or https://, got {url!r}; for example http://localhost:8000/v1.",
+    )
+    _require(
+        api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", api_key_env, re.ASCII) is not None,
+        f"`{env_key}` is no name of an environment variable, such as OPENAI_API_KEY. The key itself does not belong here.",
+    )
+
+
 @dataclass
 class DatasetConfig:
     """
@@ -147,7 +164,7 @@ class PromptsConfig(_Source):
 @dataclass
 class GenerationConfig:
     """
-    The engine that answers requests: vLLM in a child process, one start per round.
+    The engine that answers requests: vLLM in a child process, one start per round, or vLLM servers.
 
     Parameters:
         max_model_len (`int`, *optional*, defaults to `2048`):
@@ -170,6 +187,19 @@ class GenerationConfig:
             A regular expression with one group: the part of a generated text that is its answer, which is refined, scored
             and learned, such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of it.
             [house]
+        base_urls (`list[str]`, *optional*):
+            vLLM servers that answer in the place of an engine of the run's own, such as `[http://localhost:8000/v1]`. They must be
+            able to load adapters, and see the run directory.
+        api_key_env (`str`, *optional*):
+            Environment variable that holds the servers' API key. The key itself is never written anywhere.
+        max_concurrency_per_server (`int`, *optional*, defaults to `64`):
+            Requests in flight on each server. [house]
+        timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds until a request to a server counts as failed. [house]
+        max_retries (`int`, *optional*, defaults to `5`):
+            How often a request is sent again, to whichever server there is. [house]
+        max_outage (`float`, *optional*, defaults to `600.0`):
+            Seconds without any server that can be used, after which the run stops. [house]
     """
 
     max_model_len: int = 2048
@@ -181,10 +211,26 @@ class GenerationConfig:
     quantization: str | None = None
     enforce_eager: bool = False
     answer_pattern: str | None = None
+    base_urls: list[str] | None = None
+    api_key_env: str | None = None
+    max_concurrency_per_server: int = 64
+    timeout: float = 600.0
+    max_retries: int = 5
+    max_outage: float = 600.0
 
     def __post_init__(self):
-        for name in ("max_model_len", "max_num_seqs", "cpu_kv_cache_gib", "tensor_parallel_size"):
+        for name in (
+            *("max_model_len", "max_num_seqs", "cpu_kv_cache_gib", "tensor_parallel_size"),
+            *("max_concurrency_per_server", "timeout", "max_outage"),
+        ):
             _require(getattr(self, name) > 0, f"`generation.{name}` must be positive.")
+        _require(self.max_retries >= 0, "`generation.max_retries` must be at least 0.")
+        if self.base_urls is not None:
+            _require(bool(self.base_urls), "`generation.base_urls` is empty. List servers, or leave the key out.")
+            for url in self.base_urls:
+                _check_server("generation.base_urls", "generation.api_key_env", url, self.api_key_env)
+            twice = sorted({url for url in self.base_urls if self.base_urls.count(url) > 1})
+            _require(not twice, f"`generation.base_urls` has {', '.join(twice)} twice. List each server once.")
         _require(0 < self.gpu_memory_utilization <= 1, "`generation.gpu_memory_utilization` must be in (0, 1].")
         if self.answer_pattern is not None:
             try:
@@ -330,20 +376,7 @@ class JudgeConfig:
     max_retries: int = 5
 
     def __post_init__(self):
-        _require(
-            "@" not in self.base_url and "?" not in self.base_url,
-            "`judge.base_url` holds a user, a password or a query, and it is written down. Give the server's address alone, and a key "
-            "through `judge.api_key_env`.",
-        )
-        _require(
-            self.base_url.startswith(("http://", "https://")),
-            f"`judge.base_url` must start with http:// or https://, got {self.base_url!r}; for example "
-            "http://localhost:8000/v1.",
-        )
-        _require(
-            self.api_key_env is None or re.fullmatch(r"[A-Za-z_]\w*", self.api_key_env, re.ASCII) is not None,
-            "`judge.api_key_env` is no name of an environment variable, such as OPENAI_API_KEY. The key itself does not belong here.",
-        )
+        _check_server("judge.base_url", "judge.api_key_env", self.base_url, self.api_key_env)
         _require(self.temperature is None or self.temperature >= 0, "`judge.temperature` must be at least 0.")
         _require(self.max_tokens is None or self.max_tokens > 0, "`judge.max_tokens` must be positive, or null.")
         _require(self.max_concurrency > 0, "`judge.max_concurrency` must be positive.")
@@ -671,6 +704,11 @@ class AriesConfig:
         )
         _require(
             "model_name_or_path" in self.model, "`model.model_name_or_path` is missing: a path, or an id on the Hub."
+        )
+        _require(
+            self.generation.base_urls is None or bool(self.model.get("use_peft")),
+            "`generation.base_urls`: servers keep the weights they were started with, and full fine-tuning makes new ones in every round. "
+            "Train an adapter, `model.use_peft: true`, or leave `base_urls` out.",
         )
         _require(
             self.sft is None or "dataset" in self.sft, "`sft.dataset` is missing: rows with `prompt`, `completion`."

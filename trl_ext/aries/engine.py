@@ -1,99 +1,28 @@
 """
-How answers are generated: embedded vLLM, in a child process that ends with the stage.
+How answers are generated: embedded vLLM, in a child process that ends with the stage, or vLLM servers (`served_engine.py`).
 
-In: a job, a JSON file that names the policy and the files of prompts to answer. Out: `answers.jsonl` beside each, one
-chain per row. Every new answer appends its chain so far to `answers.jsonl.part`, from which a killed process is continued. Ending the
-process is the one sure way to give the GPU's memory back to the trainer. Only `reward_model.py` imports vLLM besides.
+In: a job, a JSON file that names the policy and the files of prompts to answer. Out: `answers.jsonl` beside each (`chains.py`).
+Ending the process is the one sure way to give the GPU's memory back to the trainer. Only `reward_model.py` imports vLLM besides.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer
-from transformers import GenerationConfig as HFGenerationConfig
-
-from .children import child_main
+from .chains import Task, TaskEngine, answer_task
+from .children import Reporter, child_main
 from .config import DraftsConfig, GenerationConfig, RefinementsConfig
-from .disk import writing
-from .drafts import encode_prompt, request_seed, stop_token_ids
-from .records import Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
+from .records import Chain, read_jsonl, write_jsonl
 from .refinements import Request, Strategy
+from .served_engine import ServedEngine
 
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 
-@dataclass
-class Task:
-    """One file of prompts to answer."""
-
-    prompts: Path
-    answers: Path
-    strategy: Strategy
-    sampling: list[DraftsConfig]  # by turn
-    seed: tuple[Any, ...]  # joined by prompt and turn
-
-
-class Engine(Protocol):
-    """What `run_chains` needs: requests in, finished answers out, in any order."""
-
-    def submit(self, chain: Chain) -> bool:
-        """Start the chain's next request; `False` if there is none, and the chain is finished."""
-
-    def step(self) -> list[Chain]:
-        """Wait for some requests, add their answers to their chains, and return those."""
-
-
-def run_chains(
-    engine: Engine,
-    chains: Iterable[Chain],
-    window: int,
-    on_answer: Callable[[Chain], None],
-    on_finished: Callable[[Chain], None],
-) -> None:
-    """
-    Advance every chain on its own: no barrier at which a batch waits for its longest answer, and a prompt's prefix is
-    still in the cache when its refinement arrives.
-
-    Args:
-        engine ([`Engine`]):
-            Answers requests.
-        chains (iterable of [`Chain`]):
-            Chains, new or begun; drawn when there is room.
-        window (`int`):
-            Chains in progress at once. More than the engine decodes together would only queue.
-        on_answer (`Callable`):
-            Called with a chain whenever it has a new answer.
-        on_finished (`Callable`):
-            Called with each finished chain.
-    """
-    waiting = iter(chains)
-    active = 0
-
-    def refill() -> int:
-        started = 0
-        while active + started < window and (chain := next(waiting, None)) is not None:
-            if engine.submit(chain):
-                started += 1
-            else:
-                on_finished(chain)
-        return started
-
-    active += refill()
-    while active:
-        for chain in engine.step():
-            on_answer(chain)
-            if not engine.submit(chain):
-                on_finished(chain)
-                active -= 1
-        active += refill()
-
-
-class EmbeddedEngine:
+class EmbeddedEngine(TaskEngine):
     """
     vLLM's `LLM`, whose engine is driven step by step in this process.
 
@@ -122,6 +51,8 @@ class EmbeddedEngine:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ):
+        super().__init__(model, config, revision, trust_remote_code)
+        self.window = config.max_num_seqs
         # In this process: 5 s to start on a CPU against 34 s, and one process to end
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -165,49 +96,22 @@ class EmbeddedEngine:
         )
         self._engine = self.llm.llm_engine
         self._lora = None if adapter is None else LoRARequest(*adapter)
-        self._tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
-        self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model, revision))
-        self._max_model_len = config.max_model_len
         self._running: dict[str, tuple[Chain, Request]] = {}  # by request id
-        self._task: Task | None = None
-        self.prompt_tokens = self.cached_tokens = 0  # of the task
 
-    def start(self, task: Task) -> None:
-        """Answer this task's prompts from now on."""
-        self._task = task
-        self.prompt_tokens = self.cached_tokens = 0
-
-    def submit(self, chain: Chain) -> bool:
-        request = self._task.strategy.next_request(chain)
-        if request is None:
-            return False
-        sampling = self._task.sampling[request.turn - 1]
-        token_ids = encode_prompt(self._tokenizer, request.prompt)
-        if len(token_ids) + sampling.max_tokens > self._max_model_len:
-            chain.stopped = "prompt_too_long"
-            return False
-        name = (chain.prompt_id, request.turn, *(("critique",) if request.is_critique else ()))
+    def _send(
+        self, chain: Chain, request: Request, token_ids: list[int], sampling: DraftsConfig, name: tuple[Any, ...]
+    ) -> None:
         request_id = "/".join(map(str, name))
-        params = self.sampling_params(sampling, name)
+        self._add(request_id, token_ids, self.sampling_params(sampling, name))
+        self._running[request_id] = (chain, request)
+
+    def _add(self, request_id: str, token_ids: list[int], params: "SamplingParams") -> None:
         [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
         self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
-        self._running[request_id] = (chain, request)
-        return True
 
     def sampling_params(self, sampling: DraftsConfig, name: tuple[Any, ...]) -> "SamplingParams":
-        """What a request asks of vLLM; its seed is its task's and its name's."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=request_seed(*self._task.seed, *name),
-            stop_token_ids=self._stop_token_ids,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        """What a request asks of vLLM."""
+        return final_only(self.request_settings(sampling, name))
 
     def step(self) -> list[Chain]:
         advanced = []
@@ -227,29 +131,10 @@ class EmbeddedEngine:
     def sample_logps(
         self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
     ) -> list[dict[str, Any]]:
-        """
-        One answer to each prompt with the log-probabilities of its tokens, for the parity check. At temperature 1 and over
-        the whole vocabulary, those that it is sampled from are the policy's own. Prompts that are too long are left out.
-        """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         rows = {}
-        for row in prompts:
-            token_ids = encode_prompt(self._tokenizer, row["prompt"])
-            if len(token_ids) + max_tokens > self._max_model_len:
-                continue
-            params = SamplingParams(
-                temperature=1.0,
-                max_tokens=max_tokens,
-                logprobs=0,  # the sampled token's alone
-                seed=request_seed(*seed, row["prompt_id"]),
-                stop_token_ids=self._stop_token_ids,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
-            self._engine.add_request(row["prompt_id"], prompt, params, lora_request=self._lora)
-            rows[row["prompt_id"]] = {"prompt_id": row["prompt_id"], "prompt_token_ids": token_ids}
+        for prompt_id, token_ids, settings in self.sample_requests(prompts, max_tokens, seed):
+            self._add(prompt_id, token_ids, final_only(settings))
+            rows[prompt_id] = {"prompt_id": prompt_id, "prompt_token_ids": token_ids}
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 if output.finished:
@@ -265,48 +150,15 @@ class EmbeddedEngine:
         return str(self._engine.model_config.dtype).removeprefix("torch.")
 
 
-def _generation_config(model: str, revision: str | None) -> HFGenerationConfig | None:
-    try:
-        return HFGenerationConfig.from_pretrained(model, revision=revision)
-    except OSError:  # the model has none
-        return None
+def final_only(settings: dict[str, Any]) -> "SamplingParams":
+    """vLLM's parameters of a request whose answer is wanted whole."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
-def answer_task(engine: EmbeddedEngine, task: Task, window: int, progress: Callable[[int], None]) -> None:
-    """Answer a file of prompts, continuing every chain from what a previous process left."""
-    part = task.answers.with_name(task.answers.name + ".part")
-    rows = {row["prompt_id"]: row for row in recover_jsonl(part)}  # the last one of a chain holds all its answers
-    prompts = read_jsonl(task.prompts)
-    finished: dict[str, dict[str, Any]] = {}
-
-    def chains() -> Iterator[Chain]:
-        for row in prompts:
-            begun = rows.get(row["prompt_id"])
-            yield Chain(row["prompt_id"], row["prompt"]) if begun is None else Chain.from_row(begun, row["prompt"])
-
-    with writing(part), open(part, "a", encoding="utf-8") as file:
-
-        def on_answer(chain: Chain) -> None:
-            file.write(to_line(chain.to_row()))
-            file.flush()
-
-        def on_finished(chain: Chain) -> None:
-            finished[chain.prompt_id] = chain.to_row()
-            progress(len(finished))
-
-        engine.start(task)
-        run_chains(engine, chains(), window, on_answer, on_finished)
-
-    if engine.prompt_tokens:
-        share = engine.cached_tokens / engine.prompt_tokens
-        print(  # noqa: T201 (into the stage's log)
-            f"{task.answers}: {share:.1%} of {engine.prompt_tokens:,} prompt tokens came from the prefix cache"
-        )
-    write_jsonl(task.answers, (finished[row["prompt_id"]] for row in prompts))
-    part.unlink()
-
-
-def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+def main(job: dict[str, Any], report: Reporter) -> None:
     """The child process: one engine start, all tasks of the job."""
     config = GenerationConfig(**job["generation"])
     tasks = [
@@ -321,23 +173,28 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         if not Path(task["answers"]).exists()
     ]
     sizes = [len(read_jsonl(task.prompts)) for task in tasks]
-    progress(0, sum(sizes))
-    engine = EmbeddedEngine(
-        model=job["model"],
-        adapter=tuple(job["adapter"]) if job["adapter"] else None,
-        config=config,
-        max_lora_rank=job["max_lora_rank"],
-        revision=job["revision"],
-        trust_remote_code=job["trust_remote_code"],
-    )
-    # First, so that the batch, and with it the rounding, is the same in a run that continues
-    parity = job.get("parity")
-    if parity is not None:
-        prompts = read_jsonl(Path(parity["prompts"]))[: parity["samples"]]
-        rows = engine.sample_logps(prompts, parity["max_tokens"], tuple(parity["seed"]))
-        write_jsonl(Path(parity["answers"]), rows)
-    for i, task in enumerate(tasks):
-        answer_task(engine, task, config.max_num_seqs, lambda done, i=i: progress(sum(sizes[:i]) + done, sum(sizes)))
+    report(0, sum(sizes))
+    settings = {
+        "model": job["model"],
+        "adapter": tuple(job["adapter"]) if job["adapter"] else None,
+        "config": config,
+        "max_lora_rank": job["max_lora_rank"],
+        "revision": job["revision"],
+        "trust_remote_code": job["trust_remote_code"],
+    }
+    if config.base_urls is None:
+        engine: TaskEngine = EmbeddedEngine(**settings)
+    else:
+        engine = ServedEngine(**settings, probe=Path(job["probe"]), note=report.note)
+    with closing(engine):
+        # First, so that the batch, and with it the rounding, is the same in a run that continues
+        parity = job.get("parity")
+        if parity is not None:
+            prompts = read_jsonl(Path(parity["prompts"]))[: parity["samples"]]
+            rows = engine.sample_logps(prompts, parity["max_tokens"], tuple(parity["seed"]))
+            write_jsonl(Path(parity["answers"]), rows)
+        for i, task in enumerate(tasks):
+            answer_task(engine, task, lambda done, i=i: report(sum(sizes[:i]) + done, sum(sizes)))
 
 
 if __name__ == "__main__":

@@ -160,9 +160,18 @@ class Rounds:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
         for scorer in self.scorers:
             scorer.check([self.prompts, self.evaluation_prompts])
+        if self.config.generation.base_urls is not None:
+            self.check_servers()
         with self.stage(0, "check") as update:
             log = self.dir.path / "logs" / "check.log"
             run_child("trl_ext.aries.preflight", self.preflight_job(recipe), log, update)
+
+    def check_servers(self) -> None:
+        from .servers import Wanted, check_servers  # an HTTP client, which other runs do not need
+
+        wanted = Wanted(self.config.model["model_name_or_path"], self.config.generation.max_model_len)
+        for note in check_servers(self.config.generation, wanted):
+            self.note(note, WARNING)
 
     def preflight_job(self, recipe: Recipe) -> dict[str, Any]:
         return {
@@ -270,58 +279,80 @@ class Rounds:
             }
         if parity is None and all(Path(task["answers"]).exists() for task in tasks):
             return
+        if self.config.generation.base_urls is not None:
+            self.probe(number)
         policy = self.policy(number - 1)
         # A new name and id for every round: vLLM may answer from stale weights under an old one
         adapter = None if policy.adapter is None else [f"round_{number - 1:02d}", number, policy.adapter]
         job = {
             "model": policy.model,
             "adapter": adapter,
-            "max_lora_rank": next(r for r in LORA_RANKS if r >= self.config.model.get("lora_r", 16)),
+            "max_lora_rank": self.max_lora_rank,
             "revision": self.config.model.get("model_revision"),
             "trust_remote_code": self.trust_remote_code,
             "generation": asdict(self.config.generation),
             "tasks": [task | {"refinements": asdict(self.config.refinements)} for task in tasks],
             "parity": parity,
+            "probe": str(previous.probe),
         }
         logs = (current if number <= self.config.rounds else previous).logs
         with self.stage(min(number, self.config.rounds), "drafts and refinements") as update:
-            run_child("trl_ext.aries.engine", job, logs / "engine.log", update)
+            run_child("trl_ext.aries.engine", job, logs / "engine.log", update, on_note=self.note)
+
+    def probe(self, number: int) -> None:
+        """What servers are compared with: the previous round's policy on a few prompts, by the trainer's libraries."""
+        previous = self.dir.round(number - 1)
+        if previous.probe.exists():
+            return
+        job = self.parity_job(number - 1) | {
+            "prompts": str(self.dir.evaluation_prompts),
+            "output": str(previous.probe),
+            "dtype": self.config.generation.dtype,
+            "max_model_len": self.config.generation.max_model_len,
+        }
+        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
+        with self.stage(min(number, self.config.rounds), "probe") as update:
+            run_child("trl_ext.aries.probe", job, logs / "probe.log", update, env=one_gpu())
 
     def check_parity(self, number: int) -> None:
         """Are the answers of `generate` from the previous round's policy? With its KL to the initial one."""
         previous = self.dir.round(number - 1)
         if not self.config.parity.samples or previous.parity.exists():
             return
-        policy = self.policy(number - 1)
+        nf4 = bool(self.config.model.get("load_in_4bit")) and self.config.generation.quantization is None
+        answers = [previous.samples, previous.evaluation]
+        if number <= self.config.rounds:
+            answers.append(self.dir.round(number).answers)
+        job = self.parity_job(number - 1) | {
+            "samples": str(previous.samples),
+            "output": str(previous.parity),
+            "answers": [str(file) for file in answers],
+            "trained_on": self.config.model if nf4 else None,
+        }
+        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
+        with self.stage(min(number, self.config.rounds), "parity") as update:
+            run_child("trl_ext.aries.parity", job, logs / "parity.log", update, env=one_gpu())
+
+    def parity_job(self, number: int) -> dict[str, Any]:
+        """A round's policy, those that may be mistaken for it, and how they are loaded and compared."""
+        policy = self.policy(number)
         policies = {"policy": policy}
         if policy.adapter is not None:
             policies["base"] = Policy(policy.model, None)
         policies["initial"] = self.policy(0)
-        if number > 1:
-            policies["previous"] = self.policy(number - 2)
-        quantization = self.config.generation.quantization
-        nf4 = bool(self.config.model.get("load_in_4bit")) and quantization is None
-        answers = [previous.samples, previous.evaluation]
-        if number <= self.config.rounds:
-            answers.append(self.dir.round(number).answers)
-        job = {
-            "round": number - 1,
+        if number > 0:
+            policies["previous"] = self.policy(number - 1)
+        return {
+            "round": number,
             "policies": {name: asdict(policy) for name, policy in policies.items()},
-            "samples": str(previous.samples),
-            "output": str(previous.parity),
-            "answers": [str(file) for file in answers],
             "tolerance": self.config.parity.tolerance,
-            "quantization": quantization,
-            "trained_on": self.config.model if nf4 else None,
+            "quantization": self.config.generation.quantization,
             "loading": {
                 "revision": self.config.model.get("model_revision"),
                 "trust_remote_code": self.trust_remote_code,
                 "use_cpu": bool(self.config.training.get("use_cpu")),
             },
         }
-        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
-        with self.stage(min(number, self.config.rounds), "parity") as update:
-            run_child("trl_ext.aries.parity", job, logs / "parity.log", update, env=one_gpu())
 
     def check_health(self, number: int) -> None:
         """
@@ -383,8 +414,7 @@ class Rounds:
             for task, scores in tasks:
                 write_jsonl(scores, score_rows(task, self.scorers, cache))
         for note in notes:
-            self.progress.say(f"{'':<11}{note}")
-            self.dir.log_event(event="note", round=number, stage="scores", note=note)
+            self.note(note)
 
     def pair(self, number: int) -> None:
         """The round's preference dataset, direct and refinement rows."""
@@ -505,6 +535,12 @@ class Rounds:
 
     # What the stages share
 
+    def note(self, note: str, style: str | None = None) -> None:
+        """Say what somebody should know, and log it."""
+        number, stage = self.at
+        self.progress.say(f"{'':<11}{note}", style)
+        self.dir.log_event(event="note", round=number, stage=stage, note=note)
+
     def evaluation_scores(self, number: int) -> list[list[float | None]]:
         """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
         return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
@@ -517,6 +553,10 @@ class Rounds:
     @property
     def trust_remote_code(self) -> bool:
         return bool(self.config.training.get("trust_remote_code", False))
+
+    @property
+    def max_lora_rank(self) -> int:
+        return next(r for r in LORA_RANKS if r >= self.config.model.get("lora_r", 16))
 
     def product(self, number: int) -> Path:
         """What the round's training makes: a model, or an adapter."""

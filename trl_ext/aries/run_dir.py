@@ -32,11 +32,17 @@ OPERATIONAL_KEYS = {
     "output_dir",
     "evaluation.bootstrap_samples",
     "evaluation.correct_score",
+    "generation.api_key_env",
+    "generation.base_urls",
     "generation.cpu_kv_cache_gib",
     "generation.enforce_eager",
     "generation.gpu_memory_utilization",
+    "generation.max_concurrency_per_server",
     "generation.max_num_seqs",
+    "generation.max_outage",
+    "generation.max_retries",
     "generation.tensor_parallel_size",
+    "generation.timeout",
     "health.max_dropped",
     "health.max_kl",
     "health.min_diversity",
@@ -84,6 +90,7 @@ class RoundDir:
         self.adapter = path / "adapter"
         self.samples = path / "parity.jsonl"
         self.parity = path / "parity.json"
+        self.probe = path / "parity_probe.json"
         self.evaluation = path / "evaluation.jsonl"
         self.health = path / "health.json"
         self.set_aside = path / "set_aside"

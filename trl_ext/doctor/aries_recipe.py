@@ -151,17 +151,18 @@ def _around(prompt: Any, loop: Rounds) -> Any:
 
 
 def estimates(config: AriesConfig, model_config: PreTrainedConfig, trust_remote_code: bool, report: Report) -> None:
-    """The memory of the engine, of each reward model and of training, which take turns on the GPU."""
+    """The memory of the engine, unless it is on servers, of each reward model and of training, which take turns on the GPU."""
     model_args = ModelConfig(**config.model)
     shape = find_shape(model_config, model_args, trust_remote_code, report)
     if shape is None:
         return
     checkpoint = checkpoint_dtype(model_config)
-    dtype = engine_dtype(config.generation, checkpoint)
-    rank = config.model.get("lora_r", 16) if model_args.use_peft else None
-    engine = engine_memory(shape, config.generation, dtype, rank)
-    check_memory(engine, report)
-    _engine_room(shape, config, dtype, engine, report)
+    if config.generation.base_urls is None:
+        dtype = engine_dtype(config.generation, checkpoint)
+        rank = config.model.get("lora_r", 16) if model_args.use_peft else None
+        engine = engine_memory(shape, config.generation, dtype, rank)
+        check_memory(engine, report)
+        _engine_room(shape, config, dtype, engine, report)
     for scorer in config.scores.each():
         if scorer.reward_model is not None:
             check_memory(reward_memory(scorer.reward_model, scorer.reward_model_revision), report)

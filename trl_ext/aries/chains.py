@@ -1,0 +1,208 @@
+"""
+Chains of requests: each goes on by itself, from the question to its last refinement, on whatever engine answers.
+
+In: a file of prompts, and an engine. Out: `answers.jsonl`, one chain per row. Every new answer appends its chain so far to
+`answers.jsonl.part`, from which a killed process is continued. Engines are in `engine.py` and `served_engine.py`; what both
+need, a request's token ids, seed and sampling, is here.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import AutoTokenizer
+from transformers import GenerationConfig as HFGenerationConfig
+
+from .config import DraftsConfig, GenerationConfig
+from .disk import writing
+from .drafts import encode_prompt, request_seed, stop_token_ids
+from .records import Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
+from .refinements import Request, Strategy
+
+
+@dataclass
+class Task:
+    """One file of prompts to answer."""
+
+    prompts: Path
+    answers: Path
+    strategy: Strategy
+    sampling: list[DraftsConfig]  # by turn
+    seed: tuple[Any, ...]  # joined by prompt and turn
+
+
+class Engine(Protocol):
+    """What `run_chains` needs: requests in, finished answers out, in any order."""
+
+    def submit(self, chain: Chain) -> bool:
+        """Start the chain's next request; `False` if there is none, and the chain is finished."""
+
+    def step(self) -> list[Chain]:
+        """Wait for some requests, add their answers to their chains, and return those."""
+
+
+def run_chains(
+    engine: Engine,
+    chains: Iterable[Chain],
+    window: int,
+    on_answer: Callable[[Chain], None],
+    on_finished: Callable[[Chain], None],
+) -> None:
+    """
+    Advance every chain on its own: no barrier at which a batch waits for its longest answer, and a prompt's prefix is
+    still in the cache when its refinement arrives.
+
+    Args:
+        engine ([`Engine`]):
+            Answers requests.
+        chains (iterable of [`Chain`]):
+            Chains, new or begun; drawn when there is room.
+        window (`int`):
+            Chains in progress at once. More than the engine decodes together would only queue.
+        on_answer (`Callable`):
+            Called with a chain whenever it has a new answer.
+        on_finished (`Callable`):
+            Called with each finished chain.
+    """
+    waiting = iter(chains)
+    active = 0
+
+    def refill() -> int:
+        started = 0
+        while active + started < window and (chain := next(waiting, None)) is not None:
+            if engine.submit(chain):
+                started += 1
+            else:
+                on_finished(chain)
+        return started
+
+    active += refill()
+    while active:
+        for chain in engine.step():
+            on_answer(chain)
+            if not engine.submit(chain):
+                on_finished(chain)
+                active -= 1
+        active += refill()
+
+
+class TaskEngine:
+    """
+    What the engines share: a chain's next request, as token ids with a sampling and a seed, and its answer.
+
+    Args:
+        model (`str`):
+            Path or id of the base model; its tokenizer renders the prompts.
+        config ([`GenerationConfig`]):
+            The recipe's section.
+        revision (`str`, *optional*):
+            Revision of a model on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether the model may run its own code.
+    """
+
+    window: int  # chains in progress
+    dtype: str  # of the weights
+
+    def __init__(
+        self, model: str, config: GenerationConfig, revision: str | None = None, trust_remote_code: bool = False
+    ):
+        self._tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model, revision))
+        self._max_model_len = config.max_model_len
+        self._task: Task | None = None
+        self.prompt_tokens = self.cached_tokens = 0  # of the task
+
+    def start(self, task: Task) -> None:
+        """Answer this task's prompts from now on."""
+        self._task = task
+        self.prompt_tokens = self.cached_tokens = 0
+
+    def submit(self, chain: Chain) -> bool:
+        request = self._task.strategy.next_request(chain)
+        if request is None:
+            return False
+        sampling = self._task.sampling[request.turn - 1]
+        token_ids = encode_prompt(self._tokenizer, request.prompt)
+        if len(token_ids) + sampling.max_tokens > self._max_model_len:
+            chain.stopped = "prompt_too_long"
+            return False
+        name = (chain.prompt_id, request.turn, *(("critique",) if request.is_critique else ()))
+        self._send(chain, request, token_ids, sampling, name)
+        return True
+
+    def _send(
+        self, chain: Chain, request: Request, token_ids: list[int], sampling: DraftsConfig, name: tuple[Any, ...]
+    ) -> None:
+        """Have a request answered; [`Engine.step`] returns its chain."""
+        raise NotImplementedError
+
+    def request_settings(self, sampling: DraftsConfig, name: tuple[Any, ...]) -> dict[str, Any]:
+        """What a request asks of vLLM, in words that its `SamplingParams` and its servers share; the seed is the task's and the name's."""
+        return {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_tokens": sampling.max_tokens,
+            "seed": request_seed(*self._task.seed, *name),
+            "stop_token_ids": self._stop_token_ids,
+        }
+
+    def sample_requests(
+        self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
+    ) -> Iterator[tuple[str, list[int], dict[str, Any]]]:
+        """
+        Id, token ids and settings of requests for the parity check, without the prompts that are too long. At temperature 1 and
+        over the whole vocabulary, the log-probabilities that an answer is sampled from are the policy's own.
+        """
+        for row in prompts:
+            token_ids = encode_prompt(self._tokenizer, row["prompt"])
+            if len(token_ids) + max_tokens <= self._max_model_len:
+                settings = {"temperature": 1.0, "max_tokens": max_tokens, "stop_token_ids": self._stop_token_ids}
+                settings |= {"logprobs": 0, "seed": request_seed(*seed, row["prompt_id"])}  # the sampled token's alone
+                yield row["prompt_id"], token_ids, settings
+
+    def close(self) -> None:
+        """Give back what the end of the process does not."""
+
+
+def _generation_config(model: str, revision: str | None) -> HFGenerationConfig | None:
+    try:
+        return HFGenerationConfig.from_pretrained(model, revision=revision)
+    except OSError:  # the model has none
+        return None
+
+
+def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None]) -> None:
+    """Answer a file of prompts, continuing every chain from what a previous process left."""
+    part = task.answers.with_name(task.answers.name + ".part")
+    rows = {row["prompt_id"]: row for row in recover_jsonl(part)}  # the last one of a chain holds all its answers
+    prompts = read_jsonl(task.prompts)
+    finished: dict[str, dict[str, Any]] = {}
+
+    def chains() -> Iterator[Chain]:
+        for row in prompts:
+            begun = rows.get(row["prompt_id"])
+            yield Chain(row["prompt_id"], row["prompt"]) if begun is None else Chain.from_row(begun, row["prompt"])
+
+    with writing(part), open(part, "a", encoding="utf-8") as file:
+
+        def on_answer(chain: Chain) -> None:
+            file.write(to_line(chain.to_row()))
+            file.flush()
+
+        def on_finished(chain: Chain) -> None:
+            finished[chain.prompt_id] = chain.to_row()
+            progress(len(finished))
+
+        engine.start(task)
+        run_chains(engine, chains(), engine.window, on_answer, on_finished)
+
+    if engine.prompt_tokens:
+        share = engine.cached_tokens / engine.prompt_tokens
+        print(  # noqa: T201 (into the stage's log)
+            f"{task.answers}: {share:.1%} of {engine.prompt_tokens:,} prompt tokens came from the prefix cache"
+        )
+    write_jsonl(task.answers, (finished[row["prompt_id"]] for row in prompts))
+    part.unlink()
