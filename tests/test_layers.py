@@ -22,17 +22,18 @@ MAY_IMPORT = {
     "processes": set(),
     "recipe_values": set(),
     "recipe": {"recipe_values"},
+    "launch": {"recipe"},
     "terminal": set(),
     "losses": set(),
     "kernels": set(),
     "trainers": {"losses", "kernels"},
-    "aries": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
+    "aries": {"processes", "launch", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
     "scripts": {"processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers"},
     "migrate": {"recipe", "recipe_values", "trainers"},
-    "doctor": {"processes", "recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
+    "doctor": {"processes", "launch", "recipe", "recipe_values", "kernels", "trainers", "aries", "scripts"},
     "cli": {
         *("processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "trainers", "aries", "scripts"),
-        *("doctor", "migrate"),
+        *("doctor", "migrate", "launch"),
     },
     "__init__": {"trainers"},  # the public names, lazily
 }
