@@ -7,19 +7,15 @@ not the initial policy on every process, shows.
 """
 
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.worker import CASES, ROOT, train
+from tests.distributed.launch import torchrun
+from tests.distributed.worker import CASES, train
 
-
-TIMEOUT = 300  # seconds, of a launch
 
 # Of the logged values, of which the largest are sums of log-probabilities around 50 nats
 LOG_TOLERANCE = {"rel": 1e-5, "abs": 2e-5}
@@ -57,25 +53,7 @@ def one_process(models, tmp_path_factory):
 
 def launch(strategies: list[str], models: Path, output: Path, **environment: str) -> Path:
     """Trains every case on two processes, with one strategy after another, and returns the directory of the results."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "tests.distributed.worker", str(models), str(output), *strategies),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "", **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, stderr = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its workers
-        _, stderr = process.communicate()
-        stderr += f"\nNot done after {TIMEOUT} s."
-    if process.returncode != 0:
-        pytest.fail(f"The workers failed.\n{stderr[-10_000:]}", pytrace=False)
+    torchrun("tests.distributed.worker", str(models), str(output), *strategies, **environment)
     return output
 
 

@@ -3,6 +3,7 @@ Stages that need a process of their own: generation, training, reward models. Th
 
 A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, `{"error": message}` for bad input, or
 `{"failed": message}` for a fault that it can name; whatever it or its libraries print goes to a log file. It dies with its parent.
+Where a launcher makes it several processes, the first one reports what is done, and each one what is wrong.
 """
 
 import json
@@ -14,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..processes import die_with_parent, process_group
+from ..launch import Launch
+from ..processes import die_with_launcher, die_with_parent, launcher_command, process_group
 from ..recipe import RecipeError
 
 
@@ -37,6 +39,7 @@ def run_child(
     log: Path,
     on_progress: Callable[[int, int], None],
     env: dict[str, str] | None = None,
+    launch: Launch | None = None,
 ) -> None:
     """
     Run `python -m module` on a job and wait for it.
@@ -52,6 +55,8 @@ def run_child(
             Called with (done, total).
         env (`dict[str, str]`, *optional*):
             Environment variables to add.
+        launch ([`~launch.Launch`], *optional*):
+            Run it through `accelerate launch`.
 
     Raises:
         [`RecipeError`]: it found bad input.
@@ -60,7 +65,10 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
     job_file.write_text(json.dumps(job, indent=2), encoding="utf-8")
-    command = [sys.executable, "-m", module, str(job_file), str(os.getpid())]
+    if launch is None:
+        command = [sys.executable, "-m", module, str(job_file), str(os.getpid())]
+    else:
+        command = launcher_command(*launch.command(module, str(job_file)))
     with (
         open(log, "a", encoding="utf-8") as log_file,
         process_group(
@@ -95,8 +103,11 @@ def run_child(
 
 def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None]) -> None:
     """The other side of [`run_child`]: `main(job, progress)` with the job of the command line."""
-    job_file, parent = Path(sys.argv[1]), int(sys.argv[2])
-    die_with_parent(parent)
+    job_file, *parent = sys.argv[1:]
+    if parent:
+        die_with_parent(int(parent[0]))
+    else:
+        die_with_launcher()
     # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -105,8 +116,12 @@ def child_main(main: Callable[[dict[str, Any], Callable[[int, int], None]], None
         reports.write(f"{REPORT}{json.dumps(message)}\n")
         reports.flush()
 
+    def progress(done: int, total: int) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            report(done=done, total=total)
+
     try:
-        main(json.loads(job_file.read_text(encoding="utf-8")), lambda done, total: report(done=done, total=total))
+        main(json.loads(Path(job_file).read_text(encoding="utf-8")), progress)
     except RecipeError as error:
         report(error=str(error))
     except ChildError as error:
