@@ -8,6 +8,7 @@ of the same jobs.
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,9 +22,9 @@ class Stopped(Exception):
     """In the place of a kill."""
 
 
-def run(job: dict, **options) -> dict:
+def run(job: dict, options: Callable[[], dict] = dict) -> dict:
     """
-    One job; where it has `stop_at`, it is stopped after so many steps and run again.
+    One job, with `options` besides; where it has `stop_at`, it is stopped after so many steps and run again.
 
     Returns:
         `dict`: `processes`; `wrapper`, the classes that the trained model is an instance of; `held`, the share of its parameters
@@ -40,14 +41,13 @@ def run(job: dict, **options) -> dict:
         if done == job.get("stop_at") and len(trainers) == 1:
             raise Stopped
 
-    job = job | {"config": job["config"] | options}
     training.make_trainer = making
     try:
         for _ in range(2 if "stop_at" in job else 1):
             set_seed(0)  # the adapter's initial weights
             reports.clear()
             try:
-                training.main(job, progress)
+                training.main(job | {"config": job["config"] | options()}, progress)
             except Stopped:
                 continue
     finally:
@@ -63,7 +63,7 @@ def run(job: dict, **options) -> dict:
 def main(jobs: Path, strategies: list[str]) -> None:
     for strategy in strategies:
         for job in json.loads(jobs.read_text())[strategy]:
-            result = run(job, **STRATEGIES[strategy]())
+            result = run(job, STRATEGIES[strategy])
             torch.distributed.barrier()  # the next job may start from what the main process is saving
             Path(f"{job['output']}.{os.environ['RANK']}.json").write_text(json.dumps(result))
 

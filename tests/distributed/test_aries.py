@@ -1,10 +1,11 @@
 """
-ARIES' training stage on two processes against one that takes the doubled batch: DDP and FSDP2, LoRA and all weights.
+ARIES' training stage on two processes against one that takes the doubled batch: DDP, FSDP2 and ZeRO, LoRA and all weights.
 
 Oracle: the same jobs in one process. Losses, gradient norms and what is saved must agree within fp32 rounding; what was stopped half-way
 must end as what was not.
 """
 
+import importlib.util
 import json
 import os
 from dataclasses import asdict
@@ -33,7 +34,7 @@ STOPPED = {"stop_at": 3}
 CASES = {
     "sft_full": {"trainer": "sft", "model_args": {}},
     "tdpo_full": {"trainer": "tdpo", "model_args": {}, **STOPPED},
-    "tdpo_full_initial": {"trainer": "tdpo", "model_args": {}, "from": "tdpo_full"},
+    "dpo_full_initial": {"trainer": "dpo", "model_args": {}, "from": "tdpo_full"},
     "dpo_lora": {"trainer": "dpo", "model_args": LORA},
     "dpo_lora_previous": {"trainer": "dpo", "model_args": LORA, "from": "dpo_lora", **STOPPED},
     "self_refine_lora_initial": {
@@ -108,13 +109,24 @@ def one_process(tiny_model_dir, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
-def two_processes(tiny_model_dir, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("two_processes")
-    made = {strategy: jobs(output / strategy, tiny_model_dir, 2) for strategy in ("ddp", "fsdp2")}
+def launch(strategies: list[str], model: Path, output: Path, **environment: str) -> Path:
+    """Runs the cases on two processes, with one strategy after another, and returns the directory of the results."""
+    made = {strategy: jobs(output / strategy, model, 2) for strategy in strategies}
     (output / "jobs.json").write_text(json.dumps(made))
-    torchrun("tests.distributed.aries_worker", str(output / "jobs.json"), *made, ACCELERATE_USE_CPU="true")
+    torchrun("tests.distributed.aries_worker", str(output / "jobs.json"), *strategies, **environment)
     return output
+
+
+@pytest.fixture(scope="module")
+def ddp_and_fsdp2(tiny_model_dir, tmp_path_factory) -> Path:
+    return launch(
+        ["ddp", "fsdp2"], tiny_model_dir, tmp_path_factory.mktemp("ddp_and_fsdp2"), ACCELERATE_USE_CPU="true"
+    )
+
+
+@pytest.fixture(scope="module")
+def zero(tiny_model_dir, tmp_path_factory) -> Path:
+    return launch(["zero2", "zero3"], tiny_model_dir, tmp_path_factory.mktemp("zero"), DS_ACCELERATOR="cpu")
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -151,21 +163,37 @@ def check_product(found: Path, expected: Path, name: str, model: Path) -> None:
         assert (saved[parameter] - weight).abs().max() <= WEIGHT_TOLERANCE * change, parameter
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(
-    ("strategy", "wrapper", "held"), [("ddp", "DistributedDataParallel", 1.0), ("fsdp2", "FSDPModule", 0.5)]
-)
-def test_two_processes(two_processes, one_process, tiny_model_dir, strategy, wrapper, held, name):
+def check(path: Path, expected: Path, name: str, model: Path, *, wrapper: str, held: float) -> None:
+    """How both processes trained, and what came out; `held` is the share of the parameters that a process must hold."""
     for rank in (0, 1):
-        result = json.loads((two_processes / strategy / f"{name}.{rank}.json").read_text())
+        result = json.loads((path / f"{name}.{rank}.json").read_text())
         assert result["processes"] == 2
         assert wrapper in result["wrapper"]
         assert result["held"] == pytest.approx(held, abs=0.01)
         first = 2 if "stop_at" in CASES[name] else 0
         assert result["reports"] == [[step, STEPS] for step in range(first, STEPS + 1)]
-    counts = json.loads((two_processes / strategy / f"{name}-training" / "rows.json").read_text())
+    counts = json.loads((path / f"{name}-training" / "rows.json").read_text())
     assert counts == {"rows": 8, "trained_rows": 8, "processes": 2, "batch_size": GLOBAL_BATCH}
-    check_product(two_processes / strategy, one_process, name, tiny_model_dir)
+    check_product(path, expected, name, model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ddp(ddp_and_fsdp2, one_process, tiny_model_dir, name):
+    check(ddp_and_fsdp2 / "ddp", one_process, name, tiny_model_dir, wrapper="DistributedDataParallel", held=1.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fsdp2(ddp_and_fsdp2, one_process, tiny_model_dir, name):
+    """As in `test_two_processes.py`, the worker writes the choice of FSDP into accelerate's state."""
+    check(ddp_and_fsdp2 / "fsdp2", one_process, name, tiny_model_dir, wrapper="FSDPModule", held=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("stage", "held"), [("zero2", 1.0), ("zero3", 0.5)])
+def test_zero(zero, one_process, tiny_model_dir, stage, held, name):
+    check(zero / stage, one_process, name, tiny_model_dir, wrapper="DeepSpeedEngine", held=held)
 
 
 def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypatch):

@@ -63,8 +63,8 @@ def ddp_and_fsdp2(models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def zero3(models, tmp_path_factory) -> Path:
-    return launch(["zero3"], models, tmp_path_factory.mktemp("zero3"), DS_ACCELERATOR="cpu")
+def zero(models, tmp_path_factory) -> Path:
+    return launch(["zero2", "zero3"], models, tmp_path_factory.mktemp("zero"), DS_ACCELERATOR="cpu")
 
 
 def load(output: Path, strategy: str, name: str) -> list[dict]:
@@ -124,5 +124,6 @@ def test_fsdp2(ddp_and_fsdp2, one_process, name):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("name", CASES)
-def test_zero3(zero3, one_process, name):
-    check(load(zero3, "zero3", name), one_process(name), wrapper="DeepSpeedEngine", held=0.5)
+@pytest.mark.parametrize(("stage", "held"), [("zero2", 1.0), ("zero3", 0.5)])
+def test_zero(zero, one_process, stage, held, name):
+    check(load(zero, stage, name), one_process(name), wrapper="DeepSpeedEngine", held=held)
