@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import trl_ext.aries
 from trl_ext.aries.children import ChildError
-from trl_ext.cli import find_accelerate_config, main, split_launch_args
+from trl_ext.cli import main, split_launch_args
+from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import Recipe
 
 from .conftest import PAIRS

@@ -14,7 +14,8 @@ from trl_ext.aries.config import LOOP_KEYS, AriesConfig
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.scores import load_verifier
 from trl_ext.aries.training import trainer_classes
-from trl_ext.cli import TRAINERS, find_accelerate_config
+from trl_ext.cli import TRAINERS
+from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import Recipe, check_keys, export_env, load_yaml, parse_flat, parse_section
 from trl_ext.trainers.pairwise_trainer import PairwiseTrainer
 
@@ -172,7 +173,7 @@ def test_accelerate_configs(path):
 
 def test_accelerate_configs_are_those_of_trl():
     """But for `single_gpu`, which TRL ships with eight processes."""
-    theirs = {"ddp": "multi_gpu", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
+    theirs = {"ddp": "multi_gpu", "fsdp2": "fsdp2", "deepspeed_zero2": "zero2", "deepspeed_zero3": "zero3"}
     assert {path.stem for path in ACCELERATE_CONFIGS} == {"single_gpu", *theirs}
     directory = Path(find_spec("trl").origin).parent / "accelerate_configs"
     for ours, name in theirs.items():

@@ -341,6 +341,7 @@ def split_launch_args(recipe: "Recipe", args: Sequence[str]) -> tuple[list[str] 
     What goes to `accelerate launch`, `None` if it is not needed, and what goes to the script. The command line's value goes
     before the recipe's.
     """
+    from .launch import find_accelerate_config
     from .recipe import take_flag
     from .recipe_values import LAUNCH_KEYS
 
@@ -355,31 +356,6 @@ def split_launch_args(recipe: "Recipe", args: Sequence[str]) -> tuple[list[str] 
     if launched or {"-h", "--help"} & set(rest) or not (launch_args or _accelerate_by_default(recipe)):
         return None, rest
     return launch_args, rest
-
-
-def find_accelerate_config(name: str, recipe: "Recipe") -> Path:
-    """
-    A path, or the name of a file in an `accelerate_configs` directory above the recipe, in this repository's recipes, or
-    among those TRL ships.
-    """
-    from .recipe import RecipeError
-
-    if Path(name).is_file():
-        return Path(name)
-    around = [] if recipe.path is None else recipe.path.resolve().parents
-    roots = [*around, Path.cwd() / "recipes", Path(__file__).parents[1] / "recipes"]
-    directories = [root / "accelerate_configs" for root in roots]
-
-    from importlib.util import find_spec
-
-    directories.append(Path(find_spec("trl").origin).parent / "accelerate_configs")
-    found = {path.stem: path for directory in reversed(directories) for path in sorted(directory.glob("*.yaml"))}
-    if name not in found:
-        raise RecipeError(
-            f"accelerate_config: {name} is neither a file nor one of {', '.join(sorted(found))}. Write one with "
-            "`accelerate config --config_file my_machine.yaml`."
-        )
-    return found[name]
 
 
 def _accelerate_by_default(recipe: "Recipe") -> bool:

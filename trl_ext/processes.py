@@ -48,9 +48,13 @@ def run_launcher(module: str, arguments: Sequence[str]) -> int:
     Returns:
         `int`: its exit code.
     """
-    command = [sys.executable, "-m", "trl_ext.processes", str(os.getpid()), module, *arguments]
-    with process_group(command) as process:
+    with process_group(launcher_command(module, *arguments)) as process:
         return process.wait()
+
+
+def launcher_command(module: str, *arguments: str) -> list[str]:
+    """The command of a launcher that ends with this process, and tells what it starts how to end with it."""
+    return [sys.executable, "-m", "trl_ext.processes", str(os.getpid()), module, *arguments]
 
 
 def die_with_launcher() -> None:

@@ -7,19 +7,15 @@ not the initial policy on every process, shows.
 """
 
 import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.worker import CASES, ROOT, train
+from tests.distributed.launch import torchrun
+from tests.distributed.worker import CASES, train
 
-
-TIMEOUT = 300  # seconds, of a launch
 
 # Of the logged values, of which the largest are sums of log-probabilities around 50 nats
 LOG_TOLERANCE = {"rel": 1e-5, "abs": 2e-5}
@@ -57,25 +53,7 @@ def one_process(models, tmp_path_factory):
 
 def launch(strategies: list[str], models: Path, output: Path, **environment: str) -> Path:
     """Trains every case on two processes, with one strategy after another, and returns the directory of the results."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "tests.distributed.worker", str(models), str(output), *strategies),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "", **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, stderr = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its workers
-        _, stderr = process.communicate()
-        stderr += f"\nNot done after {TIMEOUT} s."
-    if process.returncode != 0:
-        pytest.fail(f"The workers failed.\n{stderr[-10_000:]}", pytrace=False)
+    torchrun("tests.distributed.worker", str(models), str(output), *strategies, **environment)
     return output
 
 
@@ -85,8 +63,8 @@ def ddp_and_fsdp2(models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def zero3(models, tmp_path_factory) -> Path:
-    return launch(["zero3"], models, tmp_path_factory.mktemp("zero3"), DS_ACCELERATOR="cpu")
+def zero(models, tmp_path_factory) -> Path:
+    return launch(["zero2", "zero3"], models, tmp_path_factory.mktemp("zero"), DS_ACCELERATOR="cpu")
 
 
 def load(output: Path, strategy: str, name: str) -> list[dict]:
@@ -146,5 +124,6 @@ def test_fsdp2(ddp_and_fsdp2, one_process, name):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("name", CASES)
-def test_zero3(zero3, one_process, name):
-    check(load(zero3, "zero3", name), one_process(name), wrapper="DeepSpeedEngine", held=0.5)
+@pytest.mark.parametrize(("stage", "held"), [("zero2", 1.0), ("zero3", 0.5)])
+def test_zero(zero, one_process, stage, held, name):
+    check(load(zero, stage, name), one_process(name), wrapper="DeepSpeedEngine", held=held)

@@ -1,11 +1,12 @@
 """
-Trains tiny models under DDP, FSDP2 or ZeRO-3 on CPUs and saves what came out, one file per case and process.
+Trains tiny models under DDP, FSDP2 or ZeRO on CPUs and saves what came out, one file per case and process.
 
 Launched by the tests, `torchrun -m tests.distributed.worker <models> <output> <strategy> ...`, and imported by them for what
 one process makes of the same global batches.
 """
 
 import contextlib
+import functools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -182,14 +183,18 @@ def fsdp2_options() -> dict:
     return {"accelerator_config": {"use_configured_state": True}}
 
 
-def zero3_options() -> dict:
-    """The options under which a trainer partitions its models with DeepSpeed, on CPUs."""
+def zero_options(stage: int) -> dict:
+    """The options under which a trainer partitions its gradients, or its models too, with DeepSpeed on CPUs."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     AcceleratorState._reset_state(reset_partial_state=True)  # it refuses a second model's configuration
     PartialState(backend="gloo")  # accelerate has no backend of its own for DeepSpeed without GPUs
     config = {
         # DeepSpeed leaves parameters whole below a threshold that is more than these models have
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
         "zero_allow_untested_optimizer": True,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -198,7 +203,12 @@ def zero3_options() -> dict:
     return {"use_cpu": False, "deepspeed": config, "accelerator_config": {"use_configured_state": True}}
 
 
-STRATEGIES = {"ddp": dict, "fsdp2": fsdp2_options, "zero3": zero3_options}
+STRATEGIES = {
+    "ddp": dict,
+    "fsdp2": fsdp2_options,
+    "zero2": functools.partial(zero_options, 2),
+    "zero3": functools.partial(zero_options, 3),
+}
 
 
 def main(models: Path, output: Path, strategies: list[str]) -> None:

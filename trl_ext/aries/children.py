@@ -3,7 +3,8 @@ Stages that need a process of their own: generation, training, reward models. Th
 
 A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, `{"note": text}` for what somebody should know,
 `{"error": message}` for bad input, or `{"failed": message}` for a fault that it can name; whatever it or its libraries print goes to a
-log file. It dies with its parent.
+log file. It dies with its parent. Where a launcher makes it several processes, the first one reports what is done, and each one what is
+wrong.
 """
 
 import json
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..processes import die_with_parent, process_group
+from ..launch import Launch
+from ..processes import die_with_launcher, die_with_parent, launcher_command, process_group
 from ..recipe import RecipeError
 
 
@@ -39,6 +41,7 @@ def run_child(
     on_progress: Callable[[int, int], None],
     env: dict[str, str] | None = None,
     on_note: Callable[[str], None] = lambda text: None,
+    launch: Launch | None = None,
 ) -> None:
     """
     Run `python -m module` on a job and wait for it.
@@ -56,6 +59,8 @@ def run_child(
             Environment variables to add.
         on_note (`Callable[[str], None]`, *optional*):
             Called with each note.
+        launch ([`~launch.Launch`], *optional*):
+            Run it through `accelerate launch`.
 
     Raises:
         [`RecipeError`]: it found bad input.
@@ -64,7 +69,10 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
     job_file.write_text(json.dumps(job, indent=2), encoding="utf-8")
-    command = [sys.executable, "-m", module, str(job_file), str(os.getpid())]
+    if launch is None:
+        command = [sys.executable, "-m", module, str(job_file), str(os.getpid())]
+    else:
+        command = launcher_command(*launch.command(module, str(job_file)))
     with (
         open(log, "a", encoding="utf-8") as log_file,
         process_group(
@@ -107,7 +115,8 @@ class Reporter:
         self._stream = stream
 
     def __call__(self, done: int, total: int) -> None:
-        self.send(done=done, total=total)
+        if os.environ.get("RANK", "0") == "0":
+            self.send(done=done, total=total)
 
     def note(self, text: str) -> None:
         self.send(note=text)
@@ -119,13 +128,16 @@ class Reporter:
 
 def child_main(main: Callable[[dict[str, Any], Reporter], None]) -> None:
     """The other side of [`run_child`]: `main(job, report)` with the job of the command line."""
-    job_file, parent = Path(sys.argv[1]), int(sys.argv[2])
-    die_with_parent(parent)
+    job_file, *parent = sys.argv[1:]
+    if parent:
+        die_with_parent(int(parent[0]))
+    else:
+        die_with_launcher()
     # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
     report = Reporter(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
     try:
-        main(json.loads(job_file.read_text(encoding="utf-8")), report)
+        main(json.loads(Path(job_file).read_text(encoding="utf-8")), report)
     except RecipeError as error:
         report.send(error=str(error))
     except ChildError as error:

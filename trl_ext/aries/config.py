@@ -21,7 +21,7 @@ from .templates import EVALUATION_TEMPLATE, TEMPLATES, check_evaluation_template
 MAX_LORA_RANK = 512
 
 # Keys of `training` that are the loop's own, not the trainer's
-LOOP_KEYS = ("trainer", "reference", "objective", "objective_alpha")
+LOOP_KEYS = ("trainer", "reference", "objective", "objective_alpha", "accelerate_config", "num_processes")
 
 # α of the squared objective: the paper's was not available to us, and two public relatives have this one. [house]
 OBJECTIVE_ALPHA = 0.8
@@ -670,7 +670,9 @@ class AriesConfig:
             `trainer` (`"dpo"`, `"tdpo"` or `"self_refine_dpo"`), `reference` (`"previous"`, the default and [house], or
             `"initial"`: the policy before round 1), `objective` (`"logistic"`, the default: every row takes the trainer's
             loss; or `"squared"`, the paper's: `(1 − α) L_direct + α L_refine` with the squared loss on refinement rows),
-            `objective_alpha` (its α, by default 0.8, [house]), and keys of that trainer's config.
+            `objective_alpha` (its α, by default 0.8, [house]), `accelerate_config` (a file, or a name such as `ddp` or
+            `fsdp2`, with which this training and the SFT are launched; default: one process), `num_processes` (its processes,
+            one for each GPU; default: as many as that file says), and keys of that trainer's config.
         rounds (`int`, *optional*, defaults to `3`):
             Rounds after the SFT; the paper runs about three.
         seed (`int`, *optional*, defaults to `42`):
@@ -720,6 +722,7 @@ class AriesConfig:
         }.items():
             value = self.training.get(key, choices[0])
             _require(value in choices, f"`training.{key}` must be one of {', '.join(choices)}; got {value!r}.")
+        self._check_launch()
         self._check_objective()
         _require(
             self.pairs.selection == "rule_based" or bool(self.scores.each()),
@@ -741,6 +744,21 @@ class AriesConfig:
                 f"`{name}` ({max_tokens}) leaves no room for a prompt in "
                 f"`generation.max_model_len` ({self.generation.max_model_len}).",
             )
+
+    def _check_launch(self) -> None:
+        name, count = (self.training.get(key) for key in ("accelerate_config", "num_processes"))
+        _require(
+            isinstance(name, str | None),
+            f"`training.accelerate_config` must be a file, or a name such as ddp or fsdp2, got {name!r}.",
+        )
+        _require(
+            count is None or (type(count) is int and count > 0),
+            f"`training.num_processes` must be a positive whole number, got {count!r}.",
+        )
+        _require(
+            count is None or name is not None,
+            "`training.num_processes` belongs to `training.accelerate_config`. Set that too, for example to ddp.",
+        )
 
     def _check_objective(self) -> None:
         alpha = objective_alpha(self)

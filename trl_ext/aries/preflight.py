@@ -20,6 +20,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_peft_config
 
+from ..launch import Launch
 from ..recipe import Recipe, RecipeError, check_keys
 from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import PairwiseTrainer
@@ -30,6 +31,7 @@ from .children import child_main
 from .config import LOOP_KEYS, DatasetConfig, HealthConfig
 from .drafts import encode_prompt
 from .health import share_finding
+from .launch_check import launch_problem
 from .prompts import load_prompts
 from .reward_model import check_reward_model
 from .training import trainer_classes
@@ -70,6 +72,12 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         {tuple(keys): where for keys, where in job["recipe"]["locations"]},
     )
     check_keys(recipe, [ModelConfig], ("model",))
+    if job["launch"] is not None:
+        sections = [job[section]["config"] for section in ("training", "sft") if job[section] is not None]
+        problem = launch_problem(Launch(**job["launch"]), recipe.mapping["model"], sections, torch.cuda.device_count())
+        if problem:
+            where = recipe.where("training", "accelerate_config")
+            raise RecipeError(f"{where}: `training.accelerate_config`: {problem}")
     for key in ("use_dora", "lora_modules_to_save"):
         if recipe.mapping["model"].get(key):
             raise RecipeError(

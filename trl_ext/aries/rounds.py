@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from . import health
 from .children import ChildError, run_child
@@ -73,7 +74,8 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
         [`~aries.children.ChildError`]: a stage failed; running again continues from it.
     """
     start = time.monotonic()
-    loop = Rounds(config, {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet))
+    progress = {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet)
+    loop = Rounds(config, progress, recipe_launch(recipe))
     loop.load()
     with loop.dir.opened(config, recipe_text(recipe), loop.input_hashes()), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
@@ -95,7 +97,7 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def one_gpu() -> dict[str, str]:
-    """Training runs in one process; with several GPUs in sight TRL would refuse `nn.DataParallel`."""
+    """A stage that runs in one process, on one GPU; with several in sight TRL would refuse `nn.DataParallel`."""
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
@@ -114,8 +116,9 @@ def local_files(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
 class Rounds:
     """The stages of a run, in the order of the data."""
 
-    def __init__(self, config: AriesConfig, progress: RunProgress | None = None):
+    def __init__(self, config: AriesConfig, progress: RunProgress | None = None, launch: Launch | None = None):
         self.config = config
+        self.launch = launch  # of the training, `None` for one process
         self.dir = RunDir(Path(config.output_dir))
         self.progress = progress or RunProgress(config.rounds)
         self.at = (0, "check")  # round and stage, for the error that stops the run
@@ -153,6 +156,7 @@ class Rounds:
                 if scorer.verifier is not None
             },
             "sft.dataset": self.config.sft["dataset"] if self.config.sft else "",
+            "training.accelerate_config": "" if self.launch is None else self.launch.config_file,
         }
         return {key: sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
 
@@ -178,6 +182,7 @@ class Rounds:
             "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
             "training": trainer_settings(self.config, 1, str(self.dir.round(1).training)),
             "sft": self.config.sft and sft_settings(self.config, str(self.dir.round(0).training)),
+            "launch": self.launch and asdict(self.launch),
             "conversational": not isinstance(self.prompts[0]["prompt"], str),
             "max_model_len": self.config.generation.max_model_len,
             "adapters": [str(self.dir.round(number).adapter) for number in range(self.config.rounds + 1)],
@@ -214,9 +219,8 @@ class Rounds:
             self.write_sft_rows(round_dir)
         job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
         job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
-        env = one_gpu() | tracked_training(job, self.dir, self.config, 0)
         with self.stage(0, "sft") as update:
-            run_child("trl_ext.aries.training", job, round_dir.logs / "sft.log", update, env=env)
+            self.run_training(0, job, round_dir.logs / "sft.log", update)
 
     def write_sft_rows(self, round_dir: RoundDir) -> None:
         rows = len(self.sft_rows) + sum(self.sft_dropped.values())
@@ -477,9 +481,14 @@ class Rounds:
             return
         job = self.training_job(number, self.policy(number - 1))
         job |= trainer_settings(self.config, number, str(round_dir.training))
-        env = one_gpu() | tracked_training(job, self.dir, self.config, number)
         with self.stage(number, f"training ({job['trainer']})") as update:
-            run_child("trl_ext.aries.training", job, round_dir.logs / "training.log", update, env=env)
+            self.run_training(number, job, round_dir.logs / "training.log", update)
+
+    def run_training(self, number: int, job: dict[str, Any], log: Path, update: Callable[[int, int], None]) -> None:
+        """The SFT, or a round's training, in one process or as the recipe launches it."""
+        env = {} if self.launch else one_gpu()
+        env |= tracked_training(job, self.dir, self.config, number)
+        run_child("trl_ext.aries.training", job, log, update, env=env, launch=self.launch)
 
     def evaluate_last(self) -> None:
         """Answer the evaluation prompts with the last round's policy."""

@@ -8,21 +8,26 @@ where direct and refinement rows take different losses.
 
 import json
 import math
+import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..recipe import RecipeError
 from ..trainers.packed_pairs import why_not_packed
-from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights
+from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
 from ..trainers.squared_refinement import (
@@ -68,6 +73,17 @@ class RestoreAdapter(TrainerCallback):
         load_adapter_weights(model, self._checkpoint, "default")
 
 
+class CheckStep0(TrainerCallback):
+    """[`check_step_0`] of a training that is not continued, where the models lie as they are trained: sharded, on their devices."""
+
+    def __init__(self, trainer: DPOTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            check_step_0(self._trainer)
+
+
 class ProgressReport(TrainerCallback):
     def __init__(self, progress: Callable[[int, int], None]):
         self._progress = progress
@@ -90,13 +106,13 @@ class StopOnNoNumber(TrainerCallback):
                 raise RecipeError(diverged(where, args.output_dir))
 
 
-def check_weights(model: torch.nn.Module, output_dir: str) -> None:
+def check_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], output_dir: str) -> None:
     """
     Raises:
         [`RecipeError`]: a trained weight is NaN or infinite.
     """
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
+        if parameter.requires_grad and not torch.isfinite(weights[name]).all():
             raise RecipeError(diverged(f"after the last step, {name} is no longer finite", output_dir))
 
 
@@ -135,7 +151,10 @@ def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code:
         quantization_config=get_quantization_config(model_args),
         device_map={"": "cpu"} if job["config"].get("use_cpu") else None,
     )
-    return PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+    # ZeRO-3 gathers parameters of one type: adapters in the base's, as TRL makes new ones there
+    return PeftModel.from_pretrained(
+        base, job["adapter"], is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+    )
 
 
 def decide_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, model: str | PeftModel) -> None:
@@ -159,6 +178,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
             "attn_implementation": model_args.attn_implementation,
             "revision": model_args.model_revision,
             "use_safetensors": True,
+            **own_device(),
         }
         kwargs["peft_config"] = get_peft_config(model_args)
         kwargs["quantization_config"] = get_quantization_config(model_args)
@@ -173,6 +193,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
             )
     if job["trainer"] in ("tdpo", "self_refine_dpo") and "share_prompt" not in job["config"]:
         decide_share_prompt(args, model)
+    ref_weights = kwargs["ref_model"].state_dict() if "ref_model" in kwargs else None
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
     if job.get("objective_alpha") is not None:
@@ -189,6 +210,8 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
         **kwargs,
     )
     keep_nf4_trainable(trainer.model)  # TRL's own trainers too: `check_step_0` is an evaluation
+    if trainer_class is DPOTrainer and trainer.ref_model is not None:
+        load_sharded_reference(trainer, ref_weights)
     if job["trainer"] != "sft":
         set_reference(trainer, job)
     return trainer
@@ -219,12 +242,13 @@ def check_step_0(trainer: DPOTrainer) -> None:
     size = min(len(trainer.train_dataset), trainer.args.per_device_train_batch_size)
     rows = trainer.train_dataset.select(range(size))
     batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
-    trainer.model.eval()
+    model = trainer.model_wrapped
+    model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
-        trainer.compute_loss(trainer.model, batch)
+        trainer.compute_loss(model, batch)
     found = {key: values[-1] for key, values in trainer._metrics["eval"].items()}
     trainer._metrics["eval"].clear()
-    trainer.model.train()
+    model.train()
     for side in ("chosen", "rejected"):
         logratio = found[f"rewards/{side}"] / trainer.beta
         if abs(logratio) > STEP_0_TOLERANCE * abs(found[f"logps/{side}"]):
@@ -236,33 +260,73 @@ def check_step_0(trainer: DPOTrainer) -> None:
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose last file was written; those that a kill tore are removed."""
+    """The newest checkpoint whose last files were written; those that a kill tore are removed."""
     checkpoints = sorted(
         output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
     )
     for checkpoint in checkpoints:
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        if is_whole(checkpoint):
             return checkpoint
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
+        shutil.rmtree(checkpoint)
     return None
 
 
-def save_policy(trainer, output: Path) -> None:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the main process has written its last file, and each of several its random states, which it does on its own."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
+    return all(zipfile.is_zipfile(checkpoint / name) for name in names)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the processes may have parts of the model, which the Trainer then restores by itself."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def check_launched(accelerator: Accelerator) -> None:
+    """
+    accelerate has trained in one process, or without sharding, where it was told to do otherwise.
+
+    Raises:
+        `RuntimeError`: the processes, or how they share the model, are not those that they were launched as.
+    """
+    kinds = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
+    wanted = [kind for variable, kind in kinds.items() if os.environ.get(variable, "false").lower() == "true"]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = accelerator.distributed_type.value
+    if accelerator.num_processes != processes or (wanted and kind not in wanted):
+        raise RuntimeError(
+            f"launched as {processes} processes{''.join(f' with {kind}' for kind in wanted)}, and accelerate trains with "
+            f"{accelerator.num_processes}, {kind}. Look at `accelerate env`."
+        )
+
+
+def save_policy(trainer, weights: dict[str, torch.Tensor], output: Path) -> None:
     """Save the model or, for PEFT, the trained adapter alone: TRL keeps a "ref" copy beside it."""
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapters = {"selected_adapters": ["default"]} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(temporary, **adapters)
+    model.save_pretrained(temporary, state_dict=weights, **adapters)
     trainer.processing_class.save_pretrained(temporary)
     temporary.rename(output)
 
 
 def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
-    """The child process: train, save the policy, leave the log history beside it."""
+    """The child process: train, save the policy, leave the log history beside it. Of several, the main one saves."""
+    # accelerate's configuration has a precision too; the recipe's `bf16` and `fp16` decide
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if job["config"].get("use_cpu"):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = (
+            "cpu"  # of several it makes cpu:0, which torch restores no optimizer to
+        )
     trainer = make_trainer(job, progress)
+    accelerator = trainer.accelerator
+    check_launched(accelerator)
     # TRL leaves out rows whose prompt alone fills `max_length`
     rows = len(repeat_by_weight(read_jsonl(Path(job["rows"]))))
     counts = {"rows": rows, "trained_rows": len(trainer.train_dataset)}
@@ -271,19 +335,26 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     if finding:
         raise RecipeError(f"{finding}. Raise `max_length` in the section, which is {job['config'].get('max_length')}.")
     if job["trainer"] != "sft" and job["reference"]["is_policy"]:
-        check_step_0(trainer)
+        trainer.add_callback(CheckStep0(trainer))
     output_dir = Path(job["config"]["output_dir"])
-    checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is not None and isinstance(trainer.model, PeftModel):
+    with accelerator.main_process_first():
+        checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is not None and isinstance(trainer.model, PeftModel) and not is_sharded(accelerator):
         trainer.add_callback(RestoreAdapter(checkpoint))
     with writing(output_dir):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    check_weights(trainer.model, str(output_dir))
+    weights = accelerator.get_state_dict(trainer.model_wrapped)  # whole, on the main process
+    if not accelerator.is_main_process:
+        return
+    check_weights(trainer.model, weights, str(output_dir))
     write_json(output_dir / "log_history.json", trainer.state.log_history)
-    write_json(output_dir / "rows.json", counts)
+    batch_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * accelerator.num_processes
+    write_json(output_dir / "rows.json", counts | {"processes": accelerator.num_processes, "batch_size": batch_size})
     with writing(Path(job["output"])):
-        save_policy(trainer, Path(job["output"]))
+        save_policy(trainer, weights, Path(job["output"]))
 
 
 if __name__ == "__main__":
-    child_main(main)
+    child_main(record(main))  # among several processes torchrun shows the traceback of the one that failed first
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ from ..aries.refinements import refinement_prompt
 from ..aries.rounds import Rounds
 from ..aries.scores import load_verifier
 from ..aries.training import trainer_classes
+from ..launch import recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
 from .checks import Check, Report
 from .flat_recipe import check_memory, find_shape, left_out
@@ -47,7 +48,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
         report.add(Check("ok", "model", f"{name}: {', '.join(model[0].architectures or ['?'])}"))
     # In a directory of its own: the run's is left as it is
     with tempfile.TemporaryDirectory() as directory:
-        loop = Rounds(replace(config, output_dir=directory))
+        loop = Rounds(replace(config, output_dir=directory), launch=recipe_launch(recipe))
         loaded = report.attempt("data", _loaded, loop)
         if loaded:
             check_data(loop, report)
@@ -61,7 +62,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
         return
     from .probe import probe_aries
 
-    for found in probe_aries(config, loop.prompts):
+    for found in probe_aries(config, loop.prompts, loop.launch):
         report.add(found)
 
 

@@ -5,6 +5,7 @@ Both are estimates. Steps are timed one micro-batch at a time, after the first; 
 round, where it is faster per request.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -18,13 +19,14 @@ from typing import Any
 
 from trl import DPOConfig
 
-from ..aries.children import ENVIRONMENT, ChildError, run_child
+from ..aries.children import ENVIRONMENT, ChildError
 from ..aries.config import AriesConfig, PairsConfig, trainer_settings
 from ..aries.pairs import Pair, preference_rows
 from ..aries.progress import duration
 from ..aries.records import write_jsonl
 from ..aries.rounds import Rounds, one_gpu
 from ..aries.scores import load_chains
+from ..launch import Launch
 from ..processes import process_group
 from ..recipe import Recipe
 from .checks import Check
@@ -92,8 +94,8 @@ def training_time(each: float, args: DPOConfig, rows: int) -> str:
 class ProbedRounds(Rounds):
     """Rounds that print nothing and note when their stages report."""
 
-    def __init__(self, config: AriesConfig):
-        super().__init__(config)
+    def __init__(self, config: AriesConfig, launch: Launch | None):
+        super().__init__(config, launch=launch)
         self.times: dict[str, list[tuple[float, int]]] = {}
 
     @contextmanager
@@ -102,11 +104,11 @@ class ProbedRounds(Rounds):
         yield lambda done, total: self.times[name].append((time.monotonic(), done))
 
 
-def probe_aries(config: AriesConfig, prompts: list[dict[str, Any]]) -> Iterator[Check]:
+def probe_aries(config: AriesConfig, prompts: list[dict[str, Any]], launch: Launch | None) -> Iterator[Check]:
     """A start of the engine, some chains, and training steps on their answers."""
     with tempfile.TemporaryDirectory() as directory:
         short = {"output_dir": directory, "rounds": 1, "sft": None, "parity": replace(config.parity, samples=0)}
-        loop = ProbedRounds(replace(config, **short))
+        loop = ProbedRounds(replace(config, **short), launch)
         loop.evaluation_prompts = prompts[:1]
         chosen = prompts[: min(PROMPTS, config.generation.max_num_seqs)]
         round_dir = loop.dir.round(1)
@@ -144,7 +146,6 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
         return "training: left out, no chain of the probe has an answer"
     write_jsonl(round_dir.pairs, rows)
     settings = trainer_settings(config, 1, str(round_dir.training))
-    size = settings["config"].get("per_device_train_batch_size", 8)
     settings["config"] |= {
         "max_steps": STEPS,
         "gradient_accumulation_steps": 1,
@@ -153,9 +154,10 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
     }
     job = loop.training_job(1, loop.policy(0)) | settings
     with loop.stage(1, "training") as update:
-        run_child("trl_ext.aries.training", job, Path(directory, "training.log"), update, env=one_gpu())
+        loop.run_training(job, Path(directory, "training.log"), update)
     ends = {done: at for at, done in loop.times["training"] if done > 0}
     each = (ends[STEPS] - ends[1]) / (STEPS - 1)
+    size = json.loads((round_dir.training / "rows.json").read_text(encoding="utf-8"))["batch_size"]
     per_pair = config.pairs.direct_weight + 2 * config.pairs.refinement_weight
     return (
         f"training: {each:.2f} s for {size} rows, so {each / size * per_pair:.3f} s for a pair of {per_pair} rows, times "

@@ -75,11 +75,14 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
 
     from trl import get_peft_config, get_quantization_config
 
+    from ..trainers.pairwise_trainer import own_device
+
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
+        **own_device(),
     } | (training_args.model_init_kwargs or {})
     try:
         trainer = trainer_class(

@@ -98,6 +98,33 @@ def load_adapter_weights(model: PeftModel, path: str | Path, adapter_name: str) 
     set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter_name)
 
 
+def load_sharded_reference(trainer: DPOTrainer, weights: dict[str, torch.Tensor] | None) -> None:
+    """
+    Give all processes their part of the reference. With `fsdp_cpu_ram_efficient_loading` the main process alone has
+    loaded its weights, the others have zeros; accelerate sends them the policy's from there when it shards it, but TRL
+    shards the reference as it is.
+
+    Args:
+        trainer ([`~trl.DPOTrainer`]):
+            With its models, of which the policy is not sharded yet.
+        weights (`dict[str, torch.Tensor]`, *optional*):
+            The reference's. Default: the policy's.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
+        weights = trainer.model.state_dict() if weights is None else weights
+        offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        fsdp2_load_full_state_dict(trainer.accelerator, trainer.ref_model, weights, cpu_offload=offloads)
+
+
+def own_device() -> dict[str, None]:
+    """
+    What a model is loaded with in one of several processes, each of which has its own: TRL would spread the reference over all
+    GPUs under FSDP.
+    """
+    return {"device_map": None} if "WORLD_SIZE" in os.environ else {}
+
+
 def count_truncated(dataset: Dataset, max_length: int) -> tuple[int, int]:
     """
     What `max_length` cuts off a tokenized preference dataset.
@@ -181,21 +208,9 @@ class PairwiseTrainer(DPOTrainer):
         keep_nf4_trainable(self.model)
         add_position_kl_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
         if self.ref_model is not None:
-            self._load_sharded_reference()
+            load_sharded_reference(self, self._ref_weights)
             add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
         self._ref_weights = None
-
-    def _load_sharded_reference(self) -> None:
-        """
-        Give all processes their part of the reference. With `fsdp_cpu_ram_efficient_loading` the main process alone has
-        loaded its weights, the others have zeros; accelerate sends them the policy's from there when it shards it, but TRL
-        shards the reference as it is.
-        """
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
-            weights = self.model.state_dict() if self._ref_weights is None else self._ref_weights
-            offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-            fsdp2_load_full_state_dict(self.accelerator, self.ref_model, weights, cpu_offload=offloads)
 
     @classmethod
     def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:

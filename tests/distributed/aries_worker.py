@@ -1,0 +1,73 @@
+"""
+Runs jobs of ARIES' training stage under DDP, FSDP2 or ZeRO-3 on CPUs, and saves beside each product how it was trained.
+
+Launched by the tests, `torchrun -m tests.distributed.aries_worker <jobs> <strategy> ...`, and imported by them for what one process makes
+of the same jobs.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from tests.distributed.worker import STRATEGIES, held_share
+from trl_ext.aries import training
+
+
+class Stopped(Exception):
+    """In the place of a kill."""
+
+
+def run(job: dict, options: Callable[[], dict] = dict) -> dict:
+    """
+    One job, with `options` besides; where it has `stop_at`, it is stopped after so many steps and run again.
+
+    Returns:
+        `dict`: `processes`; `wrapper`, the classes that the trained model is an instance of; `held`, the share of its parameters
+        that this process holds; `reports`, what the last run said of its progress.
+    """
+    trainers, reports, make_trainer = [], [], training.make_trainer
+
+    def making(*args):
+        trainers.append(make_trainer(*args))
+        return trainers[-1]
+
+    def progress(done: int, total: int) -> None:
+        reports.append([done, total])
+        if done == job.get("stop_at") and len(trainers) == 1:
+            raise Stopped
+
+    training.make_trainer = making
+    try:
+        for _ in range(2 if "stop_at" in job else 1):
+            set_seed(0)  # the adapter's initial weights
+            reports.clear()
+            try:
+                training.main(job | {"config": job["config"] | options()}, progress)
+            except Stopped:
+                continue
+    finally:
+        training.make_trainer = make_trainer
+    return {
+        "processes": trainers[-1].accelerator.num_processes,
+        "wrapper": [cls.__name__ for cls in type(trainers[-1].model_wrapped).__mro__],
+        "held": held_share(trainers[-1].model),
+        "reports": reports,
+    }
+
+
+def main(jobs: Path, strategies: list[str]) -> None:
+    for strategy in strategies:
+        for job in json.loads(jobs.read_text())[strategy]:
+            result = run(job, STRATEGIES[strategy])
+            torch.distributed.barrier()  # the next job may start from what the main process is saving
+            Path(f"{job['output']}.{os.environ['RANK']}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
+    torch.distributed.destroy_process_group()
