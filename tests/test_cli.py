@@ -128,7 +128,11 @@ class TestErrors:
             ({"alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"ld_alpha": 0.5}, [], ["`ld_alpha=0.5` is not supported by TDPOTrainer"]),
             ({"precompute_ref_log_probs": True}, [], ["`precompute_ref_log_probs=True` is not supported"]),
-            ({"accelerate_config": "dpp"}, [], ["accelerate_config: dpp is neither a file nor one of ddp, fsdp1"]),
+            (
+                {"accelerate_config": "dpp"},
+                [],
+                ["accelerate_config: dpp is neither a file nor one of ddp, deepspeed_zero2"],
+            ),
             ({"num_processes": 1, "alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"model_name_or_path": None}, [], ["`model_name_or_path` is missing"]),
             ({"model_name_or_path": "./nowhere"}, [], ["`model_name_or_path`: ./nowhere is no directory."]),

@@ -214,11 +214,11 @@ def test_rows_are_described():
 
 def test_yaml_blocks_are_recipes():
     """What they leave out is added; every key they have must be one."""
-    scored, tracked, squared = sorted(blocks(DOCS["aries"], "yaml"))
+    scored, launched, tracked, squared = sorted(blocks(DOCS["aries"], "yaml"))
     scorers = parse_section(Recipe(None, yaml.safe_load(scored)["scores"], {}), ScoresConfig).each()
     assert [(scorer.name, scorer.weight) for scorer in scorers] == [("verifier", 2.0), ("judge", 1.0)]
-    for block in (squared, tracked):
-        check_keys(Recipe(None, yaml.safe_load(block), {}), [TDPOConfig], ("training",), also=LOOP_KEYS)
+    for training in (launched, tracked, squared, *blocks(DOCS["scaling"], "yaml")):
+        check_keys(Recipe(None, yaml.safe_load(training), {}), [TDPOConfig], ("training",), also=LOOP_KEYS)
     (paper,) = blocks(DOCS["paper_index"], "yaml")
     recipe = yaml.safe_load(paper)
     recipe["prompts"]["dataset"] = "prompts.jsonl"

@@ -3,6 +3,7 @@
 does is in `tests/distributed/test_aries.py`.
 """
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ import pytest
 import yaml
 from tests.aries.test_signals import Run
 from tests.aries.tiny_run import MINIMAL
+from tests.aries.tiny_run import recipe as tiny_recipe
+from tests.aries.tiny_run import run as run_recipe
 
 from trl_ext.aries.children import ChildError, run_child
 from trl_ext.aries.config import AriesConfig
@@ -152,3 +155,17 @@ def test_processes_that_end_with_the_loop(tmp_path):
     process = Run([sys.executable, "-c", code], PYTHONPATH=os.pathsep.join(sys.path))
     process.wait_for(lambda: len(process.alive()) == 4)  # the loop, the launcher and two processes
     process.end(signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_run(sorting, tmp_path):
+    """SFT and a round, each on two processes; its manifest says so."""
+    settings = tiny_recipe(sorting, tmp_path / "run", rounds=1)
+    settings["training"] |= {"accelerate_config": "ddp", "num_processes": 2}
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    run_recipe(file)
+    for number, batch_size in ((0, 16), (1, 16)):  # 8 on each
+        manifest = json.loads((tmp_path / "run" / f"round_{number:02d}" / "manifest.json").read_text())
+        assert (manifest["processes"], manifest["batch_size"]) == (2, batch_size)

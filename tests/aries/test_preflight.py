@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from trl_ext.aries import preflight
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.rounds import Rounds
+from trl_ext.launch import recipe_launch
 from trl_ext.recipe import RecipeError, load_yaml, parse_section
 
 
@@ -47,7 +48,7 @@ def check(sorting, tmp_path):
         file = tmp_path / "r.yaml"
         file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))
         loaded = load_yaml(file)
-        loop = Rounds(parse_section(loaded, AriesConfig))
+        loop = Rounds(parse_section(loaded, AriesConfig), launch=recipe_launch(loaded))
         loop.load()
         preflight.main(json.loads(json.dumps(loop.preflight_job(loaded))), lambda done, total: None)
 
@@ -96,6 +97,15 @@ def strict_chat_template(path: Path):
 
 def test_the_tests_recipe_passes(check):
     check()
+
+
+def test_a_launch_that_cannot_work(check):
+    """The others: `test_launch.py`."""
+    check(training={"trainer": "tdpo", **ON_CPU, "accelerate_config": "ddp", "num_processes": 2})
+    with pytest.raises(
+        RecipeError, match=r"r.yaml:\d+: `training.accelerate_config`: accelerate trains with FSDP on GPUs"
+    ):
+        check(training={"trainer": "tdpo", **ON_CPU, "accelerate_config": "fsdp2"})
 
 
 def test_a_tokenizer_without_padding_is_taken(model):

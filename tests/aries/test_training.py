@@ -429,7 +429,8 @@ def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path, tr
     reports = []
     main(halves, lambda *report: reports.append(report))
     assert reports[0] == (2, 4)
-    assert json.loads((tmp_path / "halves-training" / "rows.json").read_text()) == {"rows": 32, "trained_rows": 32}
+    counts = json.loads((tmp_path / "halves-training" / "rows.json").read_text())
+    assert counts == {"rows": 32, "trained_rows": 32, "processes": 1, "batch_size": 8}
     saved = [load_file(Path(path) / "adapter_model.safetensors") for path in (whole, halves["output"])]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name])

@@ -164,7 +164,7 @@ def held_share(model: torch.nn.Module) -> float:
         if isinstance(parameter, DTensor):  # FSDP2
             held, total = held + parameter.to_local().numel(), total + parameter.numel()
         elif is_deepspeed_zero3_enabled():
-            held, total = held + parameter.numel() + parameter.ds_tensor.numel(), total + parameter.ds_numel
+            held, total = held + parameter.ds_tensor.numel(), total + parameter.ds_numel  # for good, not for a forward
         else:
             held, total = held + parameter.numel(), total + parameter.numel()
     return held / total

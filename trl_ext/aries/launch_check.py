@@ -1,14 +1,16 @@
 """
-Whether the accelerate configuration that a recipe names can do what the rest of the recipe asks for. In: the configuration and the
-recipe's sections. Out: what is wrong, before any work is done.
+Whether the accelerate configuration that a recipe names can do what the rest of the recipe asks for, before any work is done, and
+whether accelerate does it, in each process.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from ..launch import Launch
@@ -85,3 +87,20 @@ def zero_stage(config: ClusterConfig) -> tuple[int | None, bool]:
         return settings.get("zero_stage", 2), bool(settings.get("zero3_save_16bit_model"))
     own = json.loads(Path(settings["deepspeed_config_file"]).read_text(encoding="utf-8")).get("zero_optimization", {})
     return own.get("stage", 0), bool(own.get("stage3_gather_16bit_weights_on_model_save"))
+
+
+def check_launched(accelerator: Accelerator) -> None:
+    """
+    There are cases in which accelerate trains in one process, or without sharding, and does not say so.
+
+    Raises:
+        `RuntimeError`: the processes, or how they share the model, are not those that were launched.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    found = accelerator.distributed_type.value
+    asked = next((kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"), found)
+    if (accelerator.num_processes, found) != (processes, asked):
+        raise RuntimeError(
+            f"launched as {processes} processes with {asked}, and accelerate trains with {accelerator.num_processes} and {found}. "
+            "Look at `accelerate env`."
+        )

@@ -6,17 +6,15 @@ the frozen base is never merged). Trainers stay ordinary; what a round learns is
 where direct and refinement rows take different losses.
 """
 
-import json
 import math
 import os
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
@@ -37,10 +35,12 @@ from ..trainers.squared_refinement import (
 )
 from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.tdpo_trainer import TDPOTrainer
+from .checkpoints import RestoreAdapter, last_whole_checkpoint
 from .children import child_main
 from .config import HealthConfig
 from .disk import writing
 from .health import share_finding
+from .launch_check import check_launched
 from .records import read_jsonl, write_json
 
 
@@ -61,16 +61,6 @@ SQUARED_TRAINERS = {
 # Share of its log-probability by which an untrained policy may differ from itself as the reference: rounding. The same
 # forward gives 0; it is the log-probabilities of another policy that differ by more.
 STEP_0_TOLERANCE = 1e-4
-
-
-class RestoreAdapter(TrainerCallback):
-    """Load the trained adapter of a checkpoint, for TRL's own trainers too."""
-
-    def __init__(self, checkpoint: Path):
-        self._checkpoint = checkpoint
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        load_adapter_weights(model, self._checkpoint, "default")
 
 
 class CheckStep0(TrainerCallback):
@@ -259,52 +249,6 @@ def check_step_0(trainer: DPOTrainer) -> None:
             )
 
 
-def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose last files were written; those that a kill tore are removed."""
-    checkpoints = sorted(
-        output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
-    )
-    for checkpoint in checkpoints:
-        if is_whole(checkpoint):
-            return checkpoint
-        shutil.rmtree(checkpoint)
-    return None
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the main process has written its last file, and each of several its random states, which it does on its own."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    names = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
-    return all(zipfile.is_zipfile(checkpoint / name) for name in names)
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the processes may have parts of the model, which the Trainer then restores by itself."""
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def check_launched(accelerator: Accelerator) -> None:
-    """
-    accelerate has trained in one process, or without sharding, where it was told to do otherwise.
-
-    Raises:
-        `RuntimeError`: the processes, or how they share the model, are not those that they were launched as.
-    """
-    kinds = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED"}
-    wanted = [kind for variable, kind in kinds.items() if os.environ.get(variable, "false").lower() == "true"]
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    kind = accelerator.distributed_type.value
-    if accelerator.num_processes != processes or (wanted and kind not in wanted):
-        raise RuntimeError(
-            f"launched as {processes} processes{''.join(f' with {kind}' for kind in wanted)}, and accelerate trains with "
-            f"{accelerator.num_processes}, {kind}. Look at `accelerate env`."
-        )
-
-
 def save_policy(trainer, weights: dict[str, torch.Tensor], output: Path) -> None:
     """Save the model or, for PEFT, the trained adapter alone: TRL keeps a "ref" copy beside it."""
     temporary = output.with_name(output.name + ".tmp")
@@ -320,10 +264,9 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     """The child process: train, save the policy, leave the log history beside it. Of several, the main one saves."""
     # accelerate's configuration has a precision too; the recipe's `bf16` and `fp16` decide
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    if job["config"].get("use_cpu"):
-        os.environ["ACCELERATE_TORCH_DEVICE"] = (
-            "cpu"  # of several it makes cpu:0, which torch restores no optimizer to
-        )
+    if job["config"].get("use_cpu") and "WORLD_SIZE" in os.environ:
+        # Of several processes, each would be on cpu:0, a place to which torch restores no optimizer
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     trainer = make_trainer(job, progress)
     accelerator = trainer.accelerator
     check_launched(accelerator)
@@ -339,7 +282,8 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     output_dir = Path(job["config"]["output_dir"])
     with accelerator.main_process_first():
         checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is not None and isinstance(trainer.model, PeftModel) and not is_sharded(accelerator):
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if checkpoint is not None and isinstance(trainer.model, PeftModel) and not sharded:
         trainer.add_callback(RestoreAdapter(checkpoint))
     with writing(output_dir):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
