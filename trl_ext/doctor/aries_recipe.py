@@ -109,7 +109,10 @@ def check_settings(loop: Rounds, recipe: Recipe, report: Report) -> None:
     except ChildError as error:
         report.add(Check("failed", "settings", str(error).splitlines()[-1]))
     else:
-        report.add(Check("ok", "settings", "scorers, trainer, tokenizer and reward models are accepted"))
+        report.add(Check("ok", "settings", "scorers, trainer, tokenizer, reward models and servers are accepted"))
+    for event in loop.dir.read_events():
+        if event["event"] == "note":
+            report.add(Check("warning", "settings", event["note"]))
 
 
 def check_samples(loop: Rounds, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
