@@ -16,7 +16,15 @@ import yaml
 
 from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries import config as aries_config
-from trl_ext.aries.config import LOOP_KEYS, AriesConfig, JudgeConfig, PairsConfig, ScorerConfig, ScoresConfig
+from trl_ext.aries.config import (
+    LOOP_KEYS,
+    AriesConfig,
+    GenerationConfig,
+    JudgeConfig,
+    PairsConfig,
+    ScorerConfig,
+    ScoresConfig,
+)
 from trl_ext.aries.evaluation import evaluation_metrics
 from trl_ext.aries.guard import DECISIONS, examine
 from trl_ext.aries.pairs import Pair, preference_rows
@@ -217,7 +225,9 @@ def test_yaml_blocks_are_recipes():
     scored, launched, tracked, squared = sorted(blocks(DOCS["aries"], "yaml"))
     scorers = parse_section(Recipe(None, yaml.safe_load(scored)["scores"], {}), ScoresConfig).each()
     assert [(scorer.name, scorer.weight) for scorer in scorers] == [("verifier", 2.0), ("judge", 1.0)]
-    for training in (launched, tracked, squared, *blocks(DOCS["scaling"], "yaml")):
+    trained, served = blocks(DOCS["scaling"], "yaml")
+    parse_section(Recipe(None, yaml.safe_load(served)["generation"], {}), GenerationConfig)
+    for training in (launched, tracked, squared, trained):
         check_keys(Recipe(None, yaml.safe_load(training), {}), [TDPOConfig], ("training",), also=LOOP_KEYS)
     (paper,) = blocks(DOCS["paper_index"], "yaml")
     recipe = yaml.safe_load(paper)
