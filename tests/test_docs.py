@@ -225,8 +225,9 @@ def test_yaml_blocks_are_recipes():
     scored, launched, tracked, squared = sorted(blocks(DOCS["aries"], "yaml"))
     scorers = parse_section(Recipe(None, yaml.safe_load(scored)["scores"], {}), ScoresConfig).each()
     assert [(scorer.name, scorer.weight) for scorer in scorers] == [("verifier", 2.0), ("judge", 1.0)]
-    trained, served = blocks(DOCS["scaling"], "yaml")
-    parse_section(Recipe(None, yaml.safe_load(served)["generation"], {}), GenerationConfig)
+    trained, *generations = blocks(DOCS["scaling"], "yaml")
+    for generation in generations:
+        parse_section(Recipe(None, yaml.safe_load(generation)["generation"], {}), GenerationConfig)
     for training in (launched, tracked, squared, trained):
         check_keys(Recipe(None, yaml.safe_load(training), {}), [TDPOConfig], ("training",), also=LOOP_KEYS)
     (paper,) = blocks(DOCS["paper_index"], "yaml")

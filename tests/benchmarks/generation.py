@@ -75,12 +75,14 @@ class FixedLengths(EmbeddedEngine):
         self.llm.reset_prefix_cache()
         self.steps, self.requests, self.params = 0, [], {}
 
-    def sampling_params(self, sampling: DraftsConfig, name: tuple[Any, ...]):
-        params = super().sampling_params(sampling, name)
-        params.max_tokens = self.workload.tokens(name)
-        params.ignore_eos, params.stop_token_ids = True, []
-        self.params["/".join(map(str, name))] = params
-        return params
+    def request_settings(self, sampling: DraftsConfig, name: tuple[Any, ...]) -> dict[str, Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = super().request_settings(sampling, name)
+        settings |= {"max_tokens": self.workload.tokens(name), "ignore_eos": True, "stop_token_ids": []}
+        self.params["/".join(map(str, name))] = SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
+        return settings
 
 
 def in_chains(engine: FixedLengths, workload: Workload, slots: int) -> None:

@@ -167,6 +167,69 @@ class TaskEngine:
         """Give back what the end of the process does not."""
 
 
+@dataclass
+class Finished:
+    """What an engine of vLLM has made of a request."""
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logps: list[float] | None  # of its tokens, where the request asked for them
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class RequestEngine(TaskEngine):
+    """What the engines of vLLM in processes of ours share: requests go in by their ids and come out finished."""
+
+    def __init__(
+        self, model: str, config: GenerationConfig, revision: str | None = None, trust_remote_code: bool = False
+    ):
+        super().__init__(model, config, revision, trust_remote_code)
+        self._running: dict[str, tuple[Chain, Request]] = {}  # by request id
+
+    def add(self, request_id: str, token_ids: list[int], settings: dict[str, Any]) -> None:
+        """Take a request, with the settings of vLLM's `SamplingParams`."""
+        raise NotImplementedError
+
+    def finished(self) -> list[Finished]:
+        """Work for a while, and return what is finished."""
+        raise NotImplementedError
+
+    def _send(
+        self, chain: Chain, request: Request, token_ids: list[int], sampling: DraftsConfig, name: tuple[Any, ...]
+    ) -> None:
+        request_id = "/".join(map(str, name))
+        self._running[request_id] = (chain, request)
+        self.add(request_id, token_ids, self.request_settings(sampling, name))
+
+    def step(self) -> list[Chain]:
+        advanced = []
+        for found in self.finished():
+            self.prompt_tokens += found.prompt_tokens
+            self.cached_tokens += found.cached_tokens
+            chain, request = self._running.pop(found.request_id)
+            self._task.strategy.add(chain, request, found.text, len(found.token_ids), found.finish_reason)
+            advanced.append(chain)
+        return advanced
+
+    def sample_logps(
+        self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
+    ) -> list[dict[str, Any]]:
+        rows = {}
+        for prompt_id, token_ids, settings in self.sample_requests(prompts, max_tokens, seed):
+            self.add(prompt_id, token_ids, settings)
+            rows[prompt_id] = {"prompt_id": prompt_id, "prompt_token_ids": token_ids}
+        waiting = set(rows)
+        while waiting:
+            for found in self.finished():
+                waiting.remove(found.request_id)
+                answer = {"token_ids": found.token_ids, "logps": found.logps, "dtype": self.dtype}
+                rows[found.request_id] |= answer
+        return list(rows.values())
+
+
 def _generation_config(model: str, revision: str | None) -> HFGenerationConfig | None:
     try:
         return HFGenerationConfig.from_pretrained(model, revision=revision)

@@ -164,9 +164,11 @@ class PromptsConfig(_Source):
 @dataclass
 class GenerationConfig:
     """
-    The engine that answers requests: vLLM in a child process, one start per round, or vLLM servers.
+    The engine that answers requests: vLLM in a child process, one start per round, vLLM servers, or workers of a Ray cluster.
 
     Parameters:
+        engine (`str`, *optional*, defaults to `"vllm"`):
+            `"vllm"` here, or `"ray"`: one in each of several workers of a Ray cluster.
         max_model_len (`int`, *optional*, defaults to `2048`):
             Longest sequence, prompt and answer together, in tokens.
         max_num_seqs (`int`, *optional*, defaults to `256`):
@@ -187,6 +189,11 @@ class GenerationConfig:
             A regular expression with one group: the part of a generated text that is its answer, which is refined, scored
             and learned, such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of it.
             [house]
+        ray_address (`str`, *optional*):
+            With `engine: ray`, the cluster's address, such as `auto` on one of its machines. Default: a cluster of this machine alone,
+            for the stage.
+        ray_workers (`int`, *optional*, defaults to `1`):
+            Its workers, each with `tensor_parallel_size` GPUs.
         base_urls (`list[str]`, *optional*):
             vLLM servers that answer in the place of an engine of the run's own, such as `[http://localhost:8000/v1]`. They must be
             able to load adapters, and see the run directory.
@@ -199,9 +206,10 @@ class GenerationConfig:
         max_retries (`int`, *optional*, defaults to `5`):
             How often a request is sent again, to whichever server there is. [house]
         max_outage (`float`, *optional*, defaults to `600.0`):
-            Seconds without any server that can be used, after which the run stops. [house]
+            Seconds without any server, or worker of Ray, that can be used, after which the run stops. [house]
     """
 
+    engine: Literal["vllm", "ray"] = "vllm"
     max_model_len: int = 2048
     max_num_seqs: int = 256
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -211,6 +219,8 @@ class GenerationConfig:
     quantization: str | None = None
     enforce_eager: bool = False
     answer_pattern: str | None = None
+    ray_address: str | None = None
+    ray_workers: int = 1
     base_urls: list[str] | None = None
     api_key_env: str | None = None
     max_concurrency_per_server: int = 64
@@ -221,11 +231,19 @@ class GenerationConfig:
     def __post_init__(self):
         for name in (
             *("max_model_len", "max_num_seqs", "cpu_kv_cache_gib", "tensor_parallel_size"),
-            *("max_concurrency_per_server", "timeout", "max_outage"),
+            *("max_concurrency_per_server", "timeout", "max_outage", "ray_workers"),
         ):
             _require(getattr(self, name) > 0, f"`generation.{name}` must be positive.")
         _require(self.max_retries >= 0, "`generation.max_retries` must be at least 0.")
+        _require(
+            self.engine == "ray" or (self.ray_address is None and self.ray_workers == 1),
+            "`generation.ray_address` and `generation.ray_workers` are for `generation.engine: ray`. Set it, or remove them.",
+        )
         if self.base_urls is not None:
+            _require(
+                self.engine == "vllm",
+                "`generation.base_urls` and `generation.engine: ray` are both given. Remove one.",
+            )
             _require(bool(self.base_urls), "`generation.base_urls` is empty. List servers, or leave the key out.")
             for url in self.base_urls:
                 _check_server("generation.base_urls", "generation.api_key_env", url, self.api_key_env)

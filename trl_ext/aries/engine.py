@@ -1,5 +1,6 @@
 """
-How answers are generated: embedded vLLM, in a child process that ends with the stage, or vLLM servers (`served_engine.py`).
+How answers are generated: embedded vLLM, in a child process that ends with the stage, vLLM servers (`served_engine.py`), or
+embedded vLLM in the workers of a Ray cluster (`ray_engine.py`).
 
 In: a job, a JSON file that names the policy and the files of prompts to answer. Out: `answers.jsonl` beside each (`chains.py`).
 Ending the process is the one sure way to give the GPU's memory back to the trainer. Only `reward_model.py` imports vLLM besides.
@@ -8,21 +9,17 @@ Ending the process is the one sure way to give the GPU's memory back to the trai
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .chains import Task, TaskEngine, answer_task
+from .chains import Finished, RequestEngine, Task, TaskEngine, answer_task
 from .children import Reporter, child_main
 from .config import DraftsConfig, GenerationConfig, RefinementsConfig
-from .records import Chain, read_jsonl, write_jsonl
-from .refinements import Request, Strategy
+from .records import read_jsonl, write_jsonl
+from .refinements import Strategy
 from .served_engine import ServedEngine
 
 
-if TYPE_CHECKING:
-    from vllm import SamplingParams
-
-
-class EmbeddedEngine(TaskEngine):
+class EmbeddedEngine(RequestEngine):
     """
     vLLM's `LLM`, whose engine is driven step by step in this process.
 
@@ -96,66 +93,36 @@ class EmbeddedEngine(TaskEngine):
         )
         self._engine = self.llm.llm_engine
         self._lora = None if adapter is None else LoRARequest(*adapter)
-        self._running: dict[str, tuple[Chain, Request]] = {}  # by request id
 
-    def _send(
-        self, chain: Chain, request: Request, token_ids: list[int], sampling: DraftsConfig, name: tuple[Any, ...]
-    ) -> None:
-        request_id = "/".join(map(str, name))
-        self._add(request_id, token_ids, self.sampling_params(sampling, name))
-        self._running[request_id] = (chain, request)
+    def add(self, request_id: str, token_ids: list[int], settings: dict[str, Any]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-    def _add(self, request_id: str, token_ids: list[int], params: "SamplingParams") -> None:
+        params = SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
         [prompt] = self._engine.renderer.render_cmpl([{"prompt_token_ids": token_ids}])
         self._engine.add_request(request_id, prompt, params, lora_request=self._lora)
 
-    def sampling_params(self, sampling: DraftsConfig, name: tuple[Any, ...]) -> "SamplingParams":
-        """What a request asks of vLLM."""
-        return final_only(self.request_settings(sampling, name))
-
-    def step(self) -> list[Chain]:
-        advanced = []
+    def finished(self) -> list[Finished]:
+        found = []
         for output in self._engine.step():
             if not output.finished:
                 continue
-            self.prompt_tokens += len(output.prompt_token_ids)
-            self.cached_tokens += output.num_cached_tokens or 0
-            chain, request = self._running.pop(output.request_id)
             [completion] = output.outputs
-            self._task.strategy.add(
-                chain, request, completion.text, len(completion.token_ids), completion.finish_reason
+            ids, logps = list(completion.token_ids), None
+            if completion.logprobs is not None:
+                logps = [step[i].logprob for i, step in zip(ids, completion.logprobs, strict=True)]
+            prompt_tokens, cached = len(output.prompt_token_ids), output.num_cached_tokens or 0
+            found.append(
+                Finished(
+                    output.request_id, completion.text, ids, completion.finish_reason, logps, prompt_tokens, cached
+                )
             )
-            advanced.append(chain)
-        return advanced
-
-    def sample_logps(
-        self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
-    ) -> list[dict[str, Any]]:
-        rows = {}
-        for prompt_id, token_ids, settings in self.sample_requests(prompts, max_tokens, seed):
-            self._add(prompt_id, token_ids, final_only(settings))
-            rows[prompt_id] = {"prompt_id": prompt_id, "prompt_token_ids": token_ids}
-        while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                if output.finished:
-                    [completion] = output.outputs
-                    ids = list(completion.token_ids)
-                    logps = [step[i].logprob for i, step in zip(ids, completion.logprobs, strict=True)]
-                    rows[output.request_id] |= {"token_ids": ids, "logps": logps, "dtype": self.dtype}
-        return list(rows.values())
+        return found
 
     @property
     def dtype(self) -> str:
         """Data type of the engine's weights, which it may have chosen itself."""
         return str(self._engine.model_config.dtype).removeprefix("torch.")
-
-
-def final_only(settings: dict[str, Any]) -> "SamplingParams":
-    """vLLM's parameters of a request whose answer is wanted whole."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 def main(job: dict[str, Any], report: Reporter) -> None:
@@ -182,10 +149,14 @@ def main(job: dict[str, Any], report: Reporter) -> None:
         "revision": job["revision"],
         "trust_remote_code": job["trust_remote_code"],
     }
-    if config.base_urls is None:
-        engine: TaskEngine = EmbeddedEngine(**settings)
+    if config.base_urls is not None:
+        engine: TaskEngine = ServedEngine(**settings, probe=Path(job["probe"]), note=report.note)
+    elif config.engine == "ray":
+        from .ray_engine import RayEngine
+
+        engine = RayEngine(**settings, note=report.note)
     else:
-        engine = ServedEngine(**settings, probe=Path(job["probe"]), note=report.note)
+        engine = EmbeddedEngine(**settings)
     with closing(engine):
         # First, so that the batch, and with it the rounding, is the same in a run that continues
         parity = job.get("parity")

@@ -166,6 +166,9 @@ class Rounds:
             scorer.check([self.prompts, self.evaluation_prompts])
         if self.config.generation.base_urls is not None:
             self.check_servers()
+        if self.config.generation.engine == "ray" and find_spec("ray") is None:
+            where = recipe.where("generation", "engine")
+            raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
         with self.stage(0, "check") as update:
             log = self.dir.path / "logs" / "check.log"
             run_child("trl_ext.aries.preflight", self.preflight_job(recipe), log, update)

@@ -1,0 +1,73 @@
+"""Generation on Ray. Oracle: the embedded engine's answers to the same prompts, with the same seeds."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing
+
+import pytest
+from tests.aries.tiny_run import MINIMAL
+
+from trl_ext.aries.chains import Task, answer_task
+from trl_ext.aries.config import AriesConfig, DraftsConfig, GenerationConfig, RefinementsConfig
+from trl_ext.aries.records import read_jsonl, to_line
+from trl_ext.aries.refinements import Strategy
+from trl_ext.recipe import Recipe, RecipeError, parse_section
+
+
+PROMPTS, TURNS = 40, 2
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    rows = [
+        {"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Sort : {i % 10} {i // 10} 3"}]}
+        for i in range(PROMPTS)
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(map(to_line, rows)))
+    return path
+
+
+def embedded(model: str, prompts, answers) -> list[dict]:
+    from trl_ext.aries.engine import EmbeddedEngine
+
+    strategy = Strategy(RefinementsConfig(turns=TURNS, template="{{ question }} Draft : {{ draft }} ."))
+    task = Task(prompts, answers, strategy, [DraftsConfig(temperature=1.0, max_tokens=8)] * TURNS, (0, 1))
+    config = GenerationConfig(max_model_len=64, max_num_seqs=4, dtype="float32", cpu_kv_cache_gib=1)
+    with closing(EmbeddedEngine(model, None, config, 16)) as engine:
+        answer_task(engine, task, lambda done: None)
+    return read_jsonl(answers)
+
+
+@pytest.mark.vllm
+def test_a_node_that_is_killed_loses_nothing(tiny_model_path, prompts, tmp_path):
+    """Two nodes, one killed by SIGKILL after a fourth of the chains: every chain once, as if there had been one engine."""
+    pytest.importorskip("ray")
+    job = {"prompts": str(prompts), "answers": str(tmp_path / "ray.jsonl"), "model": tiny_model_path}
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job | {"kill_after": PROMPTS // 4, "turns": TURNS}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-m", "tests.aries.ray_run", str(file)]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "ray.jsonl.notes").read_text())
+    assert result["used"] == [1, 2] and result["ready"] == 2
+    [note] = result["notes"]
+    assert note.startswith("worker ") and note.endswith("1 of 2 are in use") and " of Ray is lost" in note
+    assert read_jsonl(tmp_path / "ray.jsonl") == embedded(tiny_model_path, prompts, tmp_path / "embedded.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("generation", "message"),
+    [
+        ({"ray_workers": 2}, "are for `generation.engine: ray`"),
+        ({"engine": "ray", "ray_workers": 0}, "`generation.ray_workers` must be positive"),
+        ({"engine": "ray", "base_urls": ["http://a:1/v1"]}, "are both given"),
+        ({"engine": "rya"}, "must be one of"),
+    ],
+)
+def test_settings_that_do_not_go_together(generation, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_section(Recipe(None, {**MINIMAL, "generation": generation}, {}), AriesConfig)

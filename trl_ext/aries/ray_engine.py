@@ -1,0 +1,212 @@
+"""
+Generation on Ray: an embedded engine in each of several workers, on as many machines as the cluster has.
+
+In: the same chains as for one embedded engine, in requests with the same token ids, sampling and seeds. Out: the same answers. The chains are
+driven here; a worker takes requests, steps its engine until one of them is finished, and returns what is. Where a worker is lost, with its
+machine or alone, its requests go to the others, and a new one takes its place where the cluster has room.
+
+Ray Data's own vLLM processor works through a dataset stage by stage, with the barrier that chains are there to avoid.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from .chains import Finished, RequestEngine
+from .children import ChildError
+from .config import GenerationConfig
+
+
+CHECK_SECONDS = 1.0
+
+
+class Worker:
+    """What runs on the cluster: an [`~aries.engine.EmbeddedEngine`], and no chains."""
+
+    def __init__(self, **settings: Any):
+        from .engine import EmbeddedEngine
+
+        self._engine = EmbeddedEngine(**settings)
+
+    def dtype(self) -> str:
+        return self._engine.dtype
+
+    def work(self, requests: list[tuple[str, list[int], dict[str, Any]]]) -> list[Finished]:
+        """Take requests, and step until at least one of those here is finished."""
+        for request in requests:
+            self._engine.add(*request)
+        while True:
+            found = self._engine.finished()
+            if found:
+                return found
+
+
+class Place:
+    """A worker as it is seen from here: its actor, what it was sent, and the call that it works on."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.actor: Any = None
+        self.call: Any = None
+        self.dtype: str | None = None  # once its engine has started
+        self.waiting: list[str] = []  # requests to be sent with the next call
+        self.sent: set[str] = set()
+
+    @property
+    def held(self) -> int:
+        return len(self.waiting) + len(self.sent)
+
+
+class RayEngine(RequestEngine):
+    """
+    The workers of `generation.ray_workers`.
+
+    Args:
+        model, adapter, config, max_lora_rank, revision, trust_remote_code:
+            As of [`~aries.engine.EmbeddedEngine`]; paths must lead to the same files on every machine.
+        note (`Callable[[str], None]`):
+            Called with what becomes of the workers.
+
+    Raises:
+        [`~aries.children.ChildError`]: the cluster cannot be reached, or no worker starts in `generation.max_outage` seconds.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        adapter: tuple[str, int, str] | None,
+        config: GenerationConfig,
+        max_lora_rank: int,
+        revision: str | None,
+        trust_remote_code: bool,
+        note: Callable[[str], None],
+    ):
+        super().__init__(model, config, revision, trust_remote_code)
+        self.window = config.ray_workers * config.max_num_seqs
+        self._note = note
+        self._config = config
+        self._settings = {
+            "model": model,
+            "adapter": adapter,
+            "config": config,
+            "max_lora_rank": max_lora_rank,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
+        self._requests: dict[str, tuple[str, list[int], dict[str, Any]]] = {}  # those that are not finished
+        self._home: dict[str, Place] = {}  # by prompt id
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        here = (
+            {}
+            if config.ray_address
+            else {"include_dashboard": False, "num_cpus": max(config.ray_workers, os.cpu_count())}
+        )
+        try:
+            ray.init(address=config.ray_address, log_to_driver=False, **here)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ChildError(
+                f"`generation.ray_address`: {config.ray_address}: {error} Start the cluster with `ray start --head`, or leave the key out "
+                "for one of this machine."
+            ) from error
+        self._last_ready = time.monotonic()
+        self._places = [Place(number) for number in range(1, config.ray_workers + 1)]
+        for place in self._places:
+            self._start(place)
+        while not self._ready():
+            self._collect()
+
+    @property
+    def dtype(self) -> str:
+        return self._ready()[0].dtype
+
+    def add(self, request_id: str, token_ids: list[int], settings: dict[str, Any]) -> None:
+        self._requests[request_id] = (request_id, token_ids, settings)
+        self._assign(request_id)
+
+    def finished(self) -> list[Finished]:
+        for place in self._ready():
+            if place.call is None and place.held:
+                requests = [self._requests[request_id] for request_id in place.waiting]
+                place.sent.update(place.waiting)
+                place.waiting = []
+                place.call = place.actor.work.remote(requests)
+        found = self._collect()
+        for answer in found:
+            del self._requests[answer.request_id]
+        return found
+
+    def close(self) -> None:
+        ray.shutdown()
+
+    # Workers
+
+    def _ready(self) -> list[Place]:
+        return [place for place in self._places if place.dtype is not None]
+
+    def _start(self, place: Place) -> None:
+        """Have the cluster make a worker; `dtype` is its first answer."""
+        gpus = self._config.tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
+        options = {"num_cpus": 1, "num_gpus": gpus}
+        place.actor = ray.remote(Worker).options(**options).remote(**self._settings)
+        place.dtype, place.call = None, place.actor.dtype.remote()
+
+    def _assign(self, request_id: str) -> None:
+        """To the worker that has the chain's earlier turns in its prefix cache, unless another has much less to do."""
+        prompt_id = request_id.partition("/")[0]
+        places = self._ready() or self._places
+        least = min(places, key=lambda place: place.held)
+        home = self._home.get(prompt_id)
+        if home not in places or home.held >= max(self._config.max_num_seqs, least.held + 1):
+            home = least
+        self._home[prompt_id] = home
+        home.waiting.append(request_id)
+
+    def _collect(self) -> list[Finished]:
+        """
+        Wait for one of the calls.
+
+        Raises:
+            [`~aries.children.ChildError`]: there has been no worker for too long.
+        """
+        calls = {place.call: place for place in self._places if place.call is not None}
+        done, _ = ray.wait(list(calls), timeout=CHECK_SECONDS)
+        found = []
+        for call in done:
+            place = calls[call]
+            try:
+                answer = ray.get(call)
+            except RayActorError as error:
+                if "creation task" in str(error):  # it would happen again
+                    raise ChildError(f"a worker of Ray could not start its engine: {error}") from error
+                self._lost(place, error)
+                continue
+            place.call = None
+            if isinstance(answer, str):
+                place.dtype = answer
+            else:
+                place.sent -= {each.request_id for each in answer}
+                found += answer
+        if self._ready():
+            self._last_ready = time.monotonic()
+        elif time.monotonic() - self._last_ready > self._config.max_outage:
+            raise ChildError(
+                f"no worker of Ray could be used for {self._config.max_outage:g} seconds (`generation.max_outage`). Each takes 1 CPU and, "
+                f"where there are some, {self._config.tensor_parallel_size} GPUs; `ray status` shows what the cluster has. What was "
+                "answered is kept, and the same command goes on."
+            )
+        return found
+
+    def _lost(self, place: Place, error: RayActorError) -> None:
+        """Start another worker in the place of a lost one, and have its requests answered by those that there are."""
+        others = len(self._ready()) - (place.dtype is not None)
+        first_line = str(error).strip().splitlines()[0]
+        self._note(f"worker {place.number} of Ray is lost ({first_line}); {others} of {len(self._places)} are in use")
+        requests = [*place.sent, *place.waiting]
+        place.sent, place.waiting = set(), []
+        self._start(place)
+        for request_id in requests:
+            self._assign(request_id)
