@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,13 @@ def test_on_cpus_and_quantized(tmp_path):
         ("single_gpu", 2, {}, "is for one process, and `num_processes` is 2. Take ddp"),
         ("fsdp2", 2, {"cpu": True}, "accelerate trains with FSDP on GPUs only.*Remove that, or take ddp"),
         ("fsdp2", 2, {"nf4": True}, "a quantized base cannot be sharded. Take ddp or deepspeed_zero2"),
+        ("deepspeed_zero3", None, {"nf4": True}, "a quantized base cannot be sharded. Take ddp or deepspeed_zero2"),
+        (
+            "deepspeed_zero3",
+            None,
+            {"changes": {"deepspeed_config": {"zero_stage": 3}}},
+            "does not gather weights for saving",
+        ),
         ("ddp", None, {"changes": {"num_machines": 2}}, "has `num_machines: 2`.*on its own machine only"),
         (
             "ddp",
@@ -110,6 +118,23 @@ def test_on_cpus_and_quantized(tmp_path):
 )
 def test_what_cannot_work(tmp_path, config, processes, keys, message):
     assert re.search(message, problem(tmp_path, config, processes, **keys))
+
+
+@pytest.mark.parametrize("config", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_deepspeed_is_no_dependency(tmp_path, config):
+    missing = find_spec("deepspeed") is None
+    assert problem(tmp_path, config) == (
+        "DeepSpeed is not installed: `pip install deepspeed`, or take ddp or fsdp2." if missing else None
+    )
+
+
+@pytest.mark.parametrize(("stage", "gathers"), [(3, True), (3, False), (2, False)])
+def test_deepspeeds_own_file(tmp_path, stage, gathers):
+    settings = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gathers}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": settings}))
+    changes = {"deepspeed_config": {"deepspeed_config_file": str(tmp_path / "ds.json")}}
+    found = problem(tmp_path, "deepspeed_zero3", changes=changes) or ""
+    assert ("does not gather weights" in found) == (stage == 3 and not gathers)
 
 
 @pytest.fixture

@@ -118,10 +118,13 @@ def launch(strategies: list[str], model: Path, output: Path, **environment: str)
 
 
 @pytest.fixture(scope="module")
-def ddp_and_fsdp2(tiny_model_dir, tmp_path_factory) -> Path:
-    return launch(
-        ["ddp", "fsdp2"], tiny_model_dir, tmp_path_factory.mktemp("ddp_and_fsdp2"), ACCELERATE_USE_CPU="true"
-    )
+def ddp(tiny_model_dir, tmp_path_factory) -> Path:
+    return launch(["ddp"], tiny_model_dir, tmp_path_factory.mktemp("ddp"), ACCELERATE_USE_CPU="true")
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tiny_model_dir, tmp_path_factory) -> Path:
+    return launch(["fsdp2"], tiny_model_dir, tmp_path_factory.mktemp("fsdp2"), ACCELERATE_USE_CPU="true")
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +181,15 @@ def check(path: Path, expected: Path, name: str, model: Path, *, wrapper: str, h
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ddp(ddp_and_fsdp2, one_process, tiny_model_dir, name):
-    check(ddp_and_fsdp2 / "ddp", one_process, name, tiny_model_dir, wrapper="DistributedDataParallel", held=1.0)
+def test_ddp(ddp, one_process, tiny_model_dir, name):
+    check(ddp / "ddp", one_process, name, tiny_model_dir, wrapper="DistributedDataParallel", held=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_fsdp2(ddp_and_fsdp2, one_process, tiny_model_dir, name):
+def test_fsdp2(fsdp2, one_process, tiny_model_dir, name):
     """As in `test_two_processes.py`, the worker writes the choice of FSDP into accelerate's state."""
-    check(ddp_and_fsdp2 / "fsdp2", one_process, name, tiny_model_dir, wrapper="FSDPModule", held=0.5)
+    check(fsdp2 / "fsdp2", one_process, name, tiny_model_dir, wrapper="FSDPModule", held=0.5)
 
 
 @pytest.mark.slow

@@ -61,8 +61,6 @@ def launch_problem(
         return (
             f"{processes} processes need a GPU each, and there are {gpus}. Set `training.num_processes`, or `use_cpu`."
         )
-    if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed: `pip install deepspeed`, or take ddp or fsdp2."
     if kind == "FSDP" and config.fsdp_config.get("fsdp_version", 1) != 2:
         return f"{launch.config_file} is for the first version of FSDP. Take fsdp2, or set `fsdp_version: 2`."
     if stage == 3 and not gathers:
@@ -75,6 +73,8 @@ def launch_problem(
             "a quantized base cannot be sharded. Take ddp or deepspeed_zero2, where each GPU holds all of the quantized base, "
             "or shard a base of 16 bits: remove `load_in_4bit` and `load_in_8bit`."
         )
+    if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
+        return "DeepSpeed is not installed: `pip install deepspeed`, or take ddp or fsdp2."
     return None
 
 
