@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from tests.aries.tiny_run import MINIMAL
 
-from trl_ext.aries.chains import Task, answer_task
+from trl_ext.aries.children import run_child
 from trl_ext.aries.config import AriesConfig, DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.records import read_jsonl, to_line
-from trl_ext.aries.refinements import Strategy
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 
@@ -20,7 +20,7 @@ PROMPTS, TURNS = 40, 2
 
 
 @pytest.fixture
-def prompts(tmp_path):
+def prompts(tmp_path) -> Path:
     rows = [
         {"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Sort : {i % 10} {i // 10} 3"}]}
         for i in range(PROMPTS)
@@ -30,14 +30,18 @@ def prompts(tmp_path):
     return path
 
 
-def embedded(model: str, prompts, answers) -> list[dict]:
-    from trl_ext.aries.engine import EmbeddedEngine
-
-    strategy = Strategy(RefinementsConfig(turns=TURNS, template="{{ question }} Draft : {{ draft }} ."))
-    task = Task(prompts, answers, strategy, [DraftsConfig(temperature=1.0, max_tokens=8)] * TURNS, (0, 1))
+def embedded(model: str, prompts: Path, answers: Path) -> list[dict]:
+    task = {
+        "prompts": str(prompts),
+        "answers": str(answers),
+        "sampling": [asdict(DraftsConfig(temperature=1.0, max_tokens=8))] * TURNS,
+        "seed": [0, 1],
+        "refinements": asdict(RefinementsConfig(turns=TURNS, template="{{ question }} Draft : {{ draft }} .")),
+    }
     config = GenerationConfig(max_model_len=64, max_num_seqs=4, dtype="float32", cpu_kv_cache_gib=1)
-    with closing(EmbeddedEngine(model, None, config, 16)) as engine:
-        answer_task(engine, task, lambda done: None)
+    job = {"model": model, "adapter": None, "max_lora_rank": 16, "revision": None, "trust_remote_code": False}
+    job |= {"generation": asdict(config), "tasks": [task], "parity": None}
+    run_child("trl_ext.aries.engine", job, answers.with_suffix(".log"), lambda done, total: None)
     return read_jsonl(answers)
 
 
