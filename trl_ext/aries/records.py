@@ -163,8 +163,18 @@ def cut_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_atomically(path, map(to_line, rows))
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows, of which one at a time is in memory, and count them."""
+    count = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield to_line(row)
+
+    write_atomically(path, lines())
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:
