@@ -81,6 +81,7 @@ bench: $(STAMP) ## Measure steps of the trainers and the loop's schedule; writes
 	$(BIN)/python -m tests.benchmarks.self_refine_dpo $(ARGS)
 	$(BIN)/python -m tests.benchmarks.generation $(ARGS)
 	$(BIN)/python -m tests.benchmarks.orchestrator $(ARGS)
+	$(BIN)/python -m tests.benchmarks.scale $(ARGS)
 	$(BIN)/python -m tests.benchmarks.shared_prompt $(ARGS)
 
 bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models

@@ -17,7 +17,7 @@ from trl_ext.aries.config import AriesConfig, EvaluationConfig, PromptsConfig, S
 from trl_ext.aries.disk import DiskError, writing
 from trl_ext.aries.records import append_lines, read_jsonl, recover_jsonl, to_line, write_json, write_jsonl
 from trl_ext.aries.run_dir import RunDir
-from trl_ext.aries.scores import ScoreCache
+from trl_ext.aries.scores import ScoreCache, content_key
 from trl_ext.recipe import RecipeError
 
 
@@ -80,12 +80,12 @@ def test_scores_that_were_found_out_are_kept(small_disk):
     cache = ScoreCache(small_disk / "score_cache.jsonl")
     with pytest.raises(DiskError, match="score_cache.jsonl: No space left"):
         for i in range(10_000):
-            cache.add([{"key": str(i), "score": 0.5}])
+            cache.add([{"key": content_key(i), "score": 0.5}])
     known = len(cache)
     filler.unlink()
     again = ScoreCache(small_disk / "score_cache.jsonl")
     assert 0 < len(again) <= known
-    again.add([{"key": "next", "score": 1.0}])
+    again.add([{"key": content_key("next"), "score": 1.0}])
     assert len(list(recover_jsonl(again.path))) == len(again)
 
 

@@ -1,10 +1,12 @@
 import json
+import random
 from dataclasses import fields
 
 import pytest
 
 from trl_ext.aries.config import DatasetConfig, PromptsConfig
 from trl_ext.aries.prompts import load_prompts, prompts_per_round, select_prompts
+from trl_ext.aries.records import write_jsonl
 from trl_ext.recipe import RecipeError
 
 
@@ -13,13 +15,55 @@ def write(path, *rows):
     return str(path)
 
 
-def test_rounds_see_different_prompts_in_an_order_the_seed_settles():
-    rows = [{"prompt_id": str(i), "prompt": f"p{i}"} for i in range(10)]
-    rounds = [select_prompts(rows, number, 3, seed=0) for number in (1, 2, 3)]
+def test_rounds_see_different_prompts_in_an_order_the_seed_settles(tmp_path):
+    file = write(tmp_path / "p.jsonl", *({"prompt": f"p{i}"} for i in range(10)))
+    prompts = load_prompts([DatasetConfig(file)], "prompts.dataset")
+    rounds = [list(select_prompts(prompts, number, 3, seed=0)) for number in (1, 2, 3)]
     ids = [row["prompt_id"] for a_round in rounds for row in a_round]
     assert len(set(ids)) == 9
-    assert rounds[1] == select_prompts(rows, 2, 3, seed=0)
-    assert rounds[0] != select_prompts(rows, 1, 3, seed=1)
+    assert rounds[1] == list(select_prompts(prompts, 2, 3, seed=0))
+    assert rounds[0] != list(select_prompts(prompts, 1, 3, seed=1))
+
+
+def test_rows_are_read_from_their_files_as_if_all_were_in_memory(tmp_path):
+    """
+    Oracle: the mixture as a list, shuffled as a list. 3,000 rows are three blocks of Arrow's; the bytes of `prompts.jsonl` are
+    compared.
+    """
+    from datasets import Dataset
+
+    texts = [{"prompt": f"p{i} é\u2028", "prompt_id": f"own-{i}", "n": i / 7, "unused": i} for i in range(2000)]
+    write(tmp_path / "a.jsonl", *texts)
+    table = [{"prompt": f"q{i}", "n": None if i % 3 else i / 3, "tags": [f"t{i}"]} for i in range(3000)]
+    Dataset.from_list(table).to_parquet(tmp_path / "b.parquet")
+    entries = [
+        DatasetConfig(str(tmp_path / "a.jsonl"), columns=["prompt", "prompt_id", "n"], fraction=1.0),
+        DatasetConfig(str(tmp_path / "b.parquet"), fraction=2.0),
+    ]
+    expected = [
+        {"prompt_id": f"a-{i + 1:07d}", "prompt": row["prompt"], "dataset_prompt_id": row["prompt_id"], "n": row["n"]}
+        for i, row in enumerate(texts[:1500])
+    ]
+    expected += [{"prompt_id": f"b-{i + 1501:07d}", **row} for i, row in enumerate(table)]
+    prompts = load_prompts(entries, "prompts.datasets")
+    assert len(prompts) == 4500 and list(prompts) == expected
+    assert prompts[1499:1501] == expected[1499:1501] and prompts[-1] == expected[-1]
+    with pytest.raises(IndexError):
+        prompts[4500]
+
+    order = list(range(4500))
+    random.Random(3).shuffle(order)
+    write_jsonl(tmp_path / "prompts.jsonl", select_prompts(prompts, 2, 2000, seed=3))
+    lines = [json.dumps(expected[i], ensure_ascii=False) + "\n" for i in order[2000:4000]]
+    assert (tmp_path / "prompts.jsonl").read_text(encoding="utf-8") == "".join(lines)
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_named(tmp_path):
+    file = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    prompts = load_prompts([DatasetConfig(file)], "prompts.dataset")
+    write(tmp_path / "p.jsonl", {"prompt": "aa"}, {"prompt": "b"})
+    with pytest.raises(RecipeError, match=r"p\.jsonl has changed since the run read it. Put back what it was"):
+        prompts[1]
 
 
 def test_ids_lead_back_to_the_row(tmp_path):
@@ -47,9 +91,8 @@ def test_parquet(tmp_path):
     from datasets import Dataset
 
     Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "p.parquet")
-    assert load_prompts([DatasetConfig(str(tmp_path / "p.parquet"))], "prompts.dataset") == [
-        {"prompt_id": "p-0000001", "prompt": "a"}
-    ]
+    prompts = load_prompts([DatasetConfig(str(tmp_path / "p.parquet"))], "prompts.dataset")
+    assert list(prompts) == [{"prompt_id": "p-0000001", "prompt": "a"}]
 
 
 def test_a_mixture_is_trl_s(tmp_path):

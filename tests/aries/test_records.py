@@ -13,6 +13,16 @@ def test_a_torn_last_line_is_cut_off_and_appending_continues(tmp_path):
     assert read_jsonl(part) == [{"a": 1}, {"a": "ü"}, {"a": 4}]
 
 
+@pytest.mark.parametrize("torn", [b"", b"x", b"x" * 200_000])
+@pytest.mark.parametrize("whole", [0, 1, 40_000])
+def test_a_torn_line_of_any_length_behind_any_number_of_lines(tmp_path, whole, torn):
+    """Longer than the block that is looked at in one go, and with nothing before it."""
+    part = tmp_path / "a.part"
+    part.write_bytes(b'{"a": 1}\n' * whole + torn)
+    assert len(list(recover_jsonl(part))) == whole
+    assert part.read_bytes() == b'{"a": 1}\n' * whole
+
+
 def test_nothing_to_recover(tmp_path):
     assert list(recover_jsonl(tmp_path / "none")) == []
 

@@ -263,7 +263,7 @@ def test_another_model_backend_or_revision_is_another_scorer(reward_model, tiny_
 
     def key(**settings):
         model = RewardModel(ScorerConfig(**({"reward_model": str(reward_model)} | settings)), GENERATION)
-        return model.key(chain, chain.answers[0], {})
+        return next(model.keys(chain, {}))
 
     other = save_reward_model(tmp_path / "other", tiny_model_path)
     others = [

@@ -13,6 +13,7 @@ from trl_ext.aries.scores import (
     ScoreCache,
     ScoreTask,
     Verifier,
+    answer_keys,
     call_verifier,
     content_key,
     load_verifier,
@@ -33,7 +34,8 @@ PROMPTS = [
 
 
 def answers(chains=CHAINS, prompts=PROMPTS):
-    columns = other_columns(prompts)
+    names = other_columns(prompts)
+    columns = [{name: prompt.get(name) for name in names} for prompt in prompts]
     return [(chain, answer, values) for chain, values in zip(chains, columns, strict=True) for answer in chain.answers]
 
 
@@ -175,7 +177,7 @@ class TestCache:
             verifier_file.write_text(COUNTING)
             other = Verifier(ScorerConfig(verifier=f"{verifier_file}:length"))
             other._identity["verifier"] = "other"
-            assert len(other.missing([write_task(tmp_path)], ScoreCache(cache))) == 3
+            assert len(list(other.missing(write_task(tmp_path), ScoreCache(cache)))) == 3
             return
         elif changed == "prompt":
             prompts[0]["prompt"] = "5 +"
@@ -183,6 +185,12 @@ class TestCache:
             prompts[0]["solution"] = "5"
         _, calls = self.score(verifier_file, write_task(tmp_path, chains, prompts), cache)
         assert calls == ["2", "3", "4", "2", "3"]
+
+    def test_the_keys_of_a_chain_s_answers_are_those_of_each_alone(self):
+        prompt, texts = [{"role": "user", "content": 'é "x"'}], ["", 'a\n"b"', "\ud83d"]
+        for after in ((), ({"b": 1, "a": None},)):
+            before = ({"verifier": "f", "sha256": "0"}, prompt)
+            assert list(answer_keys(before, texts, after)) == [content_key(*before, text, *after) for text in texts]
 
     def test_keys_do_not_depend_on_the_order_of_columns(self):
         assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
@@ -196,7 +204,7 @@ class TestSeveralScorers:
             Fixed("v", 0.5, {"a": [1.0, 2.0], "b": [None]}),
             Fixed("r", -2.0, {"a": [3.0, None], "b": [1.0]}),
         ]
-        assert score_rows(write_task(tmp_path), scorers, ScoreCache(tmp_path / "cache.jsonl")) == [
+        assert list(score_rows(write_task(tmp_path), scorers, ScoreCache(tmp_path / "cache.jsonl"))) == [
             {"prompt_id": "a", "scores": [-5.5, None], "by_scorer": {"v": [1.0, 2.0], "r": [3.0, None]}},
             {"prompt_id": "b", "scores": [None], "by_scorer": {"v": [None], "r": [1.0]}},
         ]

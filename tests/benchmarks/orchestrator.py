@@ -95,7 +95,8 @@ def main() -> None:
         f"{args.prompts:,} prompts with four answers each and 500 evaluation prompts; one epoch. Models this small leave the "
         "stages around them their largest share. `generate` and `train` are the processes that hold the policy, "
         "`check_parity` loads it once more to compare log-probabilities, `close` writes metrics and report; the rest runs in the "
-        "loop's own process.\n\n" + environment("cpu", "fp32")
+        "loop's own process. A million prompts, without a model: [scale.md](scale.md).\n\n"
+        + environment("cpu", "fp32")
     )
     write(rows, args.output / "orchestrator", "A round of ARIES, stage by stage", text)
     print(*rows, sep="\n")

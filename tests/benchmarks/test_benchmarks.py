@@ -80,6 +80,17 @@ def test_orchestrator(tmp_path):
     assert 0 < seconds["all but generate and train"] < seconds["round"]
 
 
+@pytest.mark.slow
+def test_scale(tmp_path):
+    """Every stage has its row, and holds little more than its imports."""
+    arguments = ["--prompts", "300", "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "tests.benchmarks.scale", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = {row["stage"]: int(row["peak MiB"]) for row in rows(tmp_path / "scale")}
+    assert list(peaks) == ["prompts", "answers", "scores", "pairs", "answers, scores and pairs"]
+    assert max(peaks.values()) < 1024
+
+
 def test_shared_prompt(monkeypatch, tmp_path):
     """docs/shared_prompt.md, When it pays: fewer bytes and the same head. By hand, layers alone: 4 + 2 · 4 of 2 · (4 + 4) tokens."""
     monkeypatch.setattr(shared_prompt, "CASES", [(TINY, True), (TINY, False)])

@@ -17,7 +17,8 @@ from transformers import GenerationConfig as HFGenerationConfig
 from .config import DraftsConfig, GenerationConfig
 from .disk import writing
 from .drafts import encode_prompt, request_seed, stop_token_ids
-from .records import Chain, read_jsonl, recover_jsonl, to_line, write_jsonl
+from .partial_answers import PartialAnswers
+from .records import Chain
 from .refinements import Request, Strategy
 
 
@@ -239,33 +240,19 @@ def _generation_config(model: str, revision: str | None) -> HFGenerationConfig |
 
 def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None]) -> None:
     """Answer a file of prompts, continuing every chain from what a previous process left."""
-    part = task.answers.with_name(task.answers.name + ".part")
-    rows = {row["prompt_id"]: row for row in recover_jsonl(part)}  # the last one of a chain holds all its answers
-    prompts = read_jsonl(task.prompts)
-    finished: dict[str, dict[str, Any]] = {}
-
-    def chains() -> Iterator[Chain]:
-        for row in prompts:
-            begun = rows.get(row["prompt_id"])
-            yield Chain(row["prompt_id"], row["prompt"]) if begun is None else Chain.from_row(begun, row["prompt"])
-
-    with writing(part), open(part, "a", encoding="utf-8") as file:
-
-        def on_answer(chain: Chain) -> None:
-            file.write(to_line(chain.to_row()))
-            file.flush()
+    answers = PartialAnswers(task.prompts, task.answers)
+    with writing(answers.path), open(answers.path, "ab") as file:
 
         def on_finished(chain: Chain) -> None:
-            finished[chain.prompt_id] = chain.to_row()
-            progress(len(finished))
+            answers.finish(chain)
+            progress(answers.finished)
 
         engine.start(task)
-        run_chains(engine, chains(), engine.window, on_answer, on_finished)
+        run_chains(engine, answers.chains(), engine.window, lambda chain: answers.add(file, chain), on_finished)
 
     if engine.prompt_tokens:
         share = engine.cached_tokens / engine.prompt_tokens
         print(  # noqa: T201 (into the stage's log)
             f"{task.answers}: {share:.1%} of {engine.prompt_tokens:,} prompt tokens came from the prefix cache"
         )
-    write_jsonl(task.answers, (finished[row["prompt_id"]] for row in prompts))
-    part.unlink()
+    answers.close()

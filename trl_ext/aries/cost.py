@@ -2,13 +2,14 @@
 Cost: what a round took, in generated tokens and in seconds. Kept apart from the metrics, which hold no clock times.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from .records import Chain
 
 
 def round_cost(
-    events: list[dict[str, Any]], number: int, chains: list[Chain], evaluation: list[Chain]
+    events: list[dict[str, Any]], number: int, chains: Iterable[Chain], evaluation: Iterable[Chain]
 ) -> dict[str, Any]:
     """
     Args:
@@ -16,7 +17,7 @@ def round_cost(
             The run's event log.
         number (`int`):
             The round.
-        chains (`list[Chain]`), evaluation (`list[Chain]`):
+        chains (iterable of [`Chain`]), evaluation (iterable of [`Chain`]):
             Its answers, and its policy's answers to the evaluation prompts.
 
     Returns:
@@ -24,10 +25,14 @@ def round_cost(
         logged under this round, `stage`, `seconds` of the runs that ended, and `interrupted`, how many did not: their time
         is not known.
     """
+    drafts = refinements = 0
+    for chain in chains:
+        drafts += sum(answer.tokens for answer in chain.answers[:1])
+        refinements += sum(answer.tokens for answer in chain.answers[1:])
     return {
         "generated_tokens": {
-            "drafts": sum(answer.tokens for chain in chains for answer in chain.answers[:1]),
-            "refinements": sum(answer.tokens for chain in chains for answer in chain.answers[1:]),
+            "drafts": drafts,
+            "refinements": refinements,
             "evaluation": sum(answer.tokens for chain in evaluation for answer in chain.answers),
         },
         "stages": stage_times(events, number),

@@ -14,7 +14,7 @@ from typing import Any
 from .chains import Finished, RequestEngine, Task, TaskEngine, answer_task
 from .children import Reporter, child_main
 from .config import DraftsConfig, GenerationConfig, RefinementsConfig
-from .records import read_jsonl, write_jsonl
+from .records import read_jsonl, read_rows, write_jsonl
 from .refinements import Strategy
 from .served_engine import ServedEngine
 
@@ -139,7 +139,7 @@ def main(job: dict[str, Any], report: Reporter) -> None:
         for task in job["tasks"]
         if not Path(task["answers"]).exists()
     ]
-    sizes = [len(read_jsonl(task.prompts)) for task in tasks]
+    sizes = [sum(1 for _ in read_rows(task.prompts)) for task in tasks]
     report(0, sum(sizes))
     settings = {
         "model": job["model"],

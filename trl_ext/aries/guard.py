@@ -8,6 +8,9 @@ policy worse. The guard drops no pair; `pairs.guard` says what happens to the ro
 """
 
 import math
+from array import array
+from collections.abc import Iterable, Sequence
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -22,40 +25,40 @@ LONG_CHOSEN_RATIO = 1.5
 DECISIONS = {"stop": "stopped", "skip": "skipped", "warn": "warned"}
 
 
-def examine(pairs: list[Pair]) -> dict[str, Any]:
+def examine(pairs: Iterable[Pair]) -> dict[str, Any]:
     """
     Compare the chosen with the rejected answers of a round.
 
     Args:
-        pairs (`list[Pair]`):
-            The selected pairs, at least one.
+        pairs (iterable of [`Pair`]):
+            The selected pairs. Of each, its scores are kept, and no text.
 
     Returns:
         `dict`: `compared` (pairs with both scores), `chosen_score`, `rejected_score` and `difference` (means over them, `None`
         without any), `interval` (the difference's 95 % bootstrap interval over prompts, `None` for fewer than two of them) and
         `length_ratio` (mean chosen over mean rejected tokens, of all pairs; `None` where the rejected have no tokens).
     """
-    compared = [pair for pair in pairs if pair.chosen_score is not None and pair.rejected_score is not None]
-    chosen_tokens, rejected_tokens = (
-        sum(answer.tokens for answer in answers)
-        for answers in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-    )
-    measured: dict[str, Any] = {"compared": len(compared), "chosen_score": None, "rejected_score": None}
+    chosen_scores, rejected_scores, prompt_ids = array("d"), array("d"), []
+    chosen_tokens = rejected_tokens = 0
+    for pair in pairs:
+        chosen_tokens += pair.chosen.tokens
+        rejected_tokens += pair.rejected.tokens
+        if pair.chosen_score is not None and pair.rejected_score is not None:
+            chosen_scores.append(pair.chosen_score)
+            rejected_scores.append(pair.rejected_score)
+            prompt_ids.append(pair.chain.prompt_id)
+    measured: dict[str, Any] = {"compared": len(prompt_ids), "chosen_score": None, "rejected_score": None}
     measured |= {"difference": None, "interval": None}
-    if compared:
-        differences = [pair.chosen_score - pair.rejected_score for pair in compared]
-        means = {
-            "chosen_score": [pair.chosen_score for pair in compared],
-            "rejected_score": [pair.rejected_score for pair in compared],
-            "difference": differences,
-        }
+    if prompt_ids:
+        differences = array("d", map(sub, chosen_scores, rejected_scores))
+        means = {"chosen_score": chosen_scores, "rejected_score": rejected_scores, "difference": differences}
         # `fsum`: differences that cancel out are 0, not a rounding error of either sign
         measured |= {name: math.fsum(values) / len(values) for name, values in means.items()}
-        measured["interval"] = bootstrap_interval(differences, [pair.chain.prompt_id for pair in compared])
+        measured["interval"] = bootstrap_interval(differences, prompt_ids)
     return measured | {"length_ratio": chosen_tokens / rejected_tokens if rejected_tokens > 0 else None}
 
 
-def bootstrap_interval(values: list[float], prompt_ids: list[str]) -> list[float] | None:
+def bootstrap_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float] | None:
     """
     95 % percentile interval of a mean, by resampling whole prompts: the pairs of one chain are not independent. The same
     values give the same interval.

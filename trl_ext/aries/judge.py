@@ -9,7 +9,7 @@ against the other answers of its chain, in [0, 1]. So scores compare answers of 
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..recipe import RecipeError
 from .children import ChildError
 from .config import ScorerConfig
-from .records import Answer, Chain
-from .scores import Progress, ScoreCache, ScoreTask, content_key, other_columns
+from .records import Answer, Chain, blocks
+from .scores import CHAINS_AT_ONCE, Progress, ScoreCache, ScoreTask, chains_of, content_key, other_columns
 
 
 VERDICTS = {"A": "first", "B": "second", "C": "tie"}
@@ -99,7 +99,7 @@ class Judge:
                     request = self.request(chain, columns, first, second)
                     yield (i, j), content_key(self._identity, request), request
 
-    def check(self, files: list[list[dict[str, Any]]]) -> None:
+    def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """
         Render the template, and ask the server to compare two words.
 
@@ -108,7 +108,7 @@ class Judge:
         """
         answers = [Answer(turn, text, 0, "stop") for turn, text in enumerate(("yes", "no"), start=1)]
         for rows in files:
-            row, columns = rows[0], other_columns(rows)[0]
+            row, columns = rows[0], {name: rows[0].get(name) for name in other_columns(rows)}
             request = self.request(Chain(row["prompt_id"], row["prompt"]), columns, *answers)
         with self._client() as client:
             other = self._other_model(client)
@@ -127,25 +127,34 @@ class Judge:
         Raises:
             [`JudgeError`]: the server failed for good; the verdicts until then are in the cache.
         """
-        keys, missing = [], {}
-        for task in tasks:
-            for chain, columns in task:
-                for _, key, request in self.comparisons(chain, columns):
-                    keys.append(key)
-                    if key not in cache:
-                        missing[key] = request
-        if missing:
-            self._judge(missing, cache, progress)
-        unparseable = sum(cache[key]["verdict"] is None for key in keys)
+        compared = judged = unparseable = 0
+        total = sum(len(self._missing(block, cache)) for block in blocks(chains_of(tasks), CHAINS_AT_ONCE))
+        for block in blocks(chains_of(tasks), CHAINS_AT_ONCE):
+            missing = self._missing(block, cache)
+            if missing:
+                self._judge(missing, cache, lambda done, judged=judged: progress(judged + done, total))
+            judged += len(missing)
+            keys = [key for chain, columns in block for _, key, _ in self.comparisons(chain, columns)]
+            compared += len(keys)
+            unparseable += sum(cache[key] is None for key in keys)
         if not unparseable:
             return []
-        return [f"{self.name}: {unparseable:,} of {len(keys):,} replies had no verdict and count as ties"]
+        return [f"{self.name}: {unparseable:,} of {compared:,} replies had no verdict and count as ties"]
+
+    def _missing(self, chains: list[tuple[Chain, dict[str, Any]]], cache: ScoreCache) -> dict[str, str]:
+        """The requests without a verdict in the cache, by key."""
+        return {
+            key: request
+            for chain, columns in chains
+            for _, key, request in self.comparisons(chain, columns)
+            if key not in cache
+        }
 
     def scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
-        verdicts = {pair: cache[key]["verdict"] for pair, key, _ in self.comparisons(chain, columns)}
+        verdicts = {pair: cache[key] for pair, key, _ in self.comparisons(chain, columns)}
         return win_rates(len(chain.answers), verdicts)
 
-    def _judge(self, missing: dict[str, str], cache: ScoreCache, progress: Progress) -> None:
+    def _judge(self, missing: dict[str, str], cache: ScoreCache, progress: Callable[[int], None]) -> None:
         self._stopping.clear()
         failure = None
         with self._client() as client, ThreadPoolExecutor(self._config.max_concurrency) as pool:
@@ -162,7 +171,7 @@ class Judge:
                     # A reply without a verdict is kept, to see why
                     shown = {} if verdict is not None else {"reply": reply}
                     cache.add([{"key": asked[future], "verdict": verdict, **shown}])
-                    progress(done, len(missing))
+                    progress(done)
             finally:
                 self._stopping.set()
         if failure is not None:

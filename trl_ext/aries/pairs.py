@@ -7,6 +7,7 @@ preference pair under such a prompt). So any pairwise trainer learns to answer a
 """
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
@@ -132,26 +133,50 @@ def similarity(text: str, other: str) -> float:
 SELECTIONS = {"best_over_worst": best_over_worst, "rule_based": rule_based}
 
 
+class Selection:
+    """
+    Up to `pairs_per_prompt` pairs of each chain, one by one; what could not be made is counted.
+
+    Args:
+        scored (iterable of `tuple[Chain, list[float | None]]`):
+            Chains with the scores of their answers.
+        config ([`~aries.config.PairsConfig`]):
+            The recipe's section.
+
+    Attributes:
+        chains (`int`), pairs (`int`), dropped (`dict[str, int]`):
+            How many there were so far, and how many pairs could not be made, by reason. Pairs and drops together are
+            `pairs_per_prompt` for each chain.
+    """
+
+    def __init__(self, scored: Iterable[tuple[Chain, list[float | None]]], config: PairsConfig):
+        self._scored = scored
+        self._config = config
+        self._dropped: Counter[str] = Counter()
+        self.chains = self.pairs = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return dict(sorted(self._dropped.items()))
+
+    def __iter__(self) -> Iterator[Pair]:
+        select = SELECTIONS[self._config.selection]
+        for chain, scores in self._scored:
+            self.chains += 1
+            for selected in select(chain, scores, self._config):
+                if isinstance(selected, Pair):
+                    self.pairs += 1
+                    yield selected
+                else:
+                    self._dropped[selected] += 1
+
+
 def select_pairs(
     chains: list[Chain], scores: list[list[float | None]], config: PairsConfig
 ) -> tuple[list[Pair], dict[str, int]]:
-    """
-    Up to `pairs_per_prompt` pairs per chain.
-
-    Returns:
-        `tuple[list[Pair], dict[str, int]]`: the pairs, and the number of those that could not be made by reason. Together
-        they are `pairs_per_prompt` for each chain.
-    """
-    select = SELECTIONS[config.selection]
-    pairs: list[Pair] = []
-    dropped: Counter[str] = Counter()
-    for chain, chain_scores in zip(chains, scores, strict=True):
-        for selected in select(chain, chain_scores, config):
-            if isinstance(selected, Pair):
-                pairs.append(selected)
-            else:
-                dropped[selected] += 1
-    return pairs, dict(sorted(dropped.items()))
+    """All pairs of a [`Selection`], and its drops."""
+    selection = Selection(zip(chains, scores, strict=True), config)
+    return list(selection), selection.dropped
 
 
 def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list[dict[str, Any]]:

@@ -220,8 +220,9 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, file: dict[str, Any], heal
     Raises:
         [`RecipeError`]: the chat template refuses one, or too many are too long.
     """
-    rows = load_prompts([DatasetConfig(**entry) for entry in file["datasets"]], file["key"])[: file["samples"]]
-    probed = rows[:: -(-len(rows) // PROBED_PROMPTS)]
+    rows = load_prompts([DatasetConfig(**entry) for entry in file["datasets"]], file["key"])
+    count = min(len(rows), file["samples"] or len(rows))
+    probed = rows[: count : -(-count // PROBED_PROMPTS)]
     too_long = 0
     for row in probed:
         try:

@@ -3,18 +3,21 @@ Prompts: a dataset in, the fresh prompts of one round out, each with an id that 
 """
 
 import random
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data_files import BUILDERS, builder_arguments, is_data_file
 from ..recipe import RecipeError
 from .config import DatasetConfig
-from .records import read_jsonl
+from .dataset_rows import ROWS_AT_ONCE, ArrowRows, DatasetRows, JsonLines
+from .records import blocks
 
 
-def load_rows(entry: DatasetConfig, where: str) -> list[dict[str, Any]]:
+def load_rows(entry: DatasetConfig, where: str) -> DatasetRows:
     """
-    Rows of a local file, a local directory or a Hub dataset.
+    Rows of a local file, a local directory or a Hub dataset. They stay there: each is read when it is asked for.
 
     Args:
         entry ([`DatasetConfig`]):
@@ -28,11 +31,9 @@ def load_rows(entry: DatasetConfig, where: str) -> list[dict[str, Any]]:
     try:
         is_file = is_data_file(entry.path)
         if is_file and Path(entry.path).suffix == ".jsonl":
-            rows = read_jsonl(Path(entry.path).expanduser(), to_write=True)
-            if entry.columns is not None:
-                rows = [{column: row[column] for column in entry.columns if column in row} for row in rows]
+            rows = JsonLines(Path(entry.path).expanduser(), entry.columns)
         else:
-            rows = load_dataset(entry, is_file).to_list()
+            rows = ArrowRows(load_dataset(entry, is_file))
     except RecipeError as error:
         raise RecipeError(f"`{where}`: {error}") from error
     except OSError as error:
@@ -61,41 +62,77 @@ def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # 
         ) from error
 
 
-def load_mixture(entries: list[DatasetConfig], where: str) -> list[tuple[DatasetConfig, list[dict[str, Any]]]]:
+def load_mixture(entries: list[DatasetConfig], where: str) -> list[tuple[str, DatasetRows, int]]:
     """
-    The rows of each dataset. Where they have a `fraction`, as many as TRL's `get_dataset` takes: the first of each, in these
-    proportions, as many as there can be.
+    Path and rows of each dataset, and how many of them are taken. Where they have a `fraction`, as many as TRL's `get_dataset`
+    takes: the first of each, in these proportions, as many as there can be.
     """
     loaded = [(entry, load_rows(entry, where)) for entry in entries]
     if entries[0].fraction is None:
-        return loaded
+        return [(entry.path, rows, len(rows)) for entry, rows in loaded]
     whole = sum(entry.fraction for entry in entries)
     total = min(len(rows) * whole / entry.fraction for entry, rows in loaded)
-    return [(entry, rows[: round(total * entry.fraction / whole)]) for entry, rows in loaded]
+    return [(entry.path, rows, round(total * entry.fraction / whole)) for entry, rows in loaded]
 
 
-def load_prompts(entries: list[DatasetConfig], where: str) -> list[dict[str, Any]]:
+class Prompts(Sequence):
     """
-    Rows with a usable `prompt`, in the datasets' order, each with a `prompt_id` of its own (a column of this name moves to
-    `dataset_prompt_id`): the dataset's name, and the row's number in the mixture.
+    Rows of a mixture, in the datasets' order, each with a `prompt_id` of its own (a column of this name moves to
+    `dataset_prompt_id`): the dataset's name, and the row's number in the mixture. A slice is a list.
+
+    Args:
+        mixture (`list[tuple]`):
+            From [`load_mixture`].
+    """
+
+    def __init__(self, mixture: list[tuple[str, DatasetRows, int]]):
+        self._mixture = mixture
+
+    def __len__(self) -> int:
+        return sum(count for _, _, count in self._mixture)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        numbers = range(len(self))[index]
+        return next(self.take([numbers])) if isinstance(index, int) else list(self.take(numbers))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.take(range(len(self)))
+
+    def take(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The rows with these numbers, from 0, in this order."""
+        for block in blocks(numbers, ROWS_AT_ONCE):
+            found = {}
+            first = 0
+            for path, rows, count in self._mixture:
+                own = [number for number in block if first <= number < first + count]
+                for number, row in zip(own, rows.take(number - first for number in own), strict=True):
+                    columns = {"dataset_prompt_id" if key == "prompt_id" else key: row[key] for key in row}
+                    found[number] = {"prompt_id": f"{Path(path).stem}-{number + 1:07d}", **columns}
+                first += count
+            yield from (found[number] for number in block)
+
+
+def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
+    """
+    Prompts that can be used, all of them looked at once.
 
     Raises:
         [`RecipeError`]: a row without `prompt`, with an empty one, with messages that do not end with the user's, or text
         among messages.
     """
-    prompts: list[dict[str, Any]] = []
-    for entry, rows in load_mixture(entries, where):
-        for number, row in enumerate(rows, start=1):
+    mixture = load_mixture(entries, where)
+    kind = None
+    for path, rows, count in mixture:
+        for number, row in enumerate(rows.take(range(count)), start=1):
             problem = prompt_problem(row)
             if problem:
-                raise RecipeError(f"`{where}`: {entry.path}, row {number}: {problem}")
-            columns = {"dataset_prompt_id" if key == "prompt_id" else key: value for key, value in row.items()}
-            prompts.append({"prompt_id": f"{Path(entry.path).stem}-{len(prompts) + 1:07d}", **columns})
-            if type(row["prompt"]) is not type(prompts[0]["prompt"]):
+                raise RecipeError(f"`{where}`: {path}, row {number}: {problem}")
+            kind = kind or type(row["prompt"])
+            if type(row["prompt"]) is not kind:
                 raise RecipeError(
-                    f"`{where}`: {entry.path}, row {number}: text and messages are mixed. Make all prompts one kind."
+                    f"`{where}`: {path}, row {number}: text and messages are mixed. Make all prompts one kind."
                 )
-    return prompts
+    return Prompts(mixture)
 
 
 def prompt_problem(row: dict[str, Any]) -> str | None:
@@ -141,8 +178,8 @@ def prompts_per_round(rows: int, per_round: int | None, rounds: int) -> int:
     return size
 
 
-def select_prompts(rows: list[dict[str, Any]], round_number: int, size: int, seed: int) -> list[dict[str, Any]]:
+def select_prompts(prompts: Prompts, round_number: int, size: int, seed: int) -> Iterator[dict[str, Any]]:
     """The prompts of a round (from 1): a slice of one seeded shuffle, so that no round sees another's."""
-    order = list(range(len(rows)))
+    order = array("q", range(len(prompts)))  # a list would take five times the memory
     random.Random(seed).shuffle(order)
-    return [rows[i] for i in order[(round_number - 1) * size : round_number * size]]
+    return prompts.take(order[(round_number - 1) * size : round_number * size])

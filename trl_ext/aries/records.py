@@ -6,15 +6,22 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..recipe import RecipeError
 from .disk import writing
 
 
 Prompt = str | list[dict[str, Any]]  # plain text, or messages
+T = TypeVar("T")
+
+# Made once: `json.dumps` makes an encoder for every row. A dataset's columns may hold dates
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
+# Bytes to look back at once for the end of the last whole line
+_TAIL = 2**16
 
 
 @dataclass
@@ -29,7 +36,7 @@ class Answer:
     critique: str | None = None  # what the policy said of this answer before refining it
 
     def to_row(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass
@@ -69,8 +76,14 @@ def read_jsonl(path: Path, to_write: bool = False) -> list[dict[str, Any]]:
     Raises:
         [`RecipeError`]: a line is not a JSON object in UTF-8; the message names file and line.
     """
+    return list(read_rows(path, to_write))
+
+
+def read_rows(path: Path, to_write: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of [`read_jsonl`] one by one, for files that need not fit into memory."""
     with open(path, "rb") as file:
-        return [read_line(path, number, line, to_write) for number, line in enumerate(file, start=1)]
+        for number, line in enumerate(file, start=1):
+            yield read_line(path, number, line, to_write)
 
 
 def read_line(path: Path, number: int, line: bytes, to_write: bool = False) -> dict[str, Any]:
@@ -91,7 +104,14 @@ def read_line(path: Path, number: int, line: bytes, to_write: bool = False) -> d
 
 
 def to_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"  # a dataset's columns may hold dates
+    return _ENCODER.encode(row) + "\n"
+
+
+def blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items, so many at a time."""
+    iterator = iter(items)
+    while block := list(islice(iterator, size)):
+        yield block
 
 
 def write_atomically(path: Path, lines: Iterable[str]) -> None:
@@ -128,17 +148,33 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
             file.writelines(lines)
 
 
-def cut_torn_line(path: Path) -> bytes:
-    """Cut off a last line without its end, and return what is left."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line without its end."""
+    with open(path, "rb") as file:
+        size = whole = file.seek(0, os.SEEK_END)
+        while whole > 0:
+            start = max(whole - _TAIL, 0)
+            file.seek(start)
+            end = file.read(whole - start).rfind(b"\n") + 1
+            whole = start + end
+            if end > 0:
+                break
+    if whole < size:
         os.truncate(path, whole)
-    return content[:whole]
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_atomically(path, map(to_line, rows))
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows, of which one at a time is in memory, and count them."""
+    count = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal count
+        for row in rows:
+            count += 1
+            yield to_line(row)
+
+    write_atomically(path, lines())
+    return count
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -149,8 +185,8 @@ def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Read back a file that was being appended to, and cut off its last line if it was torn."""
     if not path.exists():
         return
-    lines = cut_torn_line(path).split(b"\n")[:-1]
-    yield from (read_line(path, number, line) for number, line in enumerate(lines, start=1))
+    cut_torn_line(path)
+    yield from read_rows(path)
 
 
 def sha256(path: Path) -> str:

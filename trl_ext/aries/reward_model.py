@@ -10,7 +10,7 @@ does not know the architecture; both get the same token ids and agree to roundin
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from ..recipe import RecipeError
 from .children import child_main, run_child
 from .config import GenerationConfig, ScorerConfig
-from .records import Answer, Chain, Prompt, as_completion, write_json
-from .scores import AnswerScorer, Progress, ScoreCache, ScoreTask, content_key
+from .records import Chain, Prompt, as_completion, write_json
+from .scores import AnswerScorer, Progress, ScoreCache, ScoreTask, answer_keys, chains_of
 
 
 class RewardModel(AnswerScorer):
@@ -46,14 +46,14 @@ class RewardModel(AnswerScorer):
             "files": local_files(config.reward_model),
         }
 
-    def key(self, chain: Chain, answer: Answer, columns: dict[str, Any]) -> str:
-        return content_key(self._identity, chain.prompt, answer.text)
+    def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
+        return answer_keys((self._identity, chain.prompt), (answer.text for answer in chain.answers))
 
-    def check(self, files: list[list[dict[str, Any]]]) -> None:
+    def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """`preflight.py` looks at the model, in a process that may import transformers."""
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
-        if not self.missing(tasks, cache):
+        if next(self.missing(chains_of(tasks), cache), None) is None:
             return []
         notes = log.with_name(f"{self.name}.notes.json")
         job = {
@@ -233,7 +233,7 @@ def main(job: dict[str, Any], progress: Progress) -> None:
     name, revision = config.reward_model, config.reward_model_revision
     cache = ScoreCache(Path(job["cache"]))
     tasks = [ScoreTask(Path(task["prompts"]), Path(task["answers"])) for task in job["tasks"]]
-    missing = RewardModel(config, generation).missing(tasks, cache)
+    missing = dict(RewardModel(config, generation).missing(chains_of(tasks), cache))  # equal answers once
     notes = []
 
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)

@@ -28,15 +28,15 @@ from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import decide, examine, report, stop_message
 from .judge import Judge
-from .pairs import FAULTS, preference_rows, select_pairs
+from .pairs import FAULTS, Selection, preference_rows
 from .progress import WARNING, JsonProgress, RunProgress, duration
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
-from .records import read_jsonl, sha256, write_json, write_jsonl
+from .records import read_jsonl, read_rows, sha256, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
 from .reward_model import RewardModel
 from .run_dir import RoundDir, RunDir
-from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, score_rows
+from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, read_chains, score_rows
 from .sft import sft_row, usable_sft_rows
 from .state import recorded
 from .tracking import is_tracked, tracked_training, tracking_job
@@ -429,37 +429,46 @@ class Rounds:
         self.at = (number, "pairs")
         if round_dir.pairs.exists():
             return
-        chains = load_chains(read_jsonl(round_dir.prompts), round_dir.answers)
-        pairs, dropped = select_pairs(
-            chains, [row["scores"] for row in read_jsonl(round_dir.scores)], self.config.pairs
-        )
-        write_json(round_dir.drops, {"chains": len(chains), "pairs": len(pairs), "dropped": dropped})
+        selection = self.selection(number)
+        measured = examine(selection)
+        chains, dropped = selection.chains, selection.dropped
+        write_json(round_dir.drops, {"chains": chains, "pairs": selection.pairs, "dropped": dropped})
         faults = {reason: count for reason, count in dropped.items() if reason in FAULTS}
-        possible = len(chains) * self.config.pairs.pairs_per_prompt
+        possible = chains * self.config.pairs.pairs_per_prompt
         finding = health.share_finding("possible pairs", faults, possible, self.config.health)
         if finding:
             raise RecipeError(
                 f"round {number} would train on what is left: {finding}. Look at {round_dir.answers} and {round_dir.scores}, and "
                 "at the reasons in docs/aries.md. Or go on with a larger share, `--health.max_dropped 0.9`."
             )
-        if not pairs:
+        if not selection.pairs:
             raise RecipeError(
-                f"round {number} has no pairs to train on: all {len(chains)} chains were dropped, {dropped}. Look at "
+                f"round {number} has no pairs to train on: all {chains} chains were dropped, {dropped}. Look at "
                 f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs "
                 "(under another `output_dir`)."
             )
-        measured = examine(pairs)
         write_json(round_dir.guard, {"decision": decide(measured, self.config.pairs.guard), **measured})
-        rows = [row for pair in pairs for row in preference_rows(pair, self.template, self.config.pairs)]
-        write_jsonl(round_dir.pairs, rows)
+        # Selected a second time rather than kept
+        pairs = self.selection(number)
+        rows = write_jsonl(
+            round_dir.pairs,
+            (row for pair in pairs for row in preference_rows(pair, self.template, self.config.pairs)),
+        )
         self.progress.say(
-            f"round {number}/{self.config.rounds}  {len(pairs):,} pairs ({len(rows):,} rows) from {len(chains):,} chains; "
+            f"round {number}/{self.config.rounds}  {pairs.pairs:,} pairs ({rows:,} rows) from {chains:,} chains; "
             + (
                 f"dropped: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"
                 if dropped
                 else "none dropped"
             ),
         )
+
+    def selection(self, number: int) -> Selection:
+        """The pairs of a round, read from its files as they are asked for."""
+        round_dir = self.dir.round(number)
+        chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
+        scores = (row["scores"] for row in read_rows(round_dir.scores))
+        return Selection(zip(chains, scores, strict=True), self.config.pairs)
 
     def guard(self, number: int) -> None:
         """
@@ -522,8 +531,9 @@ class Rounds:
         parity = json.loads(round_dir.parity.read_text(encoding="utf-8")) if round_dir.parity.exists() else {}
         kl = {"kl_to_initial": parity.pop("kl_to_initial", None)}
         write_json(round_dir.metrics, metrics | kl)
-        answers = load_chains(read_jsonl(round_dir.prompts), round_dir.answers) if number > 0 else []
-        write_json(round_dir.cost, round_cost(self.dir.read_events(), number, answers, evaluation=chains))
+        answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
+        cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
+        write_json(round_dir.cost, cost)
         self.track(number)
         facts: dict[str, Any] = {
             "seed": self.config.seed,

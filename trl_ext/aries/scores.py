@@ -11,8 +11,9 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +21,21 @@ from ..recipe import RecipeError
 from ..recipe_values import show
 from .config import ScorerConfig
 from .disk import writing
-from .records import Answer, Chain, as_completion, read_jsonl, recover_jsonl, sha256, to_line
+from .records import Answer, Chain, as_completion, blocks, read_jsonl, read_rows, recover_jsonl, sha256, to_line
 
 
 Progress = Callable[[int, int], None]
 
+# Chains whose answers a scorer is given together. [house]
+CHAINS_AT_ONCE = 1000
+
+_KEY_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+
 
 class ScoreCache:
     """
-    What the scorers have found out so far, by content.
+    What the scorers have found out so far, by content. In memory are the scores and verdicts, about 100 bytes each; what else a
+    row has stays in the file.
 
     Args:
         path (`Path`):
@@ -41,28 +48,49 @@ class ScoreCache:
 
     def reload(self) -> None:
         """Read what another process has added."""
-        self._rows = {row["key"]: row for row in recover_jsonl(self.path)}
+        self._found: dict[int, Any] = {}
+        self._enter(recover_jsonl(self.path))
 
     def __contains__(self, key: str) -> bool:
-        return key in self._rows
+        return short(key) in self._found
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._rows[key]
+    def __getitem__(self, key: str) -> Any:
+        """A score or a verdict."""
+        return self._found[short(key)]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._found)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows with a `key`, and whatever the scorer reads back."""
+        """Append rows with a `key` and a `score` or `verdict`."""
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(map(to_line, rows))
-        self._rows |= {row["key"]: row for row in rows}
+        self._enter(rows)
+
+    def _enter(self, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            self._found[short(row["key"])] = row["verdict"] if "verdict" in row else row["score"]
+
+
+def short(key: str) -> int:
+    """
+    60 bits of a [`content_key`], the most that a small `int` has: a quarter of the memory of the text. That any two of four million
+    answers have the same is 1 to 140,000.
+    """
+    return int(key[:15], 16)
 
 
 def content_key(*content: Any) -> str:
     """SHA-256 of who scores and what is scored."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(_KEY_ENCODER.encode(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def answer_keys(before: tuple[Any, ...], texts: Iterable[str], after: tuple[Any, ...] = ()) -> Iterator[str]:
+    """`content_key(*before, text, *after)` of each text. What they have in common is encoded once."""
+    start, end = _KEY_ENCODER.encode(before)[:-1] + ", ", _KEY_ENCODER.encode(after)[1:]
+    for text in texts:
+        content = f"{start}{_KEY_ENCODER.encode(text)}{', ' if after else ''}{end}"
+        yield hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass
@@ -73,24 +101,43 @@ class ScoreTask:
     answers: Path
 
     def __post_init__(self):
-        self.rows = read_jsonl(self.prompts)
-        self.chains = load_chains(self.rows, self.answers)
-        self.columns = other_columns(self.rows)
+        self.columns = other_columns(read_rows(self.prompts))
 
     def __iter__(self) -> Iterator[tuple[Chain, dict[str, Any]]]:
-        """Each chain with the other columns of its prompt."""
-        return zip(self.chains, self.columns, strict=True)
+        """Each chain with the other columns of its prompt, read from the files as it goes."""
+        for prompt, chain in read_chains(self.prompts, self.answers):
+            yield chain, {name: prompt.get(name) for name in self.columns}
 
 
-def other_columns(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the rows hold besides the prompt, the same columns for all."""
-    names = sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
-    return [{name: row.get(name) for name in names} for row in prompts]
+def chains_of(tasks: list[ScoreTask]) -> Iterator[tuple[Chain, dict[str, Any]]]:
+    return (item for task in tasks for item in task)
+
+
+def other_columns(prompts: Iterable[dict[str, Any]]) -> list[str]:
+    """What the rows hold besides the prompt; not every row needs to have all of it."""
+    return sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
 
 
 def load_chains(prompts: list[dict[str, Any]], answers: Path) -> list[Chain]:
     rows = {row["prompt_id"]: row for row in read_jsonl(answers)}
     return [Chain.from_row(rows[row["prompt_id"]], row["prompt"]) for row in prompts]
+
+
+def read_chains(prompts: Path, answers: Path) -> Iterator[tuple[dict[str, Any], Chain]]:
+    """
+    [`load_chains`] one by one: each prompt's row, and its chain.
+
+    Raises:
+        [`RecipeError`]: the files do not have the same prompts in the same order.
+    """
+    rows = zip_longest(read_rows(prompts), read_rows(answers), fillvalue={"prompt_id": None})
+    for number, (prompt, row) in enumerate(rows, start=1):
+        if prompt["prompt_id"] != row["prompt_id"]:
+            raise RecipeError(
+                f"{answers}:{number}: line {number} of {prompts} has another prompt. Take both files back as they were, or "
+                f"delete {answers} and all that was made after it."
+            )
+        yield prompt, Chain.from_row(row, prompt["prompt"])
 
 
 class Scorer(Protocol):
@@ -99,7 +146,7 @@ class Scorer(Protocol):
     name: str
     weight: float
 
-    def check(self, files: list[list[dict[str, Any]]]) -> None:
+    def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """Try it on the first prompt of each file before any work is done; [`RecipeError`] if that fails."""
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
@@ -109,28 +156,24 @@ class Scorer(Protocol):
         """The scores of a chain's answers."""
 
 
-def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> list[dict[str, Any]]:
+def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> Iterator[dict[str, Any]]:
     """
     The weighted sum of what the scorers say of each answer; `None` where one of them says nothing.
 
-    Returns:
-        `list[dict]`: a row per chain with `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
+    Yields:
+        `dict`: of each chain `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
     """
-    rows = []
     for chain, columns in task:
         by_scorer = {scorer.name: scorer.scores(chain, columns, cache) for scorer in scorers}
         scores: list[float | None] = []
         for parts in zip(*by_scorer.values(), strict=True):
             weighted = None if None in parts else sum(s.weight * p for s, p in zip(scorers, parts, strict=True))
             scores.append(weighted)
-        rows.append(
-            {
-                "prompt_id": chain.prompt_id,
-                "scores": scores if scorers else [None] * len(chain.answers),
-                "by_scorer": by_scorer,
-            }
-        )
-    return rows
+        yield {
+            "prompt_id": chain.prompt_id,
+            "scores": scores if scorers else [None] * len(chain.answers),
+            "by_scorer": by_scorer,
+        }
 
 
 class AnswerScorer:
@@ -140,27 +183,26 @@ class AnswerScorer:
         self.name = config.name
         self.weight = config.weight
 
-    def key(self, chain: Chain, answer: Answer, columns: dict[str, Any]) -> str:
+    def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
+        """Of each answer of a chain, its key in the cache."""
         raise NotImplementedError
 
-    def missing(self, tasks: list[ScoreTask], cache: ScoreCache) -> dict[str, tuple[Chain, Answer, dict[str, Any]]]:
-        """The answers without an entry in the cache, by key; equal ones once."""
-        found: dict[str, tuple[Chain, Answer, dict[str, Any]]] = {}
-        for task in tasks:
-            for chain, columns in task:
-                for answer in chain.answers:
-                    key = self.key(chain, answer, columns)
-                    if key not in cache:
-                        found.setdefault(key, (chain, answer, columns))
-        return found
+    def missing(
+        self, chains: Iterable[tuple[Chain, dict[str, Any]]], cache: ScoreCache
+    ) -> Iterator[tuple[str, tuple[Chain, Answer, dict[str, Any]]]]:
+        """The answers without an entry in the cache, with their keys."""
+        for chain, columns in chains:
+            for answer, key in zip(chain.answers, self.keys(chain, columns), strict=True):
+                if key not in cache:
+                    yield key, (chain, answer, columns)
 
     def scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
-        return [cache[self.key(chain, answer, columns)]["score"] for answer in chain.answers]
+        return [cache[key] for key in self.keys(chain, columns)]
 
 
 class Verifier(AnswerScorer):
     """
-    A Python function with TRL's reward-function signature, called once per file of answers.
+    A Python function with TRL's reward-function signature, called for the answers of [`CHAINS_AT_ONCE`] chains at a time.
 
     Args:
         config ([`~aries.config.ScorerConfig`]):
@@ -173,18 +215,19 @@ class Verifier(AnswerScorer):
         file, _, function = config.verifier.rpartition(":")
         self._identity = {"verifier": function, "sha256": sha256(Path(file))}
 
-    def key(self, chain: Chain, answer: Answer, columns: dict[str, Any]) -> str:
-        return content_key(self._identity, chain.prompt, answer.text, columns)
+    def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
+        return answer_keys((self._identity, chain.prompt), (answer.text for answer in chain.answers), (columns,))
 
-    def check(self, files: list[list[dict[str, Any]]]) -> None:
+    def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """Score an empty answer, which is one that a policy may give."""
         for rows in files:
             chain = Chain(rows[0]["prompt_id"], rows[0]["prompt"])
-            call_verifier(self._function, [(chain, Answer(1, "", 0, "stop"), other_columns(rows)[0])])
+            columns = {name: rows[0].get(name) for name in other_columns(rows)}
+            call_verifier(self._function, [(chain, Answer(1, "", 0, "stop"), columns)])
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
-        for task in tasks:
-            missing = self.missing([task], cache)
+        for block in blocks(chains_of(tasks), CHAINS_AT_ONCE):
+            missing = dict(self.missing(block, cache))  # equal answers once
             if missing:
                 scores = call_verifier(self._function, list(missing.values()))
                 cache.add([{"key": key, "score": score} for key, score in zip(missing, scores, strict=True)])

@@ -1,0 +1,188 @@
+"""
+A round's prompts, chains, scores and pairs stay on disk: memory grows by a few words for each of them and by no text, and the files are
+those that lists in memory would give. The benchmark's engine answers at once.
+"""
+
+import json
+import tracemalloc
+import weakref
+from array import array
+
+import pytest
+from tests.benchmarks.scale import InstantEngine, loop_of, write_prompts, write_rounds_prompts
+
+from trl_ext.aries import engine as engine_module
+from trl_ext.aries import scores as scores_module
+from trl_ext.aries.config import PairsConfig, sampling_by_turn
+from trl_ext.aries.guard import bootstrap_interval
+from trl_ext.aries.pairs import preference_rows, select_pairs
+from trl_ext.aries.records import read_jsonl
+from trl_ext.aries.refinements import Strategy
+from trl_ext.aries.rounds import Rounds
+from trl_ext.aries.scores import load_chains
+
+
+@pytest.fixture
+def a_round(tmp_path):
+    """A function that makes the loop with so many prompts of round 1 written."""
+
+    def make(count: int) -> Rounds:
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        write_prompts(directory / "train.jsonl", count, seed=0)
+        write_prompts(directory / "eval.jsonl", 4, seed=1)
+        loop = loop_of(directory, count)
+        write_rounds_prompts(loop)
+        return loop
+
+    return make
+
+
+def answer(loop: Rounds, engine: InstantEngine, window: int = 8) -> None:
+    tasks = [
+        (loop.dir.evaluation_prompts, loop.dir.round(0).evaluation),
+        (loop.dir.round(1).prompts, loop.dir.round(1).answers),
+    ]
+    for prompts, answers in tasks:
+        if not answers.exists():
+            task = engine_module.Task(
+                prompts, answers, Strategy(loop.config.refinements), sampling_by_turn(loop.config), (0, 1)
+            )
+            engine_module.answer_task(engine, task, window, lambda done: None)
+
+
+class LongAnswers(InstantEngine):
+    """Its answers have 4,000 characters. It counts the chains that anything holds on to."""
+
+    def __init__(self):
+        super().__init__()
+        self._texts = [f"{text} {'x' * 4000}" for text in self._texts[:10]]
+        self.alive = self.most_alive = 0
+
+    def submit(self, chain):
+        if not chain.answers:
+            self.alive += 1
+            self.most_alive = max(self.most_alive, self.alive)
+            weakref.finalize(chain, self.ended)
+        return super().submit(chain)
+
+    def ended(self):
+        self.alive -= 1
+
+
+def peak(stage, *arguments) -> int:
+    tracemalloc.start()
+    try:
+        stage(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_texts(a_round, monkeypatch):
+    """
+    Four answers of 4,000 characters are 16 kB a chain. In memory may be its place and id (driver, pairs) and its answers' scores by
+    key: a kilobyte, tables that double as they grow included.
+    """
+    monkeypatch.setattr(scores_module, "CHAINS_AT_ONCE", 50)
+    peaks = {}
+    for count in (200, 1000):
+        loop, engine = a_round(count), LongAnswers()
+        peaks[count] = {
+            "answers": peak(answer, loop, engine),
+            "scores": peak(loop.score, 1),
+            "pairs": peak(loop.pair, 1),
+        }
+        assert engine.most_alive <= 8 + 1  # those of the window, and the one that is drawn next
+        assert engine.alive == 0
+    growth = {stage: (peaks[1000][stage] - peaks[200][stage]) / 800 for stage in peaks[200]}
+    assert max(growth.values()) < 1000, growth
+
+
+def test_pairs_are_those_of_lists_in_memory(a_round):
+    """Oracle: chains and scores as lists, and the guard's numbers from lists of their pairs."""
+    loop = a_round(300)
+    answer(loop, InstantEngine())
+    loop.score(1)
+    loop.pair(1)
+    round_dir = loop.dir.round(1)
+    chains = load_chains(read_jsonl(round_dir.prompts), round_dir.answers)
+    scores = [row["scores"] for row in read_jsonl(round_dir.scores)]
+    pairs, dropped = select_pairs(chains, scores, PairsConfig())
+    lines = [
+        json.dumps(row, ensure_ascii=False) + "\n"
+        for pair in pairs
+        for row in preference_rows(pair, loop.template, PairsConfig())
+    ]
+    assert round_dir.pairs.read_text(encoding="utf-8") == "".join(lines)
+    assert json.loads(round_dir.drops.read_text()) == {"chains": 300, "pairs": len(pairs), "dropped": dropped}
+    assert dropped, "some chains have no margin"
+    guard = json.loads(round_dir.guard.read_text())
+    differences = [pair.chosen_score - pair.rejected_score for pair in pairs]
+    assert guard["interval"] == bootstrap_interval(differences, [pair.chain.prompt_id for pair in pairs])
+    assert guard["interval"] == bootstrap_interval(array("d", differences), [p.chain.prompt_id for p in pairs])
+    assert guard["length_ratio"] == 1.0 and guard["compared"] == len(pairs)
+
+
+class Ended(Exception):
+    """The process is killed."""
+
+
+class Interrupted(InstantEngine):
+    """
+    Its text is its request's, so that a run that continues gives the same; every third chain is too long from its draft on or from its
+    third answer on. Ends in the middle of a step, after so many answers.
+    """
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.left = most
+        self.requests = []
+
+    def submit(self, chain):
+        number = int(chain.prompt_id[-7:])
+        if number % 3 == 0 and len(chain.answers) == number % 2 * 2:
+            chain.stopped = "prompt_too_long"
+            return False
+        return super().submit(chain)
+
+    def step(self):
+        running, self._running = self._running, []
+        advanced = []
+        for chain, request in running:
+            if self.left == 0:
+                self._running.append((chain, request))
+                continue
+            self.left -= 1
+            name = f"{chain.prompt_id} {request.turn} é"
+            self.requests.append(name)
+            self._strategy.add(chain, request, name, 3, "stop")
+            advanced.append(chain)
+        if not advanced:
+            raise Ended
+        return advanced
+
+
+def test_a_round_that_is_interrupted_again_and_again_ends_with_the_same_answers(a_round):
+    """Every request is answered once, chains that stop behind their last row included, and a torn line is cut off."""
+    whole, broken = a_round(60), a_round(61)
+    engine = Interrupted(most=10_000)
+    answer(whole, engine)
+    expected = whole.dir.round(1).answers.read_bytes()
+    stopped = [row for row in map(json.loads, expected.splitlines()) if row["stopped"]]
+    assert {len(row["answers"]) for row in stopped} == {0, 2} and len(stopped) == 20
+
+    broken.dir.round(1).prompts.write_bytes(whole.dir.round(1).prompts.read_bytes())
+    requests = []
+    while not broken.dir.round(1).answers.exists():
+        again = Interrupted(most=37)
+        try:
+            answer(broken, again)
+        except Ended:
+            for part in broken.dir.path.rglob("*.part"):
+                with open(part, "ab") as file:
+                    file.write(b'{"prompt_id": "torn')
+        requests += again.requests
+    assert broken.dir.round(1).answers.read_bytes() == expected
+    assert sorted(requests) == sorted(engine.requests)
+    assert not list(broken.dir.path.rglob("*.part"))
