@@ -67,11 +67,12 @@ def bootstrap_interval(values: Sequence[float], prompt_ids: list[str]) -> list[f
     sums, counts = np.bincount(prompts, weights=values), np.bincount(prompts)
     if len(sums) < 2:
         return None
+    one_each = counts.max() == 1  # then there is nothing to add up
     generator = np.random.default_rng(0)
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         drawn = generator.integers(len(sums), size=len(sums))
-        means[i] = sums[drawn].sum() / counts[drawn].sum()
+        means[i] = sums[drawn].sum() / (len(drawn) if one_each else counts[drawn].sum())
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 
