@@ -11,8 +11,8 @@ from array import array
 import pytest
 from tests.benchmarks.scale import InstantEngine, loop_of, write_prompts, write_rounds_prompts
 
-from trl_ext.aries import engine as engine_module
 from trl_ext.aries import scores as scores_module
+from trl_ext.aries.chains import Task, answer_task
 from trl_ext.aries.config import PairsConfig, sampling_by_turn
 from trl_ext.aries.guard import bootstrap_interval
 from trl_ext.aries.pairs import preference_rows, select_pairs
@@ -43,12 +43,11 @@ def answer(loop: Rounds, engine: InstantEngine, window: int = 8) -> None:
         (loop.dir.evaluation_prompts, loop.dir.round(0).evaluation),
         (loop.dir.round(1).prompts, loop.dir.round(1).answers),
     ]
+    engine.window = window
     for prompts, answers in tasks:
         if not answers.exists():
-            task = engine_module.Task(
-                prompts, answers, Strategy(loop.config.refinements), sampling_by_turn(loop.config), (0, 1)
-            )
-            engine_module.answer_task(engine, task, window, lambda done: None)
+            task = Task(prompts, answers, Strategy(loop.config.refinements), sampling_by_turn(loop.config), (0, 1))
+            answer_task(engine, task, lambda done: None)
 
 
 class LongAnswers(InstantEngine):

@@ -29,9 +29,10 @@ STAGES = ("prompts", "answers", "scores", "pairs")
 
 
 class InstantEngine:
-    """Answers every request in the next step, with one of a few short texts: an [`~aries.engine.Engine`] without a model."""
+    """Answers every request in the next step, with one of a few short texts: an [`~aries.chains.Engine`] without a model."""
 
     prompt_tokens = cached_tokens = 0
+    window = WINDOW
 
     def __init__(self):
         generator = random.Random(0)
@@ -86,7 +87,7 @@ def loop_of(directory: Path, count: int) -> Rounds:
 def run_stage(stage: str, directory: Path, count: int) -> dict:
     """One stage in this process; what it took, and the most that was ever resident, imports and the prompts' index included."""
     if stage == "answers":  # transformers with it, which the loop's own process never imports
-        from trl_ext.aries import engine
+        from trl_ext.aries import chains
     if stage == "prompts":
         start, cpu = time.perf_counter(), time.process_time()
     loop = loop_of(directory, count)
@@ -95,7 +96,7 @@ def run_stage(stage: str, directory: Path, count: int) -> dict:
     if stage == "prompts":
         write_rounds_prompts(loop)
     elif stage == "answers":
-        answer(loop, engine)
+        answer(loop, chains)
     elif stage == "scores":
         loop.score(1)
     else:
@@ -114,15 +115,15 @@ def write_rounds_prompts(loop: Rounds) -> None:
     write_jsonl(loop.dir.evaluation_prompts, loop.evaluation_prompts)
 
 
-def answer(loop: Rounds, engine: Any) -> None:
+def answer(loop: Rounds, chains: Any) -> None:
     tasks = [
         (loop.dir.evaluation_prompts, loop.dir.round(0).evaluation),
         (loop.dir.round(1).prompts, loop.dir.round(1).answers),
     ]
     strategy = Strategy(loop.config.refinements)
     for prompts, answers in tasks:
-        task = engine.Task(prompts, answers, strategy, sampling_by_turn(loop.config), (0, 1))
-        engine.answer_task(InstantEngine(), task, WINDOW, lambda done: None)
+        task = chains.Task(prompts, answers, strategy, sampling_by_turn(loop.config), (0, 1))
+        chains.answer_task(InstantEngine(), task, lambda done: None)
 
 
 def peak_mebibytes() -> int:
