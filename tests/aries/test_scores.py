@@ -55,8 +55,8 @@ class Fixed:
     def __init__(self, name, weight, scores):
         self.name, self.weight, self._scores = name, weight, scores
 
-    def scores(self, chain, columns, cache):
-        return self._scores[chain.prompt_id]
+    def scores(self, block, cache):
+        return [self._scores[chain.prompt_id] for chain, _ in block]
 
 
 def test_the_scorer_gets_trl_reward_function_arguments():

@@ -25,37 +25,46 @@ LONG_CHOSEN_RATIO = 1.5
 DECISIONS = {"stop": "stopped", "skip": "skipped", "warn": "warned"}
 
 
-def examine(pairs: Iterable[Pair]) -> dict[str, Any]:
-    """
-    Compare the chosen with the rejected answers of a round.
+class Examination:
+    """The chosen answers of a round beside the rejected ones. Of a pair, its scores are kept, and no text."""
 
-    Args:
-        pairs (iterable of [`Pair`]):
-            The selected pairs. Of each, its scores are kept, and no text.
+    def __init__(self):
+        self._chosen, self._rejected, self._prompt_ids = array("d"), array("d"), []
+        self._chosen_tokens = self._rejected_tokens = 0
 
-    Returns:
-        `dict`: `compared` (pairs with both scores), `chosen_score`, `rejected_score` and `difference` (means over them, `None`
-        without any), `interval` (the difference's 95 % bootstrap interval over prompts, `None` for fewer than two of them) and
-        `length_ratio` (mean chosen over mean rejected tokens, of all pairs; `None` where the rejected have no tokens).
-    """
-    chosen_scores, rejected_scores, prompt_ids = array("d"), array("d"), []
-    chosen_tokens = rejected_tokens = 0
-    for pair in pairs:
-        chosen_tokens += pair.chosen.tokens
-        rejected_tokens += pair.rejected.tokens
+    def add(self, pair: Pair) -> None:
+        self._chosen_tokens += pair.chosen.tokens
+        self._rejected_tokens += pair.rejected.tokens
         if pair.chosen_score is not None and pair.rejected_score is not None:
-            chosen_scores.append(pair.chosen_score)
-            rejected_scores.append(pair.rejected_score)
-            prompt_ids.append(pair.chain.prompt_id)
-    measured: dict[str, Any] = {"compared": len(prompt_ids), "chosen_score": None, "rejected_score": None}
-    measured |= {"difference": None, "interval": None}
-    if prompt_ids:
-        differences = array("d", map(sub, chosen_scores, rejected_scores))
-        means = {"chosen_score": chosen_scores, "rejected_score": rejected_scores, "difference": differences}
-        # `fsum`: differences that cancel out are 0, not a rounding error of either sign
-        measured |= {name: math.fsum(values) / len(values) for name, values in means.items()}
-        measured["interval"] = bootstrap_interval(differences, prompt_ids)
-    return measured | {"length_ratio": chosen_tokens / rejected_tokens if rejected_tokens > 0 else None}
+            self._chosen.append(pair.chosen_score)
+            self._rejected.append(pair.rejected_score)
+            self._prompt_ids.append(pair.chain.prompt_id)
+
+    def measured(self) -> dict[str, Any]:
+        """
+        Returns:
+            `dict`: `compared` (pairs with both scores), `chosen_score`, `rejected_score` and `difference` (means over them, `None`
+            without any), `interval` (the difference's 95 % bootstrap interval over prompts, `None` for fewer than two of them) and
+            `length_ratio` (mean chosen over mean rejected tokens, of all pairs; `None` where the rejected have no tokens).
+        """
+        measured: dict[str, Any] = {"compared": len(self._prompt_ids), "chosen_score": None, "rejected_score": None}
+        measured |= {"difference": None, "interval": None}
+        if self._prompt_ids:
+            differences = array("d", map(sub, self._chosen, self._rejected))
+            means = {"chosen_score": self._chosen, "rejected_score": self._rejected, "difference": differences}
+            # `fsum`: differences that cancel out are 0, not a rounding error of either sign
+            measured |= {name: math.fsum(values) / len(values) for name, values in means.items()}
+            measured["interval"] = bootstrap_interval(differences, self._prompt_ids)
+        ratio = self._chosen_tokens / self._rejected_tokens if self._rejected_tokens > 0 else None
+        return measured | {"length_ratio": ratio}
+
+
+def examine(pairs: Iterable[Pair]) -> dict[str, Any]:
+    """What an [`Examination`] of these pairs measures."""
+    examination = Examination()
+    for pair in pairs:
+        examination.add(pair)
+    return examination.measured()
 
 
 def bootstrap_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float] | None:

@@ -21,7 +21,7 @@ from ..recipe import RecipeError
 from .children import ChildError
 from .config import ScorerConfig
 from .records import Answer, Chain, blocks
-from .scores import CHAINS_AT_ONCE, Progress, ScoreCache, ScoreTask, chains_of, content_key, other_columns
+from .scores import CHAINS_AT_ONCE, Block, Progress, ScoreCache, ScoreTask, chains_of, content_key, other_columns
 
 
 VERDICTS = {"A": "first", "B": "second", "C": "tie"}
@@ -150,7 +150,10 @@ class Judge:
             if key not in cache
         }
 
-    def scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
+    def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
+        return [self._chain_scores(chain, columns, cache) for chain, columns in block]
+
+    def _chain_scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
         verdicts = {pair: cache[key] for pair, key, _ in self.comparisons(chain, columns)}
         return win_rates(len(chain.answers), verdicts)
 

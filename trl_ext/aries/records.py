@@ -129,7 +129,7 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 

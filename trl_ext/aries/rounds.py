@@ -26,7 +26,7 @@ from .children import ChildError, run_child
 from .config import AriesConfig, DatasetConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
 from .cost import round_cost
 from .evaluation import evaluation_metrics
-from .guard import decide, examine, report, stop_message
+from .guard import Examination, decide, report, stop_message
 from .judge import Judge
 from .pairs import FAULTS, Selection, preference_rows
 from .progress import WARNING, JsonProgress, RunProgress, duration
@@ -430,7 +430,25 @@ class Rounds:
         if round_dir.pairs.exists():
             return
         selection = self.selection(number)
-        measured = examine(selection)
+        rows = write_jsonl(round_dir.pairs, self.pair_rows(number, selection))
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in selection.dropped.items())
+        self.progress.say(
+            f"round {number}/{self.config.rounds}  {selection.pairs:,} pairs ({rows:,} rows) from {selection.chains:,} chains; "
+            + (f"dropped: {dropped}" if dropped else "none dropped")
+        )
+
+    def pair_rows(self, number: int, selection: Selection) -> Iterator[dict[str, Any]]:
+        """
+        The rows of the round's pairs; after the last one, what was dropped and what the guard measured, and whether that will do:
+        before the file gets its name.
+
+        Raises:
+            [`RecipeError`]: there are no pairs, or too many chains had faults.
+        """
+        round_dir, examination = self.dir.round(number), Examination()
+        for pair in selection:
+            examination.add(pair)
+            yield from preference_rows(pair, self.template, self.config.pairs)
         chains, dropped = selection.chains, selection.dropped
         write_json(round_dir.drops, {"chains": chains, "pairs": selection.pairs, "dropped": dropped})
         faults = {reason: count for reason, count in dropped.items() if reason in FAULTS}
@@ -447,21 +465,8 @@ class Rounds:
                 f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs "
                 "(under another `output_dir`)."
             )
+        measured = examination.measured()
         write_json(round_dir.guard, {"decision": decide(measured, self.config.pairs.guard), **measured})
-        # Selected a second time rather than kept
-        pairs = self.selection(number)
-        rows = write_jsonl(
-            round_dir.pairs,
-            (row for pair in pairs for row in preference_rows(pair, self.template, self.config.pairs)),
-        )
-        self.progress.say(
-            f"round {number}/{self.config.rounds}  {pairs.pairs:,} pairs ({rows:,} rows) from {chains:,} chains; "
-            + (
-                f"dropped: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"
-                if dropped
-                else "none dropped"
-            ),
-        )
 
     def selection(self, number: int) -> Selection:
         """The pairs of a round, read from its files as they are asked for."""

@@ -25,6 +25,7 @@ from .records import Answer, Chain, as_completion, blocks, read_jsonl, read_rows
 
 
 Progress = Callable[[int, int], None]
+Block = list[tuple[Chain, dict[str, Any]]]  # chains, each with the other columns of its prompt
 
 # Chains whose answers a scorer is given together. [house]
 CHAINS_AT_ONCE = 1000
@@ -150,10 +151,10 @@ class Scorer(Protocol):
         """Try it on the first prompt of each file before any work is done; [`RecipeError`] if that fails."""
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
-        """Add to the cache what is missing for these tasks. Returns lines that the user should read."""
+        """Add to the cache what takes a process or a server to find out. Returns lines that the user should read."""
 
-    def scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
-        """The scores of a chain's answers."""
+    def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
+        """The scores of the answers of each chain."""
 
 
 def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> Iterator[dict[str, Any]]:
@@ -163,17 +164,19 @@ def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> Ite
     Yields:
         `dict`: of each chain `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
     """
-    for chain, columns in task:
-        by_scorer = {scorer.name: scorer.scores(chain, columns, cache) for scorer in scorers}
-        scores: list[float | None] = []
-        for parts in zip(*by_scorer.values(), strict=True):
-            weighted = None if None in parts else sum(s.weight * p for s, p in zip(scorers, parts, strict=True))
-            scores.append(weighted)
-        yield {
-            "prompt_id": chain.prompt_id,
-            "scores": scores if scorers else [None] * len(chain.answers),
-            "by_scorer": by_scorer,
-        }
+    for block in blocks(task, CHAINS_AT_ONCE):
+        found = [scorer.scores(block, cache) for scorer in scorers]
+        for number, (chain, _) in enumerate(block):
+            by_scorer = {scorer.name: scores[number] for scorer, scores in zip(scorers, found, strict=True)}
+            scores: list[float | None] = []
+            for parts in zip(*by_scorer.values(), strict=True):
+                weighted = None if None in parts else sum(s.weight * p for s, p in zip(scorers, parts, strict=True))
+                scores.append(weighted)
+            yield {
+                "prompt_id": chain.prompt_id,
+                "scores": scores if scorers else [None] * len(chain.answers),
+                "by_scorer": by_scorer,
+            }
 
 
 class AnswerScorer:
@@ -196,8 +199,8 @@ class AnswerScorer:
                 if key not in cache:
                     yield key, (chain, answer, columns)
 
-    def scores(self, chain: Chain, columns: dict[str, Any], cache: ScoreCache) -> list[float | None]:
-        return [cache[key] for key in self.keys(chain, columns)]
+    def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
+        return [[cache[key] for key in self.keys(chain, columns)] for chain, columns in block]
 
 
 class Verifier(AnswerScorer):
@@ -226,12 +229,20 @@ class Verifier(AnswerScorer):
             call_verifier(self._function, [(chain, Answer(1, "", 0, "stop"), columns)])
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
-        for block in blocks(chains_of(tasks), CHAINS_AT_ONCE):
-            missing = dict(self.missing(block, cache))  # equal answers once
-            if missing:
-                scores = call_verifier(self._function, list(missing.values()))
-                cache.add([{"key": key, "score": score} for key, score in zip(missing, scores, strict=True)])
-        return []
+        return []  # `scores` calls the function
+
+    def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
+        keys = [list(self.keys(chain, columns)) for chain, columns in block]
+        missing = {
+            key: (chain, answer, columns)  # equal answers once
+            for (chain, columns), of_chain in zip(block, keys, strict=True)
+            for answer, key in zip(chain.answers, of_chain, strict=True)
+            if key not in cache
+        }
+        if missing:
+            scores = call_verifier(self._function, list(missing.values()))
+            cache.add([{"key": key, "score": score} for key, score in zip(missing, scores, strict=True)])
+        return [[cache[key] for key in of_chain] for of_chain in keys]
 
 
 def load_verifier(reference: str) -> Callable[..., list[float | None]]:
