@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 Block = list[tuple[Chain, dict[str, Any]]]  # chains, each with the other columns of its prompt
 
 # Chains whose answers a scorer is given together. [house]
-CHAINS_AT_ONCE = 1000
+CHAINS_AT_ONCE = 100
 
 _KEY_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 
