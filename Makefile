@@ -68,7 +68,7 @@ aries-qlora-smoke: $(STAMP) ## Three QLoRA rounds of ARIES on a tiny model, to s
 	$(BIN)/trl-ext aries run --config recipes/quickstart/aries_qlora.yaml $(ARGS)
 
 test: $(STAMP) ## Tests, without the slow ones and those for a GPU, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP) ## Tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
