@@ -37,7 +37,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu evidence-frontier style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,10 @@ bench: $(STAMP) ## Measure steps of the trainers and the loop's schedule; writes
 
 bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
+
+evidence-frontier: $(STAMP) ## The experiment on TDPO's frontier of reward and KL; writes docs/evidence
+	$(BIN)/python docs/evidence/tdpo_frontier.py $(ARGS)
+	$(BIN)/python docs/evidence/tdpo_frontier_figure.py
 
 style: $(STAMP) ## Format and fix with ruff
 	$(BIN)/ruff check --fix .

@@ -141,7 +141,7 @@ def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
         ({"training": {"output_dir": "x"}}, r"r\.yaml:\d+: `training.output_dir` belongs to the loop"),
         ({"training": {"trainer": "ppo"}}, "`training.trainer` must be one of dpo, tdpo, self_refine_dpo; got 'ppo'"),
         ({"model": {"model_name_or_path": "./nowhere"}}, r"r\.yaml:\d+: `model.model_name_or_path`: .*nowhere"),
-        ({"prompts": {"dataset": "nowhere.jsonl"}}, r"`prompts.dataset`: no file nowhere\.jsonl"),
+        ({"prompts": {"dataset": "nowhere.jsonl"}}, r"`prompts.dataset`: nowhere\.jsonl: no such file"),
         ({"scores": {"verifier": "nowhere.py:f"}}, "`scores.verifier`: 'nowhere.py:f' names no file"),
         (
             {"scores": {"judge": {"base_url": "http://127.0.0.1:9/v1", "model": "m"}}},

@@ -1,0 +1,159 @@
+"""
+Draw and sum up what tdpo_frontier.py measured.
+
+    python docs/evidence/tdpo_frontier_figure.py
+
+In: `tdpo_frontier.csv`. Out: `tdpo_frontier.svg`, and the tables of tdpo_frontier.md on stdout. Intervals are 95 % by Student's t over seeds.
+"""
+
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("svg")
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
+
+from matplotlib import pyplot as plt  # noqa: E402
+from reviews import t_interval  # noqa: E402
+
+
+HERE = Path(__file__).parent
+COLORS = ("#7a7f87", "#d1642a", "#9ec7f2", "#5b9fe0", "#2f7fd8", "#1b4f8a")
+BUDGETS = (1.0, 2.0, 4.0)  # nats
+DRAWN_BETA = 0.1
+
+
+def read(path: Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return [{k: v if k == "method" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def grouped(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
+
+
+def reward_at(run: list[dict], budget: float) -> float | None:
+    """A run's reward when its KL first passes the budget, between the two evaluations around it; `None` if it does not."""
+    for before, after in zip(run, run[1:], strict=False):
+        if before["kl"] <= budget < after["kl"]:
+            share = (budget - before["kl"]) / (after["kl"] - before["kl"])
+            return before["reward"] + share * (after["reward"] - before["reward"])
+    return None
+
+
+def cell(values: list[float], digits: int = 3) -> str:
+    if not values:
+        return "not reached"
+    return f"{statistics.mean(values):.{digits}f}" + (f" ± {t_interval(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def main() -> None:
+    rows = read(HERE / "tdpo_frontier.csv")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    betas = sorted({row["beta"] for row in rows})
+    runs = grouped(rows, "method", "beta", "seed")
+
+    def of(method: str, beta: float) -> list[list[dict]]:
+        return [run for (m, b, _), run in runs.items() if (m, b) == (method, beta)]
+
+    print("Reward when the KL passes so many nats\n")
+    lines = []
+    for method in methods:
+        for beta in betas:
+            found = [
+                [r for run in of(method, beta) if (r := reward_at(run, budget)) is not None] for budget in BUDGETS
+            ]
+            lines.append([method, f"{beta:g}", *map(cell, found)])
+    print(table(["method", "β", *(f"{budget:g} nats" for budget in BUDGETS)], lines))
+
+    print("At the last step\n")
+    names = ("reward", "kl", "seq_kl_chosen", "seq_kl_rejected", "difference", "accuracy", "entropy", "distinct_2")
+    lines = []
+    for method in methods:
+        for beta in betas:
+            last = [
+                run[-1] | {"difference": run[-1]["seq_kl_rejected"] - run[-1]["seq_kl_chosen"]}
+                for run in of(method, beta)
+            ]
+            lines.append(
+                [
+                    method,
+                    f"{beta:g}",
+                    *(
+                        cell([row[name] for row in last], 2 if "kl" in name or name == "difference" else 3)
+                        for name in names
+                    ),
+                ]
+            )
+    print(
+        table(
+            [
+                "method",
+                "β",
+                "reward",
+                "KL(π‖π_ref)",
+                "SeqKL(y_w)",
+                "SeqKL(y_l)",
+                "difference",
+                "accuracy",
+                "entropy",
+                "distinct-2",
+            ],
+            lines,
+        )
+    )
+
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.4), layout="constrained")
+    panels = {
+        "Reward against KL(π‖π_ref), all β": ("kl", "reward"),
+        f"SeqKL(y_w), β = {DRAWN_BETA:g}": ("step", "seq_kl_chosen"),
+        f"SeqKL(y_l) − SeqKL(y_w), β = {DRAWN_BETA:g}": ("step", "difference"),
+        f"Entropy per token, β = {DRAWN_BETA:g}": ("step", "entropy"),
+    }
+    for ax, (title, (x, y)) in zip(axes.flat, panels.items(), strict=True):
+        for method, color in zip(methods, COLORS, strict=False):
+            for beta in betas if x == "kl" else [DRAWN_BETA]:
+                by_step = grouped((row for run in of(method, beta) for row in run), "step")
+                points = [
+                    {
+                        key: statistics.mean(
+                            row["seq_kl_rejected"] - row["seq_kl_chosen"] if key == "difference" else row[key]
+                            for row in group
+                        )
+                        for key in (x, y)
+                    }
+                    for group in by_step.values()
+                ]
+                label = method if beta == DRAWN_BETA else None
+                ax.plot(
+                    [p[x] for p in points],
+                    [p[y] for p in points],
+                    color=color,
+                    label=label,
+                    marker="o",
+                    markersize=3,
+                    linewidth=0 if x == "kl" else 1.2,
+                )
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("nats" if x == "kl" else "step")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].set_xlim(0, 8)
+    axes.flat[0].legend(fontsize=8, frameon=False)
+    figure.savefig(HERE / "tdpo_frontier.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
