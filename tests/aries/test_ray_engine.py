@@ -63,6 +63,22 @@ def test_a_node_that_is_killed_loses_nothing(tiny_model_path, prompts, tmp_path)
     assert read_jsonl(tmp_path / "ray.jsonl") == embedded(tiny_model_path, prompts, tmp_path / "embedded.jsonl")
 
 
+def test_requests_wait_for_whichever_worker_comes_first():
+    """Where all are lost, none of them may keep requests to itself: it need not come back."""
+    ray_engine = pytest.importorskip("trl_ext.aries.ray_engine")
+    engine = ray_engine.RayEngine.__new__(ray_engine.RayEngine)
+    engine._config, engine._home = GenerationConfig(engine="ray", ray_workers=2), {}
+    engine._places = first, second = ray_engine.Place(1), ray_engine.Place(2)
+    for i in range(6):
+        engine._assign(f"{i}/1")
+    assert len(first.waiting) == len(second.waiting) == 3
+    engine._reassign()
+    assert len(first.waiting) == 3, "nobody is there yet"
+    second.dtype = "float32"
+    engine._reassign()
+    assert first.waiting == [] and sorted(second.waiting) == [f"{i}/1" for i in range(6)]
+
+
 @pytest.mark.parametrize(
     ("generation", "message"),
     [

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from .chains import Finished, RequestEngine
+from .chains import Finished, RequestEngine, Task
 from .children import ChildError
 from .config import GenerationConfig
 
@@ -123,11 +123,16 @@ class RayEngine(RequestEngine):
     def dtype(self) -> str:
         return self._ready()[0].dtype
 
+    def start(self, task: Task) -> None:
+        super().start(task)
+        self._home = {}
+
     def add(self, request_id: str, token_ids: list[int], settings: dict[str, Any]) -> None:
         self._requests[request_id] = (request_id, token_ids, settings)
         self._assign(request_id)
 
     def finished(self) -> list[Finished]:
+        self._reassign()
         for place in self._ready():
             if place.call is None and place.held:
                 requests = [self._requests[request_id] for request_id in place.waiting]
@@ -164,6 +169,16 @@ class RayEngine(RequestEngine):
             home = least
         self._home[prompt_id] = home
         home.waiting.append(request_id)
+
+    def _reassign(self) -> None:
+        """What was left to workers when there were none goes to those that have come first."""
+        if not self._ready():
+            return
+        for place in self._places:
+            if place.dtype is None:
+                waiting, place.waiting = place.waiting, []
+                for request_id in waiting:
+                    self._assign(request_id)
 
     def _collect(self) -> list[Finished]:
         """
