@@ -1,6 +1,6 @@
 """
 Signals to real runs: how they end, how fast, and that nothing they started is left. Processes are found by a variable in their
-environment, which everything that a run starts inherits.
+environment, which everything that a run starts inherits, and by their sessions, since vLLM's workers write their names over theirs.
 """
 
 import os
@@ -25,6 +25,7 @@ class Run:
 
     def __init__(self, arguments: list[str], **environment: str):
         self.mark = uuid.uuid4().hex
+        self.sessions: set[int] = set()
         self.process = subprocess.Popen(
             arguments,
             env={**os.environ, MARK: self.mark, **environment},
@@ -35,17 +36,20 @@ class Run:
         )
 
     def alive(self) -> list[str]:
-        """Command lines of the run's processes."""
-        found = []
-        for directory in Path("/proc").iterdir():
+        """Command lines of the run's processes: those with its mark, and those in a session that one of these was ever seen in."""
+        processes = {}
+        for directory in Path("/proc").glob("[0-9]*"):
             try:
-                environment = (directory / "environ").read_bytes()
+                marked = f"{MARK}={self.mark}".encode() in (directory / "environ").read_bytes().split(b"\0")
                 words = (directory / "cmdline").read_bytes().split(b"\0")
-            except OSError:  # not a process, or one that has ended
+                session = os.getsid(int(directory.name))
+            except OSError:  # one that has ended
                 continue
-            if f"{MARK}={self.mark}".encode() in environment.split(b"\0") and words != [b""]:
-                found.append(b" ".join(words).decode())
-        return found
+            if words != [b""]:  # ended, and not yet waited for
+                processes[directory.name] = (session, b" ".join(words).decode())
+                if marked:
+                    self.sessions.add(session)
+        return [command_line for session, command_line in processes.values() if session in self.sessions]
 
     def wait_for(self, condition) -> None:
         deadline = time.monotonic() + 300
