@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from trl_ext.aries.chains import Task, answer_task
+from trl_ext.aries.chains import EngineSettings, Task, answer_task
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.ray_engine import RayEngine
 from trl_ext.aries.refinements import Strategy
@@ -37,7 +37,7 @@ def main(job: dict) -> None:
         cpu_kv_cache_gib=1,
     )
     notes: list[str] = []
-    engine = RayEngine(job["model"], None, config, 16, None, False, note=notes.append)
+    engine = RayEngine(EngineSettings(job["model"], config), notes.append)
     while len(engine._ready()) < 2:
         engine._collect()
     used = set()

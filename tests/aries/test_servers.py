@@ -24,7 +24,7 @@ from tests.aries.tiny_run import MINIMAL, command, recipe, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.aries import served_engine
-from trl_ext.aries.chains import Task, answer_task
+from trl_ext.aries.chains import EngineSettings, Task, answer_task
 from trl_ext.aries.children import ChildError, run_child
 from trl_ext.aries.config import AriesConfig, DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.drafts import encode_prompt, request_seed
@@ -74,9 +74,8 @@ def make_engine(tiny_model_path, tmp_path):
         )
         named = None if adapter is None else ("round_01", 2, str(adapter))
         notes: list[str] = []
-        engine = ServedEngine(
-            tiny_model_path, named, config, 8, None, False, probe=tmp_path / "parity_probe.json", note=notes.append
-        )
+        settings = EngineSettings(tiny_model_path, config, named, max_lora_rank=8)
+        engine = ServedEngine(settings, tmp_path / "parity_probe.json", notes.append)
         engine.notes = notes
         return engine
 
@@ -544,7 +543,7 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
         with pytest.raises(
             WrongServer, match=f"{url} does not answer with .* those of the policy of the round before"
         ):
-            ServedEngine(tiny_model_path, named, config, 8, None, False, probe=file, note=notes.append)
+            ServedEngine(EngineSettings(tiny_model_path, config, named, max_lora_rank=8), file, notes.append)
         for wanted, message in (
             (Wanted("other", 64), f"has the model '{tiny_model_path}', and the recipe asks for 'other'"),
             (Wanted(tiny_model_path, 128), "`--max-model-len 128`"),

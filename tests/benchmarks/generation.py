@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from trl_ext.aries.chains import Task, run_chains
+from trl_ext.aries.chains import EngineSettings, Task, run_chains
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.engine import EmbeddedEngine
 from trl_ext.aries.records import Chain
@@ -59,7 +59,7 @@ class FixedLengths(EmbeddedEngine):
 
     def __init__(self, model: Path, slots: int):
         config = GenerationConfig(max_model_len=1024, max_num_seqs=slots, dtype="float32", cpu_kv_cache_gib=1)
-        super().__init__(str(model), None, config, max_lora_rank=16)
+        super().__init__(EngineSettings(str(model), config))
         step = self._engine.step
 
         def counted():

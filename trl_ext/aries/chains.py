@@ -88,30 +88,54 @@ def run_chains(
         active += refill()
 
 
-class TaskEngine:
+@dataclass
+class EngineSettings:
     """
-    What the engines share: a chain's next request, as token ids with a sampling and a seed, and its answer.
+    Which policy an engine answers with, and how it is started.
 
     Args:
         model (`str`):
             Path or id of the base model; its tokenizer renders the prompts.
         config ([`GenerationConfig`]):
             The recipe's section.
+        adapter (`tuple[str, int, str]`, *optional*):
+            Name, id and path of the LoRA adapter that all requests use. Name and id must be new in each round: vLLM may answer
+            from stale weights or prefixes under old ones.
+        max_lora_rank (`int`, *optional*, defaults to `16`):
+            The adapter's rank.
         revision (`str`, *optional*):
             Revision of a model on the Hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether the model may run its own code.
     """
 
+    model: str
+    config: GenerationConfig
+    adapter: tuple[str, int, str] | None = None
+    max_lora_rank: int = 16
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class TaskEngine:
+    """
+    What the engines share: a chain's next request, as token ids with a sampling and a seed, and its answer.
+
+    Args:
+        settings ([`EngineSettings`]):
+            The policy, and how the engine is started.
+    """
+
     window: int  # chains in progress
     dtype: str  # of the weights
 
-    def __init__(
-        self, model: str, config: GenerationConfig, revision: str | None = None, trust_remote_code: bool = False
-    ):
-        self._tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    def __init__(self, settings: EngineSettings):
+        model, revision = settings.model, settings.revision
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            model, revision=revision, trust_remote_code=settings.trust_remote_code
+        )
         self._stop_token_ids = stop_token_ids(self._tokenizer, _generation_config(model, revision))
-        self._max_model_len = config.max_model_len
+        self._max_model_len = settings.config.max_model_len
         self._task: Task | None = None
         self.prompt_tokens = self.cached_tokens = 0  # of the task
 
@@ -184,10 +208,8 @@ class Finished:
 class RequestEngine(TaskEngine):
     """What the engines of vLLM in processes of ours share: requests go in by their ids and come out finished."""
 
-    def __init__(
-        self, model: str, config: GenerationConfig, revision: str | None = None, trust_remote_code: bool = False
-    ):
-        super().__init__(model, config, revision, trust_remote_code)
+    def __init__(self, settings: EngineSettings):
+        super().__init__(settings)
         self._running: dict[str, tuple[Chain, Request]] = {}  # by request id
 
     def add(self, request_id: str, token_ids: list[int], settings: dict[str, Any]) -> None:

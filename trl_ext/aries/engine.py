@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from .chains import Finished, RequestEngine, Task, TaskEngine, answer_task
+from .chains import EngineSettings, Finished, RequestEngine, Task, TaskEngine, answer_task
 from .children import Reporter, child_main
 from .config import DraftsConfig, GenerationConfig, RefinementsConfig
 from .records import read_jsonl, read_rows, write_jsonl
@@ -24,31 +24,13 @@ class EmbeddedEngine(RequestEngine):
     vLLM's `LLM`, whose engine is driven step by step in this process.
 
     Args:
-        model (`str`):
-            Path or id of the base model; its tokenizer renders the prompts.
-        adapter (`tuple[str, int, str]`, *optional*):
-            Name, id and path of the LoRA adapter that all requests use. Both must be new in each round: vLLM may answer
-            from stale weights or prefixes under an old one.
-        config ([`GenerationConfig`]):
-            The recipe's section.
-        max_lora_rank (`int`):
-            The adapter's rank.
-        revision (`str`, *optional*):
-            Revision of a model on the Hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether the model may run its own code.
+        settings ([`~aries.chains.EngineSettings`]):
+            The policy, and how vLLM is started.
     """
 
-    def __init__(
-        self,
-        model: str,
-        adapter: tuple[str, int, str] | None,
-        config: GenerationConfig,
-        max_lora_rank: int,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ):
-        super().__init__(model, config, revision, trust_remote_code)
+    def __init__(self, settings: EngineSettings):
+        super().__init__(settings)
+        config, adapter = settings.config, settings.adapter
         self.window = config.max_num_seqs
         # In this process: 5 s to start on a CPU against 34 s, and one process to end
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -60,23 +42,23 @@ class EmbeddedEngine(RequestEngine):
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
-        settings: dict[str, Any] = {"enforce_eager": config.enforce_eager}
+        options: dict[str, Any] = {"enforce_eager": config.enforce_eager}
         if current_platform.is_cpu():
             # Seeded sampling of large batches dies on CPU ("CPU Generator does not use offset") unless prompts are
             # prefilled whole and a step can take all of them
-            settings = {
+            options = {
                 "enforce_eager": True,
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": config.max_num_seqs * config.max_model_len,
             }
         if config.quantization is None:  # a quantization may have a loader of its own
-            settings["load_format"] = "safetensors"
+            options["load_format"] = "safetensors"
         if adapter is not None:
-            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank}
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": settings.max_lora_rank}
         self.llm = LLM(
-            model=model,
-            revision=revision,
-            tokenizer_revision=revision,
+            model=settings.model,
+            revision=settings.revision,
+            tokenizer_revision=settings.revision,
             dtype=config.dtype,
             max_model_len=config.max_model_len,
             max_num_seqs=config.max_num_seqs,
@@ -86,10 +68,10 @@ class EmbeddedEngine(RequestEngine):
             enable_prefix_caching=True,
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # the model's own must not change sampling silently
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=settings.trust_remote_code,
             seed=0,  # requests bring their own
             disable_log_stats=True,
-            **settings,
+            **options,
         )
         self._engine = self.llm.llm_engine
         self._lora = None if adapter is None else LoRARequest(*adapter)
@@ -141,22 +123,22 @@ def main(job: dict[str, Any], report: Reporter) -> None:
     ]
     sizes = [sum(1 for _ in read_rows(task.prompts)) for task in tasks]
     report(0, sum(sizes))
-    settings = {
-        "model": job["model"],
-        "adapter": tuple(job["adapter"]) if job["adapter"] else None,
-        "config": config,
-        "max_lora_rank": job["max_lora_rank"],
-        "revision": job["revision"],
-        "trust_remote_code": job["trust_remote_code"],
-    }
+    settings = EngineSettings(
+        model=job["model"],
+        config=config,
+        adapter=tuple(job["adapter"]) if job["adapter"] else None,
+        max_lora_rank=job["max_lora_rank"],
+        revision=job["revision"],
+        trust_remote_code=job["trust_remote_code"],
+    )
     if config.base_urls is not None:
-        engine: TaskEngine = ServedEngine(**settings, probe=Path(job["probe"]), note=report.note)
+        engine: TaskEngine = ServedEngine(settings, Path(job["probe"]), report.note)
     elif config.engine == "ray":
         from .ray_engine import RayEngine
 
-        engine = RayEngine(**settings, note=report.note)
+        engine = RayEngine(settings, report.note)
     else:
-        engine = EmbeddedEngine(**settings)
+        engine = EmbeddedEngine(settings)
     with closing(engine):
         # First, so that the batch, and with it the rounding, is the same in a run that continues
         parity = job.get("parity")

@@ -16,9 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from .chains import Finished, RequestEngine, Task
+from .chains import EngineSettings, Finished, RequestEngine, Task
 from .children import ChildError
-from .config import GenerationConfig
 
 
 CHECK_SECONDS = 1.0
@@ -27,10 +26,10 @@ CHECK_SECONDS = 1.0
 class Worker:
     """What runs on the cluster: an [`~aries.engine.EmbeddedEngine`], and no chains."""
 
-    def __init__(self, **settings: Any):
+    def __init__(self, settings: EngineSettings):
         from .engine import EmbeddedEngine
 
-        self._engine = EmbeddedEngine(**settings)
+        self._engine = EmbeddedEngine(settings)
 
     def dtype(self) -> str:
         return self._engine.dtype
@@ -66,8 +65,8 @@ class RayEngine(RequestEngine):
     The workers of `generation.ray_workers`.
 
     Args:
-        model, adapter, config, max_lora_rank, revision, trust_remote_code:
-            As of [`~aries.engine.EmbeddedEngine`]; paths must lead to the same files on every machine.
+        settings ([`~aries.chains.EngineSettings`]):
+            Those of each worker's engine; paths must lead to the same files on every machine.
         note (`Callable[[str], None]`):
             Called with what becomes of the workers.
 
@@ -75,28 +74,12 @@ class RayEngine(RequestEngine):
         [`~aries.children.ChildError`]: the cluster cannot be reached, or no worker starts in `generation.max_outage` seconds.
     """
 
-    def __init__(
-        self,
-        model: str,
-        adapter: tuple[str, int, str] | None,
-        config: GenerationConfig,
-        max_lora_rank: int,
-        revision: str | None,
-        trust_remote_code: bool,
-        note: Callable[[str], None],
-    ):
-        super().__init__(model, config, revision, trust_remote_code)
-        self.window = config.ray_workers * config.max_num_seqs
+    def __init__(self, settings: EngineSettings, note: Callable[[str], None]):
+        super().__init__(settings)
+        self._settings = settings
+        self._config = config = settings.config
         self._note = note
-        self._config = config
-        self._settings = {
-            "model": model,
-            "adapter": adapter,
-            "config": config,
-            "max_lora_rank": max_lora_rank,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-        }
+        self.window = config.ray_workers * config.max_num_seqs
         self._requests: dict[str, tuple[str, list[int], dict[str, Any]]] = {}  # those that are not finished
         self._home: dict[str, Place] = {}  # by prompt id
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -156,7 +139,7 @@ class RayEngine(RequestEngine):
         """Have the cluster make a worker; `dtype` is its first answer."""
         gpus = self._config.tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
         options = {"num_cpus": 1, "num_gpus": gpus}
-        place.actor = ray.remote(Worker).options(**options).remote(**self._settings)
+        place.actor = ray.remote(Worker).options(**options).remote(self._settings)
         place.dtype, place.call = None, place.actor.dtype.remote()
 
     def _assign(self, request_id: str) -> None:

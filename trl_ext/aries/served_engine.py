@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from .chains import TaskEngine
+from .chains import EngineSettings, TaskEngine
 from .children import ChildError
-from .config import DraftsConfig, GenerationConfig
+from .config import DraftsConfig
 from .parity import NAMES, compare
 from .records import Chain, sha256
 from .refinements import Request
@@ -42,13 +42,9 @@ class ServedEngine(TaskEngine):
     The servers of `generation.base_urls`. What they do goes on inside of [`step`] only: this process has one thread.
 
     Args:
-        model, config, revision, trust_remote_code:
-            As of [`~aries.chains.TaskEngine`].
-        adapter (`tuple[str, int, str]`, *optional*):
-            Name, id and path of the LoRA adapter that all requests use. On a server its name also has a hash of its files, so that
-            no server answers from the weights, or the prefixes, of another one.
-        max_lora_rank (`int`):
-            The adapter's rank.
+        settings ([`~aries.chains.EngineSettings`]):
+            The policy. On a server an adapter's name also has a hash of its files, so that no server answers from the weights, or the
+            prefixes, of another one.
         probe (`Path`):
             What `probe.py` wrote.
         note (`Callable[[str], None]`):
@@ -58,28 +54,19 @@ class ServedEngine(TaskEngine):
         [`~aries.servers.WrongServer`]: none of them is what the recipe asks for.
     """
 
-    def __init__(
-        self,
-        model: str,
-        adapter: tuple[str, int, str] | None,
-        config: GenerationConfig,
-        max_lora_rank: int,
-        revision: str | None,
-        trust_remote_code: bool,
-        probe: Path,
-        note: Callable[[str], None],
-    ):
-        super().__init__(model, config, revision, trust_remote_code)
+    def __init__(self, settings: EngineSettings, probe: Path, note: Callable[[str], None]):
+        super().__init__(settings)
+        self._config = config = settings.config
         self.window = len(config.base_urls) * config.max_concurrency_per_server
-        self._config = config
         self._probe = json.loads(probe.read_text(encoding="utf-8"))
         self.dtype = self._probe["dtype"]
         self._note = note
-        self._wanted = Wanted(model, config.max_model_len, max_lora_rank=max_lora_rank)
-        if adapter is not None:
-            self._wanted.adapter = path = Path(adapter[2]).absolute()
+        self._wanted = Wanted(settings.model, config.max_model_len, max_lora_rank=settings.max_lora_rank)
+        if settings.adapter is not None:
+            name, _, adapter = settings.adapter
+            self._wanted.adapter = path = Path(adapter).absolute()
             self._wanted.family = f"trl-ext-{hashlib.sha256(bytes(path.parents[1])).hexdigest()[:8]}-"  # of the run
-            self._wanted.name = f"{self._wanted.family}{adapter[0]}-{sha256(path)[:12]}"
+            self._wanted.name = f"{self._wanted.family}{name}-{sha256(path)[:12]}"
         self._home: dict[str, Server] = {}  # by prompt id
         self._requests: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()

@@ -154,7 +154,7 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
     }
     job = loop.training_job(1, loop.policy(0)) | settings
     with loop.stage(1, "training") as update:
-        loop.run_training(job, Path(directory, "training.log"), update)
+        loop.run_training(1, job, Path(directory, "training.log"), update)
     ends = {done: at for at, done in loop.times["training"] if done > 0}
     each = (ends[STEPS] - ends[1]) / (STEPS - 1)
     size = json.loads((round_dir.training / "rows.json").read_text(encoding="utf-8"))["batch_size"]
