@@ -37,7 +37,7 @@ def cell(values: list[float], digits: int = 3, sign: str = "") -> str:
     """Mean ± half the interval; `sign="+"` writes that of the mean."""
     if not values:
         return "not reached"
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    mean = f"{round(statistics.mean(values), digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no "-0.0"
     return mean + (f" ± {t_interval(values):.{digits}f}" if len(values) > 1 else "")
 
 
