@@ -89,7 +89,8 @@ def run_chains(
 
     active += refill()
     while active:
-        active -= go_on(engine.step())  # in a function, so that no finished chain is held while the next ones are drawn
+        # In a function, so that no finished chain is held while the next ones are drawn
+        active -= go_on(engine.step())
         active += refill()
 
 
