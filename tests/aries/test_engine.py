@@ -52,7 +52,11 @@ def test_every_chain_gets_every_turn_once_and_the_window_holds(window):
     answers, finished = [], []
     chains = (Chain(str(i), "x") for i in range(20))
     run_chains(
-        engine, chains, window, lambda chain: answers.append((chain.prompt_id, len(chain.answers))), finished.append
+        engine,
+        chains,
+        window,
+        lambda advanced: answers.extend((chain.prompt_id, len(chain.answers)) for chain in advanced),
+        finished.append,
     )
     assert sorted(answers) == sorted((str(i), turn) for i in range(20) for turn in (1, 2, 3, 4))
     assert sorted(int(chain.prompt_id) for chain in finished) == list(range(20))
@@ -63,7 +67,7 @@ def test_every_chain_gets_every_turn_once_and_the_window_holds(window):
 def test_there_is_no_barrier_between_turns():
     """Some chain asks for its last refinement before another has its draft."""
     engine = ScriptedEngine(turns=3)
-    run_chains(engine, [Chain(str(i), "x") for i in range(8)], 4, lambda chain: None, lambda chain: None)
+    run_chains(engine, [Chain(str(i), "x") for i in range(8)], 4, lambda chains: None, lambda chain: None)
     first_last_turn = next(i for i, (_, turn) in enumerate(engine.order) if turn == 3)
     last_draft = max(i for i, (_, turn) in enumerate(engine.order) if turn == 1)
     assert first_last_turn < last_draft
@@ -73,7 +77,7 @@ def test_chains_that_cannot_start_are_finished_and_block_nothing():
     engine = ScriptedEngine(turns=2)
     chains = [Chain("a", "too long"), Chain("b", "x"), Chain("c", "too long"), Chain("d", "too long")]
     finished = []
-    run_chains(engine, chains, 1, lambda chain: None, finished.append)
+    run_chains(engine, chains, 1, lambda chains: None, finished.append)
     assert {chain.prompt_id: len(chain.answers) for chain in finished} == {"a": 0, "b": 2, "c": 0, "d": 0}
 
 

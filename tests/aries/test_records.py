@@ -1,6 +1,90 @@
+import datetime
+import json
+
+import numpy as np
 import pytest
 
-from trl_ext.aries.records import Answer, Chain, read_jsonl, recover_jsonl, sha256, to_line, write_jsonl
+from trl_ext.aries.records import (
+    Answer,
+    Chain,
+    decode,
+    encode,
+    encoder,
+    read_jsonl,
+    recover_jsonl,
+    sha256,
+    to_line,
+    write_jsonl,
+)
+
+
+CORNERS = [
+    {"a": [1, 2.5, -0.0, 1e300, 1e-7, True, None]},
+    {"a": [float("nan"), float("inf"), -float("inf"), 2**64, -(10**400), np.float64(0.1)]},
+    {"a": 'half \ud800 \udfff, \u2028 \x85 \x00 \x1f \x7f \\ " / é \U0001f600'},
+    {"b": 1, "a": {"z": (), "y": [], "x": {}}, "\ud800": datetime.date(2026, 2, 28)},
+    {1: "int", 2.5: "float", 10**30: "huge"},
+    {None: 0},
+    {True: 0},
+    {"a": {"deep": {"er": [[[[datetime.datetime(2026, 2, 28, 1), datetime.timedelta(1)]]]]}}, "set": {1}},
+    {(1, 2): "no key"},
+    {
+        "a": {
+            1,
+        },
+        "b": {"c": object},
+    },
+]
+
+
+@pytest.mark.parametrize("sort_keys", [False, True])
+@pytest.mark.parametrize(
+    "value", [*CORNERS, *(value for row in CORNERS for value in row.values())], ids=lambda v: ascii(v)[:40]
+)
+def test_lines_are_those_of_the_json_module(value, sort_keys):
+    """Oracle: `json.dumps`, text or error, for keys too."""
+
+    def result(function, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            return str(error)
+
+    expected = result(json.dumps, value, ensure_ascii=False, default=str, sort_keys=sort_keys)
+    assert result(encoder(sort_keys), value) == expected
+    assert sort_keys or result(to_line, value) in (expected, expected + "\n")
+
+
+@pytest.mark.parametrize("make", [lambda inner: [inner], lambda inner: {"a": inner}])
+def test_what_is_too_deep_is_the_error_that_it_was(make):
+    value = make(0)
+    for _ in range(100_000):
+        value = make(value)
+    with pytest.raises(RecursionError):
+        to_line({"a": value})
+    with pytest.raises(RecursionError):
+        decode("[" * 100_000)
+    while isinstance(value, list | dict):  # or its end is too deep, too
+        value = value.popitem()[1] if isinstance(value, dict) else value.pop()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{}\n", "{}", ' {"a": 1} \r\n', '\t{"a": 1}\t', "{}\r\n", '{"a": 1, "a": 2}\n', '{"a": NaN, "b": -Infinity}\n', "1" * 400 + "\n"]
+    + ['{"a": "\\ud800"}\n', "[1]\n", '"a"\n', "null\n", '{"a": "\u2028"}\n']
+    + ["", "\n", " \n", "{} {}\n", "{}{}\n", "{}x\n", "{}\xa0\n", "{}\x0b\n", "\xa0{}\n", "\ufeff{}\n", '{"a": 1', "{'a': 1}\n", '{"a": "\t"}\n', "1" * 5000],
+    ids=lambda line: ascii(line)[:30],
+)  # fmt: skip
+def test_lines_are_read_as_by_the_json_module(line):
+    """Oracle: `json.loads`, value or error."""
+
+    def result(function):
+        try:
+            return repr(function(line))
+        except ValueError as error:
+            return str(error)
+
+    assert result(decode) == result(json.loads)
 
 
 def test_a_torn_last_line_is_cut_off_and_appending_continues(tmp_path):
@@ -62,3 +146,15 @@ def test_chains_of_the_first_version_are_read_and_written_as_they_were():
     chain = Chain.from_row(row, "x")
     assert chain == Chain("train-0000001", "x", [Answer(1, "1 2", 2, "stop")], "prompt_too_long")
     assert to_line(chain.to_row()) == to_line(row)
+
+
+@pytest.mark.parametrize("stopped", [None, "no_answer_found", 'a "reason"'])
+@pytest.mark.parametrize("unanswered", [[], [Answer(3, "", 7, "length", "no [] \ud800")]])
+@pytest.mark.parametrize("answers", [0, 1, 3])
+@pytest.mark.parametrize("prompt_id", ["train-0000001", 'a", "answers": [], é\u2028\\'])
+def test_a_line_around_encoded_answers(prompt_id, answers, unanswered, stopped):
+    """Oracle: the line of the whole row."""
+    texts = ["1 2", "], [\n", ""]
+    made = [Answer(i + 1, texts[i], i, "stop", critique=("c}" if i else None)) for i in range(answers)]
+    chain = Chain(prompt_id, "x", made, stopped, unanswered)
+    assert chain.to_line([encode(answer.to_row()) for answer in made]) == to_line(chain.to_row())

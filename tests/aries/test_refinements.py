@@ -141,7 +141,7 @@ def play(texts: list[str], prompt="x", answer_pattern: str | None = None, **conf
     """What one chain asked for, and the chain."""
     engine = ScriptedEngine(Strategy(RefinementsConfig(**config), answer_pattern), texts)
     finished: list[Chain] = []
-    run_chains(engine, [Chain("p", prompt)], 1, lambda chain: None, finished.append)
+    run_chains(engine, [Chain("p", prompt)], 1, lambda chains: None, finished.append)
     [chain] = finished
     assert next(engine.texts, None) is None, "every text was asked for"
     return engine.asked, chain

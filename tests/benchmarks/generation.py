@@ -104,7 +104,7 @@ def in_chains(engine: FixedLengths, workload: Workload, slots: int) -> None:
     """The chain driver; afterwards the engine has the requests, in the order in which they ended."""
     chains = [Chain(str(i), prompt) for i, prompt in enumerate(workload.prompts())]
     finished: list[Chain] = []
-    run_chains(engine, chains, slots, lambda chain: None, finished.append)
+    run_chains(engine, chains, slots, lambda chains: None, finished.append)
     assert all(len(chain.answers) == TURNS for chain in finished) and len(finished) == workload.chains
 
 

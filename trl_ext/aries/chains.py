@@ -47,7 +47,7 @@ def run_chains(
     engine: Engine,
     chains: Iterable[Chain],
     window: int,
-    on_answer: Callable[[Chain], None],
+    on_answers: Callable[[list[Chain]], None],
     on_finished: Callable[[Chain], None],
 ) -> None:
     """
@@ -61,8 +61,8 @@ def run_chains(
             Chains, new or begun; drawn when there is room.
         window (`int`):
             Chains in progress at once. More than the engine decodes together would only queue.
-        on_answer (`Callable`):
-            Called with a chain whenever it has a new answer.
+        on_answers (`Callable`):
+            Called with the chains that a step of the engine has added to, before any of them asks for more.
         on_finished (`Callable`):
             Called with each finished chain.
     """
@@ -78,13 +78,19 @@ def run_chains(
                 on_finished(chain)
         return started
 
-    active += refill()
-    while active:
-        for chain in engine.step():
-            on_answer(chain)
+    def go_on(advanced: list[Chain]) -> int:
+        on_answers(advanced)
+        finished = 0
+        for chain in advanced:
             if not engine.submit(chain):
                 on_finished(chain)
-                active -= 1
+                finished += 1
+        return finished
+
+    active += refill()
+    while active:
+        # In a function, so that no finished chain is held while the next ones are drawn
+        active -= go_on(engine.step())
         active += refill()
 
 
@@ -270,7 +276,7 @@ def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None])
             progress(answers.finished)
 
         engine.start(task)
-        run_chains(engine, answers.chains(), engine.window, lambda chain: answers.add(file, chain), on_finished)
+        run_chains(engine, answers.chains(), engine.window, lambda chains: answers.add(file, chains), on_finished)
 
     if engine.prompt_tokens:
         share = engine.cached_tokens / engine.prompt_tokens

@@ -189,6 +189,17 @@ def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list
         where they come from: `prompt_id`, `chosen_turn`, `rejected_turn`, `chosen_score`, `rejected_score`.
     """
     prompt = pair.chain.prompt
+    answers = {
+        "chosen": as_completion(prompt, pair.chosen.text),
+        "rejected": as_completion(prompt, pair.rejected.text),
+    }
+    sources = {
+        "prompt_id": pair.chain.prompt_id,
+        "chosen_turn": pair.chosen.turn,
+        "rejected_turn": pair.rejected.turn,
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+    }
     drafts = {None: config.direct_weight, "rejected": config.refinement_weight, "chosen": config.refinement_weight}
     rows = []
     for draft, weight in drafts.items():
@@ -198,16 +209,11 @@ def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list
         rows.append(
             {
                 "prompt": prompt if draft is None else refinement_prompt(prompt, [text], template),
-                "chosen": as_completion(prompt, pair.chosen.text),
-                "rejected": as_completion(prompt, pair.rejected.text),
+                **answers,
                 "turn": 0 if draft is None else 1,
                 "draft": draft,
                 "weight": weight,
-                "prompt_id": pair.chain.prompt_id,
-                "chosen_turn": pair.chosen.turn,
-                "rejected_turn": pair.rejected.turn,
-                "chosen_score": pair.chosen_score,
-                "rejected_score": pair.rejected_score,
+                **sources,
             }
         )
     return rows

@@ -2,7 +2,7 @@
 `answers.jsonl.part`: every new answer appends its chain so far, and a killed process is continued from there.
 
 Chains stay in the file. In memory are, of each chain, the place of its last row and, where it stopped before its turns were over, the
-reason: a round may have a million chains.
+reason: a round may have a million chains. Of those in progress, which are few, their answers besides, as they are in the file.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from .records import Chain, cut_torn_line, read_line, read_rows, to_line, write_atomically
+from .records import Chain, cut_torn_line, encode, read_line, read_rows, to_line, write_atomically
 
 
 class PartialAnswers:
@@ -30,6 +30,9 @@ class PartialAnswers:
         self._answers = answers
         self._last_row: dict[str, int] = {}  # by prompt id; the last row of a chain holds all its answers
         self._stopped: dict[str, str] = {}  # likewise
+        self._encoded: dict[
+            str, list[str]
+        ] = {}  # by prompt id, of chains in progress: each answer as it is in the file
         self._end = 0
         if self.path.exists():
             cut_torn_line(self.path)
@@ -43,19 +46,30 @@ class PartialAnswers:
         with open(self.path, "rb") as file:
             for prompt in read_rows(self._prompts):
                 line = self._line(file, prompt["prompt_id"])
-                row = json.loads(line) if line else Chain(prompt["prompt_id"], prompt["prompt"]).to_row()
-                yield Chain.from_row(row, prompt["prompt"])
+                if line:
+                    yield Chain.from_row(json.loads(line), prompt["prompt"])
+                else:
+                    yield Chain(prompt["prompt_id"], prompt["prompt"])
 
-    def add(self, file: BinaryIO, chain: Chain) -> None:
-        """Append a chain that has a new answer."""
-        line = to_line(chain.to_row()).encode("utf-8")
-        file.write(line)
+    def add(self, file: BinaryIO, chains: list[Chain]) -> None:
+        """Append chains that have a new answer. They are in the file, and not in a buffer, when this returns."""
+        for chain in chains:
+            line = chain.to_line(self._encoded_answers(chain)).encode("utf-8")
+            file.write(line)
+            self._last_row[chain.prompt_id] = self._end
+            self._end += len(line)
         file.flush()
-        self._last_row[chain.prompt_id] = self._end
-        self._end += len(line)
+
+    def _encoded_answers(self, chain: Chain) -> list[str]:
+        """Each answer is encoded once, and not again with every later one; the last one may have a critique now."""
+        encoded = self._encoded.setdefault(chain.prompt_id, [])
+        del encoded[max(len(chain.answers) - 1, 0) :]
+        encoded += [encode(answer.to_row()) for answer in chain.answers[len(encoded) :]]
+        return encoded
 
     def finish(self, chain: Chain) -> None:
         """A chain has all its answers. Why it stopped may have come after its last row."""
+        self._encoded.pop(chain.prompt_id, None)
         if chain.stopped is not None:
             self._stopped[chain.prompt_id] = chain.stopped
         self.finished += 1

@@ -40,6 +40,8 @@ def compile_template(template: str, key: str = "refinements.template", turn: int
     except Exception as error:  # the user's code: whatever it raises is reported with its place
         raise _template_error(key, error) from error
     compiled.name = key
+    # Every rendering copies them: of Jinja's `ChainMap`, that takes as long as the rest of it
+    compiled.globals = dict(compiled.globals)
     with time_limit(LONGEST_SECONDS, f"`{key}` takes more than {LONGEST_SECONDS:g} seconds to render."):
         for critique in ("critique", ""):  # training rows have none
             refinement_prompt("question", ["draft"] * (turn - 1), compiled, critique)

@@ -9,11 +9,11 @@ missing there, and `scores` reads it back. `None` leaves an answer without a sco
 import hashlib
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from operator import mul
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,18 @@ from ..recipe import RecipeError
 from ..recipe_values import show
 from .config import ScorerConfig
 from .disk import writing
-from .records import Answer, Chain, as_completion, blocks, read_jsonl, read_rows, recover_jsonl, sha256, to_line
+from .records import (
+    Answer,
+    Chain,
+    as_completion,
+    blocks,
+    encoder,
+    read_jsonl,
+    read_rows,
+    recover_jsonl,
+    sha256,
+    to_line,
+)
 
 
 Progress = Callable[[int, int], None]
@@ -30,7 +41,7 @@ Block = list[tuple[Chain, dict[str, Any]]]  # chains, each with the other column
 # Chains whose answers a scorer is given together. [house]
 CHAINS_AT_ONCE = 100
 
-_KEY_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+_encode_key = encoder(sort_keys=True)
 
 
 class ScoreCache:
@@ -83,14 +94,15 @@ def short(key: str) -> int:
 
 def content_key(*content: Any) -> str:
     """SHA-256 of who scores and what is scored."""
-    return hashlib.sha256(_KEY_ENCODER.encode(content).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(_encode_key(content).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def answer_keys(before: tuple[Any, ...], texts: Iterable[str], after: tuple[Any, ...] = ()) -> Iterator[str]:
     """`content_key(*before, text, *after)` of each text. What they have in common is encoded once."""
-    start, end = _KEY_ENCODER.encode(before)[:-1] + ", ", _KEY_ENCODER.encode(after)[1:]
+    start, end = _encode_key(before)[:-1] + ", ", _encode_key(after)[1:]
+    end = ", " + end if after else end
     for text in texts:
-        content = f"{start}{_KEY_ENCODER.encode(text)}{', ' if after else ''}{end}"
+        content = f"{start}{_encode_key(text)}{end}"
         yield hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -164,18 +176,16 @@ def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> Ite
     Yields:
         `dict`: of each chain `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
     """
+    names, weights = [scorer.name for scorer in scorers], [scorer.weight for scorer in scorers]
     for block in blocks(task, CHAINS_AT_ONCE):
         found = [scorer.scores(block, cache) for scorer in scorers]
         for number, (chain, _) in enumerate(block):
-            by_scorer = {scorer.name: scores[number] for scorer, scores in zip(scorers, found, strict=True)}
-            scores: list[float | None] = []
-            for parts in zip(*by_scorer.values(), strict=True):
-                weighted = None if None in parts else sum(s.weight * p for s, p in zip(scorers, parts, strict=True))
-                scores.append(weighted)
+            each = [scores[number] for scores in found]  # by scorer, then by answer
+            sums = [None if None in parts else sum(map(mul, weights, parts)) for parts in zip(*each, strict=True)]
             yield {
                 "prompt_id": chain.prompt_id,
-                "scores": scores if scorers else [None] * len(chain.answers),
-                "by_scorer": by_scorer,
+                "scores": sums if scorers else [None] * len(chain.answers),
+                "by_scorer": dict(zip(names, each, strict=True)),
             }
 
 
