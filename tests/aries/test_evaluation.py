@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trl_ext.aries import evaluation
-from trl_ext.aries.evaluation import bootstrap_interval, distinct, evaluation_metrics, is_binary, win_rate
+from trl_ext.aries.evaluation import bootstrap_interval, distinct, evaluation_metrics, is_binary, setbacks, win_rate
 from trl_ext.aries.records import Answer, Chain
 
 
@@ -195,3 +195,35 @@ class TestLengthAndDiversity:
         assert first["similarity"] is None and first["identical"] is None
         assert second["similarity"] == pytest.approx((1 + 2 / 3) / 2)
         assert second["identical"] == 0.5
+
+
+def test_what_became_worse_is_said():
+    """Six chains. y1 was wrong and is right; y2 was right in both rounds and is wrong: all six lose, win rate 0."""
+    chains, now = chains_of([["a", "b"]] * 6), [[1.0, 0.0]] * 6
+    before = {"initial": [[0.0, 1.0]] * 6, "previous": [[0.0, 1.0]] * 6}
+    tail = "y2 wins 0.00 of the comparisons, 95 % interval 0.00 to 0.00, where 0.5 is no change"
+    [line] = setbacks(evaluation_metrics(chains, now, 2, **before))
+    assert line == f"y2 loses against the same answers of the round before: {tail}"
+
+    before["previous"] = [[0.0, 0.0]] * 6  # already lost then
+    [line] = setbacks(evaluation_metrics(chains, now, 2, **before))
+    assert line == f"y2 loses against the same answers of round 0: {tail}"
+
+    before = {"initial": [[1.0, 1.0]] * 6, "previous": [[1.0, 0.0]] * 6}
+    now = [[0.0, 0.0]] * 6
+    assert [line.partition(":")[0] for line in setbacks(evaluation_metrics(chains, now, 2, **before))] == [
+        "y1 loses against the same answers of the round before",
+        "y1, y2 lose against the same answers of round 0",
+    ]
+
+
+@pytest.mark.parametrize("now", [[[1.0, 1.0]] * 6, [[0.0, 1.0], [1.0, 0.0], *[[1.0, 1.0]] * 4]])
+def test_no_change_and_chance_are_no_setback(now):
+    """As good as before, and one loss in six: a third of the resamples have none, so the interval reaches 0.5."""
+    before = [[1.0, 1.0]] * 6
+    metrics = evaluation_metrics(chains_of([["a", "b"]] * 6), now, 2, initial=before, previous=before)
+    assert setbacks(metrics) == []
+
+
+def test_without_rounds_to_compare_with_there_is_no_setback():
+    assert setbacks(evaluation_metrics(chains_of([["a"]]), [[1.0]], 1)) == []

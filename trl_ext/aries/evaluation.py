@@ -86,6 +86,33 @@ def evaluation_metrics(
     return {"prompts": len(chains), "correct_score": correct_score, "turns": per_turn}
 
 
+def setbacks(metrics: dict[str, Any]) -> list[str]:
+    """
+    What has become worse, in words: answers that lose against the same turn's of the round before, or of round 0, where the 95 % interval of
+    their win rate ends below one half.
+
+    Args:
+        metrics (`dict`):
+            From [`evaluation_metrics`].
+
+    Returns:
+        `list[str]`: a line for each of the two rounds to which something has been lost; none in round 0.
+    """
+    lines, seen = [], []
+    for key, before in (("win_rate_previous", "the round before"), ("win_rate_round_0", "round 0")):
+        rates = [(f"y{turn['turn']}", turn[key]) for turn in metrics["turns"]]
+        lost = [(name, rate) for name, rate in rates if rate and rate["interval"] and rate["interval"][1] < 0.5]
+        if lost and lost not in seen:  # of round 1, both are round 0
+            name, rate = lost[-1]
+            low, high = rate["interval"]
+            lines.append(
+                f"{', '.join(turn for turn, _ in lost)} lose{'s' * (len(lost) == 1)} against the same answers of {before}: {name} wins {rate['win_rate']:.2f} of the "
+                f"comparisons, 95 % interval {low:.2f} to {high:.2f}, where 0.5 is no change"
+            )
+        seen.append(lost)
+    return lines
+
+
 def of_turn(scores: Scores, turn: int) -> list[float | None]:
     """Scores of one turn's answers; `None` where a chain has none."""
     return [chain_scores[turn - 1] if len(chain_scores) >= turn else None for chain_scores in scores]
