@@ -37,7 +37,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu evidence-frontier evidence-self-refine style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -94,6 +94,14 @@ evidence-frontier: $(STAMP) ## The experiment on TDPO's frontier of reward and K
 evidence-self-refine: $(STAMP) ## The experiment on Sr-DPO's marginals and overfitting; writes docs/evidence
 	$(BIN)/python docs/evidence/self_refine.py $(ARGS)
 	$(BIN)/python docs/evidence/self_refine_figure.py
+
+evidence-aries: $(STAMP) ## ARIES beside iterative DPO and others; goes on where it was
+	$(BIN)/python docs/evidence/aries.py $(ARGS)
+	$(BIN)/python docs/evidence/aries_figure.py
+
+evidence-preference: $(STAMP) ## The preference term on, off and flipped
+	$(BIN)/python docs/evidence/preference_term.py $(ARGS)
+	$(BIN)/python docs/evidence/preference_term_figure.py
 
 style: $(STAMP) ## Format and fix with ruff
 	$(BIN)/ruff check --fix .

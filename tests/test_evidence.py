@@ -58,3 +58,20 @@ def test_gaps_of_the_sorting_task_are_known(monkeypatch):
         texts = (other.rejected, other.chosen) if other.flipped else (other.chosen, other.rejected)
         assert (other.prompt, other.gap, *texts) == (pair.prompt, pair.gap, pair.chosen, pair.rejected)
     assert sum(pair.flipped for pair in noisy) == pytest.approx(80, abs=25)
+
+
+@pytest.mark.slow
+def test_a_disabled_or_flipped_preference_term_shows(monkeypatch, tmp_path):
+    """
+    docs/evidence/preference_term.md: alone, the term of each trainer adds to the direct answers what a disabled one would not, and flipped it takes
+    away much more. With the quickstart's NLL term beside it neither shows.
+    """
+    monkeypatch.syspath_prepend(EVIDENCE)
+    import preference_term
+
+    alone = [setting for setting in preference_term.SETTINGS if setting.endswith("alone")]
+    gains = {
+        (row["setting"], row["term"]): row["y1"] - row["start_y1"] for row in preference_term.run(0, tmp_path, alone)
+    }
+    assert len(gains) == 2 * len(alone) == 6
+    assert all(gain >= 0.04 if term == "on" else gain <= -0.20 for (_, term), gain in gains.items()), gains

@@ -100,7 +100,7 @@ def make_reference(path: Path, reviews: int = 4000, epochs: int = 6, seed: int =
 
 
 def make_prompts(count: int, seed: int) -> list[str]:
-    """Beginnings of reviews, of 2 to 8 words as in the paper."""
+    """Beginnings of reviews, of 2 to 8 words, as in the IMDb study of DPO (https://huggingface.co/papers/2305.18290)."""
     generator = random.Random(seed)
     return [" ".join(review(generator)[: generator.randint(2, LONGEST_PROMPT)]) for _ in range(count)]
 
@@ -126,7 +126,7 @@ def sample(model, tokenizer, prompts: list[str], seed: int, batch_size: int = 25
 
 
 def make_pairs(model, tokenizer, prompts: int, seed: int, samples: int = 4) -> list[dict[str, str]]:
-    """Pairs of the reference's own continuations, as in the paper: the one with the higher reward is chosen; ties are left out."""
+    """Pairs of the reference's own continuations, as in that study: the one with the higher reward is chosen; ties are left out."""
     texts = make_prompts(prompts, seed)
     continuations = sample(model, tokenizer, [text for text in texts for _ in range(samples)], seed)
     pairs = []
