@@ -1,0 +1,243 @@
+"""
+ARIES beside what it is made of: iterative DPO, fine-tuning on the best answers, other trainers and selections, and what makes it
+degenerate. `make evidence-aries`.
+
+    python docs/evidence/aries.py --seeds 3 --jobs 2
+
+In: seeds. Out: `aries.csv`, a row per run and policy, and a directory of runs. Each run is `trl-ext aries run` on a recipe that differs
+from the quickstart's in what its method says. Runs of a seed start from the same SFT model, that of the seed's first run, and each
+policy's answers to 500 held-out prompts are generated here, greedily and by transformers, in chains whatever the run's own strategy is. A
+second call goes on with the runs that are missing.
+"""
+
+import argparse
+import csv
+import json
+import random
+import subprocess
+import sys
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import editing
+import torch
+import yaml
+from quickstart_task import QUICKSTART, Answers, prepare, read_rows
+
+
+HERE = Path(__file__).parent
+ROUNDS, PER_ROUND = 3, 1500
+ITERATIVE_DPO = {"refinements": {"strategy": "parallel", "temperature": 1.0}, "pairs": {"refinement_weight": 0}}
+# As many rows as ARIES makes of a pair
+ITERATIVE_DPO_COMPUTE = ITERATIVE_DPO | {"pairs": {"refinement_weight": 0, "direct_weight": 4}}
+
+# What a method's recipe changes in the quickstart's, by section
+METHODS = {
+    "ARIES, DPO": {},
+    "ARIES, TDPO": {"training": {"trainer": "tdpo"}},
+    # The paper's p is words that this tokenizer does not have
+    "ARIES, Sr-DPO": {"training": {"trainer": "self_refine_dpo", "refinement_prompt": "Write a better answer ."}},
+    "best answers": {"training": {"loss_type": ["sft"], "loss_weights": [2.0]}},  # the quickstart's NLL term alone
+    "iterative DPO, samples": ITERATIVE_DPO,
+    "iterative DPO, compute": ITERATIVE_DPO_COMPUTE,
+    "by reward model": {"scores": {"verifier": None, "reward_model": "REWARD_MODEL"}},
+    "by rule": {"pairs": {"selection": "rule_based"}},
+}
+# What makes the loop degenerate. Here as everywhere the guard, which would end the run, only warns
+DEGENERATE = {
+    "no NLL": {"training": {"loss_type": ["sigmoid"], "loss_weights": None}, "parity": {}},
+    "few pairs": {"prompts": {"per_round": 60}, "parity": {}},
+    "150 prompts": {"prompts": {"dataset": "SAME_PROMPTS"}, "parity": {}},
+}
+# Of the second task, whose direct answers are not right at first: with scores for right positions, direct answers have pairs too
+PARTIAL = {"scores": {"verifier": str(QUICKSTART / "verifier.py:partial_match")}}
+PARTIALLY_SCORED = {"ARIES, partial scores": PARTIAL, "iterative DPO, partial scores": ITERATIVE_DPO_COMPUTE | PARTIAL}
+ALL_METHODS = METHODS | DEGENERATE | PARTIALLY_SCORED
+FIRST = next(iter(METHODS))  # makes the SFT model of the others
+TASKS = {
+    "sorting": [*METHODS, *DEGENERATE],
+    "editing": [FIRST, "best answers", "iterative DPO, samples", *PARTIALLY_SCORED],
+    "editing, short SFT": [FIRST],
+    "small edits, short SFT": [FIRST],
+}
+# Passes of bubble sort in an edit, and rows of the SFT
+EDITS = {"editing": (4, 40000), "editing, short SFT": (4, 16000), "small edits, short SFT": (2, 16000)}
+
+
+def recipe_of(task: str, method: str, data: Path, output: Path, seed: int, start: Path | None) -> dict:
+    """The quickstart's recipe with the task's data and the method's changes, from the SFT model `start`, or with the SFT."""
+    recipe = yaml.safe_load((QUICKSTART / "aries.yaml").read_text())
+    recipe |= {"output_dir": str(output), "seed": seed, "rounds": ROUNDS, "parity": {"samples": 0}}
+    recipe["model"]["model_name_or_path"] = str(start or data / "model")
+    recipe["prompts"] = {"dataset": str(data / "train.jsonl"), "per_round": PER_ROUND}
+    recipe["evaluation"] |= {"dataset": str(data / "eval.jsonl"), "samples": 100}  # for the run's own checks
+    recipe["pairs"]["guard"] = "warn"
+    recipe["sft"]["dataset"] = str(data / "sft.jsonl")
+    if start is not None:
+        del recipe["sft"]
+    for section, changes in ALL_METHODS[method].items():
+        recipe[section] = recipe.get(section, {}) | changes if changes else {}
+    if recipe["prompts"]["dataset"] == "SAME_PROMPTS":
+        recipe["prompts"]["dataset"] = str(data / "same.jsonl")
+    if recipe["scores"].get("reward_model") == "REWARD_MODEL":
+        reward_model = output.with_name(f"{output.name}_reward_model")
+        train_reward_model(start, data, reward_model, seed)
+        recipe["scores"] = {"reward_model": str(reward_model), "reward_model_backend": "transformers"}
+    return recipe
+
+
+# The data of a seed
+
+
+def prepare_data(task: str, data: Path, seed: int) -> None:
+    """Once for all runs of a task and seed."""
+    if (data / "eval.jsonl").exists():
+        return
+    if task in EDITS:
+        editing.prepare(data, seed, *EDITS[task])
+        return
+    prepare.main([f"--output={data}", f"--seed={seed}"])
+    prepare.write_jsonl(data / "same.jsonl", read_rows(data / "train.jsonl")[: PER_ROUND // 10] * (10 * ROUNDS))
+
+
+def train_reward_model(start: Path, data: Path, output: Path, seed: int) -> None:
+    """A reward model that starts from the SFT model, on right answers to the problems of the SFT beside the wrong drafts it has seen."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    rng = random.Random(seed)
+    rows = []
+    for row in read_rows(data / "sft.jsonl"):
+        solution = row["completion"][0]["content"].split()
+        make = rng.choice([prepare.miscounted, prepare.edited])
+        answers = {
+            quality: {"role": "assistant", "content": " ".join(words)}
+            for quality, words in (("chosen", solution), ("rejected", make(rng, solution)))
+        }
+        if answers["chosen"] != answers["rejected"]:
+            rows.append({key: [*row["prompt"], answer] for key, answer in answers.items()})
+    torch.manual_seed(seed)
+    trainer = RewardTrainer(
+        model=AutoModelForSequenceClassification.from_pretrained(start, num_labels=1, dtype=torch.float32),
+        args=RewardConfig(
+            output_dir=str(output),
+            seed=seed,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=64,
+            num_train_epochs=3,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            adam_beta2=0.98,
+            max_length=128,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(data / "model"),
+    )
+    trainer.train()
+    trainer.save_model(str(output))
+
+
+# Runs
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
+    """One run to its end, or to where its checks stop it, and its policies measured: rows of the CSV."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    data = root / f"{slug(task)}_{seed}"
+    prepare_data(task, data, seed)
+    first = root / f"{slug(task)}_{seed}_{slug(FIRST)}"
+    output = root / f"{slug(task)}_{seed}_{slug(method)}"
+    measured = output.with_suffix(".json")
+    if measured.exists():
+        return json.loads(measured.read_text())
+    start = None if output == first else first / "round_00" / "model"
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe_of(task, method, data, output, seed, start), sort_keys=False))
+    command = [sys.executable, "-m", "trl_ext.cli", "aries", "run", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    file.with_suffix(".log").write_text(done.stdout + done.stderr)
+    if done.returncode not in (0, 1):  # 1: its checks ended it, which is a result
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}; see {file.with_suffix('.log')}")
+    ended = "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    rows = []
+    for number in range(ROUNDS + 1):
+        path = output / f"round_{number:02d}"
+        policy = start if number == 0 and start else path / "model"
+        aside = path / "set_aside" / "model"
+        if not policy.exists() and not aside.exists():
+            break
+        guard, health, drops = (read_json(path / f"{name}.json") for name in ("guard", "health", "drops"))
+        cost = read_json(path / "cost.json").get("generated_tokens", {})
+        rows.append(
+            {"task": task, "method": method, "seed": seed, "round": number}
+            | Answers(policy if policy.exists() else aside, data / "model", data / "eval.jsonl").measure()
+            | {"pairs": drops.get("pairs", 0), "rows": read_json(path / "training" / "rows.json").get("rows", 0)}
+            | {"tokens": sum(cost.get(stage, 0) for stage in ("drafts", "refinements"))}
+            | {"guard": guard.get("decision", ""), "guard_difference": guard.get("difference", "")}
+            | {"health": health.get("decision", ""), "kl_per_token": health.get("kl_per_token", "")}
+        )
+    rows[-1]["ended"] = ended
+    measured.write_text(json.dumps(rows))
+    return rows
+
+
+def slug(method: str) -> str:
+    return method.lower().replace(", ", "_").replace(" ", "_").replace("-", "_")
+
+
+def save(rows: list[dict], output: Path) -> None:
+    rows = sorted(
+        rows, key=lambda row: ([*TASKS].index(row["task"]), [*ALL_METHODS].index(row["method"]), row["seed"])
+    )
+    with open(output, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], *({"ended"} - set(rows[0]))], restval="")
+        writer.writeheader()
+        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
+    parser.add_argument("--tasks", nargs="*", default=[*TASKS])
+    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--root", type=Path, default=Path("runs/evidence"), help="where the runs are")
+    parser.add_argument("--output", type=Path, default=HERE / "aries.csv")
+    args = parser.parse_args()
+    args.root.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    wanted = [
+        (task, method, seed)
+        for kinds in (METHODS | PARTIALLY_SCORED, DEGENERATE)  # what degenerates comes last
+        for seed in range(args.seeds)
+        for task in args.tasks
+        for method in TASKS[task]
+        if method in kinds and (args.methods is None or method in (FIRST, *args.methods))
+    ]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+
+        def submit(jobs: list) -> list[Future]:
+            return [pool.submit(run, *job, args.root) for job in jobs]
+
+        # The first run of a seed makes the SFT model of the others
+        for jobs in ([job for job in wanted if job[1] == FIRST], [job for job in wanted if job[1] != FIRST]):
+            for future in as_completed(submit(jobs)):
+                rows += future.result()
+                save(rows, args.output)
+                print({key: rows[-1][key] for key in ("task", "method", "seed", "y1", "y2", "y4")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
