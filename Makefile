@@ -37,12 +37,12 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu evidence-frontier style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu evidence-frontier evidence-self-refine style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '\n'
-	@printf '  %-21s %s\n' \
+	@printf '  %-25s %s\n' \
 		DEVICE "cpu or cuda; here $(DEVICE) (cuda where nvidia-smi lists a GPU)" \
 		PYTHON "the Python >= 3.11 that makes the environment; $(PYTHON)" \
 		VENV "where the environment is; $(VENV)" \
@@ -90,6 +90,10 @@ bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models
 evidence-frontier: $(STAMP) ## The experiment on TDPO's frontier of reward and KL; writes docs/evidence
 	$(BIN)/python docs/evidence/tdpo_frontier.py $(ARGS)
 	$(BIN)/python docs/evidence/tdpo_frontier_figure.py
+
+evidence-self-refine: $(STAMP) ## The experiment on Sr-DPO's marginals and overfitting; writes docs/evidence
+	$(BIN)/python docs/evidence/self_refine.py $(ARGS)
+	$(BIN)/python docs/evidence/self_refine_figure.py
 
 style: $(STAMP) ## Format and fix with ruff
 	$(BIN)/ruff check --fix .

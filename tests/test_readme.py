@@ -113,6 +113,8 @@ def check_command(command: str) -> None:
         assert all((ROOT / word).exists() for word in arguments if word.endswith(".yaml"))
     elif program == "python":
         assert all((ROOT / word).exists() for word in arguments if re.search(r"^(docs|tests|recipes)/", word))
+    elif program == "trl":  # TRL's own
+        assert arguments[:2] == ["sft", "--config"] and (ROOT / arguments[2]).exists()
     elif program == "vllm":
         check_vllm(arguments)
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries import preflight
@@ -154,6 +154,27 @@ def test_papers_settings(path):
     else:
         assert values == {"optim": "rmsprop", "learning_rate": 5e-7, "beta": 0.1, "max_length": 512}
         assert args.refinement_weight in (0.1, 0.3, 0.5, 1.0)
+
+
+def test_settings_of_tdpos_imdb_study():
+    """Literal values of the paper (arXiv 2404.11999) and of its code, as PAPERS.md records them; the SFT's one epoch is DPO's."""
+    path = ROOT / "recipes/gpt2-large/tdpo/config_imdb.yaml"
+    script_args, args, model_args, _ = parse(path)
+    assert (args.beta, args.variant, args.alpha) == (0.1, "tdpo2", 0.5)
+    assert (args.optim, args.learning_rate, args.warmup_steps, args.max_grad_norm) == ("rmsprop", 5e-6, 150, 10)
+    sft_path = path.parents[1] / "sft" / path.name
+    command = shlex.split(sft_path.read_text().splitlines()[1].removeprefix("#"))
+    assert command == ["trl", "sft", "--config", str(sft_path.relative_to(ROOT))]
+    classes = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    sft_script_args, sft_args, sft_model_args, _ = parse_flat(sft_path, classes, ["--use_cpu"])
+    assert (sft_model_args.model_name_or_path, sft_script_args.dataset_name) == (
+        "openai-community/gpt2-large",
+        "stanfordnlp/imdb",
+    )
+    assert sft_args.num_train_epochs == 1
+    assert model_args.model_name_or_path == sft_args.output_dir  # the one trains what the other makes
+    prepared = (ROOT / "recipes/imdb/pairs.py").read_text()
+    assert f'default=Path("{script_args.dataset_name}")' in prepared
 
 
 @pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=name_of)

@@ -82,7 +82,7 @@ def check_value(value: Any, hint: Any, choices: Iterable | None = None) -> Any:
     choices = list(choices or _choices(hint))
     if choices and isinstance(value, str) and value not in choices:
         allowed = ", ".join(repr(choice) for choice in choices)
-        raise RecipeError(f"must be one of {allowed}; got {value!r}.{_did_you_mean(value, choices)}")
+        raise RecipeError(f"must be one of {allowed}; got {value!r}.{did_you_mean(value, choices)}")
     if isinstance(value, str) and str not in members and list[str] in members:
         return [value]
     try:
@@ -228,10 +228,10 @@ def unknown_key(key: Any, known: Iterable[str], keys: tuple = (), flag: bool = F
         return (
             f"{message}: it is for `trl-ext`, which starts `accelerate launch`; here, give it to `accelerate launch`."
         )
-    return f"{message}.{_did_you_mean(key, known, dashes)}"
+    return f"{message}.{did_you_mean(key, known, dashes)}"
 
 
-def _did_you_mean(name: Any, known: Iterable, prefix: str = "") -> str:
+def did_you_mean(name: Any, known: Iterable, prefix: str = "") -> str:
     close = difflib.get_close_matches(str(name), [str(other) for other in known], n=1)
     return f" Did you mean `{prefix}{close[0]}`?" if close else ""
 

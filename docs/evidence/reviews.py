@@ -7,7 +7,6 @@ unequal frequencies: there is something to lose by drifting away. The prompt is 
 continuation is (good adjectives - bad adjectives) / adjectives, in [-1, 1].
 """
 
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,13 +201,3 @@ def measure(model, reference, tokenizer, prompts: list[str], seed: int) -> Measu
         entropy=float((entropy * mask).sum() / mask.sum()),
         distinct_2=len(set(bigrams)) / max(len(bigrams), 1),
     )
-
-
-def t_interval(values: list[float]) -> float:
-    """Half the width of the 95 % interval of a mean over seeds, by Student's t."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[n]
-    mean = sum(values) / n
-    return t * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)

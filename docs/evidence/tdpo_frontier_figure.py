@@ -6,10 +6,7 @@ Draw and sum up what tdpo_frontier.py measured.
 In: `tdpo_frontier.csv`. Out: `tdpo_frontier.svg`, and the tables of tdpo_frontier.md on stdout. Intervals are 95 % by Student's t over seeds.
 """
 
-import csv
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -19,25 +16,13 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
 
 from matplotlib import pyplot as plt  # noqa: E402
-from reviews import t_interval  # noqa: E402
+from tables import cell, grouped, read, table  # noqa: E402
 
 
 HERE = Path(__file__).parent
 COLORS = ("#7a7f87", "#d1642a", "#9ec7f2", "#5b9fe0", "#2f7fd8", "#1b4f8a")
 BUDGETS = (1.0, 2.0, 4.0)  # nats
 DRAWN_BETA = 0.1
-
-
-def read(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return [{k: v if k == "method" else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def grouped(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
-    groups = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[key] for key in keys)].append(row)
-    return groups
 
 
 def reward_at(run: list[dict], budget: float) -> float | None:
@@ -49,19 +34,8 @@ def reward_at(run: list[dict], budget: float) -> float | None:
     return None
 
 
-def cell(values: list[float], digits: int = 3) -> str:
-    if not values:
-        return "not reached"
-    return f"{statistics.mean(values):.{digits}f}" + (f" ± {t_interval(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def main() -> None:
-    rows = read(HERE / "tdpo_frontier.csv")
+    rows = read(HERE / "tdpo_frontier.csv", texts=["method"])
     methods = list(dict.fromkeys(row["method"] for row in rows))
     betas = sorted({row["beta"] for row in rows})
     runs = grouped(rows, "method", "beta", "seed")

@@ -101,6 +101,18 @@ def test_errors(run, capfd):
     assert not Path("new").exists()
 
 
+def test_that_there_are_no_pairs_is_said_at_once(run):
+    """Without torch and transformers, which take seconds and are for the card."""
+    code = (
+        "import sys; from trl_ext.cli import main; code = main(sys.argv[1:]);"
+        "print(code, *sorted({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    command = ["aries", "pairs", "--config", "r.yaml", "--output", "new", "--output_dir", "elsewhere"]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert "error: elsewhere has no trained round" in done.stderr
+    assert done.stdout == "2\n"
+
+
 def push(hub, output: str, token: str) -> subprocess.CompletedProcess:
     command = ["aries", "pairs", "--config", "r.yaml", "--output", output, "--push_to_hub", "me/my-pairs", "--private"]
     environment = {

@@ -5,6 +5,7 @@ tiny one that can.
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,15 @@ def test_a_model_with_fewer_positions_than_the_engine_is_asked_for(model):
         RecipeError, match=r"r\.yaml:\d+: `generation.max_model_len` is 64, and the model has 32 positions"
     ):
         model(lambda path: edit_json(path / "config.json", max_position_embeddings=32))
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is asked for its methods")
+def test_a_quantization_that_vllm_does_not_know(check):
+    """Oracle: vLLM's own list of methods. Nothing is started for it, and servers have settings of their own."""
+    with pytest.raises(RecipeError, match=r"r.yaml:\d+: `generation.quantization`: .*`fp9`.* Did you mean `fp8`\?"):
+        check(generation={"max_model_len": 64, "quantization": "fp9"})
+    check(generation={"max_model_len": 64, "quantization": "FP8"})  # vLLM takes capitals too
+    check(generation={"max_model_len": 64, "quantization": "fp9", "base_urls": ["http://localhost:1/v1"]})
 
 
 def test_a_prompt_that_the_chat_template_refuses(model):

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from trl_ext.aries.chains import EngineSettings, Task, run_chains
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
+from trl_ext.aries.drafts import encode_prompt
 from trl_ext.aries.engine import EmbeddedEngine
 from trl_ext.aries.records import Chain
 from trl_ext.aries.refinements import Strategy
@@ -29,36 +30,41 @@ from .steps import Shape, argument_parser, environment, write
 
 # Thin and deep: a step costs nearly as much for few requests as for many, as on a GPU
 MODEL = Shape(vocabulary=2048, hidden=64, layers=12, pairs=0, head_size=32)
-QUESTION_TOKENS = 140  # a block of the prefix cache, 128 tokens on a CPU, and some
 TURNS = 4
+GREEDY = DraftsConfig(temperature=0.0, max_tokens=1)  # the workload says how long an answer is
 CHAINS, TURN_BY_TURN, ONE_CALL = "chain driver", "turn by turn", "one call"
 
 
 @dataclass
 class Workload:
-    """Chains, and how uneven their answers are: tokens of an answer are log-normal, cut at `longest`."""
+    """How long questions are, and how uneven answers: tokens of an answer are log-normal, cut at `longest`."""
 
-    chains: int
     sigma: float
-    median: int = 12
     longest: int = 400
+    question: int = 140  # a block of the prefix cache, 128 tokens on a CPU, and some
+    median: int = 12
+    chains: int = 0
+
+    @property
+    def answers(self) -> str:
+        return f"log-normal, sigma {self.sigma:g}, at most {self.longest}" if self.sigma else "equal"
 
     def tokens(self, name: tuple[Any, ...]) -> int:
         """Length of a request's answer, the same in every schedule."""
-        drawn = random.Random(repr(name)).lognormvariate(math.log(self.median), self.sigma)
+        drawn = random.Random("/".join(map(str, name))).lognormvariate(math.log(self.median), self.sigma)
         return min(max(round(drawn), 1), self.longest)
 
     def prompts(self) -> list[str]:
         generator = random.Random(0)
         words = [f"w{i}" for i in range(3, MODEL.vocabulary)]
-        return [" ".join(generator.choices(words, k=QUESTION_TOKENS)) for _ in range(self.chains)]
+        return [" ".join(generator.choices(words, k=self.question)) for _ in range(self.chains)]
 
 
 class FixedLengths(EmbeddedEngine):
     """The embedded engine, with answers as long as the workload says. It counts its steps and keeps the requests."""
 
     def __init__(self, model: Path, slots: int):
-        config = GenerationConfig(max_model_len=1024, max_num_seqs=slots, dtype="float32", cpu_kv_cache_gib=1)
+        config = GenerationConfig(max_model_len=2048, max_num_seqs=slots, dtype="float32", cpu_kv_cache_gib=1)
         super().__init__(EngineSettings(str(model), config))
         step = self._engine.step
 
@@ -73,16 +79,25 @@ class FixedLengths(EmbeddedEngine):
     def start(self, task: Task) -> None:
         super().start(task)
         self.llm.reset_prefix_cache()
-        self.steps, self.requests, self.params = 0, [], {}
+        self.steps, self.requests = 0, []
 
     def request_settings(self, sampling: DraftsConfig, name: tuple[Any, ...]) -> dict[str, Any]:
+        settings = super().request_settings(sampling, name)
+        return settings | {"max_tokens": self.workload.tokens(name), "ignore_eos": True, "stop_token_ids": []}
+
+    def request_params(self, name: tuple[Any, ...]) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        settings = super().request_settings(sampling, name)
-        settings |= {"max_tokens": self.workload.tokens(name), "ignore_eos": True, "stop_token_ids": []}
-        self.params["/".join(map(str, name))] = SamplingParams(**settings, output_kind=RequestOutputKind.FINAL_ONLY)
-        return settings
+        return SamplingParams(**self.request_settings(GREEDY, name), output_kind=RequestOutputKind.FINAL_ONLY)
+
+    @property
+    def strategy(self) -> Strategy:
+        return self._task.strategy
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._tokenizer
 
 
 def in_chains(engine: FixedLengths, workload: Workload, slots: int) -> None:
@@ -93,36 +108,39 @@ def in_chains(engine: FixedLengths, workload: Workload, slots: int) -> None:
     assert all(len(chain.answers) == TURNS for chain in finished) and len(finished) == workload.chains
 
 
-def in_calls(engine: FixedLengths, calls: list[list[tuple[list[int], Any]]]) -> None:
-    """`LLM.generate`, once for each list of requests."""
-    for requests in calls:
-        prompts = [{"prompt_token_ids": ids} for ids, _ in requests]
-        engine.llm.generate(prompts, [params for _, params in requests], use_tqdm=False)
+def turn_by_turn(engine: FixedLengths, workload: Workload) -> None:
+    """A loop over turns: it renders and tokenizes the prompts of a turn, has them answered by one `LLM.generate`, and goes on."""
+    chains = [Chain(str(i), prompt) for i, prompt in enumerate(workload.prompts())]
+    for _ in range(TURNS):
+        requests = [engine.strategy.next_request(chain) for chain in chains]
+        names = [(chain.prompt_id, request.turn) for chain, request in zip(chains, requests, strict=True)]
+        prompts = [encode_prompt(engine.tokenizer, request.prompt) for request in requests]
+        outputs = generate(engine, prompts, [engine.request_params(name) for name in names])
+        for chain, request, output in zip(chains, requests, outputs, strict=True):
+            [answer] = output.outputs
+            engine.strategy.add(chain, request, answer.text, len(answer.token_ids), answer.finish_reason)
+
+
+def generate(engine: FixedLengths, prompts: list[list[int]], params: list[Any]) -> list[Any]:
+    return engine.llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
 def measure(engine: FixedLengths, workload: Workload, slots: int, repeats: int) -> list[dict[str, Any]]:
     """One row per schedule; they take turns, after a pass of the chain driver that records the requests."""
     engine.workload = workload
-    task = Task(
-        Path(),
-        Path(),
-        Strategy(RefinementsConfig(turns=TURNS)),
-        [DraftsConfig(temperature=0.0, max_tokens=1)] * TURNS,
-        (0,),
-    )
+    task = Task(Path(), Path(), Strategy(RefinementsConfig(turns=TURNS)), [GREEDY] * TURNS, (0,))
     engine.start(task)
     in_chains(engine, workload, slots)
     cached = engine.cached_tokens / engine.prompt_tokens
-    params = engine.params
-    order = sorted(range(len(engine.requests)), key=lambda i: [int(part) for part in engine.requests[i][0].split("/")])
-    requests = [(name, ids, params[name]) for name, ids in (engine.requests[i] for i in order)]
-    turns = [[(ids, p) for name, ids, p in requests if name.endswith(f"/{turn}")] for turn in range(1, TURNS + 1)]
-    schedules: dict[str, Callable[[], None]] = {
+    requests = sorted(engine.requests, key=lambda request: [int(part) for part in request[0].split("/")])
+    prompts = [ids for _, ids in requests]
+    params = [engine.request_params(tuple(name.split("/"))) for name, _ in requests]
+    schedules: dict[str, Callable[[], Any]] = {
         CHAINS: lambda: in_chains(engine, workload, slots),
-        TURN_BY_TURN: lambda: in_calls(engine, turns),
-        ONE_CALL: lambda: in_calls(engine, [[(ids, p) for _, ids, p in requests]]),
+        TURN_BY_TURN: lambda: turn_by_turn(engine, workload),
+        ONE_CALL: lambda: generate(engine, prompts, params),
     }
-    tokens = sum(p.max_tokens for *_, p in requests)
+    tokens = sum(p.max_tokens for p in params)
     seconds: dict[str, list[float]] = {name: [] for name in schedules}
     steps = {}
     for _ in range(repeats):
@@ -136,7 +154,8 @@ def measure(engine: FixedLengths, workload: Workload, slots: int, repeats: int) 
         {
             "chains": workload.chains,
             "slots": slots,
-            "answers": "equal" if workload.sigma == 0 else f"log-normal, sigma {workload.sigma:g}",
+            "question": workload.question,
+            "answers": workload.answers,
             "schedule": name,
             "tokens": tokens,
             "steps": steps[name],
@@ -157,7 +176,7 @@ def save_model(path: Path) -> None:
     MODEL.tokenizer().save_pretrained(path)
 
 
-SIGMAS = (1.3, 0.5, 0.0)
+WORKLOADS = (Workload(1.6, longest=800, question=16), Workload(1.3), Workload(0.5), Workload(0.0))
 CHAINS_PER_SLOT = 8
 
 
@@ -167,21 +186,22 @@ def main() -> None:
     args = parser.parse_args()
     text = (
         "`make bench` measures this: the same requests on one engine in three schedules, which take turns. Chain driver: "
-        "`trl_ext.aries.chains.run_chains`, templates and tokenization included. Turn by turn: a call of `LLM.generate` for "
-        "each of the four turns. One call: all requests at once, as if no answer had to be waited for. Answers have seeded "
-        f"lengths, log-normal with a median of {Workload.median} tokens and at most {Workload.longest}, prompts "
-        f"{QUESTION_TOKENS} tokens and more; `slots` requests are decoded together. `step ratio` and `speed ratio` are to "
-        "turn by turn, the latter by the process's CPU time, as the median over the repeats. On a CPU a step takes the "
-        "longer the more requests it holds, so there the speed ratio is below the step ratio; where it takes as long for few as for many, as in the "
-        "decoding of a large model on a GPU, the speed ratio is the step ratio. `prefix hits`: share of prompt tokens from the prefix "
-        "cache.\n\n" + environment("cpu", "fp32")
+        "`trl_ext.aries.chains.run_chains`. Turn by turn: a loop over the four turns that renders and tokenizes all prompts of a turn, as the "
+        "driver does one by one, and has them answered by a call of `LLM.generate`. One call: all requests at once, tokenized before, as if no "
+        f"answer had to be waited for. Answers have seeded lengths, log-normal with a median of {Workload.median} tokens; `question` is the "
+        "tokens of a prompt without its template and draft; `slots` requests are decoded together. `step ratio` and `speed ratio` are to turn by "
+        "turn, the latter by the process's CPU time, as the median over the repeats. On a CPU a step takes the longer the more requests it holds, "
+        "so there the speed ratio is below the step ratio; where it takes as long for few as for many, as in the decoding of a large model on a "
+        "GPU, the speed ratio is the step ratio. `prefix hits`: share of prompt tokens from the prefix cache.\n\n"
+        + environment("cpu", "fp32")
     )
     rows = []
     with tempfile.TemporaryDirectory() as path:
         save_model(Path(path))
         engine = FixedLengths(Path(path), args.slots)
-        for sigma in SIGMAS:
-            rows += measure(engine, Workload(CHAINS_PER_SLOT * args.slots, sigma), args.slots, args.repeats)
+        for workload in WORKLOADS:
+            workload = replace(workload, chains=CHAINS_PER_SLOT * args.slots)
+            rows += measure(engine, workload, args.slots, args.repeats)
             write(rows, args.output / "generation", "Chains beside a loop over turns", text)
             print(*rows[-3:], sep="\n", flush=True)
 

@@ -8,12 +8,13 @@ from dataclasses import fields
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from tests.conftest import (
     FullLogits,
     assert_gradients_close,
     first_batch,
     labels_and_mask,
+    make_conversational_pairs,
     perturb,
     step_metrics,
     train_step,
@@ -22,7 +23,7 @@ from tests.oracles import tdpo as oracle
 from transformers import AutoModelForCausalLM, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
-from trl_ext import TDPOConfig, TDPOTrainer
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 
 
 VARIANTS = ["tdpo1", "tdpo2"]
@@ -460,6 +461,36 @@ def test_prompt_learning_is_refused(make_trainer, tiny_model_dir, wrapped):
             make_trainer(TDPOTrainer, TDPOConfig, model=model)
         else:
             make_trainer(TDPOTrainer, TDPOConfig, model="/no/such/model", trainer={"peft_config": peft_config})
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "config_class"), [(TDPOTrainer, TDPOConfig), (SelfRefineDPOTrainer, SelfRefineDPOConfig)]
+)
+def test_an_adapter_that_was_loaded_frozen(
+    make_trainer, tiny_model_dir, lora_config, tmp_path, trainer_class, config_class
+):
+    """
+    PEFT freezes what it loads: no parameter would be in the optimizer, and the loss would stay at ln 2. Such a model is evaluated, and its
+    training refused; with `is_trainable=True` the adapter moves.
+    """
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+    def trainer(**loading):
+        model = PeftModel.from_pretrained(base(), tmp_path / "adapter", **loading)
+        evaluation = {"eval_dataset": conversational_pairs.select(range(4))}
+        return make_trainer(trainer_class, config_class, model=model, max_steps=1, trainer=evaluation)
+
+    conversational_pairs = make_conversational_pairs()
+    get_peft_model(base(), lora_config).save_pretrained(tmp_path / "adapter")
+    assert trainer().evaluate()["eval_loss"] == pytest.approx(LN_2)
+    with pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(..., is_trainable=True\)"):
+        trainer().train()
+    trained = trainer(is_trainable=True)
+    before = {name: p.clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+    trained.train()
+    assert any(not torch.equal(p, before[name]) for name, p in trained.model.named_parameters() if name in before)
 
 
 def test_reference_with_another_vocabulary_is_refused(make_trainer, tiny_model_dir):

@@ -182,7 +182,8 @@ class GenerationConfig:
         tensor_parallel_size (`int`, *optional*, defaults to `1`):
             GPUs that share the model.
         quantization (`str`, *optional*):
-            vLLM's quantization of the base model, such as `"bitsandbytes"` (CUDA only).
+            vLLM's quantization of the base model, such as `"fp8"` (CUDA only). `"bitsandbytes"`, the NF4 of training, needs a plugin
+            of vLLM: vLLM 0.31 has none of its own.
         enforce_eager (`bool`, *optional*, defaults to `False`):
             Whether to skip compilation and CUDA graphs: a faster start, slower decoding. Always so on a CPU.
         answer_pattern (`str`, *optional*):

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ..recipe_values import did_you_mean
 from .chains import EngineSettings, Finished, RequestEngine, Task, TaskEngine, answer_task
 from .children import Reporter, child_main
 from .config import DraftsConfig, GenerationConfig, RefinementsConfig
@@ -105,6 +106,25 @@ class EmbeddedEngine(RequestEngine):
     def dtype(self) -> str:
         """Data type of the engine's weights, which it may have chosen itself."""
         return str(self._engine.model_config.dtype).removeprefix("torch.")
+
+
+def quantization_problem(name: str) -> str | None:
+    """What is wrong with `generation.quantization`, asked of vLLM and its plugins, or `None`; nothing is started."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        from vllm import __version__
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+        from vllm.plugins import load_general_plugins
+    except ImportError:
+        return None  # what is not installed is said where the engine starts
+    load_general_plugins()
+    if name.lower() in QUANTIZATION_METHODS:
+        return None
+    return (
+        f"vLLM {__version__} does not know `{name}`.{did_you_mean(name, QUANTIZATION_METHODS)} It knows "
+        f"{', '.join(sorted(QUANTIZATION_METHODS))}; others, such as `bitsandbytes`, are there where a plugin of vLLM brings them."
+    )
 
 
 def main(job: dict[str, Any], report: Reporter) -> None:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from ..recipe import RecipeError
-from .cards import pairs_card
 from .config import AriesConfig
 from .disk import writing
 from .hub import make_repo, upload
@@ -39,6 +38,9 @@ def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, pri
     if not rounds:
         raise RecipeError(f"{loop.dir.path} has no trained round, so no pairs that were learned from.")
     check_output(output)
+
+    from .cards import pairs_card  # torch and transformers: seconds, for what can be done
+
     if repo is not None:
         make_repo(repo, "dataset", private)
     temporary = output.with_name(output.name + ".tmp")

@@ -30,6 +30,7 @@ from ..trainers.trackers import check_trackers
 from .children import child_main
 from .config import LOOP_KEYS, DatasetConfig, HealthConfig
 from .drafts import encode_prompt
+from .engine import quantization_problem
 from .health import share_finding
 from .launch_check import launch_problem
 from .prompts import load_prompts
@@ -104,6 +105,12 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
                 check_share_prompt(args, recipe)
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
+
+    quantization = recipe.at("generation", "quantization")
+    if quantization is not None and recipe.at("generation", "base_urls") is None:  # servers have their own
+        problem = quantization_problem(quantization)
+        if problem:
+            raise RecipeError(f"{recipe.where('generation', 'quantization')}: `generation.quantization`: {problem}")
 
     tokenizer = check_model(recipe, job)
     for file in job["prompts"]:

@@ -253,6 +253,21 @@ class PairwiseTrainer(DPOTrainer):
                 )
         return prepared
 
+    def train(self, *pos, **kwargs):
+        """
+        [`~transformers.Trainer.train`], of a model that has something to train.
+
+        Raises:
+            `ValueError`: an adapter that was loaded frozen. Not in the constructor: such a model can be evaluated, and TRL asks for a
+            `train_dataset` in any case.
+        """
+        if is_peft_model(self.model) and not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(
+                "The model is a `PeftModel` without a trainable parameter: nothing would be trained. PEFT freezes an adapter that it "
+                "loads; load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
+            )
+        return super().train(*pos, **kwargs)
+
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """TRL's card, with the data and the recipe. `dataset_name` may be a path; only one on the Hub is linked."""
         on_disk = dataset_name is not None and os.path.exists(dataset_name)
