@@ -11,6 +11,7 @@ import yaml
 
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, HealthConfig, PairsConfig, PromptsConfig, ScoresConfig
 from trl_ext.aries.health import examine, findings, share_finding
+from trl_ext.aries.policies import is_decided
 from trl_ext.aries.records import Answer, Chain, write_json, write_jsonl
 from trl_ext.aries.rounds import Rounds
 from trl_ext.aries.status import status
@@ -111,8 +112,8 @@ def evaluated(config):
         write_jsonl(round_dir.evaluation, [chain.to_row() for chain in answers])
     write_jsonl(loop.dir.evaluation_prompts, write_prompts)
     write_json(loop.dir.round(1).parity, {"kl_to_initial": {"per_token": 7.5}})
-    loop.product(1).mkdir()
-    (loop.product(1) / "adapter_model.safetensors").write_text("weights")
+    loop.dir.round(1).adapter.mkdir()
+    (loop.dir.round(1).adapter / "adapter_model.safetensors").write_text("weights")
     return lambda **bounds: Rounds(replace(config, health=HealthConfig(**bounds)))
 
 
@@ -126,7 +127,7 @@ def test_a_degenerate_policy_is_set_aside_and_the_one_before_stays(evaluated, ca
     assert f"set aside in {loop.dir.path}/round_01/set_aside/adapter, and the last good policy is m." in message
     for way_out in ("learning_rate", "output_dir", "--health.max_kl null"):
         assert way_out in message
-    assert not loop.product(1).exists() and not loop.is_decided(1)
+    assert not loop.dir.round(1).adapter.exists() and not is_decided(loop.dir.round(1), loop.config)
     assert (loop.dir.round(1).set_aside / "adapter" / "adapter_model.safetensors").read_text() == "weights"
     found = json.loads(loop.dir.round(1).health.read_text())
     assert found["decision"] == "set_aside" and len(found["findings"]) == 2 and found["kl_per_token"] == 7.5
@@ -143,7 +144,7 @@ def test_a_run_that_was_stopped_stops_again_until_it_has_other_bounds(evaluated)
             evaluated(**bounds).train(1)
     loop = evaluated(max_kl=8.0, min_length=0.05)
     loop.train(1)
-    assert (loop.product(1) / "adapter_model.safetensors").read_text() == "weights"
+    assert (loop.dir.round(1).adapter / "adapter_model.safetensors").read_text() == "weights"
     loop.check_health(1)
     assert json.loads(loop.dir.round(1).health.read_text())["decision"] == "kept"
 

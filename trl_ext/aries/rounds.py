@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .evaluation import evaluation_metrics
 from .guard import Examination, decide, report, stop_message
 from .judge import Judge
 from .pairs import FAULTS, Selection, preference_rows
+from .policies import Policy, degenerate, is_decided, is_skipped, policy_after, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, read_rows, sha256, write_json, write_jsonl
@@ -39,19 +40,12 @@ from .run_dir import RoundDir, RunDir
 from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, read_chains, score_rows
 from .sft import sft_row, usable_sft_rows
 from .state import recorded
+from .status import print_results
 from .tracking import is_tracked, tracked_training, tracking_job
 
 
 # vLLM accepts these as the largest LoRA rank
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
-
-@dataclass
-class Policy:
-    """A model, and the LoRA adapter on it."""
-
-    model: str
-    adapter: str | None
 
 
 def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
@@ -84,7 +78,7 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
         for number in range(1, config.rounds + 1):
             loop.round(number)
         loop.evaluate_last()
-    loop.print_results()
+    print_results(loop.dir, config, progress)
     loop.print_next(recipe.path, duration(time.monotonic() - start))
     return 0
 
@@ -216,7 +210,7 @@ class Rounds:
         """SFT on direct and refinement targets: `−[log π(y_w|x) + log π(y_w|x, y_l, z)]` in rows."""
         round_dir = self.dir.round(0)
         round_dir.path.mkdir(exist_ok=True)
-        if self.config.sft is None or self.product(0).exists():
+        if self.config.sft is None or product(round_dir, self.config).exists():
             return
         if not round_dir.sft.exists():
             self.write_sft_rows(round_dir)
@@ -233,7 +227,7 @@ class Rounds:
     def round(self, number: int) -> None:
         start = time.monotonic()
         round_dir = self.dir.round(number)
-        if self.is_decided(number) and self.dir.round(number - 1).manifest.exists():
+        if is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists():
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
@@ -288,7 +282,7 @@ class Rounds:
             return
         if self.config.generation.base_urls is not None:
             self.probe(number)
-        policy = self.policy(number - 1)
+        policy = policy_after(self.dir, self.config, number - 1)
         # A new name and id for every round: vLLM may answer from stale weights under an old one
         adapter = None if policy.adapter is None else [f"round_{number - 1:02d}", number, policy.adapter]
         job = {
@@ -296,7 +290,7 @@ class Rounds:
             "adapter": adapter,
             "max_lora_rank": self.max_lora_rank,
             "revision": self.config.model.get("model_revision"),
-            "trust_remote_code": self.trust_remote_code,
+            "trust_remote_code": self.config.trust_remote_code,
             "generation": asdict(self.config.generation),
             "tasks": [task | {"refinements": asdict(self.config.refinements)} for task in tasks],
             "parity": parity,
@@ -342,13 +336,13 @@ class Rounds:
 
     def parity_job(self, number: int) -> dict[str, Any]:
         """A round's policy, those that may be mistaken for it, and how they are loaded and compared."""
-        policy = self.policy(number)
+        policy = policy_after(self.dir, self.config, number)
         policies = {"policy": policy}
         if policy.adapter is not None:
             policies["base"] = Policy(policy.model, None)
-        policies["initial"] = self.policy(0)
+        policies["initial"] = policy_after(self.dir, self.config, 0)
         if number > 0:
-            policies["previous"] = self.policy(number - 1)
+            policies["previous"] = policy_after(self.dir, self.config, number - 1)
         return {
             "round": number,
             "policies": {name: asdict(policy) for name, policy in policies.items()},
@@ -356,7 +350,7 @@ class Rounds:
             "quantization": self.config.generation.quantization,
             "loading": {
                 "revision": self.config.model.get("model_revision"),
-                "trust_remote_code": self.trust_remote_code,
+                "trust_remote_code": self.config.trust_remote_code,
                 "use_cpu": bool(self.config.training.get("use_cpu")),
             },
         }
@@ -367,7 +361,7 @@ class Rounds:
         stays so, unless the recipe has other bounds.
         """
         round_dir = self.dir.round(number)
-        if number == 0 or self.is_skipped(number) or round_dir.manifest.exists():
+        if number == 0 or is_skipped(round_dir) or round_dir.manifest.exists():
             return
         prompts = read_jsonl(self.dir.evaluation_prompts)
         chains, initial = (load_chains(prompts, self.dir.round(n).evaluation) for n in (number, 0))
@@ -376,32 +370,8 @@ class Rounds:
         found = health.findings(measured, self.config.health)
         write_json(round_dir.health, {"decision": "set_aside" if found else "kept", "findings": found, **measured})
         if found:
-            round_dir.set_aside.mkdir(exist_ok=True)
-            self.product(number).rename(round_dir.set_aside / self.product(number).name)
-            self.stop_degenerate(number, found)
-
-    def stop_degenerate(self, number: int, found: list[str]) -> None:
-        policy = self.policy(number - 1)
-        aside = self.dir.round(number).set_aside / self.product(number).name
-        raise RecipeError(health.stop_message(number, found, str(aside), policy.adapter or policy.model))
-
-    def take_back(self, number: int) -> bool:
-        """
-        Whether a policy that was set aside is taken back, since the recipe's bounds are others now.
-
-        Raises:
-            [`RecipeError`]: it is beyond these too.
-        """
-        round_dir = self.dir.round(number)
-        aside = round_dir.set_aside / self.product(number).name
-        if not aside.exists():
-            return False
-        measured = json.loads(round_dir.health.read_text(encoding="utf-8"))
-        found = health.findings(measured, self.config.health)
-        if found:
-            self.stop_degenerate(number, found)
-        aside.rename(self.product(number))
-        return True
+            set_aside(round_dir, self.config)
+            raise degenerate(self.dir, self.config, number, found)
 
     def score(self, number: int) -> None:
         """Scores of the round's answers and of the evaluation's."""
@@ -494,9 +464,9 @@ class Rounds:
     def train(self, number: int) -> None:
         """Preference training of the round's policy, unless the guard left the round out."""
         round_dir = self.dir.round(number)
-        if self.is_decided(number) or self.take_back(number):
+        if is_decided(round_dir, self.config) or take_back(self.dir, self.config, number):
             return
-        job = self.training_job(number, self.policy(number - 1))
+        job = self.training_job(number, policy_after(self.dir, self.config, number - 1))
         job |= trainer_settings(self.config, number, str(round_dir.training))
         with self.stage(number, f"training ({job['trainer']})") as update:
             self.run_training(number, job, round_dir.logs / "training.log", update)
@@ -542,7 +512,7 @@ class Rounds:
         self.track(number)
         facts: dict[str, Any] = {
             "seed": self.config.seed,
-            "policy": asdict(self.policy(number)),
+            "policy": asdict(policy_after(self.dir, self.config, number)),
             "parent": None
             if number == 0
             else {"round": number - 1, "manifest_sha256": sha256(self.dir.round(number - 1).manifest)},
@@ -578,53 +548,20 @@ class Rounds:
         return Judge(config) if config.judge is not None else RewardModel(config, self.config.generation)
 
     @property
-    def trust_remote_code(self) -> bool:
-        return bool(self.config.training.get("trust_remote_code", False))
-
-    @property
     def max_lora_rank(self) -> int:
         return next(r for r in LORA_RANKS if r >= self.config.model.get("lora_r", 16))
-
-    def product(self, number: int) -> Path:
-        """What the round's training makes: a model, or an adapter."""
-        round_dir = self.dir.round(number)
-        return round_dir.adapter if self.config.model.get("use_peft") else round_dir.model
-
-    def is_skipped(self, number: int) -> bool:
-        """Whether the guard left the round untrained."""
-        round_dir = self.dir.round(number)
-        if not (round_dir.pairs.exists() and round_dir.guard.exists()):
-            return False
-        return json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"] == "skipped"
-
-    def is_decided(self, number: int) -> bool:
-        """Whether the policy after the round is known."""
-        return self.product(number).exists() or self.is_skipped(number)
-
-    def policy(self, number: int) -> Policy:
-        """
-        The policy after a round; without SFT, the one before round 1 is the model as it came, and a round that the guard
-        left out leaves it as it was.
-        """
-        base = self.config.model["model_name_or_path"]
-        if self.is_skipped(number):
-            return self.policy(number - 1)
-        if number == 0 and self.config.sft is None:
-            return Policy(base, None)
-        product = str(self.product(number))
-        return Policy(base, product) if self.config.model.get("use_peft") else Policy(product, None)
 
     def training_job(self, number: int, policy: Policy) -> dict[str, Any]:
         round_dir = self.dir.round(number)
         initial = self.config.training.get("reference", "previous") == "initial" and number > 0
-        reference = self.policy(0) if initial else policy
+        reference = policy_after(self.dir, self.config, 0) if initial else policy
         return {
             "model": policy.model,
             "adapter": policy.adapter,
             "model_args": self.config.model,
             "reference": asdict(reference) | {"is_policy": reference == policy},
             "rows": str(round_dir.pairs),
-            "output": str(self.product(number)),
+            "output": str(product(round_dir, self.config)),
             "health": asdict(self.config.health),
         }
 
@@ -680,20 +617,10 @@ class Rounds:
             why = " ".join(dict.fromkeys([lines[0], lines[-1]]))
             self.progress.say(f"{'':<11}{self.dir.report} was not written: {why}", style=WARNING)
 
-    def print_results(self) -> None:
-        """What has been evaluated so far."""
-        metrics = {}
-        for number in range(self.config.rounds + 1):
-            file = self.dir.round(number).metrics
-            if file.exists():
-                metrics[number] = json.loads(file.read_text(encoding="utf-8"))
-        if metrics:
-            self.progress.results(metrics, self.config.refinements.turns, self.config.sft is not None)
-
     def print_next(self, recipe_path: Path, elapsed: str) -> None:
         """What to do with a finished run."""
         last = self.dir.round(self.config.rounds)
-        policy = self.policy(self.config.rounds)
+        policy = policy_after(self.dir, self.config, self.config.rounds)
         other = "tdpo" if self.config.training.get("trainer", "dpo") == "dpo" else "dpo"
         # The command as it was called: `make` runs the environment's, which need not be on the path
         program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"

@@ -41,9 +41,8 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
     report.heading(f"{recipe.path}, for trl-ext aries")
     config = parse_section(recipe, AriesConfig)
     report.add(Check("ok", "keys", "all sections parse"))
-    trust_remote_code = bool(config.training.get("trust_remote_code", False))
     name, revision = config.model["model_name_or_path"], config.model.get("model_revision", "main")
-    model = report.attempt("model", read_model, name, revision, trust_remote_code, "model.model_name_or_path")
+    model = report.attempt("model", read_model, name, revision, config.trust_remote_code, "model.model_name_or_path")
     if model is not None:
         report.add(Check("ok", "model", f"{name}: {', '.join(model[0].architectures or ['?'])}"))
     # In a directory of its own: the run's is left as it is
@@ -56,7 +55,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
             check_settings(loop, recipe, report)
             check_samples(loop, model[1], report)
     if model is not None:
-        report.attempt("memory", estimates, config, model[0], trust_remote_code, report)
+        report.attempt("memory", estimates, config, model[0], report)
     if not probe or report.counts["failed"]:
         report.add(left_out(probe))
         return
@@ -154,10 +153,10 @@ def _around(prompt: Any, loop: Rounds) -> Any:
     return refinement_prompt(prompt, [PLACEHOLDER], loop.template)
 
 
-def estimates(config: AriesConfig, model_config: PreTrainedConfig, trust_remote_code: bool, report: Report) -> None:
+def estimates(config: AriesConfig, model_config: PreTrainedConfig, report: Report) -> None:
     """The memory of the engine, unless it is on servers, of each reward model and of training, which take turns on the GPU."""
     model_args = ModelConfig(**config.model)
-    shape = find_shape(model_config, model_args, trust_remote_code, report)
+    shape = find_shape(model_config, model_args, config.trust_remote_code, report)
     if shape is None:
         return
     checkpoint = checkpoint_dtype(model_config)

@@ -22,6 +22,7 @@ from trl import DPOConfig
 from ..aries.children import ENVIRONMENT, ChildError
 from ..aries.config import AriesConfig, PairsConfig, trainer_settings
 from ..aries.pairs import Pair, preference_rows
+from ..aries.policies import policy_after
 from ..aries.progress import duration
 from ..aries.records import write_jsonl
 from ..aries.rounds import Rounds, one_gpu
@@ -152,7 +153,7 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
         "save_strategy": "no",
         "report_to": "none",
     }
-    job = loop.training_job(1, loop.policy(0)) | settings
+    job = loop.training_job(1, policy_after(loop.dir, loop.config, 0)) | settings
     with loop.stage(1, "training") as update:
         loop.run_training(1, job, Path(directory, "training.log"), update)
     ends = {done: at for at, done in loop.times["training"] if done > 0}
