@@ -7,12 +7,11 @@ the previous round made, and the round's own prompts.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,15 @@ import yaml
 from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from . import health
-from .children import ChildError, run_child
-from .config import AriesConfig, DatasetConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
+from .children import ChildError, one_gpu, run_child
+from .config import AriesConfig, DatasetConfig, ScorerConfig
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import Examination, decide, report, stop_message
+from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
 from .judge import Judge
 from .pairs import FAULTS, Selection, preference_rows
-from .policies import Policy, degenerate, is_decided, is_skipped, policy_after, product, set_aside, take_back
+from .policies import degenerate, is_decided, is_skipped, policy_after, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
 from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
 from .records import read_jsonl, read_rows, sha256, write_json, write_jsonl
@@ -42,10 +42,6 @@ from .sft import sft_row, usable_sft_rows
 from .state import recorded
 from .status import print_results
 from .tracking import is_tracked, tracked_training, tracking_job
-
-
-# vLLM accepts these as the largest LoRA rank
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
@@ -88,11 +84,6 @@ def recipe_text(recipe: Recipe) -> str:
     if COMMAND_LINE in recipe.locations.values():
         return yaml.safe_dump(recipe.mapping, sort_keys=False, allow_unicode=True)
     return recipe.path.read_text(encoding="utf-8")
-
-
-def one_gpu() -> dict[str, str]:
-    """A stage that runs in one process, on one GPU; with several in sight TRL would refuse `nn.DataParallel`."""
-    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def local_files(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
@@ -163,9 +154,11 @@ class Rounds:
         if self.config.generation.engine == "ray" and find_spec("ray") is None:
             where = recipe.where("generation", "engine")
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
+        conversational = not isinstance(self.prompts[0]["prompt"], str)
+        job = preflight_job(self.dir, self.config, recipe, self.launch, conversational)
         with self.stage(0, "check") as update:
             log = self.dir.path / "logs" / "check.log"
-            run_child("trl_ext.aries.preflight", self.preflight_job(recipe), log, update)
+            run_child("trl_ext.aries.preflight", job, log, update)
 
     def check_servers(self) -> None:
         from .servers import Wanted, check_servers  # an HTTP client, which other runs do not need
@@ -173,36 +166,6 @@ class Rounds:
         wanted = Wanted(self.config.model["model_name_or_path"], self.config.generation.max_model_len)
         for note in check_servers(self.config.generation, wanted):
             self.note(note, WARNING)
-
-    def preflight_job(self, recipe: Recipe) -> dict[str, Any]:
-        return {
-            "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
-            "training": trainer_settings(self.config, 1, str(self.dir.round(1).training)),
-            "sft": self.config.sft and sft_settings(self.config, str(self.dir.round(0).training)),
-            "launch": self.launch and asdict(self.launch),
-            "conversational": not isinstance(self.prompts[0]["prompt"], str),
-            "max_model_len": self.config.generation.max_model_len,
-            "adapters": [str(self.dir.round(number).adapter) for number in range(self.config.rounds + 1)],
-            "prompts": [] if self.dir.round(1).prompts.exists() else self.prompt_files(),
-            "health": asdict(self.config.health),
-        }
-
-    def prompt_files(self) -> list[dict[str, Any]]:
-        """The files of prompts, and the longest prompt that leaves room for a draft."""
-        longest = self.config.generation.max_model_len - self.config.drafts.max_tokens
-        sections = {
-            "prompts": (self.config.prompts, None),
-            "evaluation": (self.config.evaluation, self.config.evaluation.samples),
-        }
-        return [
-            {
-                "key": f"{name}.dataset",
-                "datasets": [asdict(entry) for entry in section.entries()],
-                "samples": samples,
-                "longest": longest,
-            }
-            for name, (section, samples) in sections.items()
-        ]
 
     # The stages
 
@@ -214,8 +177,7 @@ class Rounds:
             return
         if not round_dir.sft.exists():
             self.write_sft_rows(round_dir)
-        job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
-        job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
+        job = training_job(self.dir, self.config, 0)
         with self.stage(0, "sft") as update:
             self.run_training(0, job, round_dir.logs / "sft.log", update)
 
@@ -244,116 +206,37 @@ class Rounds:
 
     def generate(self, number: int) -> None:
         """Drafts and refinements of the round's prompts, and of the evaluation prompts, by the previous round's policy."""
-        previous, current = self.dir.round(number - 1), self.dir.round(number)
         if not self.dir.evaluation_prompts.exists():
             write_jsonl(self.dir.evaluation_prompts, self.evaluation_prompts)
-        sampling = sampling_by_turn(self.config)
-        evaluation_sampling = [replace(turn, temperature=self.config.evaluation.temperature) for turn in sampling]
-        tasks = [
-            {
-                "prompts": str(self.dir.evaluation_prompts),
-                "answers": str(previous.evaluation),
-                "sampling": [asdict(turn) for turn in evaluation_sampling],
-                "seed": [self.config.seed, "evaluation"],  # the same in every round
-            }
-        ]
-        if number <= self.config.rounds:
-            tasks.append(
-                {
-                    "prompts": str(current.prompts),
-                    "answers": str(current.answers),
-                    "sampling": [asdict(turn) for turn in sampling],
-                    "seed": [self.config.seed, number],
-                }
-            )
-        for task in tasks:
-            if Path(task["answers"]).exists():  # a kill between the last two moves of the engine leaves both
-                Path(task["answers"] + ".part").unlink(missing_ok=True)
-        parity = None
-        if self.config.parity.samples and not previous.samples.exists():
-            parity = {
-                "prompts": str(self.dir.evaluation_prompts),
-                "answers": str(previous.samples),
-                "samples": self.config.parity.samples,
-                "max_tokens": self.config.drafts.max_tokens,
-                "seed": [self.config.seed, "parity"],
-            }
-        if parity is None and all(Path(task["answers"]).exists() for task in tasks):
+        job = generation_job(self.dir, self.config, number)
+        made = [Path(task["answers"]) for task in job["tasks"] if Path(task["answers"]).exists()]
+        for answers in made:  # a kill between the last two moves of the engine leaves both
+            answers.with_name(answers.name + ".part").unlink(missing_ok=True)
+        if job["parity"] is None and len(made) == len(job["tasks"]):
             return
         if self.config.generation.base_urls is not None:
             self.probe(number)
-        policy = policy_after(self.dir, self.config, number - 1)
-        # A new name and id for every round: vLLM may answer from stale weights under an old one
-        adapter = None if policy.adapter is None else [f"round_{number - 1:02d}", number, policy.adapter]
-        job = {
-            "model": policy.model,
-            "adapter": adapter,
-            "max_lora_rank": self.max_lora_rank,
-            "revision": self.config.model.get("model_revision"),
-            "trust_remote_code": self.config.trust_remote_code,
-            "generation": asdict(self.config.generation),
-            "tasks": [task | {"refinements": asdict(self.config.refinements)} for task in tasks],
-            "parity": parity,
-            "probe": str(previous.probe),
-        }
-        logs = (current if number <= self.config.rounds else previous).logs
-        with self.stage(min(number, self.config.rounds), "drafts and refinements") as update:
-            run_child("trl_ext.aries.engine", job, logs / "engine.log", update, on_note=self.note)
+        with self.stage(self.under(number), "drafts and refinements") as update:
+            log = self.dir.round(self.under(number)).logs / "engine.log"
+            run_child("trl_ext.aries.engine", job, log, update, on_note=self.note)
 
     def probe(self, number: int) -> None:
         """What servers are compared with: the previous round's policy on a few prompts, by the trainer's libraries."""
-        previous = self.dir.round(number - 1)
-        if previous.probe.exists():
+        if self.dir.round(number - 1).probe.exists():
             return
-        job = self.parity_job(number - 1) | {
-            "prompts": str(self.dir.evaluation_prompts),
-            "output": str(previous.probe),
-            "dtype": self.config.generation.dtype,
-            "max_model_len": self.config.generation.max_model_len,
-        }
-        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
-        with self.stage(min(number, self.config.rounds), "probe") as update:
-            run_child("trl_ext.aries.probe", job, logs / "probe.log", update, env=one_gpu())
+        job = probe_job(self.dir, self.config, number)
+        with self.stage(self.under(number), "probe") as update:
+            log = self.dir.round(self.under(number)).logs / "probe.log"
+            run_child("trl_ext.aries.probe", job, log, update, env=one_gpu())
 
     def check_parity(self, number: int) -> None:
         """Are the answers of `generate` from the previous round's policy? With its KL to the initial one."""
-        previous = self.dir.round(number - 1)
-        if not self.config.parity.samples or previous.parity.exists():
+        if not self.config.parity.samples or self.dir.round(number - 1).parity.exists():
             return
-        nf4 = bool(self.config.model.get("load_in_4bit")) and self.config.generation.quantization is None
-        answers = [previous.samples, previous.evaluation]
-        if number <= self.config.rounds:
-            answers.append(self.dir.round(number).answers)
-        job = self.parity_job(number - 1) | {
-            "samples": str(previous.samples),
-            "output": str(previous.parity),
-            "answers": [str(file) for file in answers],
-            "trained_on": self.config.model if nf4 else None,
-        }
-        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
-        with self.stage(min(number, self.config.rounds), "parity") as update:
-            run_child("trl_ext.aries.parity", job, logs / "parity.log", update, env=one_gpu())
-
-    def parity_job(self, number: int) -> dict[str, Any]:
-        """A round's policy, those that may be mistaken for it, and how they are loaded and compared."""
-        policy = policy_after(self.dir, self.config, number)
-        policies = {"policy": policy}
-        if policy.adapter is not None:
-            policies["base"] = Policy(policy.model, None)
-        policies["initial"] = policy_after(self.dir, self.config, 0)
-        if number > 0:
-            policies["previous"] = policy_after(self.dir, self.config, number - 1)
-        return {
-            "round": number,
-            "policies": {name: asdict(policy) for name, policy in policies.items()},
-            "tolerance": self.config.parity.tolerance,
-            "quantization": self.config.generation.quantization,
-            "loading": {
-                "revision": self.config.model.get("model_revision"),
-                "trust_remote_code": self.config.trust_remote_code,
-                "use_cpu": bool(self.config.training.get("use_cpu")),
-            },
-        }
+        job = parity_job(self.dir, self.config, number)
+        with self.stage(self.under(number), "parity") as update:
+            log = self.dir.round(self.under(number)).logs / "parity.log"
+            run_child("trl_ext.aries.parity", job, log, update, env=one_gpu())
 
     def check_health(self, number: int) -> None:
         """
@@ -385,7 +268,7 @@ class Rounds:
         tasks = [(ScoreTask(prompts, answers), scores) for prompts, answers, scores in tasks]
         cache = ScoreCache(self.dir.score_cache)
         notes = []
-        with self.stage(min(number, self.config.rounds), "scores") as update:
+        with self.stage(self.under(number), "scores") as update:
             for scorer in self.scorers:
                 notes += scorer.score([task for task, _ in tasks], cache, previous.logs, update)
             for task, scores in tasks:
@@ -466,8 +349,7 @@ class Rounds:
         round_dir = self.dir.round(number)
         if is_decided(round_dir, self.config) or take_back(self.dir, self.config, number):
             return
-        job = self.training_job(number, policy_after(self.dir, self.config, number - 1))
-        job |= trainer_settings(self.config, number, str(round_dir.training))
+        job = training_job(self.dir, self.config, number)
         with self.stage(number, f"training ({job['trainer']})") as update:
             self.run_training(number, job, round_dir.logs / "training.log", update)
 
@@ -532,6 +414,10 @@ class Rounds:
 
     # What the stages share
 
+    def under(self, number: int) -> int:
+        """The round whose stage it is: the evaluation of the last round's policy is the last round's."""
+        return min(number, self.config.rounds)
+
     def note(self, note: str, style: str | None = None) -> None:
         """Say what somebody should know, and log it."""
         number, stage = self.at
@@ -546,24 +432,6 @@ class Rounds:
         if config.verifier is not None:
             return Verifier(config)
         return Judge(config) if config.judge is not None else RewardModel(config, self.config.generation)
-
-    @property
-    def max_lora_rank(self) -> int:
-        return next(r for r in LORA_RANKS if r >= self.config.model.get("lora_r", 16))
-
-    def training_job(self, number: int, policy: Policy) -> dict[str, Any]:
-        round_dir = self.dir.round(number)
-        initial = self.config.training.get("reference", "previous") == "initial" and number > 0
-        reference = policy_after(self.dir, self.config, 0) if initial else policy
-        return {
-            "model": policy.model,
-            "adapter": policy.adapter,
-            "model_args": self.config.model,
-            "reference": asdict(reference) | {"is_policy": reference == policy},
-            "rows": str(round_dir.pairs),
-            "output": str(product(round_dir, self.config)),
-            "health": asdict(self.config.health),
-        }
 
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:

@@ -19,13 +19,13 @@ from typing import Any
 
 from trl import DPOConfig
 
-from ..aries.children import ENVIRONMENT, ChildError
-from ..aries.config import AriesConfig, PairsConfig, trainer_settings
+from ..aries.children import ENVIRONMENT, ChildError, one_gpu
+from ..aries.config import AriesConfig, PairsConfig
+from ..aries.jobs import training_job
 from ..aries.pairs import Pair, preference_rows
-from ..aries.policies import policy_after
 from ..aries.progress import duration
 from ..aries.records import write_jsonl
-from ..aries.rounds import Rounds, one_gpu
+from ..aries.rounds import Rounds
 from ..aries.scores import load_chains
 from ..launch import Launch
 from ..processes import process_group
@@ -146,14 +146,13 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
     if not rows:
         return "training: left out, no chain of the probe has an answer"
     write_jsonl(round_dir.pairs, rows)
-    settings = trainer_settings(config, 1, str(round_dir.training))
-    settings["config"] |= {
+    job = training_job(loop.dir, loop.config, 1)
+    job["config"] |= {
         "max_steps": STEPS,
         "gradient_accumulation_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
     }
-    job = loop.training_job(1, policy_after(loop.dir, loop.config, 0)) | settings
     with loop.stage(1, "training") as update:
         loop.run_training(1, job, Path(directory, "training.log"), update)
     ends = {done: at for at, done in loop.times["training"] if done > 0}
