@@ -101,7 +101,7 @@ def a_round(tmp_path):
     )
 
     def make(*last_scores: float | None, guard: str = "stop") -> Rounds:
-        loop = Rounds(replace(config, pairs=replace(config.pairs, guard=guard)))
+        loop = Rounds(replace(config, pairs=replace(config.pairs, guard=guard)), inputs=None)
         round_dir = loop.dir.round(1)
         if last_scores:
             round_dir.path.mkdir(parents=True)

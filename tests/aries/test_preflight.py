@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_ext.aries import preflight
 from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.inputs import read_inputs
 from trl_ext.aries.jobs import preflight_job
-from trl_ext.aries.prompts import load_prompts
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.launch import recipe_launch
 from trl_ext.recipe import RecipeError, load_yaml, parse_section
@@ -52,8 +52,8 @@ def check(sorting, tmp_path):
         file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))
         loaded = load_yaml(file)
         config = parse_section(loaded, AriesConfig)
-        conversational = not isinstance(load_prompts(config.prompts.entries(), "prompts.dataset")[0]["prompt"], str)
-        job = preflight_job(RunDir(tmp_path / "run"), config, loaded, recipe_launch(loaded), conversational)
+        inputs = read_inputs(config)
+        job = preflight_job(RunDir(tmp_path / "run"), config, loaded, recipe_launch(loaded), inputs.conversational)
         preflight.main(json.loads(json.dumps(job)), lambda done, total: None)
 
     return run

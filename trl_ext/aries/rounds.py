@@ -22,23 +22,22 @@ from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from . import health
 from .children import ChildError, one_gpu, run_child
-from .config import AriesConfig, DatasetConfig, ScorerConfig
+from .config import AriesConfig
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import Examination, decide, report, stop_message
+from .inputs import Inputs, input_hashes, read_inputs
 from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
-from .judge import Judge
 from .pairs import FAULTS, Selection, preference_rows
 from .policies import degenerate, is_decided, is_skipped, policy_after, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
-from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
+from .prompts import select_prompts
 from .records import read_jsonl, read_rows, sha256, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
-from .reward_model import RewardModel
 from .run_dir import RoundDir, RunDir
-from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, read_chains, score_rows
-from .sft import sft_row, usable_sft_rows
+from .scores import ScoreCache, ScoreTask, load_chains, read_chains, score_rows
+from .sft import sft_row
 from .state import recorded
 from .status import print_results
 from .tracking import is_tracked, tracked_training, tracking_job
@@ -65,9 +64,9 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     """
     start = time.monotonic()
     progress = {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet)
-    loop = Rounds(config, progress, recipe_launch(recipe))
-    loop.load()
-    with loop.dir.opened(config, recipe_text(recipe), loop.input_hashes()), loop.stops_reported():
+    launch = recipe_launch(recipe)
+    loop = Rounds(config, read_inputs(config), progress, launch)
+    with loop.dir.opened(config, recipe_text(recipe), input_hashes(config, launch)), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
             loop.check(recipe)
         loop.sft()
@@ -86,23 +85,18 @@ def recipe_text(recipe: Recipe) -> str:
     return recipe.path.read_text(encoding="utf-8")
 
 
-def local_files(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
-    """What a section's datasets name that may be a local path, by the key that names it."""
-    if len(entries) == 1:
-        return {f"{section}.dataset": entries[0].path}
-    named = {}
-    for index, entry in enumerate(entries):
-        named[f"{section}.datasets[{index}].path"] = entry.path
-        if isinstance(entry.data_files, str):
-            named[f"{section}.datasets[{index}].data_files"] = entry.data_files
-    return named
-
-
 class Rounds:
     """The stages of a run, in the order of the data."""
 
-    def __init__(self, config: AriesConfig, progress: RunProgress | None = None, launch: Launch | None = None):
+    def __init__(
+        self,
+        config: AriesConfig,
+        inputs: Inputs,
+        progress: RunProgress | None = None,
+        launch: Launch | None = None,
+    ):
         self.config = config
+        self.inputs = inputs
         self.launch = launch  # of the training, `None` for one process
         self.dir = RunDir(Path(config.output_dir))
         self.progress = progress or RunProgress(config.rounds)
@@ -110,52 +104,16 @@ class Rounds:
         self.told = False  # that reports need matplotlib
         self.template = Strategy(config.refinements).templates[0]  # of training rows
 
-    def load(self) -> None:
-        """Read what the recipe names, so that anything missing shows before any work is done."""
-        config = self.config
-        self.scorers = [self.scorer(scorer) for scorer in config.scores.each()]
-        self.prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
-        self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
-        evaluation = load_prompts(config.evaluation.entries(), "evaluation.dataset")
-        self.evaluation_prompts = evaluation[: config.evaluation.samples]
-        self.sft_rows, self.sft_dropped = [], {}
-        if config.sft:
-            rows = load_rows(DatasetConfig(config.sft["dataset"]), "sft.dataset")
-            self.sft_rows, self.sft_dropped = usable_sft_rows(rows, config.sft["dataset"])
-            finding = health.share_finding("rows of `sft.dataset`", self.sft_dropped, len(rows), config.health)
-            if finding or not self.sft_rows:
-                raise RecipeError(
-                    f"`sft.dataset`: {finding or 'no row can be used'}. Look at {config.sft['dataset']}, or raise the bound."
-                )
-
-    def input_hashes(self) -> dict[str, str]:
-        """SHA-256 of the local files that the recipe names, by key."""
-        named = {
-            **local_files("prompts", self.config.prompts.entries()),
-            **local_files("evaluation", self.config.evaluation.entries()),
-            **{
-                "scores.verifier" if self.config.scores.scorers is None else f"scores.scorers.{scorer.name}": (
-                    scorer.verifier.rpartition(":")[0]
-                )
-                for scorer in self.config.scores.each()
-                if scorer.verifier is not None
-            },
-            "sft.dataset": self.config.sft["dataset"] if self.config.sft else "",
-            "training.accelerate_config": "" if self.launch is None else self.launch.config_file,
-        }
-        return {key: sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
-
     def check(self, recipe: Recipe) -> None:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
-        for scorer in self.scorers:
-            scorer.check([self.prompts, self.evaluation_prompts])
+        for scorer in self.inputs.scorers:
+            scorer.check([self.inputs.prompts, self.inputs.evaluation_prompts])
         if self.config.generation.base_urls is not None:
             self.check_servers()
         if self.config.generation.engine == "ray" and find_spec("ray") is None:
             where = recipe.where("generation", "engine")
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
-        conversational = not isinstance(self.prompts[0]["prompt"], str)
-        job = preflight_job(self.dir, self.config, recipe, self.launch, conversational)
+        job = preflight_job(self.dir, self.config, recipe, self.launch, self.inputs.conversational)
         with self.stage(0, "check") as update:
             log = self.dir.path / "logs" / "check.log"
             run_child("trl_ext.aries.preflight", job, log, update)
@@ -182,9 +140,9 @@ class Rounds:
             self.run_training(0, job, round_dir.logs / "sft.log", update)
 
     def write_sft_rows(self, round_dir: RoundDir) -> None:
-        rows = len(self.sft_rows) + sum(self.sft_dropped.values())
-        write_json(round_dir.sft_drops, {"sft_rows": rows, "dropped": self.sft_dropped})
-        write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
+        rows = len(self.inputs.sft_rows) + sum(self.inputs.sft_dropped.values())
+        write_json(round_dir.sft_drops, {"sft_rows": rows, "dropped": self.inputs.sft_dropped})
+        write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.inputs.sft_rows))
 
     def round(self, number: int) -> None:
         start = time.monotonic()
@@ -193,7 +151,10 @@ class Rounds:
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
-            write_jsonl(round_dir.prompts, select_prompts(self.prompts, number, self.round_size, self.config.seed))
+            write_jsonl(
+                round_dir.prompts,
+                select_prompts(self.inputs.prompts, number, self.inputs.round_size, self.config.seed),
+            )
         self.generate(number)
         self.check_parity(number)
         self.check_health(number - 1)
@@ -207,7 +168,7 @@ class Rounds:
     def generate(self, number: int) -> None:
         """Drafts and refinements of the round's prompts, and of the evaluation prompts, by the previous round's policy."""
         if not self.dir.evaluation_prompts.exists():
-            write_jsonl(self.dir.evaluation_prompts, self.evaluation_prompts)
+            write_jsonl(self.dir.evaluation_prompts, self.inputs.evaluation_prompts)
         job = generation_job(self.dir, self.config, number)
         made = [Path(task["answers"]) for task in job["tasks"] if Path(task["answers"]).exists()]
         for answers in made:  # a kill between the last two moves of the engine leaves both
@@ -269,10 +230,10 @@ class Rounds:
         cache = ScoreCache(self.dir.score_cache)
         notes = []
         with self.stage(self.under(number), "scores") as update:
-            for scorer in self.scorers:
+            for scorer in self.inputs.scorers:
                 notes += scorer.score([task for task, _ in tasks], cache, previous.logs, update)
             for task, scores in tasks:
-                write_jsonl(scores, score_rows(task, self.scorers, cache))
+                write_jsonl(scores, score_rows(task, self.inputs.scorers, cache))
         for note in notes:
             self.note(note)
 
@@ -427,11 +388,6 @@ class Rounds:
     def evaluation_scores(self, number: int) -> list[list[float | None]]:
         """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
         return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
-
-    def scorer(self, config: ScorerConfig) -> Scorer:
-        if config.verifier is not None:
-            return Verifier(config)
-        return Judge(config) if config.judge is not None else RewardModel(config, self.config.generation)
 
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:

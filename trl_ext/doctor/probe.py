@@ -21,6 +21,7 @@ from trl import DPOConfig
 
 from ..aries.children import ENVIRONMENT, ChildError, one_gpu
 from ..aries.config import AriesConfig, PairsConfig
+from ..aries.inputs import Inputs
 from ..aries.jobs import training_job
 from ..aries.pairs import Pair, preference_rows
 from ..aries.progress import duration
@@ -95,8 +96,8 @@ def training_time(each: float, args: DPOConfig, rows: int) -> str:
 class ProbedRounds(Rounds):
     """Rounds that print nothing and note when their stages report."""
 
-    def __init__(self, config: AriesConfig, launch: Launch | None):
-        super().__init__(config, launch=launch)
+    def __init__(self, config: AriesConfig, inputs: Inputs, launch: Launch | None):
+        super().__init__(config, inputs, launch=launch)
         self.times: dict[str, list[tuple[float, int]]] = {}
 
     @contextmanager
@@ -105,20 +106,20 @@ class ProbedRounds(Rounds):
         yield lambda done, total: self.times[name].append((time.monotonic(), done))
 
 
-def probe_aries(config: AriesConfig, prompts: list[dict[str, Any]], launch: Launch | None) -> Iterator[Check]:
+def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> Iterator[Check]:
     """A start of the engine, some chains, and training steps on their answers."""
     with tempfile.TemporaryDirectory() as directory:
         short = {"output_dir": directory, "rounds": 1, "sft": None, "parity": replace(config.parity, samples=0)}
-        loop = ProbedRounds(replace(config, **short), launch)
-        loop.evaluation_prompts = prompts[:1]
-        chosen = prompts[: min(PROMPTS, config.generation.max_num_seqs)]
+        inputs = replace(inputs, evaluation_prompts=inputs.prompts[:1])
+        loop = ProbedRounds(replace(config, **short), inputs, launch)
+        chosen = inputs.prompts[: min(PROMPTS, config.generation.max_num_seqs)]
         round_dir = loop.dir.round(1)
         for number in (0, 1):
             loop.dir.round(number).path.mkdir(parents=True)
         write_jsonl(round_dir.prompts, chosen)
         try:
             loop.generate(1)
-            yield Check("ok", "time", engine_time(loop, config, len(chosen), len(prompts)))
+            yield Check("ok", "time", engine_time(loop, config, len(chosen), len(inputs.prompts)))
             yield Check("ok", "time", steps_time(loop, config, chosen, directory))
         except ChildError as error:
             yield Check(
