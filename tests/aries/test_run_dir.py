@@ -14,6 +14,7 @@ from trl_ext.aries.config import (
     ScorerConfig,
     ScoresConfig,
 )
+from trl_ext.aries.manifest import write_manifest
 from trl_ext.aries.records import sha256
 from trl_ext.aries.run_dir import RunDir, is_locked
 from trl_ext.recipe import RecipeError
@@ -145,7 +146,7 @@ def test_the_manifest_names_versions_and_hashes(config):
     round_dir = run_dir.round(1)
     round_dir.path.mkdir()
     round_dir.pairs.write_text("{}\n")
-    run_dir.write_manifest(1, {"pairs": 1, "dropped": {"no_margin": 2}})
+    write_manifest(run_dir, 1, {"pairs": 1, "dropped": {"no_margin": 2}})
     manifest = json.loads(round_dir.manifest.read_text())
     assert manifest["dropped"] == {"no_margin": 2}
     assert manifest["sha256"] == {"pairs.jsonl": sha256(round_dir.pairs)}

@@ -6,12 +6,9 @@ continues with the first missing file. One engine start per round answers the ev
 the previous round made, and the round's own prompts.
 """
 
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,19 +25,20 @@ from .evaluation import evaluation_metrics
 from .guard import Examination, decide, report, stop_message
 from .inputs import Inputs, input_hashes, read_inputs
 from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
+from .manifest import round_facts, write_manifest
 from .pairs import FAULTS, Selection, preference_rows
-from .policies import degenerate, is_decided, is_skipped, policy_after, product, set_aside, take_back
+from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
 from .prompts import select_prompts
-from .records import read_jsonl, read_rows, sha256, write_json, write_jsonl
+from .records import read_json, read_jsonl, read_rows, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
 from .run_dir import RoundDir, RunDir
 from .scores import ScoreCache, ScoreTask, load_chains, read_chains, score_rows
 from .sft import sft_row
 from .state import recorded
-from .status import print_results
-from .tracking import is_tracked, tracked_training, tracking_job
+from .status import print_next, print_results
+from .tracking import track, tracked_training
 
 
 def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
@@ -74,7 +72,7 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
             loop.round(number)
         loop.evaluate_last()
     print_results(loop.dir, config, progress)
-    loop.print_next(recipe.path, duration(time.monotonic() - start))
+    print_next(loop.dir, config, progress, recipe.path, duration(time.monotonic() - start))
     return 0
 
 
@@ -145,6 +143,7 @@ class Rounds:
         write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.inputs.sft_rows))
 
     def round(self, number: int) -> None:
+        """The previous round's policy answers and is evaluated, and a new one is trained on what it answered."""
         start = time.monotonic()
         round_dir = self.dir.round(number)
         if is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists():
@@ -209,8 +208,8 @@ class Rounds:
             return
         prompts = read_jsonl(self.dir.evaluation_prompts)
         chains, initial = (load_chains(prompts, self.dir.round(n).evaluation) for n in (number, 0))
-        parity = json.loads(round_dir.parity.read_text(encoding="utf-8")) if round_dir.parity.exists() else {}
-        measured = health.examine(chains, initial, (parity.get("kl_to_initial") or {}).get("per_token"))
+        kl_to_initial = (read_json(round_dir.parity) or {}).get("kl_to_initial") or {}
+        measured = health.examine(chains, initial, kl_to_initial.get("per_token"))
         found = health.findings(measured, self.config.health)
         write_json(round_dir.health, {"decision": "set_aside" if found else "kept", "findings": found, **measured})
         if found:
@@ -237,6 +236,35 @@ class Rounds:
         for note in notes:
             self.note(note)
 
+    def close(self, number: int) -> None:
+        """Metrics and manifest of a round whose policy has been evaluated."""
+        round_dir = self.dir.round(number)
+        if round_dir.manifest.exists():
+            return
+        chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
+        metrics = evaluation_metrics(
+            chains,
+            self.evaluation_scores(number),
+            self.config.refinements.turns,
+            initial=self.evaluation_scores(0) if number > 0 else None,
+            previous=self.evaluation_scores(number - 1) if number > 0 else None,
+            correct_score=self.config.evaluation.correct_score,
+            bootstrap_samples=self.config.evaluation.bootstrap_samples,
+            seed=self.config.seed,
+        )
+        kl_to_initial = (read_json(round_dir.parity) or {}).get("kl_to_initial")
+        write_json(round_dir.metrics, metrics | {"kl_to_initial": kl_to_initial})
+        answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
+        cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
+        write_json(round_dir.cost, cost)
+        track(self.dir, self.config, number, self.progress)
+        write_manifest(self.dir, number, round_facts(self.dir, self.config, number))
+        self.write_report(running=number < self.config.rounds)
+
+    def evaluation_scores(self, number: int) -> list[list[float | None]]:
+        """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
+        return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
+
     def pair(self, number: int) -> None:
         """The round's preference dataset, direct and refinement rows."""
         round_dir = self.dir.round(number)
@@ -250,6 +278,13 @@ class Rounds:
             f"round {number}/{self.config.rounds}  {selection.pairs:,} pairs ({rows:,} rows) from {selection.chains:,} chains; "
             + (f"dropped: {dropped}" if dropped else "none dropped")
         )
+
+    def selection(self, number: int) -> Selection:
+        """The pairs of a round, read from its files as they are asked for."""
+        round_dir = self.dir.round(number)
+        chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
+        scores = (row["scores"] for row in read_rows(round_dir.scores))
+        return Selection(zip(chains, scores, strict=True), self.config.pairs)
 
     def pair_rows(self, number: int, selection: Selection) -> Iterator[dict[str, Any]]:
         """
@@ -282,13 +317,6 @@ class Rounds:
         measured = examination.measured()
         write_json(round_dir.guard, {"decision": decide(measured, self.config.pairs.guard), **measured})
 
-    def selection(self, number: int) -> Selection:
-        """The pairs of a round, read from its files as they are asked for."""
-        round_dir = self.dir.round(number)
-        chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
-        scores = (row["scores"] for row in read_rows(round_dir.scores))
-        return Selection(zip(chains, scores, strict=True), self.config.pairs)
-
     def guard(self, number: int) -> None:
         """
         Act on what the guard found in the round's pairs. What was decided stays so, but for a run that was stopped: it may go on
@@ -296,7 +324,7 @@ class Rounds:
         """
         round_dir = self.dir.round(number)
         self.at = (number, "guard")
-        found = json.loads(round_dir.guard.read_text(encoding="utf-8"))
+        found = read_json(round_dir.guard)
         if found["decision"] == "stopped" and self.config.pairs.guard != "stop":
             found["decision"] = decide(found, self.config.pairs.guard)
             write_json(round_dir.guard, found)
@@ -330,49 +358,6 @@ class Rounds:
         self.score(self.config.rounds + 1)
         self.close(self.config.rounds)
 
-    def close(self, number: int) -> None:
-        """Metrics and manifest of a round whose policy has been evaluated."""
-        round_dir = self.dir.round(number)
-        if round_dir.manifest.exists():
-            return
-        chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
-        metrics = evaluation_metrics(
-            chains,
-            self.evaluation_scores(number),
-            self.config.refinements.turns,
-            initial=self.evaluation_scores(0) if number > 0 else None,
-            previous=self.evaluation_scores(number - 1) if number > 0 else None,
-            correct_score=self.config.evaluation.correct_score,
-            bootstrap_samples=self.config.evaluation.bootstrap_samples,
-            seed=self.config.seed,
-        )
-        parity = json.loads(round_dir.parity.read_text(encoding="utf-8")) if round_dir.parity.exists() else {}
-        kl = {"kl_to_initial": parity.pop("kl_to_initial", None)}
-        write_json(round_dir.metrics, metrics | kl)
-        answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
-        cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
-        write_json(round_dir.cost, cost)
-        self.track(number)
-        facts: dict[str, Any] = {
-            "seed": self.config.seed,
-            "policy": asdict(policy_after(self.dir, self.config, number)),
-            "parent": None
-            if number == 0
-            else {"round": number - 1, "manifest_sha256": sha256(self.dir.round(number - 1).manifest)},
-            "trained_on_nf4_sampled_at_full_precision": bool(self.config.model.get("load_in_4bit"))
-            and self.config.generation.quantization is None,
-            "parity": parity or None,
-        }
-        for file in (round_dir.sft_drops, round_dir.drops, round_dir.training / "rows.json"):
-            if file.exists():
-                facts |= json.loads(file.read_text(encoding="utf-8"))
-        if round_dir.health.exists():
-            facts["health"] = json.loads(round_dir.health.read_text(encoding="utf-8"))["decision"]
-        if round_dir.guard.exists():
-            facts["guard"] = json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"]
-        self.dir.write_manifest(number, facts)
-        self.write_report(running=number < self.config.rounds)
-
     # What the stages share
 
     def under(self, number: int) -> int:
@@ -384,10 +369,6 @@ class Rounds:
         number, stage = self.at
         self.progress.say(f"{'':<11}{note}", style)
         self.dir.log_event(event="note", round=number, stage=stage, note=note)
-
-    def evaluation_scores(self, number: int) -> list[list[float | None]]:
-        """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
-        return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
 
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
@@ -414,18 +395,6 @@ class Rounds:
                 self.write_report(running=False)
             raise
 
-    def track(self, number: int) -> None:
-        """Send a round's metrics to the trackers, those of the trainings went there. A run does not fail by them."""
-        if not is_tracked(self.config):
-            return
-        log = self.dir.round(number).logs / "tracking.log"
-        try:
-            job = tracking_job(self.dir, self.config, number)
-            run_child("trl_ext.aries.tracking", job, log, lambda done, total: None)
-        except (RecipeError, ChildError, OSError) as error:
-            last = str(error).splitlines()[-1]
-            self.progress.say(f"{'':<11}metrics of round {number} were not tracked, see {log}: {last}", style=WARNING)
-
     def write_report(self, running: bool) -> None:
         """Bring `report.html` up to date, in a process that gives its memory back. A run does not fail by its report."""
         if find_spec("matplotlib") is None:
@@ -440,18 +409,3 @@ class Rounds:
             lines = str(error).splitlines()
             why = " ".join(dict.fromkeys([lines[0], lines[-1]]))
             self.progress.say(f"{'':<11}{self.dir.report} was not written: {why}", style=WARNING)
-
-    def print_next(self, recipe_path: Path, elapsed: str) -> None:
-        """What to do with a finished run."""
-        last = self.dir.round(self.config.rounds)
-        policy = policy_after(self.dir, self.config, self.config.rounds)
-        other = "tdpo" if self.config.training.get("trainer", "dpo") == "dpo" else "dpo"
-        # The command as it was called: `make` runs the environment's, which need not be on the path
-        program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"
-        self.progress.say(
-            f"Finished in {elapsed}. The trained policy is {policy.adapter or policy.model}. Next, for example:\n"
-            + (f"  {self.dir.report}  # how it went, for a browser\n" if self.dir.report.exists() else "")
-            + f"  less {last.pairs}  # what it learned from\n"
-            f"  less {last.evaluation}  # its answers, y1 to y{self.config.refinements.turns}\n"
-            f"  {program} aries run --config {recipe_path} --output_dir {self.dir.path}-{other} --training.trainer {other}"
-        )

@@ -1,11 +1,12 @@
 """
-Status: how far a run is, read off its directory, whether a process is running in it or not.
+Status: how far a run is and what came of it, read off its directory, whether a process is running in it or not.
 """
 
+import sys
 from pathlib import Path
 
 from .config import AriesConfig
-from .policies import is_skipped, product
+from .policies import is_skipped, policy_after, product
 from .progress import RunProgress
 from .records import read_json
 from .run_dir import RunDir
@@ -72,3 +73,18 @@ def print_results(run: RunDir, config: AriesConfig, progress: RunProgress) -> No
     metrics = {number: of_round for number, of_round in found.items() if of_round is not None}
     if metrics:
         progress.results(metrics, config.refinements.turns, config.sft is not None)
+
+
+def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, recipe: Path, elapsed: str) -> None:
+    """What to do with a finished run."""
+    last, policy = run.round(config.rounds), policy_after(run, config, config.rounds)
+    other = "tdpo" if config.training.get("trainer", "dpo") == "dpo" else "dpo"
+    # The command as it was called: `make` runs the environment's, which need not be on the path
+    program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"
+    progress.say(
+        f"Finished in {elapsed}. The trained policy is {policy.adapter or policy.model}. Next, for example:\n"
+        + (f"  {run.report}  # how it went, for a browser\n" if run.report.exists() else "")
+        + f"  less {last.pairs}  # what it learned from\n"
+        f"  less {last.evaluation}  # its answers, y1 to y{config.refinements.turns}\n"
+        f"  {program} aries run --config {recipe} --output_dir {run.path}-{other} --training.trainer {other}"
+    )
