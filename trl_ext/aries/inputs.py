@@ -14,6 +14,7 @@ from .health import share_finding
 from .judge import Judge
 from .prompts import Prompts, load_prompts, load_rows, prompts_per_round
 from .records import sha256
+from .refinements import Strategy
 from .reward_model import RewardModel
 from .scores import Scorer, Verifier
 from .sft import usable_sft_rows
@@ -53,6 +54,7 @@ def read_inputs(config: AriesConfig) -> Inputs:
     Raises:
         [`RecipeError`]: something is missing, or cannot be used.
     """
+    Strategy(config.refinements)  # a template that cannot be used shows before a million prompts are read
     scorers = [make_scorer(scorer, config.generation) for scorer in config.scores.each()]
     prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
     round_size = prompts_per_round(len(prompts), config.prompts.per_round, config.rounds)

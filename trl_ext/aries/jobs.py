@@ -1,6 +1,8 @@
 """
-Jobs: what the loop hands to its child processes, plain dicts of what the recipe and the run directory say. Nothing is read or run here but
-what says which policy a round has. A job of `number` is that of the stage in this round, with the policy that the round before made.
+Jobs: what the loop hands to its child processes, plain dicts of what the recipe and the run directory say. Nothing is run or written here.
+
+A round's prompts are answered by the policy of the round before, and so are the evaluation prompts; after the last round, for these alone,
+`number` is one more than there are rounds.
 """
 
 from dataclasses import asdict, replace

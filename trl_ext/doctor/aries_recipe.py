@@ -46,13 +46,13 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
     model = report.attempt("model", read_model, name, revision, config.trust_remote_code, "model.model_name_or_path")
     if model is not None:
         report.add(Check("ok", "model", f"{name}: {', '.join(model[0].architectures or ['?'])}"))
-    launch = recipe_launch(recipe)
+    launch, template = recipe_launch(recipe), Strategy(config.refinements).templates[0]
     inputs = report.attempt("data", read_inputs, config)
     if inputs is not None:
         check_data(config, inputs, report)
     if model is not None and inputs is not None:
         check_settings(config, inputs, recipe, launch, report)
-        check_samples(config, inputs, model[1], report)
+        check_samples(config, inputs, template, model[1], report)
     if model is not None:
         report.attempt("memory", estimates, config, model[0], report)
     if not probe or report.counts["failed"]:
@@ -110,12 +110,13 @@ def check_settings(config: AriesConfig, inputs: Inputs, recipe: Recipe, launch: 
                 report.add(Check("warning", "settings", event["note"]))
 
 
-def check_samples(config: AriesConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+def check_samples(
+    config: AriesConfig, inputs: Inputs, template: Template, tokenizer: PreTrainedTokenizerBase, report: Report
+) -> None:
     """The prompts and, around a placeholder, the refinement prompts of two samples; how many cannot be answered."""
     if inputs.conversational and tokenizer.chat_template is None:
         return  # among the settings
     report.add(Check("ok", "samples", "the first two prompts, and the refinement prompts around a draft"))
-    template = Strategy(config.refinements).templates[0]
     for row in inputs.prompts[:2]:
         ids = encode_prompt(tokenizer, row["prompt"])
         show(report, "prompt", ids, tokenizer)
