@@ -32,8 +32,36 @@ PACKAGES = (
 )
 
 
+def write_manifest(run: RunDir, config: AriesConfig, number: int) -> None:
+    """Close a round, after the one before it."""
+    round_dir = run.round(number)
+    made = (
+        round_dir.sft,
+        round_dir.prompts,
+        round_dir.answers,
+        round_dir.scores,
+        round_dir.pairs,
+        round_dir.model,
+        round_dir.adapter,
+        round_dir.samples,
+        round_dir.evaluation,
+        round_dir.metrics,
+    )
+    manifest = {
+        "round": number,
+        **round_facts(run, config, number),
+        "recipe_sha256": sha256(run.resolved),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "commit": commit(),
+        "sha256": {path.name: sha256(path) for path in made if path.exists()},
+    }
+    write_json(round_dir.manifest, manifest)
+
+
 def round_facts(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
-    """What the manifest says of a round besides [`write_manifest`]'s own: its seed, policy and parent, checks, decisions and counts."""
+    """Seed, policy and parent of a round, and what was checked, decided and counted in it."""
     round_dir, parent = run.round(number), run.round(number - 1)
     parity = {key: value for key, value in (read_json(round_dir.parity) or {}).items() if key != "kl_to_initial"}
     facts = {
@@ -50,34 +78,6 @@ def round_facts(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]
         if decided.exists():
             facts[name] = read_json(decided)["decision"]
     return facts
-
-
-def write_manifest(run: RunDir, number: int, facts: dict[str, Any]) -> None:
-    """Close a round."""
-    round_dir = run.round(number)
-    made = (
-        round_dir.sft,
-        round_dir.prompts,
-        round_dir.answers,
-        round_dir.scores,
-        round_dir.pairs,
-        round_dir.model,
-        round_dir.adapter,
-        round_dir.samples,
-        round_dir.evaluation,
-        round_dir.metrics,
-    )
-    manifest = {
-        "round": number,
-        **facts,
-        "recipe_sha256": sha256(run.resolved),
-        "versions": versions(),
-        "python": platform.python_version(),
-        "machine": platform.platform(),
-        "commit": commit(),
-        "sha256": {path.name: sha256(path) for path in made if path.exists()},
-    }
-    write_json(round_dir.manifest, manifest)
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ from .evaluation import evaluation_metrics
 from .guard import Examination, decide, report, stop_message
 from .inputs import Inputs, input_hashes, read_inputs
 from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
-from .manifest import round_facts, write_manifest
+from .manifest import write_manifest
 from .pairs import FAULTS, Selection, preference_rows
 from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
@@ -87,11 +87,7 @@ class Rounds:
     """The stages of a run, in the order of the data."""
 
     def __init__(
-        self,
-        config: AriesConfig,
-        inputs: Inputs,
-        progress: RunProgress | None = None,
-        launch: Launch | None = None,
+        self, config: AriesConfig, inputs: Inputs, progress: RunProgress | None = None, launch: Launch | None = None
     ):
         self.config = config
         self.inputs = inputs
@@ -150,10 +146,8 @@ class Rounds:
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
-            write_jsonl(
-                round_dir.prompts,
-                select_prompts(self.inputs.prompts, number, self.inputs.round_size, self.config.seed),
-            )
+            rows = select_prompts(self.inputs.prompts, number, self.inputs.round_size, self.config.seed)
+            write_jsonl(round_dir.prompts, rows)
         self.generate(number)
         self.check_parity(number)
         self.check_health(number - 1)
@@ -258,7 +252,7 @@ class Rounds:
         cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
         write_json(round_dir.cost, cost)
         track(self.dir, self.config, number, self.progress)
-        write_manifest(self.dir, number, round_facts(self.dir, self.config, number))
+        write_manifest(self.dir, self.config, number)
         self.write_report(running=number < self.config.rounds)
 
     def evaluation_scores(self, number: int) -> list[list[float | None]]:
