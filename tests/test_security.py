@@ -19,6 +19,7 @@ from tests.aries.tiny_run import MINIMAL
 from trl_ext.aries.children import run_child
 from trl_ext.aries.config import AriesConfig, JudgeConfig, ScorerConfig
 from trl_ext.aries.judge import Judge, JudgeError
+from trl_ext.aries.manifest import write_manifest
 from trl_ext.aries.records import Answer, Chain, write_jsonl
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.aries.scores import ScoreCache, ScoreTask, load_verifier
@@ -148,7 +149,7 @@ def test_no_file_of_a_run_and_no_error_holds_a_secret(tmp_path, monkeypatch):
         config = parse_section(Recipe(None, mapping, {}), AriesConfig)
         run_dir = RunDir(tmp_path / "run")
         with run_dir.opened(config, yaml.safe_dump(mapping), {}):
-            round_dir = run_dir.round(1)
+            round_dir = run_dir.round(0)
             round_dir.path.mkdir()
             chain = Chain("p", "x", [Answer(1, "a", 1, "stop"), Answer(2, "b", 1, "stop")])
             write_jsonl(round_dir.prompts, [{"prompt_id": "p", "prompt": "x"}])
@@ -159,7 +160,7 @@ def test_no_file_of_a_run_and_no_error_holds_a_secret(tmp_path, monkeypatch):
                 scorer.score([task], ScoreCache(run_dir.score_cache), round_dir.logs, lambda done, total: None)
             run_child("stage", {"config": str(config)}, round_dir.logs / "stage.log", lambda done, total: None)
             run_dir.log_event(event="note", note=str(error.value))
-            run_dir.write_manifest(1, {})
+            write_manifest(run_dir, config, 0)
     finally:
         server.shutdown()
         server.server_close()

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.aries.children import ChildError
 from trl_ext.aries.export import measure
+from trl_ext.aries.policies import Policy
 from trl_ext.aries.records import to_line
-from trl_ext.aries.rounds import Policy
 from trl_ext.cli import main
 
 

@@ -8,8 +8,9 @@ import pytest
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, PairsConfig, PromptsConfig, ScoresConfig
 from trl_ext.aries.guard import bootstrap_interval, decide, examine, report
 from trl_ext.aries.pairs import Pair
+from trl_ext.aries.policies import Policy, is_decided, policy_after
 from trl_ext.aries.records import Answer, Chain, read_jsonl, write_jsonl
-from trl_ext.aries.rounds import Policy, Rounds
+from trl_ext.aries.rounds import Rounds
 from trl_ext.recipe import RecipeError
 
 
@@ -100,7 +101,7 @@ def a_round(tmp_path):
     )
 
     def make(*last_scores: float | None, guard: str = "stop") -> Rounds:
-        loop = Rounds(replace(config, pairs=replace(config.pairs, guard=guard)))
+        loop = Rounds(replace(config, pairs=replace(config.pairs, guard=guard)), inputs=None)
         round_dir = loop.dir.round(1)
         if last_scores:
             round_dir.path.mkdir(parents=True)
@@ -128,7 +129,7 @@ def test_a_round_whose_chosen_are_better_is_trained_on(a_round):
     loop = a_round(1.0, 1.0, 0.0)
     loop.pair(1)
     loop.guard(1)
-    assert decision(loop) == "trained" and not loop.is_decided(1)
+    assert decision(loop) == "trained" and not is_decided(loop.dir.round(1), loop.config)
 
 
 def test_without_scores_the_round_is_trained_on_and_the_run_says_what_it_cannot_see(a_round, capsys):
@@ -152,11 +153,11 @@ def test_a_stopped_run_says_why_and_continues_only_when_told_to(a_round, capsys)
         )
         for way_out in ("best_over_worst", "learning_rate", "--pairs.guard skip", "--pairs.guard warn"):
             assert way_out in str(error.value)
-        assert decision(loop) == "stopped" and not loop.is_decided(1)
+        assert decision(loop) == "stopped" and not is_decided(loop.dir.round(1), loop.config)
 
     warned = a_round(guard="warn")
     warned.guard(1)
-    assert decision(warned) == "warned" and not warned.is_decided(1)
+    assert decision(warned) == "warned" and not is_decided(warned.dir.round(1), warned.config)
     assert "likely make the policy worse" in capsys.readouterr().out
     a_round(guard="skip").guard(1)  # too late: the round was let through
     assert decision(loop) == "warned"
@@ -167,19 +168,20 @@ def test_a_skipped_round_leaves_the_policy_as_it_was(a_round):
     loop.pair(1)
     loop.guard(1)
     loop.train(1)  # nothing to do: a child process would fail without a model
-    assert decision(loop) == "skipped" and loop.is_decided(1)
-    assert loop.policy(1) == loop.policy(0) == Policy("m", None)
-    assert not loop.product(1).exists()
-    assert a_round().policy(2).model == str(loop.product(2)), "the next round trains on"
+    assert decision(loop) == "skipped" and is_decided(loop.dir.round(1), loop.config)
+    initial, skipped, trained = (policy_after(loop.dir, loop.config, number) for number in (0, 1, 2))
+    assert skipped == initial == Policy("m", None)
+    assert not loop.dir.round(1).model.exists()
+    assert trained.model == str(loop.dir.round(2).model), "the next round trains on"
 
 
 def test_a_skipped_round_that_was_killed_before_its_pairs_is_not_taken_as_done(a_round):
     loop = a_round(0.0, guard="skip")
     loop.pair(1)
     loop.dir.round(1).pairs.unlink()
-    assert not loop.is_decided(1)
+    assert not is_decided(loop.dir.round(1), loop.config)
     loop.pair(1)
-    assert loop.is_decided(1) and loop.dir.round(1).pairs.exists()
+    assert is_decided(loop.dir.round(1), loop.config) and loop.dir.round(1).pairs.exists()
 
 
 def test_the_guard_may_be_changed_in_a_run(a_round):

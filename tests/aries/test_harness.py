@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from trl_ext.aries.harness import lm_eval_command
-from trl_ext.aries.rounds import Policy
+from trl_ext.aries.policies import Policy
 from trl_ext.cli import main, split_passed_args
 from trl_ext.recipe import RecipeError
 

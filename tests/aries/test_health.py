@@ -11,6 +11,8 @@ import yaml
 
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, HealthConfig, PairsConfig, PromptsConfig, ScoresConfig
 from trl_ext.aries.health import examine, findings, share_finding
+from trl_ext.aries.inputs import Inputs, read_inputs
+from trl_ext.aries.policies import is_decided
 from trl_ext.aries.records import Answer, Chain, write_json, write_jsonl
 from trl_ext.aries.rounds import Rounds
 from trl_ext.aries.status import status
@@ -103,7 +105,7 @@ def config(tmp_path):
 @pytest.fixture
 def evaluated(config):
     """A run whose round 1 has been trained and has answered the evaluation prompts; with bounds of its own if asked to."""
-    loop = Rounds(config)
+    loop = Rounds(config, inputs=None)
     write_prompts = [{"prompt_id": chain.prompt_id, "prompt": "x"} for chain in INITIAL]
     for number, answers in ((0, INITIAL), (1, chains("", "", "", "m"))):
         round_dir = loop.dir.round(number)
@@ -111,9 +113,9 @@ def evaluated(config):
         write_jsonl(round_dir.evaluation, [chain.to_row() for chain in answers])
     write_jsonl(loop.dir.evaluation_prompts, write_prompts)
     write_json(loop.dir.round(1).parity, {"kl_to_initial": {"per_token": 7.5}})
-    loop.product(1).mkdir()
-    (loop.product(1) / "adapter_model.safetensors").write_text("weights")
-    return lambda **bounds: Rounds(replace(config, health=HealthConfig(**bounds)))
+    loop.dir.round(1).adapter.mkdir()
+    (loop.dir.round(1).adapter / "adapter_model.safetensors").write_text("weights")
+    return lambda **bounds: Rounds(replace(config, health=HealthConfig(**bounds)), inputs=None)
 
 
 def test_a_degenerate_policy_is_set_aside_and_the_one_before_stays(evaluated, capsys):
@@ -126,7 +128,7 @@ def test_a_degenerate_policy_is_set_aside_and_the_one_before_stays(evaluated, ca
     assert f"set aside in {loop.dir.path}/round_01/set_aside/adapter, and the last good policy is m." in message
     for way_out in ("learning_rate", "output_dir", "--health.max_kl null"):
         assert way_out in message
-    assert not loop.product(1).exists() and not loop.is_decided(1)
+    assert not loop.dir.round(1).adapter.exists() and not is_decided(loop.dir.round(1), loop.config)
     assert (loop.dir.round(1).set_aside / "adapter" / "adapter_model.safetensors").read_text() == "weights"
     found = json.loads(loop.dir.round(1).health.read_text())
     assert found["decision"] == "set_aside" and len(found["findings"]) == 2 and found["kl_per_token"] == 7.5
@@ -143,14 +145,14 @@ def test_a_run_that_was_stopped_stops_again_until_it_has_other_bounds(evaluated)
             evaluated(**bounds).train(1)
     loop = evaluated(max_kl=8.0, min_length=0.05)
     loop.train(1)
-    assert (loop.product(1) / "adapter_model.safetensors").read_text() == "weights"
+    assert (loop.dir.round(1).adapter / "adapter_model.safetensors").read_text() == "weights"
     loop.check_health(1)
     assert json.loads(loop.dir.round(1).health.read_text())["decision"] == "kept"
 
 
 def test_bounds_may_be_changed_in_a_run(config):
     for health in (HealthConfig(), HealthConfig(max_kl=None, max_dropped=0.9, min_length=0.5, min_diversity=1.0)):
-        loop = Rounds(replace(config, health=health))
+        loop = Rounds(replace(config, health=health), inputs=None)
         with loop.dir.opened(loop.config, "recipe: text\n", {}):
             pass
 
@@ -159,7 +161,7 @@ def test_a_round_whose_chains_are_mostly_unusable_stops_with_the_counts(config, 
     """Three of four prompts are too long. A larger share goes on, with the one pair there is; what is left out shows in the status."""
     config = replace(config, pairs=PairsConfig())
     for number, bound in enumerate((0.5, 0.75)):
-        loop = Rounds(replace(config, health=HealthConfig(max_dropped=bound)))
+        loop = Rounds(replace(config, health=HealthConfig(max_dropped=bound)), inputs=None)
         round_dir = loop.dir.round(1)
         round_dir.path.mkdir(parents=True, exist_ok=True)
         whole = [Answer(1, "a", 1, "stop"), Answer(2, "b", 1, "stop")]
@@ -199,19 +201,18 @@ def test_sft_rows_without_answers(config, tmp_path):
     )
     row, empty = '{"prompt": "x", "completion": "y"}\n', '{"prompt": "x", "completion": ""}\n'
     sft.write_text(row + empty)
-    loop = Rounds(config)
-    loop.load()
-    assert len(loop.sft_rows) == 1 and loop.sft_dropped == {"empty_completion": 1}
+    inputs = read_inputs(config)
+    assert len(inputs.sft_rows) == 1 and inputs.sft_dropped == {"empty_completion": 1}
     sft.write_text(row + empty * 2)
     with pytest.raises(RecipeError, match=r"2 of 3 rows of `sft.dataset` cannot be used \(2 empty_completion\)"):
-        Rounds(config).load()
+        read_inputs(config)
     assert not Path(config.output_dir).exists()
 
 
 def test_dropped_sft_rows_show_in_the_status(config, capsys):
     config = replace(config, sft={"dataset": "sft.jsonl"})
-    loop = Rounds(config)
-    loop.sft_rows, loop.sft_dropped = [{"prompt": "x", "completion": "y"}] * 2, {"empty_completion": 1}
+    rows, dropped = [{"prompt": "x", "completion": "y"}] * 2, {"empty_completion": 1}
+    loop = Rounds(config, Inputs([], [], 0, [], rows, dropped))
     loop.dir.round(0).path.mkdir(parents=True)
     loop.write_sft_rows(loop.dir.round(0))
     assert json.loads(loop.dir.round(0).sft_drops.read_text()) == {"sft_rows": 3, "dropped": {"empty_completion": 1}}

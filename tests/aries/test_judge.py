@@ -25,6 +25,7 @@ from trl_ext.aries.config import (
     ScorerConfig,
     ScoresConfig,
 )
+from trl_ext.aries.inputs import read_inputs
 from trl_ext.aries.judge import Judge, JudgeError, read_verdict, win_rates
 from trl_ext.aries.records import Answer, Chain, read_jsonl, write_jsonl
 from trl_ext.aries.rounds import Rounds
@@ -311,16 +312,14 @@ class TestStage:
                     ]
                 ),
             )
-            loop = Rounds(config)
-            loop.load()
-            return loop
+            return Rounds(config, read_inputs(config))
 
         def prepare(url):
             loop = make(url)
             for number in (0, 1):
                 loop.dir.round(number).path.mkdir(parents=True, exist_ok=True)
-            write_jsonl(loop.dir.evaluation_prompts, loop.evaluation_prompts)
-            write_jsonl(loop.dir.round(1).prompts, loop.prompts)
+            write_jsonl(loop.dir.evaluation_prompts, loop.inputs.evaluation_prompts)
+            write_jsonl(loop.dir.round(1).prompts, loop.inputs.prompts)
             for file, texts in ((loop.dir.round(0).evaluation, "abc"), (loop.dir.round(1).answers, ["a", "a a"])):
                 answers = [
                     {"turn": k, "text": t, "tokens": 1, "finish_reason": "stop"} for k, t in enumerate(texts, 1)

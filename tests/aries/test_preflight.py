@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from trl_ext.aries import preflight
 from trl_ext.aries.config import AriesConfig
-from trl_ext.aries.rounds import Rounds
+from trl_ext.aries.inputs import read_inputs
+from trl_ext.aries.jobs import preflight_job
+from trl_ext.aries.run_dir import RunDir
 from trl_ext.launch import recipe_launch
 from trl_ext.recipe import RecipeError, load_yaml, parse_section
 
@@ -49,9 +51,10 @@ def check(sorting, tmp_path):
         file = tmp_path / "r.yaml"
         file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))
         loaded = load_yaml(file)
-        loop = Rounds(parse_section(loaded, AriesConfig), launch=recipe_launch(loaded))
-        loop.load()
-        preflight.main(json.loads(json.dumps(loop.preflight_job(loaded))), lambda done, total: None)
+        config = parse_section(loaded, AriesConfig)
+        inputs = read_inputs(config)
+        job = preflight_job(RunDir(tmp_path / "run"), config, loaded, recipe_launch(loaded), inputs.conversational)
+        preflight.main(json.loads(json.dumps(job)), lambda done, total: None)
 
     return run
 

@@ -25,7 +25,7 @@ def loop(tmp_path) -> Rounds:
     """The loop of a run of two rounds, of which one is done; what it prints is kept."""
     run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER], rounds=2)
     progress = RunProgress(2, Console(file=io.StringIO(), width=80))
-    return Rounds(parse_section(load_yaml(run.recipe), AriesConfig), progress)
+    return Rounds(parse_section(load_yaml(run.recipe), AriesConfig), None, progress)
 
 
 def printed(loop: Rounds) -> str:
@@ -78,7 +78,7 @@ def test_an_error_before_any_work_leaves_no_report(tmp_path, loop):
     config = json.loads(loop.dir.recipe.read_text()) | {"output_dir": str(tmp_path / "new")}
     (tmp_path / "new").mkdir()
     (tmp_path / "r.yaml").write_text(json.dumps(config))
-    new = Rounds(parse_section(load_yaml(tmp_path / "r.yaml"), AriesConfig), loop.progress)
+    new = Rounds(parse_section(load_yaml(tmp_path / "r.yaml"), AriesConfig), None, loop.progress)
     with pytest.raises(ChildError), new.stops_reported():
         raise ChildError("unknown key")
     assert not new.dir.report.exists() and new.dir.read_events()[-1]["error"] == "unknown key"

@@ -14,6 +14,7 @@ from trl_ext.aries.config import (
     ScorerConfig,
     ScoresConfig,
 )
+from trl_ext.aries.manifest import write_manifest
 from trl_ext.aries.records import sha256
 from trl_ext.aries.run_dir import RunDir, is_locked
 from trl_ext.recipe import RecipeError
@@ -142,11 +143,14 @@ def test_an_unwritable_place_is_named(config, tmp_path):
 def test_the_manifest_names_versions_and_hashes(config):
     enter(config, works=False)
     run_dir = RunDir(Path(config.output_dir))
-    round_dir = run_dir.round(1)
-    round_dir.path.mkdir()
-    round_dir.pairs.write_text("{}\n")
-    run_dir.write_manifest(1, {"pairs": 1, "dropped": {"no_margin": 2}})
+    for number in (0, 1):
+        round_dir = run_dir.round(number)
+        round_dir.path.mkdir()
+        round_dir.pairs.write_text("{}\n")
+        round_dir.drops.write_text('{"pairs": 1, "dropped": {"no_margin": 2}}')
+        write_manifest(run_dir, config, number)
     manifest = json.loads(round_dir.manifest.read_text())
+    assert manifest["parent"] == {"round": 0, "manifest_sha256": sha256(run_dir.round(0).manifest)}
     assert manifest["dropped"] == {"no_margin": 2}
     assert manifest["sha256"] == {"pairs.jsonl": sha256(round_dir.pairs)}
     assert manifest["recipe_sha256"] == sha256(run_dir.resolved)

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.inputs import input_hashes, read_inputs
 from trl_ext.aries.rounds import Rounds
 from trl_ext.recipe import export_env, load_yaml, parse_section
 
@@ -27,8 +28,8 @@ WORK = ("generate", "train")  # what a round is for, their processes' starts inc
 class TimedRounds(Rounds):
     """The loop, with the seconds of each stage."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, inputs):
+        super().__init__(config, inputs)
         self.seconds = dict.fromkeys(STAGES, 0.0)
         for name in STAGES:
             setattr(self, name, self._timed(name, getattr(self, name)))
@@ -61,9 +62,9 @@ def measure(directory: Path, prompts: int) -> list[dict]:
     subprocess.run([*prepare, "--train_size", str(prompts)], check=True, cwd=ROOT)
     file = directory / "aries.yaml"
     file.write_text(yaml.safe_dump(recipe(directory, prompts)), encoding="utf-8")
-    loop = TimedRounds(parse_section(export_env(load_yaml(file)), AriesConfig))
-    loop.load()
-    with loop.dir.opened(loop.config, file.read_text(encoding="utf-8"), loop.input_hashes()):
+    config = parse_section(export_env(load_yaml(file)), AriesConfig)
+    loop = TimedRounds(config, read_inputs(config))
+    with loop.dir.opened(config, file.read_text(encoding="utf-8"), input_hashes(config, launch=None)):
         loop.sft()
         start = time.perf_counter()
         loop.round(1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.aries.config import AriesConfig, sampling_by_turn
+from trl_ext.aries.inputs import read_inputs
 from trl_ext.aries.prompts import select_prompts
 from trl_ext.aries.records import Chain, to_line, write_jsonl
 from trl_ext.aries.refinements import Request, Strategy
@@ -79,9 +80,8 @@ def loop_of(directory: Path, count: int) -> Rounds:
         "training": {},
         "evaluation": {"dataset": str(directory / "eval.jsonl")},
     }
-    loop = Rounds(parse_section(Recipe(None, mapping, {}), AriesConfig))
-    loop.load()
-    return loop
+    config = parse_section(Recipe(None, mapping, {}), AriesConfig)
+    return Rounds(config, read_inputs(config))
 
 
 def run_stage(stage: str, directory: Path, count: int) -> dict:
@@ -111,8 +111,9 @@ def run_stage(stage: str, directory: Path, count: int) -> dict:
 def write_rounds_prompts(loop: Rounds) -> None:
     loop.dir.round(1).path.mkdir(parents=True)
     loop.dir.round(0).path.mkdir()
-    write_jsonl(loop.dir.round(1).prompts, select_prompts(loop.prompts, 1, loop.round_size, loop.config.seed))
-    write_jsonl(loop.dir.evaluation_prompts, loop.evaluation_prompts)
+    inputs = loop.inputs
+    write_jsonl(loop.dir.round(1).prompts, select_prompts(inputs.prompts, 1, inputs.round_size, loop.config.seed))
+    write_jsonl(loop.dir.evaluation_prompts, inputs.evaluation_prompts)
 
 
 def answer(loop: Rounds, chains: Any) -> None:

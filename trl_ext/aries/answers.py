@@ -11,8 +11,9 @@ from typing import Any
 from ..recipe import RecipeError
 from .config import AriesConfig
 from .disk import DiskError
+from .progress import RunProgress
 from .records import Chain, Prompt, read_jsonl, write_json, write_jsonl
-from .rounds import Rounds
+from .run_dir import RunDir
 from .scores import load_chains
 
 
@@ -38,10 +39,10 @@ def export_answers(config: AriesConfig, number: int | None, turn: int, file_form
     Raises:
         [`RecipeError`]: there is no such round or turn, or the file cannot be written.
     """
-    loop = Rounds(config)
-    evaluated = [n for n in range(config.rounds + 1) if loop.dir.round(n).evaluation.exists()]
+    run = RunDir(Path(config.output_dir))
+    evaluated = [n for n in range(config.rounds + 1) if run.round(n).evaluation.exists()]
     if not evaluated:
-        raise RecipeError(f"{loop.dir.path} has no evaluated round yet. `trl-ext aries run` makes them.")
+        raise RecipeError(f"{run.path} has no evaluated round yet. `trl-ext aries run` makes them.")
     number = evaluated[-1] if number is None else number
     if number not in evaluated:
         raise RecipeError(f"`--round`: {number} has not been evaluated; there are {', '.join(map(str, evaluated))}.")
@@ -49,9 +50,9 @@ def export_answers(config: AriesConfig, number: int | None, turn: int, file_form
         raise RecipeError(
             f"`--turn` must be between 1, the direct answer, and {config.refinements.turns}; got {turn}."
         )
-    prompts = read_jsonl(loop.dir.evaluation_prompts)
-    chains = load_chains(prompts, loop.dir.round(number).evaluation)
-    generator = f"{loop.dir.path.name}-round-{number}-y{turn}"
+    prompts = read_jsonl(run.evaluation_prompts)
+    chains = load_chains(prompts, run.round(number).evaluation)
+    generator = f"{run.path.name}-round-{number}-y{turn}"
     try:
         if file_format == "alpaca_eval":
             write_json(output, alpaca_eval_rows(chains, prompts, turn, generator))
@@ -63,7 +64,7 @@ def export_answers(config: AriesConfig, number: int | None, turn: int, file_form
         raise RecipeError(f"`--output`: cannot write {output}: {error.strerror}.") from error
     ended = sum(len(chain.answers) < turn for chain in chains)
     missing = f"; {ended:,} chains ended before y{turn} and have none" if ended else ""
-    loop.progress.say(f"{len(chains) - ended:,} answers y{turn} of round {number} in {output}{missing}")
+    RunProgress(config.rounds).say(f"{len(chains) - ended:,} answers y{turn} of round {number} in {output}{missing}")
     return 0
 
 

@@ -2,7 +2,6 @@
 Cards for what a run made: of a model, from TRL's template, and of its pairs as a dataset.
 """
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from .. import __version__
 from ..data_files import BUILDERS
 from ..trainers.model_card import complete_card, trl_card
 from .config import AriesConfig
+from .records import read_json
 from .run_dir import RunDir
 
 
@@ -148,8 +148,8 @@ def evaluation_table(run: RunDir, number: int) -> str:
     """Scores of the policy's answers, the direct one first, beside round 0's; empty where there are none."""
     columns = {}
     for n in dict.fromkeys((0, number)):
-        if run.round(n).metrics.exists():
-            metrics = json.loads(run.round(n).metrics.read_text(encoding="utf-8"))
+        metrics = read_json(run.round(n).metrics)
+        if metrics is not None:
             columns[n] = [turn for turn in metrics["turns"] if turn["score"] is not None]
     if not columns.get(number):
         return ""

@@ -30,6 +30,11 @@ ENVIRONMENT = {
 REPORT = "trl-ext-report: "
 
 
+def one_gpu() -> dict[str, str]:
+    """A stage that runs in one process, on one GPU; with several in sight TRL would refuse `nn.DataParallel`."""
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+
+
 class ChildError(RuntimeError):
     """A stage's process failed. The message says why, or has the end of its log and the log's path."""
 

@@ -714,6 +714,10 @@ class AriesConfig:
     rounds: int = 3
     seed: int = 42
 
+    @property
+    def trust_remote_code(self) -> bool:
+        return bool(self.training.get("trust_remote_code", False))
+
     def __post_init__(self):
         _require(self.rounds > 0, "`rounds` must be positive.")
         _require(

@@ -22,8 +22,9 @@ from .drafts import encode_prompt
 from .hub import make_repo, upload
 from .pairs_dataset import check_output, move_into_place
 from .parity import TOLERANCES, compare, load_base, policy_logps
+from .policies import Policy, policy_after
+from .progress import RunProgress
 from .records import read_jsonl
-from .rounds import Policy, Rounds
 from .run_dir import RunDir
 
 
@@ -60,12 +61,12 @@ def export(
         [`RecipeError`]: there is nothing to export in this form, `output` holds something, or the repository cannot be made.
         [`~aries.children.ChildError`]: what was written is not the policy, and is removed; or the upload failed, and it stays.
     """
-    loop = Rounds(config)
+    run, say = RunDir(Path(config.output_dir)), RunProgress(config.rounds).say
     number = config.rounds if number is None else number
-    policy = finished_policy(loop, number)
+    policy = finished_policy(run, config, number)
     if policy.adapter is None and form is not None:
         raise RecipeError(
-            f"round {number} of {loop.dir.path} has no adapter: all weights were trained. Leave out --merge and --adapter."
+            f"round {number} of {run.path} has no adapter: all weights were trained. Leave out --merge and --adapter."
         )
     form = "copy" if policy.adapter is None else form or "merged"
     check_output(output)
@@ -73,8 +74,10 @@ def export(
         make_repo(repo, "model", private)
 
     revision = config.model.get("model_revision")
-    loading = {"trust_remote_code": loop.trust_remote_code, "use_cpu": bool(config.training.get("use_cpu"))}
-    tokenizer = AutoTokenizer.from_pretrained(policy.adapter or policy.model, trust_remote_code=loop.trust_remote_code)
+    loading = {"trust_remote_code": config.trust_remote_code, "use_cpu": bool(config.training.get("use_cpu"))}
+    tokenizer = AutoTokenizer.from_pretrained(
+        policy.adapter or policy.model, trust_remote_code=config.trust_remote_code
+    )
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     with writing(output):
@@ -88,58 +91,58 @@ def export(
             else:
                 shutil.copytree(policy.adapter or policy.model, temporary)
             tokenizer.save_pretrained(temporary)
-            rows = evaluation_rows(loop.dir, number, tokenizer)
+            rows = evaluation_rows(run, number, tokenizer)
             exported = Policy(policy.model, str(temporary)) if form == "adapter" else Policy(str(temporary), None)
             # Only the base is of a revision; what a run makes has none
             measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
-            card = model_card(loop.dir, config, output.name, repo or str(output), number, form, tokenizer, measured)
+            card = model_card(run, config, output.name, repo or str(output), number, form, tokenizer, measured)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             move_into_place(temporary, output)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    loop.progress.say(
+    say(
         f"{output}: {FORMS[form].format(**measured)}. Its log-probabilities differ from those of round {number}'s policy by "
         f"{measured['difference']:.2g} nats per token (root mean square over {measured['tokens']} tokens)."
     )
     if not all(other["distinguishable"] for other in measured["others"].values()):
-        loop.progress.say(
+        say(
             f"Rounding to {measured['dtype']} hides what the training changed: the policy and its base differ by less. "
             "--adapter keeps it."
         )
     if repo is not None:
-        loop.progress.say(upload(output, repo, "model"))
+        say(upload(output, repo, "model"))
     return 0
 
 
-def finished_policy(loop: Rounds, number: int) -> Policy:
+def finished_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
     """
     The policy of a round that has been evaluated.
 
     Raises:
         [`RecipeError`]: there is none, or it is the model as it came.
     """
-    if number == 0 and loop.config.sft is None:
+    if number == 0 and config.sft is None:
         raise RecipeError("--round: round 0 of a run without SFT is the model as it came.")
-    if not loop.dir.round(number).manifest.exists():
-        first = 0 if loop.config.sft else 1
-        finished = [n for n in range(first, loop.config.rounds + 1) if loop.dir.round(n).manifest.exists()]
+    if not run.round(number).manifest.exists():
+        first = 0 if config.sft else 1
+        finished = [n for n in range(first, config.rounds + 1) if run.round(n).manifest.exists()]
         raise RecipeError(
-            f"round {number} of {loop.dir.path} is not finished. "
+            f"round {number} of {run.path} is not finished. "
             + (
                 f"--round names another: {', '.join(map(str, finished))}."
                 if finished
                 else "No round is; `trl-ext aries run` starts or continues them."
             )
         )
-    return loop.policy(number)
+    return policy_after(run, config, number)
 
 
-def evaluation_rows(run_dir: RunDir, number: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def evaluation_rows(run: RunDir, number: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The policy's direct answers to the first evaluation prompts, as token ids."""
     rows = []
-    chains = read_jsonl(run_dir.round(number).evaluation)
-    for prompt, chain in zip(read_jsonl(run_dir.evaluation_prompts), chains, strict=True):
+    chains = read_jsonl(run.round(number).evaluation)
+    for prompt, chain in zip(read_jsonl(run.evaluation_prompts), chains, strict=True):
         if chain["answers"]:
             text_ids = tokenizer(chain["answers"][0]["text"], add_special_tokens=False)["input_ids"]
             token_ids = [*text_ids, tokenizer.eos_token_id]

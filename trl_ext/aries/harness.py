@@ -12,7 +12,8 @@ from typing import Any
 
 from ..recipe import RecipeError
 from .config import AriesConfig
-from .rounds import Policy, Rounds
+from .policies import Policy, policy_after
+from .run_dir import RunDir
 
 
 def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[str]) -> int:
@@ -40,24 +41,23 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
             'lm-evaluation-harness is not installed. Install the extra `eval`: pip install -e ".[eval]", or '
             'pip install "lm-eval[hf]>=0.4.8".'
         )
-    loop = Rounds(config)
-    trained = [n for n in range(config.rounds + 1) if is_trained(loop, n)]
+    run = RunDir(Path(config.output_dir))
+    trained = [n for n in range(config.rounds + 1) if is_trained(run, config, n)]
     if not trained:
-        raise RecipeError(f"{loop.dir.path} has no trained round yet. `trl-ext aries run` makes them.")
+        raise RecipeError(f"{run.path} has no trained round yet. `trl-ext aries run` makes them.")
     number = trained[-1] if number is None else number
     if number not in trained:
         raise RecipeError(f"`--round`: {number} has not been trained; there are {', '.join(map(str, trained))}.")
-    command = lm_eval_command(
-        loop.policy(number), config.model, loop.trust_remote_code, tasks, str(loop.dir.round(number).lm_eval)
-    )
+    policy, output = policy_after(run, config, number), str(run.round(number).lm_eval)
+    command = lm_eval_command(policy, config.model, config.trust_remote_code, tasks, output)
     return subprocess.run([*command, *args]).returncode
 
 
-def is_trained(loop: Rounds, number: int) -> bool:
+def is_trained(run: RunDir, config: AriesConfig, number: int) -> bool:
     """Whether there is a policy after the round; the one before round 1 may be the model as it came."""
-    policy = loop.policy(number)
+    policy = policy_after(run, config, number)
     path = policy.adapter or policy.model
-    return path == loop.config.model["model_name_or_path"] or Path(path).exists()
+    return path == config.model["model_name_or_path"] or Path(path).exists()
 
 
 def lm_eval_command(
@@ -67,7 +67,7 @@ def lm_eval_command(
     The command line for a policy.
 
     Args:
-        policy ([`~aries.rounds.Policy`]):
+        policy ([`~aries.policies.Policy`]):
             Model and adapter.
         model (`dict`):
             The recipe's `model` section.

@@ -9,8 +9,10 @@ from ..recipe import RecipeError
 from .config import AriesConfig
 from .disk import writing
 from .hub import make_repo, upload
+from .policies import product
+from .progress import RunProgress
 from .records import read_jsonl, write_jsonl
-from .rounds import Rounds
+from .run_dir import RunDir
 
 
 def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, private: bool = False) -> int:
@@ -32,11 +34,11 @@ def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, pri
         [`RecipeError`]: there are no pairs, `output` holds something, or the repository cannot be made.
         [`~aries.children.ChildError`]: the upload failed; `output` stays.
     """
-    loop = Rounds(config)
-    rounds = [n for n in range(1, config.rounds + 1) if loop.dir.round(n).pairs.exists() and loop.is_decided(n)]
-    rounds = [n for n in rounds if not loop.is_skipped(n)]
+    run, say = RunDir(Path(config.output_dir)), RunProgress(config.rounds).say
+    rounds = [n for n in range(1, config.rounds + 1) if run.round(n).pairs.exists()]
+    rounds = [n for n in rounds if product(run.round(n), config).exists()]
     if not rounds:
-        raise RecipeError(f"{loop.dir.path} has no trained round, so no pairs that were learned from.")
+        raise RecipeError(f"{run.path} has no trained round, so no pairs that were learned from.")
     check_output(output)
 
     from .cards import pairs_card  # torch and transformers: seconds, for what can be done
@@ -50,17 +52,17 @@ def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, pri
             temporary.mkdir(parents=True)
             rows = 0
             for number in rounds:
-                pairs = [{**row, "round": number} for row in read_jsonl(loop.dir.round(number).pairs)]
+                pairs = [{**row, "round": number} for row in read_jsonl(run.round(number).pairs)]
                 write_jsonl(temporary / f"round_{number:02d}.jsonl", pairs)
                 rows += len(pairs)
-            card = pairs_card(loop.dir, config, output.name, repo or str(output), rounds, rows)
+            card = pairs_card(run, config, output.name, repo or str(output), rounds, rows)
             (temporary / "README.md").write_text(card, encoding="utf-8")
             move_into_place(temporary, output)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    loop.progress.say(f"{output}: {rows:,} rows of {len(rounds)} rounds.")
+    say(f"{output}: {rows:,} rows of {len(rounds)} rounds.")
     if repo is not None:
-        loop.progress.say(upload(output, repo, "dataset"))
+        say(upload(output, repo, "dataset"))
     return 0
 
 

@@ -211,6 +211,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, [json.dumps(value, ensure_ascii=False, indent=2) + "\n"])
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, `None` if there is none."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path}: not valid JSON ({error}).") from error
+
+
 def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Read back a file that was being appended to, and cut off its last line if it was torn."""
     if not path.exists():

@@ -20,7 +20,7 @@ import trl_ext
 from ..recipe import RecipeError
 from .children import child_main
 from .progress import duration
-from .records import write_atomically
+from .records import read_json, write_atomically
 from .report_data import (
     Change,
     RunRecord,
@@ -29,7 +29,6 @@ from .report_data import (
     curve,
     drop_table,
     flat,
-    read_json,
     read_run,
     time_table,
     training_table,

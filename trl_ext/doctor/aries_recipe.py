@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jinja2 import Environment
+from jinja2 import Environment, Template
 from jinja2.meta import find_undeclared_variables
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -16,11 +16,12 @@ from trl import ModelConfig
 from ..aries.children import ChildError
 from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
 from ..aries.drafts import encode_prompt
-from ..aries.refinements import refinement_prompt
+from ..aries.inputs import Inputs, read_inputs
+from ..aries.refinements import Strategy, refinement_prompt
 from ..aries.rounds import Rounds
 from ..aries.scores import load_verifier
 from ..aries.training import trainer_classes
-from ..launch import recipe_launch
+from ..launch import Launch, recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
 from .checks import Check, Report
 from .flat_recipe import check_memory, find_shape, left_out
@@ -41,39 +42,30 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
     report.heading(f"{recipe.path}, for trl-ext aries")
     config = parse_section(recipe, AriesConfig)
     report.add(Check("ok", "keys", "all sections parse"))
-    trust_remote_code = bool(config.training.get("trust_remote_code", False))
     name, revision = config.model["model_name_or_path"], config.model.get("model_revision", "main")
-    model = report.attempt("model", read_model, name, revision, trust_remote_code, "model.model_name_or_path")
+    model = report.attempt("model", read_model, name, revision, config.trust_remote_code, "model.model_name_or_path")
     if model is not None:
         report.add(Check("ok", "model", f"{name}: {', '.join(model[0].architectures or ['?'])}"))
-    # In a directory of its own: the run's is left as it is
-    with tempfile.TemporaryDirectory() as directory:
-        loop = Rounds(replace(config, output_dir=directory), launch=recipe_launch(recipe))
-        loaded = report.attempt("data", _loaded, loop)
-        if loaded:
-            check_data(loop, report)
-        if model is not None and loaded:
-            check_settings(loop, recipe, report)
-            check_samples(loop, model[1], report)
+    launch, template = recipe_launch(recipe), Strategy(config.refinements).templates[0]
+    inputs = report.attempt("data", read_inputs, config)
+    if inputs is not None:
+        check_data(config, inputs, report)
+    if model is not None and inputs is not None:
+        check_settings(config, inputs, recipe, launch, report)
+        check_samples(config, inputs, template, model[1], report)
     if model is not None:
-        report.attempt("memory", estimates, config, model[0], trust_remote_code, report)
+        report.attempt("memory", estimates, config, model[0], report)
     if not probe or report.counts["failed"]:
         report.add(left_out(probe))
         return
     from .probe import probe_aries
 
-    for found in probe_aries(config, loop.prompts, loop.launch):
+    for found in probe_aries(config, inputs, launch):
         report.add(found)
 
 
-def _loaded(loop: Rounds) -> bool:
-    loop.load()
-    return True
-
-
-def check_data(loop: Rounds, report: Report) -> None:
-    config = loop.config
-    columns = [key for key in loop.prompts[0] if key != "prompt_id"]
+def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
+    columns = [key for key in inputs.prompts[0] if key != "prompt_id"]
     needed = ["prompt", *sorted(set().union(*map(needed_columns, config.scores.each())))]
     missing = [column for column in needed if column not in columns]
     found = f"found {', '.join(columns)}; needed {', '.join(needed)}"
@@ -81,10 +73,10 @@ def check_data(loop: Rounds, report: Report) -> None:
         f"No column {', '.join(missing)}: add it to the prompts, or let the scorer do without." if missing else None
     )
     report.add(Check("failed" if missing else "ok", "columns", found, way_out))
-    kind = "text" if isinstance(loop.prompts[0]["prompt"], str) else "messages"
-    found = f"{len(loop.prompts):,} prompts ({kind}), {loop.round_size:,} a round × {config.rounds} rounds, "
-    found += f"{len(loop.evaluation_prompts):,} for evaluation"
-    report.add(Check("ok", "rows", found + (f", {len(loop.sft_rows):,} for SFT" if loop.sft_rows else "")))
+    kind = "messages" if inputs.conversational else "text"
+    found = f"{len(inputs.prompts):,} prompts ({kind}), {inputs.round_size:,} a round × {config.rounds} rounds, "
+    found += f"{len(inputs.evaluation_prompts):,} for evaluation"
+    report.add(Check("ok", "rows", found + (f", {len(inputs.sft_rows):,} for SFT" if inputs.sft_rows else "")))
 
 
 def needed_columns(scorer: ScorerConfig) -> set[str]:
@@ -98,46 +90,49 @@ def needed_columns(scorer: ScorerConfig) -> set[str]:
     return set()
 
 
-def check_settings(loop: Rounds, recipe: Recipe, report: Report) -> None:
+def check_settings(config: AriesConfig, inputs: Inputs, recipe: Recipe, launch: Launch | None, report: Report) -> None:
     """The loop's own checks: scorers against columns, the trainer's keys, the tokenizer, reward models."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            loop.check(recipe)
-    except RecipeError as error:
-        for line in str(error).splitlines():
-            report.add(Check("failed", "settings", line))
-    except ChildError as error:
-        report.add(Check("failed", "settings", str(error).splitlines()[-1]))
-    else:
-        report.add(Check("ok", "settings", "scorers, trainer, tokenizer, reward models and servers are accepted"))
-    for event in loop.dir.read_events():
-        if event["event"] == "note":
-            report.add(Check("warning", "settings", event["note"]))
+    # In a directory of its own: the run's is left as it is
+    with tempfile.TemporaryDirectory() as directory:
+        loop = Rounds(replace(config, output_dir=directory), inputs, launch=launch)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                loop.check(recipe)
+        except RecipeError as error:
+            for line in str(error).splitlines():
+                report.add(Check("failed", "settings", line))
+        except ChildError as error:
+            report.add(Check("failed", "settings", str(error).splitlines()[-1]))
+        else:
+            report.add(Check("ok", "settings", "scorers, trainer, tokenizer, reward models and servers are accepted"))
+        for event in loop.dir.read_events():
+            if event["event"] == "note":
+                report.add(Check("warning", "settings", event["note"]))
 
 
-def check_samples(loop: Rounds, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+def check_samples(
+    config: AriesConfig, inputs: Inputs, template: Template, tokenizer: PreTrainedTokenizerBase, report: Report
+) -> None:
     """The prompts and, around a placeholder, the refinement prompts of two samples; how many cannot be answered."""
-    config = loop.config
-    conversational = not isinstance(loop.prompts[0]["prompt"], str)
-    if conversational and tokenizer.chat_template is None:
+    if inputs.conversational and tokenizer.chat_template is None:
         return  # among the settings
     report.add(Check("ok", "samples", "the first two prompts, and the refinement prompts around a draft"))
-    for row in loop.prompts[:2]:
+    for row in inputs.prompts[:2]:
         ids = encode_prompt(tokenizer, row["prompt"])
         show(report, "prompt", ids, tokenizer)
-        show(report, "refinement prompt", encode_prompt(tokenizer, _around(row["prompt"], loop)), tokenizer)
-    found = check_bos(encode_prompt(tokenizer, loop.prompts[0]["prompt"]), tokenizer)
+        show(report, "refinement prompt", encode_prompt(tokenizer, _around(row["prompt"], template)), tokenizer)
+    found = check_bos(encode_prompt(tokenizer, inputs.prompts[0]["prompt"]), tokenizer)
     if found is not None:
         report.add(found)
 
-    rows = loop.prompts[:SAMPLED_ROWS]
+    rows = inputs.prompts[:SAMPLED_ROWS]
     sampling, limit = sampling_by_turn(config), config.generation.max_model_len
     empty = len(tokenizer(PLACEHOLDER, add_special_tokens=False)["input_ids"])
     answers = max(turn.max_tokens for turn in sampling)
     direct = refined = 0
     for row in rows:
         direct += len(encode_prompt(tokenizer, row["prompt"])) + sampling[0].max_tokens > limit
-        around = len(encode_prompt(tokenizer, _around(row["prompt"], loop))) - empty
+        around = len(encode_prompt(tokenizer, _around(row["prompt"], template))) - empty
         refined += around + sampling[0].max_tokens + answers > limit
     way_out = (
         "Raise `generation.max_model_len`, or lower `drafts.max_tokens`: these chains stop with `prompt_too_long`."
@@ -150,14 +145,14 @@ def check_samples(loop: Rounds, tokenizer: PreTrainedTokenizerBase, report: Repo
         report.add(Check("warning" if many else "ok", "refinements", text, way_out if many else None))
 
 
-def _around(prompt: Any, loop: Rounds) -> Any:
-    return refinement_prompt(prompt, [PLACEHOLDER], loop.template)
+def _around(prompt: Any, template: Template) -> Any:
+    return refinement_prompt(prompt, [PLACEHOLDER], template)
 
 
-def estimates(config: AriesConfig, model_config: PreTrainedConfig, trust_remote_code: bool, report: Report) -> None:
+def estimates(config: AriesConfig, model_config: PreTrainedConfig, report: Report) -> None:
     """The memory of the engine, unless it is on servers, of each reward model and of training, which take turns on the GPU."""
     model_args = ModelConfig(**config.model)
-    shape = find_shape(model_config, model_args, trust_remote_code, report)
+    shape = find_shape(model_config, model_args, config.trust_remote_code, report)
     if shape is None:
         return
     checkpoint = checkpoint_dtype(model_config)

@@ -19,12 +19,14 @@ from typing import Any
 
 from trl import DPOConfig
 
-from ..aries.children import ENVIRONMENT, ChildError
-from ..aries.config import AriesConfig, PairsConfig, trainer_settings
+from ..aries.children import ENVIRONMENT, ChildError, one_gpu
+from ..aries.config import AriesConfig, PairsConfig
+from ..aries.inputs import Inputs
+from ..aries.jobs import training_job
 from ..aries.pairs import Pair, preference_rows
 from ..aries.progress import duration
 from ..aries.records import write_jsonl
-from ..aries.rounds import Rounds, one_gpu
+from ..aries.rounds import Rounds
 from ..aries.scores import load_chains
 from ..launch import Launch
 from ..processes import process_group
@@ -94,8 +96,8 @@ def training_time(each: float, args: DPOConfig, rows: int) -> str:
 class ProbedRounds(Rounds):
     """Rounds that print nothing and note when their stages report."""
 
-    def __init__(self, config: AriesConfig, launch: Launch | None):
-        super().__init__(config, launch=launch)
+    def __init__(self, config: AriesConfig, inputs: Inputs, launch: Launch | None):
+        super().__init__(config, inputs, launch=launch)
         self.times: dict[str, list[tuple[float, int]]] = {}
 
     @contextmanager
@@ -104,20 +106,20 @@ class ProbedRounds(Rounds):
         yield lambda done, total: self.times[name].append((time.monotonic(), done))
 
 
-def probe_aries(config: AriesConfig, prompts: list[dict[str, Any]], launch: Launch | None) -> Iterator[Check]:
+def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> Iterator[Check]:
     """A start of the engine, some chains, and training steps on their answers."""
     with tempfile.TemporaryDirectory() as directory:
         short = {"output_dir": directory, "rounds": 1, "sft": None, "parity": replace(config.parity, samples=0)}
-        loop = ProbedRounds(replace(config, **short), launch)
-        loop.evaluation_prompts = prompts[:1]
-        chosen = prompts[: min(PROMPTS, config.generation.max_num_seqs)]
+        inputs = replace(inputs, evaluation_prompts=inputs.prompts[:1])
+        loop = ProbedRounds(replace(config, **short), inputs, launch)
+        chosen = inputs.prompts[: min(PROMPTS, config.generation.max_num_seqs)]
         round_dir = loop.dir.round(1)
         for number in (0, 1):
             loop.dir.round(number).path.mkdir(parents=True)
         write_jsonl(round_dir.prompts, chosen)
         try:
             loop.generate(1)
-            yield Check("ok", "time", engine_time(loop, config, len(chosen), len(prompts)))
+            yield Check("ok", "time", engine_time(loop, config, len(chosen), len(inputs.prompts)))
             yield Check("ok", "time", steps_time(loop, config, chosen, directory))
         except ChildError as error:
             yield Check(
@@ -145,14 +147,13 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
     if not rows:
         return "training: left out, no chain of the probe has an answer"
     write_jsonl(round_dir.pairs, rows)
-    settings = trainer_settings(config, 1, str(round_dir.training))
-    settings["config"] |= {
+    job = training_job(loop.dir, loop.config, 1)
+    job["config"] |= {
         "max_steps": STEPS,
         "gradient_accumulation_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
     }
-    job = loop.training_job(1, loop.policy(0)) | settings
     with loop.stage(1, "training") as update:
         loop.run_training(1, job, Path(directory, "training.log"), update)
     ends = {done: at for at, done in loop.times["training"] if done > 0}

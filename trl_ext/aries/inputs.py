@@ -1,0 +1,110 @@
+"""
+Inputs: what a recipe names and a run reads. All of it is opened before any work is done, so that what is missing shows then; and the
+hashes of local files keep a run that is continued to the same ones.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..launch import Launch
+from ..recipe import RecipeError
+from .config import AriesConfig, DatasetConfig, GenerationConfig, ScorerConfig
+from .health import share_finding
+from .judge import Judge
+from .prompts import Prompts, load_prompts, load_rows, prompts_per_round
+from .records import sha256
+from .refinements import Strategy
+from .reward_model import RewardModel
+from .scores import Scorer, Verifier
+from .sft import usable_sft_rows
+
+
+@dataclass
+class Inputs:
+    """
+    Args:
+        scorers (`list[Scorer]`):
+            Those of the recipe's `scores`.
+        prompts ([`~aries.prompts.Prompts`]), round_size (`int`):
+            The prompts of all rounds, and how many of them a round takes.
+        evaluation_prompts (`list[dict]`):
+            The held-out ones.
+        sft_rows (`list[dict]`), sft_dropped (`dict[str, int]`):
+            The rows for SFT, none without it, and how many cannot be used, by reason.
+    """
+
+    scorers: list[Scorer]
+    prompts: Prompts
+    round_size: int
+    evaluation_prompts: list[dict[str, Any]]
+    sft_rows: list[dict[str, Any]]
+    sft_dropped: dict[str, int]
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the prompts are messages rather than text."""
+        return not isinstance(self.prompts[0]["prompt"], str)
+
+
+def read_inputs(config: AriesConfig) -> Inputs:
+    """
+    Open what the recipe names.
+
+    Raises:
+        [`RecipeError`]: something is missing, or cannot be used.
+    """
+    Strategy(config.refinements)  # a template that cannot be used shows before a million prompts are read
+    scorers = [make_scorer(scorer, config.generation) for scorer in config.scores.each()]
+    prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
+    round_size = prompts_per_round(len(prompts), config.prompts.per_round, config.rounds)
+    evaluation_prompts = load_prompts(config.evaluation.entries(), "evaluation.dataset")[: config.evaluation.samples]
+    sft_rows, sft_dropped = read_sft_rows(config) if config.sft else ([], {})
+    return Inputs(scorers, prompts, round_size, evaluation_prompts, sft_rows, sft_dropped)
+
+
+def make_scorer(config: ScorerConfig, generation: GenerationConfig) -> Scorer:
+    if config.verifier is not None:
+        return Verifier(config)
+    return Judge(config) if config.judge is not None else RewardModel(config, generation)
+
+
+def read_sft_rows(config: AriesConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows that can be used, and how many cannot, by reason."""
+    dataset = config.sft["dataset"]
+    rows = load_rows(DatasetConfig(dataset), "sft.dataset")
+    usable, dropped = usable_sft_rows(rows, dataset)
+    finding = share_finding("rows of `sft.dataset`", dropped, len(rows), config.health)
+    if finding or not usable:
+        raise RecipeError(f"`sft.dataset`: {finding or 'no row can be used'}. Look at {dataset}, or raise the bound.")
+    return usable, dropped
+
+
+def input_hashes(config: AriesConfig, launch: Launch | None) -> dict[str, str]:
+    """SHA-256 of the local files that the recipe names, by key."""
+    named = {
+        **local_files("prompts", config.prompts.entries()),
+        **local_files("evaluation", config.evaluation.entries()),
+        **{
+            "scores.verifier" if config.scores.scorers is None else f"scores.scorers.{scorer.name}": (
+                scorer.verifier.rpartition(":")[0]
+            )
+            for scorer in config.scores.each()
+            if scorer.verifier is not None
+        },
+        "sft.dataset": config.sft["dataset"] if config.sft else "",
+        "training.accelerate_config": "" if launch is None else launch.config_file,
+    }
+    return {key: sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
+
+
+def local_files(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
+    """What a section's datasets name that may be a local path, by the key that names it."""
+    if len(entries) == 1:
+        return {f"{section}.dataset": entries[0].path}
+    named = {}
+    for index, entry in enumerate(entries):
+        named[f"{section}.datasets[{index}].path"] = entry.path
+        if isinstance(entry.data_files, str):
+            named[f"{section}.datasets[{index}].data_files"] = entry.data_files
+    return named

@@ -1,0 +1,168 @@
+"""
+Jobs: what the loop hands to its child processes, plain dicts of what the recipe and the run directory say. Nothing is run or written here.
+
+A round's prompts are answered by the policy of the round before, and so are the evaluation prompts; after the last round, for these alone,
+`number` is one more than there are rounds.
+"""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from ..launch import Launch
+from ..recipe import Recipe
+from .config import AriesConfig, sampling_by_turn, sft_settings, trainer_settings
+from .policies import Policy, policy_after, product
+from .run_dir import RunDir
+
+
+# vLLM accepts these as the largest LoRA rank
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def preflight_job(
+    run: RunDir, config: AriesConfig, recipe: Recipe, launch: Launch | None, conversational: bool
+) -> dict[str, Any]:
+    """Every setting, to be constructed; and the files of prompts, where none has been taken from them yet."""
+    return {
+        "recipe": {**asdict(recipe), "path": str(recipe.path), "locations": list(recipe.locations.items())},
+        "training": trainer_settings(config, 1, str(run.round(1).training)),
+        "sft": config.sft and sft_settings(config, str(run.round(0).training)),
+        "launch": launch and asdict(launch),
+        "conversational": conversational,
+        "max_model_len": config.generation.max_model_len,
+        "adapters": [str(run.round(number).adapter) for number in range(config.rounds + 1)],
+        "prompts": [] if run.round(1).prompts.exists() else prompt_files(config),
+        "health": asdict(config.health),
+    }
+
+
+def prompt_files(config: AriesConfig) -> list[dict[str, Any]]:
+    """The files of prompts, and the longest prompt that leaves room for a draft."""
+    sections = {"prompts": (config.prompts, None), "evaluation": (config.evaluation, config.evaluation.samples)}
+    return [
+        {
+            "key": f"{name}.dataset",
+            "datasets": [asdict(entry) for entry in section.entries()],
+            "samples": samples,
+            "longest": config.generation.max_model_len - config.drafts.max_tokens,
+        }
+        for name, (section, samples) in sections.items()
+    ]
+
+
+def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
+    """The evaluation prompts, the round's own, up to the last round, and the samples of the parity check, where it is to be made."""
+    previous, current = run.round(number - 1), run.round(number)
+    sampling = sampling_by_turn(config)
+    evaluation_sampling = [replace(turn, temperature=config.evaluation.temperature) for turn in sampling]
+    tasks = [
+        {
+            "prompts": str(run.evaluation_prompts),
+            "answers": str(previous.evaluation),
+            "sampling": [asdict(turn) for turn in evaluation_sampling],
+            "seed": [config.seed, "evaluation"],  # the same in every round
+        }
+    ]
+    if number <= config.rounds:
+        tasks.append(
+            {
+                "prompts": str(current.prompts),
+                "answers": str(current.answers),
+                "sampling": [asdict(turn) for turn in sampling],
+                "seed": [config.seed, number],
+            }
+        )
+    parity = None
+    if config.parity.samples and not previous.samples.exists():
+        parity = {
+            "prompts": str(run.evaluation_prompts),
+            "answers": str(previous.samples),
+            "samples": config.parity.samples,
+            "max_tokens": config.drafts.max_tokens,
+            "seed": [config.seed, "parity"],
+        }
+    policy = policy_after(run, config, number - 1)
+    # A new name and id for every round: vLLM may answer from stale weights under an old one
+    adapter = None if policy.adapter is None else [f"round_{number - 1:02d}", number, policy.adapter]
+    return {
+        "model": policy.model,
+        "adapter": adapter,
+        "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= config.model.get("lora_r", 16)),
+        "revision": config.model.get("model_revision"),
+        "trust_remote_code": config.trust_remote_code,
+        "generation": asdict(config.generation),
+        "tasks": [task | {"refinements": asdict(config.refinements)} for task in tasks],
+        "parity": parity,
+        "probe": str(previous.probe),
+    }
+
+
+def probe_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
+    """A few of the evaluation prompts, for the policies of [`comparison`]."""
+    return comparison(run, config, number) | {
+        "prompts": str(run.evaluation_prompts),
+        "output": str(run.round(number - 1).probe),
+        "dtype": config.generation.dtype,
+        "max_model_len": config.generation.max_model_len,
+    }
+
+
+def parity_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
+    """What a [`generation_job`] sampled, for the policies of [`comparison`]."""
+    previous = run.round(number - 1)
+    answers = [previous.samples, previous.evaluation]
+    if number <= config.rounds:
+        answers.append(run.round(number).answers)
+    nf4 = bool(config.model.get("load_in_4bit")) and config.generation.quantization is None
+    return comparison(run, config, number) | {
+        "samples": str(previous.samples),
+        "output": str(previous.parity),
+        "answers": [str(file) for file in answers],
+        "trained_on": config.model if nf4 else None,
+    }
+
+
+def comparison(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
+    """The policy, those that may be mistaken for it, and how they are loaded and compared."""
+    made = number - 1  # the round that made it
+    policy = policy_after(run, config, made)
+    policies = {"policy": policy}
+    if policy.adapter is not None:
+        policies["base"] = Policy(policy.model, None)
+    policies["initial"] = policy_after(run, config, 0)
+    if made > 0:
+        policies["previous"] = policy_after(run, config, made - 1)
+    return {
+        "round": made,
+        "policies": {name: asdict(policy) for name, policy in policies.items()},
+        "tolerance": config.parity.tolerance,
+        "quantization": config.generation.quantization,
+        "loading": {
+            "revision": config.model.get("model_revision"),
+            "trust_remote_code": config.trust_remote_code,
+            "use_cpu": bool(config.training.get("use_cpu")),
+        },
+    }
+
+
+def training_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
+    """The SFT, as number 0, or a round's preference training."""
+    round_dir = run.round(number)
+    if number == 0:
+        policy = reference = Policy(config.model["model_name_or_path"], None)
+        rows, settings = round_dir.sft, sft_settings(config, str(round_dir.training))
+    else:
+        policy = policy_after(run, config, number - 1)
+        initial = config.training.get("reference", "previous") == "initial"
+        reference = policy_after(run, config, 0) if initial else policy
+        rows, settings = round_dir.pairs, trainer_settings(config, number, str(round_dir.training))
+    return {
+        "model": policy.model,
+        "adapter": policy.adapter,
+        "model_args": config.model,
+        "reference": asdict(reference) | {"is_policy": reference == policy},
+        "rows": str(rows),
+        "output": str(product(round_dir, config)),
+        "health": asdict(config.health),
+        **settings,
+    }

