@@ -32,6 +32,28 @@ def printed(loop: Rounds) -> str:
     return loop.progress.console.file.getvalue()
 
 
+@pytest.mark.parametrize("scorer, said", [("verifier", True), ("judge", False)])
+def test_closing_a_round_says_what_became_worse(tmp_path, scorer, said):
+    """
+    Of ten direct answers eight were right and three of them still are: five lose and none wins, 5 / 2 / 10 = 0.25. Of the refined ones three lose: a
+    resample has none of them with 0.7^10 = 0.028, so the interval reaches one half. A judge's scores do not compare rounds.
+    """
+    run = make_run(tmp_path / "run", TEXTS, [AFTER, BEFORE], rounds=1)
+    run.round(1).manifest.unlink()
+    for file in (run.round(1).prompts, run.round(1).answers):  # of which the cost is counted
+        file.write_text("")
+    recipe = load_yaml(run.recipe)
+    if scorer == "judge":
+        recipe.mapping["scores"] = {"judge": {"base_url": "http://127.0.0.1:1/v1", "model": "judge"}}
+    progress = RunProgress(1, Console(file=io.StringIO(), width=300))
+    Rounds(parse_section(recipe, AriesConfig), None, progress).close(1)
+    note = "round 1: y1 loses against the same answers of the round before: y1 wins 0.25 of the comparisons"
+    text = progress.console.file.getvalue()
+    assert (note in text) == said and "y2" not in text
+    notes = [event["note"] for event in run.read_events() if event["event"] == "note"]
+    assert [line.startswith(note) for line in notes] == [True] * said
+
+
 def test_a_run_that_goes_on(loop):
     loop.write_report(running=True)
     assert printed(loop) == ""

@@ -21,7 +21,7 @@ from . import health
 from .children import ChildError, one_gpu, run_child
 from .config import AriesConfig
 from .cost import round_cost
-from .evaluation import evaluation_metrics
+from .evaluation import evaluation_metrics, setbacks
 from .guard import Examination, decide, report, stop_message
 from .inputs import Inputs, input_hashes, read_inputs
 from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
@@ -248,6 +248,9 @@ class Rounds:
         )
         kl_to_initial = (read_json(round_dir.parity) or {}).get("kl_to_initial")
         write_json(round_dir.metrics, metrics | {"kl_to_initial": kl_to_initial})
+        judged = any(scorer.judge is not None for scorer in self.config.scores.each())
+        for setback in [] if judged else setbacks(metrics):  # a judge's scores compare turns, not rounds
+            self.note(f"round {number}: {setback}.", WARNING)
         answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
         cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
         write_json(round_dir.cost, cost)
