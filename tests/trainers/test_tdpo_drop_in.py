@@ -229,21 +229,21 @@ def test_refused_as_dpo_refuses(make_trainer, tiny_model_dir, conversational_pai
 class PackedAway(saved_tensors_hooks):
     """
     What activation offloading is to autograd: each tensor saved for the backward is carried to another place, and a new
-    tensor with its contents comes back. Here the place is ordinary memory, as bytes.
+    tensor with its contents comes back. Here the place is other memory. Strides stay, as offloading keeps them: on some processors
+    the product with a matrix rounds otherwise than that with the transpose of its transpose.
     """
 
     def __init__(self):
         self.shapes: list[tuple[int, ...]] = []
 
-        def pack(tensor: torch.Tensor) -> tuple:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
             self.shapes.append(tuple(tensor.shape))
-            return tensor.detach().contiguous().numpy().tobytes(), tensor.dtype, tensor.shape
+            return copy(tensor.detach())
 
-        def unpack(packed: tuple) -> torch.Tensor:
-            data, dtype, shape = packed
-            return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone(memory_format=torch.preserve_format)
 
-        super().__init__(pack, unpack)
+        super().__init__(pack, copy)
 
 
 class StepRecordingTrainer(TDPOTrainer):
