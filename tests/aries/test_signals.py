@@ -33,6 +33,8 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A shell has what it starts in the background ignore SIGINT, tests and what they start included
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def alive(self) -> list[str]:
