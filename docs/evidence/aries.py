@@ -25,6 +25,8 @@ import torch
 import yaml
 from quickstart_task import QUICKSTART, Answers, prepare, read_rows
 
+from trl_ext.aries.evaluation import setbacks
+
 
 HERE = Path(__file__).parent
 ROUNDS, PER_ROUND = 3, 1500
@@ -180,17 +182,24 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
             break
         guard, health, drops = (read_json(path / f"{name}.json") for name in ("guard", "health", "drops"))
         cost = read_json(path / "cost.json").get("generated_tokens", {})
+        lost = turns_lost(read_json(path / "metrics.json"))
         rows.append(
             {"task": task, "method": method, "seed": seed, "round": number}
             | Answers(policy if policy.exists() else aside, data / "model", data / "eval.jsonl").measure()
             | {"pairs": drops.get("pairs", 0), "rows": read_json(path / "training" / "rows.json").get("rows", 0)}
             | {"tokens": sum(cost.get(stage, 0) for stage in ("drafts", "refinements"))}
             | {"guard": guard.get("decision", ""), "guard_difference": guard.get("difference", "")}
-            | {"health": health.get("decision", ""), "kl_per_token": health.get("kl_per_token", "")}
+            | {"health": health.get("decision", ""), "kl_per_token": health.get("kl_per_token", ""), "lost": lost}
         )
     rows[-1]["ended"] = ended
     measured.write_text(json.dumps(rows))
     return rows
+
+
+def turns_lost(metrics: dict) -> str:
+    """What the run said as it closed the round: the answers that lose against those of the round before, or of round 0."""
+    lines = setbacks(metrics) if metrics else []
+    return " ".join(sorted({turn for line in lines for turn in line.partition(" lose")[0].split(", ")}))
 
 
 def slug(method: str) -> str:

@@ -21,7 +21,8 @@ from tables import cell, grouped, read, table  # noqa: E402
 
 HERE = Path(__file__).parent
 GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
-TEXTS = ("task", "method", "guard", "health", "ended")
+TEXTS = ("task", "method", "guard", "health", "lost", "ended")
+BASE = "ARIES, DPO"
 TURNS = ("y1", "y2", "y3", "y4")
 DRAWN = {
     "ARIES, DPO": "#2f7fd8",
@@ -30,7 +31,7 @@ DRAWN = {
     "iterative DPO, samples": "#d1642a",
     "by rule": GRAY,
 }
-FEATURES = ("no NLL", "few pairs", "150 prompts", "by rule")  # of the table of what goes wrong
+WRONG = ("no NLL", "few pairs", "150 prompts", "by rule", "by reward model")  # in the table of what the checks saw
 
 
 def of(rows: list[dict], task: str, method: str) -> dict[float, list[dict]]:
@@ -61,6 +62,18 @@ def ends(rows: list[dict], task: str) -> str:
     return table(head, lines)
 
 
+def differences(rows: list[dict], task: str) -> str:
+    """From ARIES with DPO after the last round, within each seed, in points."""
+    last = {
+        (row["method"], row["seed"]): row for row in rows if row["task"] == task
+    }  # later rounds in the place of earlier ones
+    lines = []
+    for method in dict.fromkeys(method for method, _ in last if method != BASE):
+        pairs = [(row, last[BASE, seed]) for (name, seed), row in last.items() if name == method]
+        lines.append([method, *(cell([100 * (row[key] - base[key]) for row, base in pairs], 1, "+") for key in TURNS)])
+    return table(["", *TURNS], lines)
+
+
 def by_round(rows: list[dict], task: str, keys: tuple[str, ...]) -> str:
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows if row["task"] == task):
@@ -77,7 +90,7 @@ def checks(rows: list[dict]) -> str:
         return ", ".join(form.format(row[key]) if row[key] == row[key] else "–" for row in run[1:])
 
     lines = []
-    for (method, seed), run in grouped((r for r in rows if r["method"] in FEATURES), "method", "seed").items():
+    for (method, seed), run in grouped((r for r in rows if r["method"] in WRONG), "method", "seed").items():
         lines.append(
             [
                 method,
@@ -87,11 +100,23 @@ def checks(rows: list[dict]) -> str:
                 each(run, "guard"),
                 each(run, "kl_per_token", "{:.2g}"),
                 each(run, "health"),
+                ", ".join(row["lost"] or "–" for row in run[1:]),
                 ", ".join(f"{100 * row['y1']:.1f}" for row in run),
                 ", ".join(f"{100 * row['y2']:.1f}" for row in run),
             ]
         )
-    head = ["", "seed", "pairs", "chosen − rejected", "guard", "KL per token", "health", "y1, from SFT on", "y2"]
+    head = [
+        "",
+        "seed",
+        "pairs",
+        "chosen − rejected",
+        "guard",
+        "KL per token",
+        "health",
+        "said to have lost",
+        "y1, from SFT on",
+        "y2",
+    ]
     return table(head, lines)
 
 
@@ -112,7 +137,7 @@ def draw(rows: list[dict], output: Path) -> None:
         for method, color in DRAWN.items():
             for number, style in ((0, ":"), (3, "-")):
                 group = of(rows, task, method).get(number)
-                if group is None or (number == 0 and method != "ARIES, DPO"):
+                if group is None or (number == 0 and method != BASE):
                     continue
                 means = [100 * statistics.mean(row[key] for row in group) for key in TURNS]
                 shown = {"color": GRAY, "label": "SFT"} if number == 0 else {"color": color}
@@ -143,10 +168,13 @@ def draw(rows: list[dict], output: Path) -> None:
 def main() -> None:
     rows = read(HERE / "aries.csv", TEXTS)
     print("Sorting, after the last round\n", ends(rows, "sorting"), sep="\n")
+    print("Sorting, difference from ARIES with DPO, within each seed\n", differences(rows, "sorting"), sep="\n")
     print("Sorting, round by round\n", by_round(rows, "sorting", ("y1", "y2")), sep="\n")
     print("Editing, after the last round\n", ends(rows, "editing"), sep="\n")
+    print("Editing, difference from ARIES with DPO, within each seed\n", differences(rows, "editing"), sep="\n")
     print("Editing, round by round\n", by_round(rows, "editing", ("y1", "y4")), sep="\n")
-    print("Small edits, round by round\n", by_round(rows, "small edits", TURNS), sep="\n")
+    for task in ("editing, short SFT", "small edits, short SFT"):
+        print(f"{task[0].upper()}{task[1:]}, round by round\n", by_round(rows, task, TURNS), sep="\n")
     print("What the checks saw\n", checks(rows), sep="\n")
     draw(rows, HERE / "aries.svg")
 
