@@ -11,21 +11,21 @@ second call goes on with the runs that are missing.
 """
 
 import argparse
-import csv
 import json
 import random
 import subprocess
 import sys
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 import editing
 import torch
 import yaml
-from quickstart_task import QUICKSTART, Answers, prepare, read_rows
+from quickstart_task import QUICKSTART, Answers, prepare
+from tables import write
 
-from trl_ext.aries.evaluation import setbacks
+from trl_ext.aries.evaluation import lost_turns
+from trl_ext.aries.records import read_json, read_jsonl
 
 
 HERE = Path(__file__).parent
@@ -100,7 +100,7 @@ def prepare_data(task: str, data: Path, seed: int) -> None:
         editing.prepare(data, seed, *EDITS[task])
         return
     prepare.main([f"--output={data}", f"--seed={seed}"])
-    prepare.write_jsonl(data / "same.jsonl", read_rows(data / "train.jsonl")[: PER_ROUND // 10] * (10 * ROUNDS))
+    prepare.write_jsonl(data / "same.jsonl", read_jsonl(data / "train.jsonl")[: PER_ROUND // 10] * (10 * ROUNDS))
 
 
 def train_reward_model(start: Path, data: Path, output: Path, seed: int) -> None:
@@ -111,7 +111,7 @@ def train_reward_model(start: Path, data: Path, output: Path, seed: int) -> None
 
     rng = random.Random(seed)
     rows = []
-    for row in read_rows(data / "sft.jsonl"):
+    for row in read_jsonl(data / "sft.jsonl"):
         solution = row["completion"][0]["content"].split()
         make = rng.choice([prepare.miscounted, prepare.edited])
         answers = {
@@ -149,10 +149,6 @@ def train_reward_model(start: Path, data: Path, output: Path, seed: int) -> None
 # Runs
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
     """One run to its end, or to where its checks stop it, and its policies measured: rows of the CSV."""
     torch.set_num_threads(1)
@@ -180,13 +176,16 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
         aside = path / "set_aside" / "model"
         if not policy.exists() and not aside.exists():
             break
-        guard, health, drops = (read_json(path / f"{name}.json") for name in ("guard", "health", "drops"))
-        cost = read_json(path / "cost.json").get("generated_tokens", {})
+        guard, health, drops = (read_json(path / f"{name}.json") or {} for name in ("guard", "health", "drops"))
+        cost = (read_json(path / "cost.json") or {}).get("generated_tokens", {})
         lost = turns_lost(read_json(path / "metrics.json"))
         rows.append(
             {"task": task, "method": method, "seed": seed, "round": number}
             | Answers(policy if policy.exists() else aside, data / "model", data / "eval.jsonl").measure()
-            | {"pairs": drops.get("pairs", 0), "rows": read_json(path / "training" / "rows.json").get("rows", 0)}
+            | {
+                "pairs": drops.get("pairs", 0),
+                "rows": (read_json(path / "training" / "rows.json") or {}).get("rows", 0),
+            }
             | {"tokens": sum(cost.get(stage, 0) for stage in ("drafts", "refinements"))}
             | {"guard": guard.get("decision", ""), "guard_difference": guard.get("difference", "")}
             | {"health": health.get("decision", ""), "kl_per_token": health.get("kl_per_token", ""), "lost": lost}
@@ -196,24 +195,23 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
     return rows
 
 
-def turns_lost(metrics: dict) -> str:
+def run_job(job: tuple[str, str, int, Path]) -> list[dict]:
+    return run(*job)
+
+
+def turns_lost(metrics: dict | None) -> str:
     """What the run said as it closed the round: the answers that lose against those of the round before, or of round 0."""
-    lines = setbacks(metrics) if metrics else []
-    return " ".join(sorted({turn for line in lines for turn in line.partition(" lose")[0].split(", ")}))
+    lost = lost_turns(metrics).values() if metrics else []
+    return " ".join(f"y{turn}" for turn in sorted({turn for worse in lost for turn in worse}))
 
 
 def slug(method: str) -> str:
     return method.lower().replace(", ", "_").replace(" ", "_").replace("-", "_")
 
 
-def save(rows: list[dict], output: Path) -> None:
-    rows = sorted(
-        rows, key=lambda row: ([*TASKS].index(row["task"]), [*ALL_METHODS].index(row["method"]), row["seed"])
-    )
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *({"ended"} - set(rows[0]))], restval="")
-        writer.writeheader()
-        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+def place(row: dict) -> tuple[int, int, int]:
+    """Where a row stands in the CSV."""
+    return [*TASKS].index(row["task"]), [*ALL_METHODS].index(row["method"]), row["seed"]
 
 
 def main() -> None:
@@ -235,16 +233,13 @@ def main() -> None:
         for method in TASKS[task]
         if method in kinds and (args.methods is None or method in (FIRST, *args.methods))
     ]
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-
-        def submit(jobs: list) -> list[Future]:
-            return [pool.submit(run, *job, args.root) for job in jobs]
-
+    # Left by Ctrl-C or an error, the pool ends its processes, and begins no other run
+    with get_context("spawn").Pool(args.jobs) as pool:
         # The first run of a seed makes the SFT model of the others
         for jobs in ([job for job in wanted if job[1] == FIRST], [job for job in wanted if job[1] != FIRST]):
-            for future in as_completed(submit(jobs)):
-                rows += future.result()
-                save(rows, args.output)
+            for found in pool.imap_unordered(run_job, [(*job, args.root) for job in jobs]):
+                rows += found
+                write(sorted(rows, key=place), args.output)
                 print({key: rows[-1][key] for key in ("task", "method", "seed", "y1", "y2", "y4")}, flush=True)
 
 

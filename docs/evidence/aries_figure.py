@@ -64,9 +64,8 @@ def ends(rows: list[dict], task: str) -> str:
 
 def differences(rows: list[dict], task: str) -> str:
     """From ARIES with DPO after the last round, within each seed, in points."""
-    last = {
-        (row["method"], row["seed"]): row for row in rows if row["task"] == task
-    }  # later rounds in the place of earlier ones
+    # Later rounds in the place of earlier ones
+    last = {(row["method"], row["seed"]): row for row in rows if row["task"] == task}
     lines = []
     for method in dict.fromkeys(method for method, _ in last if method != BASE):
         pairs = [(row, last[BASE, seed]) for (name, seed), row in last.items() if name == method]

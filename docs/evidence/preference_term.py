@@ -9,22 +9,21 @@ NLL term stays on the better answer. The trainers are called as a user of TRL ca
 """
 
 import argparse
-import csv
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
 import torch
-from quickstart_task import TEMPLATE, Answers, prepare, read_rows, verifier
+from quickstart_task import TEMPLATE, Answers, prepare, verifier
+from tables import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries.config import PairsConfig
 from trl_ext.aries.pairs import preference_rows, select_pairs
-from trl_ext.aries.records import Answer, Chain
-from trl_ext.aries.refinements import compile_template
+from trl_ext.aries.records import Answer, Chain, read_jsonl
 from trl_ext.aries.sft import sft_row
 
 
@@ -62,7 +61,6 @@ SIGNS = {"on": 1, "off": 0, "flipped": -1}
 def warm_start(directory: Path, seed: int) -> None:
     """The quickstart's model and data of this seed, and its SFT, with the recipe's settings."""
     prepare.main([f"--output={directory}", f"--seed={seed}"])
-    template = compile_template(TEMPLATE)
     trainer = SFTTrainer(
         model=str(directory / "model"),
         args=SFTConfig(
@@ -79,7 +77,7 @@ def warm_start(directory: Path, seed: int) -> None:
             **QUIET,
         ),
         train_dataset=datasets.Dataset.from_list(
-            [sft_row(row, template) for row in read_rows(directory / "sft.jsonl")]
+            [sft_row(row, TEMPLATE) for row in read_jsonl(directory / "sft.jsonl")]
         ),
     )
     trainer.train()
@@ -90,7 +88,7 @@ def make_pairs(directory: Path, seed: int) -> list[dict]:
     """Chains of the start at temperature 1, right over wrong, direct rows twice as in the quickstart."""
     torch.manual_seed(seed)
     policy = Answers(directory / "start", directory / "model", directory / "train.jsonl", PROMPTS)
-    prompts = [row["prompt"] for row in read_rows(directory / "train.jsonl")[:PROMPTS]]
+    prompts = [row["prompt"] for row in read_jsonl(directory / "train.jsonl")[:PROMPTS]]
     chains, scores = [], []
     for number, (prompt, solution, answers) in enumerate(
         zip(prompts, policy.solutions, zip(*policy.chains(temperature=1.0), strict=True), strict=True)
@@ -100,7 +98,7 @@ def make_pairs(directory: Path, seed: int) -> list[dict]:
         scores.append(verifier.exact_match([prompt] * len(answers), list(answers), [solution] * len(answers)))
     config = PairsConfig(direct_weight=2)
     pairs, _ = select_pairs(chains, scores, config)
-    rows = [row for pair in pairs for row in preference_rows(pair, compile_template(TEMPLATE), config)]
+    rows = [row for pair in pairs for row in preference_rows(pair, TEMPLATE, config)]
     return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows for _ in range(row["weight"])]
 
 
@@ -155,10 +153,7 @@ def main() -> None:
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as directory:
             rows += run(seed, Path(directory))
-        with open(args.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        write(rows, args.output)
 
 
 if __name__ == "__main__":

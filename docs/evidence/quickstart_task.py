@@ -1,11 +1,13 @@
 """What the experiments on the quickstart's task share: its scripts, `prepare` and `verifier`, and what a policy answers, by transformers."""
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_ext.aries.records import read_jsonl
+from trl_ext.aries.refinements import compile_template, refinement_prompt
 
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
@@ -16,11 +18,7 @@ import verifier  # noqa: E402, F401
 
 
 TURNS = 4
-TEMPLATE = "{{ question }} Draft : {{ draft }} . Write a better answer ."  # the recipe's
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+TEMPLATE = compile_template("{{ question }} Draft : {{ draft }} . Write a better answer .")  # the recipe's
 
 
 class Answers:
@@ -39,7 +37,7 @@ class Answers:
     def __init__(self, policy: Path, tokenizer: Path, prompts: Path, count: int | None = None):
         self.model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, padding_side="left")
-        rows = read_rows(prompts)[:count]
+        rows = read_jsonl(prompts)[:count]
         self.questions = [row["prompt"][0]["content"] for row in rows]
         self.solutions = [row["solution"] for row in rows]
 
@@ -61,11 +59,8 @@ class Answers:
         return [answer.strip() for answer in answers]
 
     def refine(self, drafts: list[str], temperature: float = 0.0) -> list[str]:
-        texts = [
-            TEMPLATE.replace("{{ question }}", question).replace("{{ draft }}", draft)
-            for question, draft in zip(self.questions, drafts, strict=True)
-        ]
-        return self.answer(texts, temperature)
+        asked = zip(self.questions, drafts, strict=True)
+        return self.answer([refinement_prompt(question, [draft], TEMPLATE) for question, draft in asked], temperature)
 
     def chains(self, temperature: float = 0.0) -> list[list[str]]:
         """y1 to y4, each a list over the prompts."""

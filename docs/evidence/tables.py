@@ -17,6 +17,15 @@ def read(path: Path, texts: Sequence[str]) -> list[dict]:
     return [{k: v if k in texts else float(v or "nan") for k, v in row.items()} for row in rows]
 
 
+def write(rows: list[dict], path: Path) -> None:
+    """A CSV file, numbers to five places; what a row lacks stays empty."""
+    with open(path, "w", newline="") as file:
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, fieldnames=names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
 def grouped(rows: Iterable[dict], *keys: str) -> dict[tuple, list[dict]]:
     groups = defaultdict(list)
     for row in rows:

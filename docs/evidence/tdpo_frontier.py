@@ -8,7 +8,6 @@ sees the same pairs of its seed in the same order; the trainers are TRL's DPOTra
 """
 
 import argparse
-import csv
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import datasets
 import torch
 from reviews import log_probs, make_pairs, make_prompts, make_reference, measure, sequence_kl
+from tables import write
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -112,13 +112,6 @@ def train(
     trainer.train()
 
 
-def save(rows: list[dict], output: Path) -> None:
-    with open(output, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -140,7 +133,7 @@ def main() -> None:
             for beta in (BETA, *OTHER_BETAS) if seed == 0 else (BETA,):
                 for method in METHODS:
                     train(method, beta, seed, reference_path, pairs, rows, scratch)
-                    save(rows, args.output)
+                    write(rows, args.output)
                     print({key: round(v, 3) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True)
 
 

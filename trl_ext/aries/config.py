@@ -718,6 +718,10 @@ class AriesConfig:
     def trust_remote_code(self) -> bool:
         return bool(self.training.get("trust_remote_code", False))
 
+    @property
+    def trained_on_nf4_sampled_at_full_precision(self) -> bool:
+        return bool(self.model.get("load_in_4bit")) and self.generation.quantization is None
+
     def __post_init__(self):
         _require(self.rounds > 0, "`rounds` must be positive.")
         _require(

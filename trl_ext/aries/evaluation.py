@@ -86,9 +86,9 @@ def evaluation_metrics(
     return {"prompts": len(chains), "correct_score": correct_score, "turns": per_turn}
 
 
-def setbacks(metrics: dict[str, Any]) -> list[str]:
+def lost_turns(metrics: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """
-    What has become worse, in words: answers that lose against the same turn's of the round before, or of round 0, where the 95 % interval of
+    The turns whose answers have become worse: they lose against the same turn's of the round before, or of round 0, where the 95 % interval of
     their win rate ends below one half.
 
     Args:
@@ -96,20 +96,27 @@ def setbacks(metrics: dict[str, Any]) -> list[str]:
             From [`evaluation_metrics`].
 
     Returns:
-        `list[str]`: a line for each of the two rounds to which something has been lost; none in round 0.
+        `dict`: by the round that something was lost to, the turns and their win rates; in round 1, where both are round 0, the first alone.
     """
-    lines, seen = [], []
+    lost: dict[str, dict[int, dict[str, Any]]] = {}
     for key, before in (("win_rate_previous", "the round before"), ("win_rate_round_0", "round 0")):
-        rates = [(f"y{turn['turn']}", turn[key]) for turn in metrics["turns"]]
-        lost = [(name, rate) for name, rate in rates if rate and rate["interval"] and rate["interval"][1] < 0.5]
-        if lost and lost not in seen:  # of round 1, both are round 0
-            name, rate = lost[-1]
-            low, high = rate["interval"]
-            lines.append(
-                f"{', '.join(turn for turn, _ in lost)} lose{'s' * (len(lost) == 1)} against the same answers of {before}: {name} wins {rate['win_rate']:.2f} of the "
-                f"comparisons, 95 % interval {low:.2f} to {high:.2f}, where 0.5 is no change"
-            )
-        seen.append(lost)
+        rates = {turn["turn"]: turn[key] for turn in metrics["turns"] if turn[key] and turn[key]["interval"]}
+        worse = {turn: rate for turn, rate in rates.items() if rate["interval"][1] < 0.5}
+        if worse and worse not in lost.values():
+            lost[before] = worse
+    return lost
+
+
+def setbacks(metrics: dict[str, Any]) -> list[str]:
+    """[`lost_turns`] in words, a line for each round that something was lost to."""
+    lines = []
+    for before, worse in lost_turns(metrics).items():
+        turn, rate = list(worse.items())[-1]
+        low, high = rate["interval"]
+        lines.append(
+            f"{', '.join(f'y{turn}' for turn in worse)} lose{'s' * (len(worse) == 1)} against the same answers of {before}: y{turn} wins "
+            f"{rate['win_rate']:.2f} of the comparisons, 95 % interval {low:.2f} to {high:.2f}, where 0.5 is no change"
+        )
     return lines
 
 

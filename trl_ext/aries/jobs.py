@@ -113,12 +113,11 @@ def parity_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
     answers = [previous.samples, previous.evaluation]
     if number <= config.rounds:
         answers.append(run.round(number).answers)
-    nf4 = bool(config.model.get("load_in_4bit")) and config.generation.quantization is None
     return comparison(run, config, number) | {
         "samples": str(previous.samples),
         "output": str(previous.parity),
         "answers": [str(file) for file in answers],
-        "trained_on": config.model if nf4 else None,
+        "trained_on": config.model if config.trained_on_nf4_sampled_at_full_precision else None,
     }
 
 

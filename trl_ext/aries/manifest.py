@@ -68,8 +68,7 @@ def round_facts(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]
         "seed": config.seed,
         "policy": asdict(policy_after(run, config, number)),
         "parent": {"round": number - 1, "manifest_sha256": sha256(parent.manifest)} if number > 0 else None,
-        "trained_on_nf4_sampled_at_full_precision": bool(config.model.get("load_in_4bit"))
-        and config.generation.quantization is None,
+        "trained_on_nf4_sampled_at_full_precision": config.trained_on_nf4_sampled_at_full_precision,
         "parity": parity or None,
     }
     for counts in (round_dir.sft_drops, round_dir.drops, round_dir.training / "rows.json"):

@@ -30,9 +30,7 @@ class PartialAnswers:
         self._answers = answers
         self._last_row: dict[str, int] = {}  # by prompt id; the last row of a chain holds all its answers
         self._stopped: dict[str, str] = {}  # likewise
-        self._encoded: dict[
-            str, list[str]
-        ] = {}  # by prompt id, of chains in progress: each answer as it is in the file
+        self._encoded: dict[str, list[str]] = {}  # of chains in progress: each answer as it is in the file
         self._end = 0
         if self.path.exists():
             cut_torn_line(self.path)
