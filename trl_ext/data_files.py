@@ -2,12 +2,27 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from .recipe import RecipeError
 
 
-# Suffix of a local data file -> builder of `datasets`
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+# Suffix of a local data file -> builder of `datasets`, and what it needs to know
+BUILDERS = {
+    ".jsonl": {"path": "json"},
+    ".ndjson": {"path": "json"},
+    ".json": {"path": "json"},
+    ".parquet": {"path": "parquet"},
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".arrow": {"path": "arrow"},
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+def data_suffix(path: Path) -> str:
+    """The suffix that says what is in a file: `".jsonl"` for `pairs.jsonl.gz`."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def is_data_file(name: str) -> bool:
@@ -18,16 +33,20 @@ def is_data_file(name: str) -> bool:
         [`RecipeError`]: it can only be a path, and leads nowhere, or to a file that nothing here reads.
     """
     path = Path(name).expanduser()
+    suffix = data_suffix(path)
     if os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
-        if path.suffix not in BUILDERS:
-            raise RecipeError(f"{name}: cannot read a `{path.suffix}` file; known are {', '.join(BUILDERS)}.")
+        if suffix not in BUILDERS:
+            raise RecipeError(
+                f"{name}: cannot read a `{suffix or path.suffix}` file; known are {', '.join(BUILDERS)}, also compressed "
+                f"({', '.join(COMPRESSED)})."
+            )
         return True
-    if not os.path.exists(path) and (path.suffix in BUILDERS or name.startswith(("/", "./", "../", "~"))):
+    if not os.path.exists(path) and (suffix in BUILDERS or name.startswith(("/", "./", "../", "~"))):
         raise RecipeError(f"{name}: no such file or directory (working directory: {Path.cwd()}).")
     return False
 
 
-def builder_arguments(name: str) -> dict[str, str]:
+def builder_arguments(name: str) -> dict[str, Any]:
     """
     What `datasets.load_dataset` takes for a local data file.
 
@@ -37,4 +56,4 @@ def builder_arguments(name: str) -> dict[str, str]:
     path = Path(name).expanduser()
     if path.stat().st_size == 0:
         raise RecipeError(f"{name}: the file is empty.")
-    return {"path": BUILDERS[path.suffix], "data_files": str(path)}
+    return {**BUILDERS[data_suffix(path)], "data_files": str(path)}

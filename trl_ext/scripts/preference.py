@@ -9,7 +9,6 @@ model is loaded.
 import dataclasses
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +21,15 @@ from ..terminal import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
+    from ..rows.pairs import Account
     from ..trainers.pairwise_trainer import PairwiseTrainer
 
 
-# Largest share of the pairs that may be unusable. [house]
-MOST_DROPPED = 0.5
+# What DPOTrainer reads of a row
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
 
 def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
@@ -68,10 +69,22 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
     except ValueError as error:
         raise RecipeError(str(error)) from error
     checkpoint = find_checkpoint(training_args)
-    check_model(model_args, training_args.trust_remote_code)
+    config = check_model(model_args, training_args.trust_remote_code)
+    processing_class = load_tokenizer(model_args, config, training_args.trust_remote_code)
     train_dataset, eval_dataset = load_pairs(
-        script_args, dataset_args, evaluate=training_args.eval_strategy != "no", seed=training_args.seed
+        script_args,
+        dataset_args,
+        evaluate=training_args.eval_strategy != "no",
+        seed=training_args.seed,
+        processing_class=processing_class,
     )
+    for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval")):
+        if dataset is None:
+            continue
+        try:  # before the model is loaded; the trainer does it again, out of the cache of `datasets`, and says what was found
+            look_at_rows(dataset, processing_class, training_args, name, config.get_text_config().vocab_size)
+        except RecipeError as error:
+            raise RecipeError(f"{data_name(script_args, dataset_args)}: {error}") from error
 
     from trl import get_peft_config, get_quantization_config
 
@@ -90,6 +103,7 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
+            processing_class=processing_class,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
@@ -143,7 +157,7 @@ def _checkpoints(output_dir: str) -> str:
     return f" There is: {', '.join(found)}." if found else ""
 
 
-def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> None:
+def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> "PreTrainedConfig":
     """Read the model's configuration, so that a wrong name or path costs seconds."""
     from transformers import AutoConfig
 
@@ -153,16 +167,64 @@ def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> None:
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
         raise RecipeError(f"`model_name_or_path`: {name} is no directory.")
     try:
-        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise RecipeError(f"`model_name_or_path`: {name}: {error}") from error
 
 
+def load_tokenizer(
+    model_args: "ModelConfig", config: "PreTrainedConfig", trust_remote_code: bool
+) -> "PreTrainedTokenizerBase | ProcessorMixin":
+    """
+    The tokenizer or processor that the trainer will use.
+
+    Raises:
+        [`RecipeError`]: there is none, or it cannot be read.
+    """
+    from ..rows.processing import load_processing_class
+
+    name = model_args.model_name_or_path
+    try:
+        return load_processing_class(name, config, model_args.model_revision, trust_remote_code)
+    except Exception as error:  # of a broken file each library raises its own
+        raise RecipeError(f"`model_name_or_path`: the tokenizer of {name} cannot be read: {error}") from error
+
+
+def data_name(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> str:
+    return ", ".join(entry.path for entry in dataset_args.datasets) or script_args.dataset_name
+
+
+def look_at_rows(
+    dataset: "Dataset | IterableDataset",
+    processing_class: "PreTrainedTokenizerBase | ProcessorMixin",
+    args: "DPOConfig",
+    name: str,
+    vocabulary: int,
+) -> "tuple[Dataset | IterableDataset, Account] | None":
+    """
+    Prepare rows as the trainer will, before the model is loaded. Images are left to the trainer: `None`.
+
+    Raises:
+        [`RecipeError`]: nothing can be trained on, or more than half cannot.
+    """
+    from ..trainers.prepared import prepared_pairs
+
+    if {"image", "images"} & set(dataset.column_names or ()):
+        return None
+    return prepared_pairs(dataset, processing_class, args, name, vocabulary)
+
+
 def load_pairs(
-    script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig", evaluate: bool, seed: int
+    script_args: "ScriptArguments",
+    dataset_args: "DatasetMixtureConfig",
+    evaluate: bool,
+    seed: int,
+    processing_class: "PreTrainedTokenizerBase | ProcessorMixin",
 ) -> tuple["Dataset | IterableDataset", "Dataset | IterableDataset | None"]:
     """
-    Load the preference pairs and look at them.
+    Load the preference pairs.
 
     Args:
         script_args ([`~trl.ScriptArguments`]):
@@ -174,22 +236,19 @@ def load_pairs(
             Whether an evaluation split is wanted.
         seed (`int`):
             For `test_split_size`. TRL splits without a seed, so that two runs, or two processes of one run, differ.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            For a mixture of datasets with different columns, which are brought into one form.
 
     Raises:
-        [`RecipeError`]: no such data, no such split, no rows, no `chosen` and `rejected`, or too few rows with both.
+        [`RecipeError`]: no such data, no such split, no rows, or no preference pairs.
     """
-    import datasets
-    from trl import get_dataset
-
     train_split, size = script_args.dataset_train_split, dataset_args.test_split_size
     test_split = script_args.dataset_test_split if evaluate or size else None
     if dataset_args.datasets and script_args.dataset_name:
         raise RecipeError("Both `datasets` and `dataset_name` are given. Remove one.")
     if dataset_args.datasets:
         name = ", ".join(entry.path for entry in dataset_args.datasets)
-        entries = [_local_entry(entry) for entry in dataset_args.datasets]
-        mixture = dataclasses.replace(dataset_args, datasets=entries, test_split_size=None)
-        splits = {train_split: _loaded(name, lambda: get_dataset(mixture)["train"])}
+        splits = {train_split: _loaded(name, lambda: _mixture(dataset_args, processing_class))}
     elif script_args.dataset_name:
         name = script_args.dataset_name
         splits = _loaded(name, lambda: _load(script_args))
@@ -216,9 +275,6 @@ def load_pairs(
             if key == "dataset_test_split":
                 way_out += ", or `test_split_size: 0.1`, or `eval_strategy: 'no'`"
             raise RecipeError(f"{name} has no split `{split}`, only {', '.join(splits)}. {way_out}.")
-        splits[split] = _check_pairs(splits[split], f"{name} (split `{split}`)")
-        if isinstance(splits[split], datasets.Dataset):  # a stream is not read ahead of the training
-            splits[split] = _usable_pairs(splits[split], f"{name} (split `{split}`)")
     return splits[train_split], splits[test_split] if evaluate else None
 
 
@@ -239,93 +295,67 @@ def _load(script_args: "ScriptArguments"):
     )
 
 
-def _local_entry(entry):
-    """An entry of `datasets:` whose path is a file, as the builder for it."""
-    if not is_data_file(entry.path):
-        return entry
-    return dataclasses.replace(entry, **builder_arguments(entry.path))
+def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Dataset | IterableDataset":
+    """A mixture as TRL's `get_dataset` makes it; datasets with different columns are brought into TRL's form first."""
+    import datasets
+    from trl import get_dataset
+
+    parts = []
+    for entry in dataset_args.datasets:
+        if is_data_file(entry.path):
+            part = datasets.load_dataset(
+                **builder_arguments(entry.path), split=entry.split, streaming=dataset_args.streaming
+            )
+            parts.append(part if entry.columns is None else part.select_columns(entry.columns))
+        else:
+            whole = dataclasses.replace(entry, fraction=None)
+            single = dataclasses.replace(dataset_args, datasets=[whole], test_split_size=None)
+            parts.append(get_dataset(single)["train"])
+    fractions = [entry.fraction for entry in dataset_args.datasets]
+    if any(fraction is not None for fraction in fractions):
+        if None in fractions:
+            raise RecipeError("`fraction` must be set for all of `datasets` or for none of them.")
+        if dataset_args.streaming:
+            raise RecipeError("`fraction` needs datasets of known length: turn streaming off.")
+        whole = sum(fractions)
+        total = min(len(part) * whole / fraction for part, fraction in zip(parts, fractions, strict=True) if fraction)
+        parts = [part.select(range(round(f * total / whole))) for part, f in zip(parts, fractions, strict=True)]
+    if not dataset_args.streaming and any(part.features != parts[0].features for part in parts):
+        parts = [_standard(part, entry.path, processing_class) for part, entry in zip(parts, dataset_args.datasets)]
+    return datasets.concatenate_datasets(parts)
+
+
+def _standard(part: "Dataset", name: str, processing_class: Any) -> "Dataset":
+    """The rows of one dataset of a mixture that can be used, with nothing but `prompt`, `chosen` and `rejected`."""
+    from ..rows.judge import Findings, Judge
+    from ..rows.pairs import Account, standard_rows
+
+    account = Account(Findings(f"rows of {name}"))
+    rows, usable = standard_rows(part, Judge(processing_class, account.findings), account, always=True)
+    try:
+        account.findings.check()
+    except RecipeError as error:
+        raise RecipeError(f"{name}: {error}") from error
+    tell(account.lines)
+    kept = [column for column in PAIR_COLUMNS if column in rows.column_names]
+    return rows.select([index for index, can in enumerate(usable) if can]).select_columns(kept)
+
+
+def tell(lines: list[str]) -> None:
+    """Print to stderr, in the first of several processes."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for line in lines:
+            print(printable(line), file=sys.stderr)  # noqa: T201
 
 
 def _loaded(name: str, load: Callable):
     """Load; what `datasets` raises for missing, unreadable or malformed data is the user's to know, with its cause."""
-    from datasets.exceptions import DatasetsError
-
     try:
         return load()
     except RecipeError:
         raise
-    except (DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # `datasets` has its own, and lets through Arrow's, pandas' and those of its decoders
         if "corresponds to no data" in str(error):  # what `datasets` says of a file without rows
             raise RecipeError(f"{name}: no rows. A preference dataset has one pair per row.") from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise RecipeError(f"{name}: cannot be loaded: {error}{cause}") from error
-
-
-def _check_pairs(dataset: "Dataset | IterableDataset", name: str) -> "Dataset | IterableDataset":
-    """
-    Look at the first row. A text `prompt` beside whole conversations, as in HuggingFaceH4/ultrafeedback_binarized, repeats their
-    beginning, and `DPOTrainer` cannot add the two: the column is left out, and the prompt taken from the conversations.
-    """
-    row = next(iter(dataset), None)
-    if row is None:
-        raise RecipeError(f"{name}: no rows. A preference dataset has one pair per row.")
-    missing = [column for column in ("chosen", "rejected") if column not in row]
-    if missing:
-        raise RecipeError(
-            f"{name}: no column {' and '.join(f'`{column}`' for column in missing)}; found "
-            f"{', '.join(f'`{column}`' for column in row)}. A preference dataset has `chosen` and `rejected`, and usually "
-            "`prompt`."
-        )
-    for column in ("chosen", "rejected"):
-        if not isinstance(row[column], (str, list)) or not row[column]:
-            raise RecipeError(
-                f"{name}: `{column}` of the first row is {row[column]!r}; it must be text or a list of messages."
-            )
-    if not isinstance(row.get("prompt"), str) or isinstance(row["chosen"], str):
-        return dataset
-    if row["chosen"][0] != row["rejected"][0]:
-        raise RecipeError(
-            f"{name}: `prompt` is text, and `chosen` and `rejected` are messages without it. Make the prompt messages too: "
-            '[{"role": "user", "content": ...}].'
-        )
-    print(  # noqa: T201
-        f"{name}: `prompt` is text beside conversations that begin with it; the conversations are used.",
-        file=sys.stderr,
-    )
-    return dataset.remove_columns("prompt")
-
-
-def _usable_pairs(dataset: "Dataset", name: str) -> "Dataset":
-    """The pairs with two answers that differ; how many others there were is printed, and too many end the run."""
-    dropped: Counter[str] = Counter()
-    kept = []
-    for index, row in enumerate(dataset.select_columns(["chosen", "rejected"])):
-        problem = pair_problem(row["chosen"], row["rejected"])
-        if problem is None:
-            kept.append(index)
-        else:
-            dropped[problem] += 1
-    if not dropped:
-        return dataset
-    counts = f"{dropped.total():,} of {len(dataset):,} pairs cannot be used: " + ", ".join(
-        f"{count:,} {reason}" for reason, count in sorted(dropped.items())
-    )
-    if dropped.total() > MOST_DROPPED * len(dataset):
-        raise RecipeError(f"{name}: {counts}. More than half: look at the data.")
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(printable(f"{name}: {counts}. They are left out."), file=sys.stderr)  # noqa: T201
-    return dataset.select(kept)
-
-
-def pair_problem(chosen: Any, rejected: Any) -> str | None:
-    """Why there is nothing to learn from a pair, or `None`."""
-    if is_empty(chosen) or is_empty(rejected):
-        return "with an empty answer"
-    return "with identical answers" if chosen == rejected else None
-
-
-def is_empty(answer: Any) -> bool:
-    """Whether an answer, text or messages, has nothing in its text or its last message."""
-    if isinstance(answer, list):
-        answer = answer[-1].get("content") or answer[-1].get("tool_calls") if answer else None
-    return not (answer.strip() if isinstance(answer, str) else answer)

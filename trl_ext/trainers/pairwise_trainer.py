@@ -24,11 +24,14 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import ModelOutput, is_bitsandbytes_available
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
+from ..rows.pairs import prepare_pairs
+from ..rows.processing import load_processing_class
 from .model_card import complete_card, model_settings, recipe_section, settings
 from .packed_pairs import PackedPairs, why_not_packed
 from .position_kl_head import CompletionStates, add_position_kl_head
@@ -155,6 +158,15 @@ def keep_nf4_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def model_config(model: str | nn.Module, args: DPOConfig | None) -> PreTrainedConfig:
+    """The configuration of a model that is given as such or by its name."""
+    if isinstance(model, nn.Module):
+        return model.config
+    options = (None if args is None else args.model_init_kwargs) or {}
+    trust = options.get("trust_remote_code", args is not None and args.trust_remote_code)
+    return AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trust)
+
+
 class PairwiseTrainer(DPOTrainer):
     """
     Base of the preference trainers of this package. The only change w.r.t. [`~trl.DPOTrainer`] is that `_compute_loss`
@@ -192,9 +204,29 @@ class PairwiseTrainer(DPOTrainer):
         ),
     }
 
-    def __init__(self, model, ref_model=None, *pos, **kwargs):
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *pos,
+        **kwargs,
+    ):
         self._ref_weights = ref_model.state_dict() if isinstance(ref_model, nn.Module) else None
-        super().__init__(model, ref_model, *pos, **kwargs)
+        config = model_config(model, args)
+        self._vocabulary = config.get_text_config().vocab_size
+        if processing_class is None:
+            options = (None if args is None else args.model_init_kwargs) or {}
+            revision = options.get("revision") if isinstance(model, str) else None
+            name, trust = get_config_model_id(config), args is not None and args.trust_remote_code
+            processing_class = load_processing_class(name, config, revision, trust)
+        super().__init__(
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *pos, **kwargs
+        )
         self._prepare_models()
 
     def _prepare_models(self) -> None:
@@ -235,16 +267,15 @@ class PairwiseTrainer(DPOTrainer):
             )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(dataset, Dataset) and len(prepared) < len(dataset):  # streaming datasets have no length
-            message = (
-                f"{len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} dataset were dropped: "
-                f"their prompt alone fills `max_length={args.max_length}`."
-            )
-            if len(prepared) == 0:
-                raise ValueError(f"{message} Nothing is left to train on: raise `max_length`.")
-            logger.warning(message)
-        if isinstance(prepared, Dataset) and "prompt_ids" in prepared.column_names and args.max_length is not None:
+        def tokenize(rows, args):
+            return super(PairwiseTrainer, self)._prepare_dataset(rows, processing_class, args, dataset_name)
+
+        prepared, account = prepare_pairs(
+            dataset, processing_class, args, dataset_name, tokenize, self._vocabulary
+        )
+        for line in account.lines:
+            logger.warning(line)
+        if isinstance(prepared, Dataset) and args.max_length is not None:
             rows, tokens = count_truncated(prepared, args.max_length)
             if rows > 0:
                 logger.warning(

@@ -1,11 +1,12 @@
-"""The rows a trainer trains on, without a trainer: TRL's own preparation, on a tokenizer alone."""
+"""The rows a trainer trains on, without a trainer: what it does to them, on a tokenizer alone."""
 
-import copy
 from dataclasses import dataclass
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
+
+from ..rows.pairs import Account, prepare_pairs
 
 
 @dataclass
@@ -15,11 +16,24 @@ class _Preparing:
     _tokenizer: PreTrainedTokenizerBase
 
 
-def prepared_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig) -> Dataset:
+def prepared_pairs(
+    dataset: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    args: DPOConfig,
+    name: str = "train",
+    vocabulary: int | None = None,
+) -> tuple[Dataset | IterableDataset, Account]:
     """
-    Tokenized pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids` as the trainer has them before `max_length` cuts them
-    and leaves rows out.
+    Tokenized pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`, as the trainers of this package make them, and the account of
+    them; the arguments are those of [`~rows.pairs.prepare_pairs`].
+
+    Raises:
+        [`RecipeError`]: nothing can be trained on, or more than half cannot.
     """
-    args = copy.copy(args)
-    args.max_length, args.dataset_num_proc = None, None
-    return DPOTrainer._prepare_dataset(_Preparing(tokenizer), dataset, tokenizer, args, "train")
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    preparing = _Preparing(tokenizer)
+
+    def tokenize(rows, args):
+        return DPOTrainer._prepare_dataset(preparing, rows, processing_class, args, name)
+
+    return prepare_pairs(dataset, processing_class, args, name, tokenize, vocabulary)

@@ -1,0 +1,458 @@
+"""
+Shapes in which preference data is published, read as TRL's: `prompt`, `chosen` and `rejected`, text or messages.
+
+In: one row, and which of its columns hold what ([`Columns`]). Out: the row in TRL's form, and what was done to it. A shape with one
+meaning is converted and the conversion named; any other is refused by its name, with the line of `datasets` code that makes it right.
+Deliberately not here: the tokenizer, and whether a row can be trained on (`judge.py`).
+"""
+
+import ast
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..recipe_values import RecipeError
+
+
+Messages = list[dict[str, Any]]
+Text = str | Messages | None
+
+# Names that others give to TRL's roles
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "observation": "tool",
+}
+STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# Names that others give to TRL's columns
+PROMPTS = ("question", "instruction", "query", "messages", "conversations")
+ANSWERS = {"chosen": ("chosen_response", "response_j"), "rejected": ("rejected_response", "response_k")}
+SYSTEM = ("system", "system_prompt")
+
+# Columns of formats that are no pairs, or pairs whose order is the user's to say -> name, what to do
+REFUSED = {
+    ("completion", "label"): (
+        "KTO's unpaired answers",
+        "A pair needs two answers to one prompt. Train on these with `trl.KTOTrainer`, or pair the answers of each prompt.",
+    ),
+    ("instruction", "completions"): (
+        "UltraFeedback's answers with ratings",
+        "Rank them: `dataset.map(lambda row: (lambda a: {'prompt': row['instruction'], 'chosen': a[-1]['response'], 'rejected': "
+        "a[0]['response']})(sorted(row['completions'], key=lambda a: a['overall_score'])))`, or take "
+        "HuggingFaceH4/ultrafeedback_binarized.",
+    ),
+    ("prompt", "answers"): (
+        "ranked answers (Nectar)",
+        "Choose two: `dataset.map(lambda row: (lambda a: {'chosen': a[0]['answer'], 'rejected': a[-1]['answer']})(sorted("
+        "row['answers'], key=lambda a: a['rank'])))`.",
+    ),
+    ("response_0", "response_1"): (
+        "two answers and a label (PKU-SafeRLHF)",
+        "Say which label: `dataset.map(lambda row: {'chosen': row[f\"response_{row['better_response_id']}\"], 'rejected': "
+        "row[f\"response_{1 - row['better_response_id']}\"]})`.",
+    ),
+    ("response1", "response2"): (
+        "two answers and a score (HelpSteer3)",
+        "Say which is better: `dataset.filter(lambda row: row['overall_preference'] != 0).map(lambda row: {'prompt': row['context'], "
+        "'chosen': [{'role': 'assistant', 'content': row['response1' if row['overall_preference'] < 0 else 'response2']}], "
+        "'rejected': [{'role': 'assistant', 'content': row['response2' if row['overall_preference'] < 0 else 'response1']}]})`.",
+    ),
+    ("response_a", "response_b"): (
+        "two answers and a winner",
+        "Say which is better: `dataset.map(lambda row: {'chosen': row['response_a' if row['winner'] == 'model_a' else 'response_b'], "
+        "'rejected': row['response_b' if row['winner'] == 'model_a' else 'response_a']})`, ties left out.",
+    ),
+    ("conversation_a", "conversation_b"): (
+        "two conversations and a winner (Chatbot Arena)",
+        "Say which is better: `dataset.filter(lambda row: row['winner'] in ('model_a', 'model_b')).map(lambda row: {'chosen': "
+        "row['conversation_' + row['winner'][-1]], 'rejected': row['conversation_' + 'ba'['ab'.index(row['winner'][-1])]]})`.",
+    ),
+    ("output_1", "output_2"): (
+        "two answers and a preference (AlpacaFarm)",
+        "Say which is better: `dataset.map(lambda row: {'chosen': row[f\"output_{row['preference']}\"], 'rejected': "
+        "row[f\"output_{3 - row['preference']}\"]})`.",
+    ),
+    ("human_ref_A", "human_ref_B"): (
+        "two answers and a label (SHP)",
+        "`dataset.map(lambda row: {'prompt': row['history'], 'chosen': row['human_ref_A' if row['labels'] else 'human_ref_B'], "
+        "'rejected': row['human_ref_B' if row['labels'] else 'human_ref_A']})`.",
+    ),
+    ("prompt", "completion"): (
+        "prompts with one answer",
+        "Preference training needs two answers to each prompt; `trl.SFTTrainer` trains on one.",
+    ),
+    ("messages",): (
+        "conversations to imitate",
+        "Preference training needs two answers to each prompt; `trl.SFTTrainer` trains on one.",
+    ),
+    ("conversations",): (
+        "conversations to imitate (ShareGPT)",
+        "Preference training needs two answers to each prompt; `trl.SFTTrainer` trains on one.",
+    ),
+}
+
+
+# Formats of pairs by their columns, of which the first that fits is meant
+NAMES = {
+    ("question", "response_j", "response_k"): "StackExchange's pairs",
+    ("chosen_response", "rejected_response"): "Argilla's columns",
+    ("messages", "prompt", "chosen", "rejected", "score_chosen"): "UltraFeedback, binarized",
+    ("messages", "chosen", "rejected"): "axolotl's `chat_template`",
+    ("conversations", "chosen", "rejected"): "LLaMA-Factory's ShareGPT",
+    ("instruction", "input", "chosen", "rejected"): "LLaMA-Factory's Alpaca",
+    ("system", "question", "chosen", "rejected"): "Orca's columns",
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """
+    Which columns hold what, `None` if none does.
+
+    Args:
+        chosen, rejected (`str`), prompt, system (`str`, *optional*):
+            The answers, the prompt and a system message.
+        input, history (`str`, *optional*):
+            LLaMA-Factory's: text after the instruction, and earlier turns in pairs.
+        format (`str`, *optional*):
+            Name of the format.
+    """
+
+    chosen: str
+    rejected: str
+    prompt: str | None
+    system: str | None = None
+    input: str | None = None
+    history: str | None = None
+    format: str | None = None
+
+    @classmethod
+    def of(cls, names: list[str]) -> "Columns":
+        """
+        Find them by name.
+
+        Raises:
+            [`RecipeError`]: the columns of another kind of data, by its name, or of none that is known.
+        """
+        answers = {}
+        for ours, others in ANSWERS.items():
+            answers[ours] = next((name for name in (ours, *others) if name in names), None)
+        if None in answers.values():
+            for columns, (what, fix) in REFUSED.items():
+                if set(columns) <= set(names):
+                    shown = " and ".join(f"`{name}`" for name in columns)
+                    raise RecipeError(f"{shown} are the columns of {what}, not of preference pairs. {fix}")
+            missing = [ours for ours, found in answers.items() if found is None]
+            raise RecipeError(
+                f"no column {' and '.join(f'`{name}`' for name in missing)}; found {', '.join(f'`{name}`' for name in names)}. A "
+                "preference dataset has `chosen` and `rejected`, and usually `prompt`: `dataset.rename_column('better', 'chosen')`."
+            )
+        prompt, system = (
+            next((name for name in known if name in names), None) for known in (("prompt", *PROMPTS), SYSTEM)
+        )
+        of_instruction = prompt == "instruction"
+        return cls(
+            **answers,
+            prompt=prompt,
+            system=system,
+            input="input" if of_instruction and "input" in names else None,
+            history="history" if of_instruction and "history" in names else None,
+            format=next((name for columns, name in NAMES.items() if set(columns) <= set(names)), None),
+        )
+
+    @property
+    def read(self) -> list[str]:
+        """Names of the columns that are read."""
+        names = (self.prompt, self.chosen, self.rejected, self.system, self.input, self.history)
+        return [name for name in names if name is not None]
+
+
+@dataclass
+class Pair:
+    """
+    A row in TRL's form.
+
+    Args:
+        prompt, chosen, rejected (`str`, `list[dict]` or `None`):
+            Text, messages, or nothing.
+        done (`list[str]`):
+            Names of what was done to it, keys of [`CONVERSIONS`].
+        fault (`str`, *optional*):
+            Why it has no form to be trained in: a key of `judge.REASONS`.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    done: list[str] = field(default_factory=list)
+    fault: str | None = None
+
+    @property
+    def is_conversational(self) -> bool:
+        return isinstance(self.chosen, list) or isinstance(self.rejected, list) or isinstance(self.prompt, list)
+
+
+# What was done to rows, after "N rows: "
+CONVERSIONS = {
+    "json": "messages written as JSON in text are read as messages",
+    "sharegpt": "ShareGPT's turns (`from`, `value`) are read as messages",
+    "role": "roles such as `human` and `gpt` are read as `user` and `assistant`",
+    "parts": "text parts of `content` are read as text",
+    "message": "a single message is read as a list of one",
+    "list": "a list of one text is read as text",
+    "column": "other names of the columns are read as `prompt`, `chosen` and `rejected`",
+    "input": "`instruction` and `input` are read as one prompt",
+    "history": "`history` is read as earlier turns",
+    "system": "the column `system` is read as the system message",
+    "question": "a text prompt beside answers that are messages is read as the user's message",
+    "answer": "answers that are text beside a prompt of messages are read as the assistant's",
+    "beginning": "a text prompt that stands in the conversations themselves is left out",
+    "repeated": "the prompt that stood again at the beginning of both answers is taken off them",
+    "opening": "messages before the first answer, which both answers began with, are read as part of the prompt",
+    "dialogue": "dialogues of `Human:` and `Assistant:` (HH-RLHF) are split before their last answer",
+    "kwargs": "missing `chat_template_kwargs` are read as none",
+}
+
+
+def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, cut_prompt: bool = False) -> Pair:
+    """
+    Read one row.
+
+    Args:
+        row (`dict`):
+            The row.
+        columns ([`Columns`]):
+            Which of its columns hold what.
+        as_messages (`bool`, *optional*, defaults to `False`):
+            Read text as messages: of a dataset in which other rows are messages.
+        cut_prompt (`bool`, *optional*, defaults to `False`):
+            Take a text prompt off answers that begin with it: of a dataset in which most do.
+    """
+    done: list[str] = []
+    chosen, rejected = (read_text(row.get(name), done) for name in (columns.chosen, columns.rejected))
+    prompt = None if columns.prompt is None else read_text(row.get(columns.prompt), done)
+    whole = all(isinstance(answer, list) and answer and not is_answer(answer[0]) for answer in (chosen, rejected))
+    if whole and columns.prompt != "prompt":
+        prompt = None  # the conversations hold it
+    elif columns.prompt not in ("prompt", None) and prompt:
+        done.append("column")
+    if (columns.chosen, columns.rejected) != ("chosen", "rejected"):
+        done.append("column")
+    if columns.input is not None and isinstance(prompt, str) and is_filled(row.get(columns.input)):
+        prompt = f"{prompt}\n{row[columns.input]}"
+        done.append("input")
+    system = None if columns.system is None else row.get(columns.system)
+    history = read_history(row.get(columns.history)) if columns.history is not None else []
+    if history:
+        done.append("history")
+    pair = Pair(prompt, chosen, rejected, done)
+    if not (chosen and rejected):
+        return pair
+    if pair.is_conversational or as_messages or is_filled(system) or history:
+        _read_messages(pair, system if is_filled(system) else None, history)
+    else:
+        _read_texts(pair, cut_prompt)
+    return pair
+
+
+def _read_messages(pair: Pair, system: str | None, history: Messages) -> None:
+    """A pair whose parts are messages, or become messages."""
+    if isinstance(pair.chosen, str) or isinstance(pair.rejected, str):
+        pair.chosen, pair.rejected = (
+            [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            for answer in (pair.chosen, pair.rejected)
+        )
+        pair.done.append("answer")
+    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+    shared = common_beginning(chosen, rejected)
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            prompt = []
+        elif is_answer(chosen[0]) and is_answer(rejected[0]):
+            prompt = [{"role": "user", "content": prompt}]
+            pair.done.append("question")
+        elif any(prompt.strip() in str(message.get("content")) for message in shared):
+            prompt = []
+            pair.done.append("beginning")
+        else:
+            pair.fault = "another prompt"
+            return
+    prompt = prompt or []
+    count = len(prompt)
+    if count and shared[:count] == prompt:
+        chosen, rejected, shared = chosen[count:], rejected[count:], shared[count:]
+        pair.done.append("repeated")
+    if not prompt:  # what chosen and rejected share, as in TRL's `extract_prompt`
+        opening = len(shared)
+        if opening == min(len(chosen), len(rejected)):  # nothing would be left of one: its last answer is
+            opening = max((i for i, message in enumerate(shared) if is_answer(message)), default=0)
+    else:
+        opening = next((i for i, message in enumerate(shared) if is_answer(message)), len(shared))
+        if opening:
+            pair.done.append("opening")
+    prompt, chosen, rejected = [*prompt, *chosen[:opening]], chosen[opening:], rejected[opening:]
+    prompt = [*history, *prompt]
+    if system is not None and not any(message.get("role") == "system" for message in prompt):
+        prompt = [{"role": "system", "content": system}, *prompt]
+        pair.done.append("system")
+    pair.prompt, pair.chosen, pair.rejected = prompt, chosen, rejected
+
+
+_TURN = re.compile(r"\n\n(?:Human|Assistant):")
+_ANSWER = "\n\nAssistant:"
+
+
+def _read_texts(pair: Pair, cut_prompt: bool) -> None:
+    """A pair of texts."""
+    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+    if all(is_dialogue(answer) for answer in (chosen, rejected)):
+        shared = _shared_text(chosen, rejected)
+        end = shared.rfind(_ANSWER)
+        rest = [answer[end + len(_ANSWER) :] for answer in (chosen, rejected)]
+        if end < 0 or any(_TURN.search(answer) for answer in rest):
+            pair.fault = "parted dialogues"
+            return
+        pair.prompt, (pair.chosen, pair.rejected) = shared[: end + len(_ANSWER)], rest
+        pair.done.append("dialogue")
+    elif cut_prompt and repeats_prompt(pair):
+        pair.chosen, pair.rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        pair.done.append("repeated")
+
+
+def repeats_prompt(pair: Pair) -> bool:
+    """Whether both answers, texts, begin with the whole prompt."""
+    texts = (pair.prompt, pair.chosen, pair.rejected)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and bool(pair.prompt.strip())
+        and pair.chosen.startswith(pair.prompt)
+        and pair.rejected.startswith(pair.prompt)
+    )
+
+
+def is_dialogue(text: str) -> bool:
+    """Whether a text is a dialogue in the form of HH-RLHF."""
+    return text.lstrip().startswith("Human:") and _ANSWER in text
+
+
+def _shared_text(text: str, other: str) -> str:
+    length = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return text[:length]
+
+
+def read_text(value: Any, done: list[str]) -> Text:
+    """A column's value as text or messages; what is neither stays as it is. Appends to `done` what was done to it."""
+    if isinstance(value, str):
+        parsed = parsed_messages(value)
+        if parsed is None:
+            return value
+        done.append("json")
+        value = parsed
+    if isinstance(value, dict):
+        value = [value]
+        done.append("message")
+    if not isinstance(value, list):
+        return value
+    if len(value) == 1 and isinstance(value[0], str):
+        done.append("list")
+        return value[0]
+    if all(isinstance(message, dict) for message in value):
+        return [read_message(message, done) for message in value]
+    return value
+
+
+def parsed_messages(text: str) -> Messages | None:
+    """Messages that are written as JSON or as a Python literal (pandas' CSV), or `None` for any other text."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            parsed = parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        listed = [parsed] if isinstance(parsed, dict) else parsed
+        if isinstance(listed, list) and listed and all(is_message(message) for message in listed):
+            return listed
+        return None
+    return None
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value is a message, in TRL's form or in ShareGPT's."""
+    return isinstance(value, dict) and ("role" in value or {"from", "value"} <= value.keys())
+
+
+def looks_like_messages(text: Any) -> bool:
+    """Whether a text was messages once, in a form that nothing reads: an array printed by NumPy, JSON that was cut off."""
+    return isinstance(text, str) and re.match(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text) is not None
+
+
+def read_message(message: dict[str, Any], done: list[str]) -> dict[str, Any]:
+    """A message with `role` and `content` in TRL's names, without the keys that Arrow fills up with nulls."""
+    if "role" not in message and {"from", "value"} <= message.keys():
+        message = {"role": message["from"], "content": message["value"], **message}
+        message = {key: value for key, value in message.items() if key not in ("from", "value")}
+        done.append("sharegpt")
+    message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    role, content = message.get("role"), message.get("content")
+    if isinstance(role, str) and role not in STANDARD_ROLES:
+        known = ROLES.get(role.strip().lower(), role.strip().lower())
+        if known in STANDARD_ROLES:
+            message["role"] = known
+            done.append("role")
+    if isinstance(content, str) and content.lstrip().startswith("[{"):
+        content = parsed_parts(content) or content
+    if isinstance(content, list) and all(isinstance(part, str) or is_text_part(part) for part in content):
+        message["content"] = "".join(part if isinstance(part, str) else part["text"] for part in content)
+        done.append("parts")
+    return message
+
+
+def is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def parsed_parts(content: str) -> list[dict[str, Any]] | None:
+    try:
+        parts = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return parts if parts and all(is_text_part(part) and "type" in part for part in parts) else None
+
+
+def read_history(value: Any) -> Messages:
+    """LLaMA-Factory's `history`: `[[question, answer], ...]`."""
+    if not isinstance(value, list):
+        return []
+    turns = [turn for turn in value if isinstance(turn, list) and len(turn) == 2]
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def is_answer(message: dict[str, Any]) -> bool:
+    return message.get("role") == "assistant"
+
+
+def is_filled(value: Any) -> bool:
+    """Whether there is something in a value: text that is not blank, a list with something in it."""
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
+
+
+def common_beginning(messages: Messages, others: Messages) -> Messages:
+    """The messages with which both begin."""
+    shared = []
+    for message, other in zip(messages, others, strict=False):
+        if message != other:
+            break
+        shared.append(message)
+    return shared

@@ -1,0 +1,378 @@
+"""
+Whether a row can be trained on, judged for every row, in the words that trainers, recipes, ARIES and doctor share.
+
+In: a prompt and its answers (none for prompts alone, one for SFT, two for pairs), and later their token ids. Out: [`Findings`], which
+count what cannot be used by reason, with the first row's number, what was seen there and what to change. How roles fare is asked of the
+chat template itself, once for each sequence of roles.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from ..recipe_values import RecipeError, show
+from .formats import Messages, Text, is_answer, is_filled, looks_like_messages
+
+
+# Largest share of rows that may be unusable before training is refused. Our choice
+MOST_DROPPED = 0.5
+
+# Reason -> what is wrong with these rows, and what to change
+REASONS = {
+    "empty answer": ("have an empty answer", "Remove them, or fill in both answers."),
+    "no prompt": ("have no prompt", "Fill in `prompt`, or rename the column that holds the question to it."),
+    "identical": ("have identical answers", "There is nothing to prefer: remove them."),
+    "another prompt": (
+        "have a text `prompt` that their conversations do not begin with",
+        "Make the prompt messages too: `[{'role': 'user', 'content': ...}]`.",
+    ),
+    "parted dialogues": (
+        "have dialogues of `Human:` and `Assistant:` that part before their last answer",
+        "Give what they share as `prompt`, and one answer each as `chosen` and `rejected`.",
+    ),
+    "mixed kinds": ("mix text and messages", "Make all prompts and answers one kind."),
+    "unreadable": (
+        "have text that was messages once, and is not JSON",
+        "Save the data as JSON lines or Parquet, which keep lists: `dataset.to_json('pairs.jsonl')`.",
+    ),
+    "not text": ("have `content` that is not text", "Make the content of every message text."),
+    "no content": ("have a message whose `content` is null", "Fill it in, or remove the message."),
+    "last role": (
+        "have an answer that does not begin and end with the assistant's message",
+        "Both answers to a prompt are messages of the role `assistant`; the user's belong in `prompt`.",
+    ),
+    "role": (
+        "have roles that the chat template drops or refuses",
+        "Use `system`, `user` and `assistant` in the order that the template takes: `dataset.map(...)`.",
+    ),
+    "no tokens": ("have an answer without a token after rendering", "Look at the roles and the chat template."),
+    "identical ids": (
+        "have answers that are the same tokens after rendering",
+        "Remove them, or raise `max_length` if they differ further on.",
+    ),
+    "too long": (
+        "have a prompt that alone fills `max_length`",
+        "Raise `max_length`, or shorten the prompts.",
+    ),
+    "no embedding": (
+        "have a token for which the model has no embedding",
+        "Resize the model's embeddings (`model.resize_token_embeddings(len(tokenizer))`), or use the tokenizer it was trained with.",
+    ),
+}
+
+# The same for what is trained on all the same
+WARNINGS = {
+    "plain text": (
+        "are plain text, and the tokenizer has a chat template, which is not applied to text",
+        "If the model is to chat, make them messages: `prompt: [{'role': 'user', 'content': ...}]`.",
+    ),
+    "rendered": (
+        "are text that already holds the chat template's own tokens",
+        "Make them messages, and let the template render them.",
+    ),
+    "two BOS": (
+        "begin with two BOS tokens, one of the text and one that the tokenizer adds",
+        "Take the BOS token out of the text.",
+    ),
+}
+
+
+@dataclass
+class Findings:
+    """
+    Counts by reason, with the first row of each.
+
+    Args:
+        what (`str`):
+            The rows, in the plural: `"rows of the train dataset"`.
+
+    Attributes:
+        total (`int`):
+            Rows looked at.
+        dropped, warned (`Counter`):
+            Rows that cannot be used, and those that are used though something is odd, by reason.
+        first (`dict`):
+            For each reason, the number of its first row, from 1, and what was seen there.
+    """
+
+    what: str
+    total: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    warned: Counter[str] = field(default_factory=Counter)
+    first: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, number: int, seen: str = "") -> None:
+        self.dropped[reason] += 1
+        self.first.setdefault(reason, (number, seen))
+
+    def warn(self, reason: str, number: int, seen: str = "") -> None:
+        self.warned[reason] += 1
+        self.first.setdefault(reason, (number, seen))
+
+    def lines(self, counts: Counter[str]) -> list[str]:
+        """A line for each reason: how many, what is wrong, the first of them, what to change."""
+        words = REASONS | WARNINGS
+        lines = []
+        for reason, count in counts.most_common():
+            number, seen = self.first[reason]
+            what, fix = words[reason]
+            lines.append(
+                f"{count:,} of {self.total:,} {self.what} {what} (first: row {number:,}{': ' * bool(seen)}{seen}). {fix}"
+            )
+        return lines
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.lines(self.warned)
+
+    @property
+    def drops(self) -> list[str]:
+        return [f"Left out: {line}" for line in self.lines(self.dropped)]
+
+    def check(self, most: float | None = MOST_DROPPED) -> None:
+        """
+        Args:
+            most (`float`, *optional*):
+                Largest share that may be dropped; `None` for any, as long as a row is left.
+
+        Raises:
+            [`RecipeError`]: more were dropped than that, or all.
+        """
+        count = self.dropped.total()
+        if not count or (count < self.total and (most is None or count <= most * self.total)):
+            return
+        left = "nothing is left" if count >= self.total else f"more than {most:.0%} of them"
+        raise RecipeError(" ".join([*self.lines(self.dropped), f"{count:,} in all: {left}."]))
+
+
+class Judge:
+    """
+    Judges rows before rendering, and asks the chat template about their roles.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            What renders them.
+        findings ([`Findings`]):
+            Where it counts.
+    """
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, findings: Findings):
+        self.findings = findings
+        self._processing_class = processing_class
+        self._template = processing_class.chat_template
+        is_processor = isinstance(processing_class, ProcessorMixin)
+        self._tokenizer = processing_class.tokenizer if is_processor else processing_class
+        self._takes_parts = is_processor
+        self._probed: dict[str, str | None] = {}
+        special = {token for token in self._tokenizer.all_special_tokens if len(token) > 1}
+        template = self._template if isinstance(self._template, str) else str(self._template or "")
+        self._own_tokens = [token for token in special if token in template]
+
+    def row(self, number: int, prompt: Text, answers: Sequence[Text], row: dict[str, Any]) -> bool:
+        """
+        Count a row.
+
+        Args:
+            number (`int`):
+                Of the row, from 1.
+            prompt (`str`, `list[dict]` or `None`), answers (sequence of the same):
+                In TRL's form.
+            row (`dict`):
+                All of its columns.
+
+        Returns:
+            `bool`: whether it can be used.
+        """
+        self.findings.total += 1
+        found = self._fault(prompt, answers, row)
+        if found is not None:
+            self.findings.drop(found[0], number, found[1])
+            return False
+        if isinstance(prompt, str):
+            own = next((token for token in self._own_tokens if token in prompt), None)
+            if own is not None:
+                self.findings.warn("rendered", number, f"{own} in the prompt")
+            elif self._template is not None:
+                self.findings.warn("plain text", number)
+        return True
+
+    def _fault(self, prompt: Text, answers: Sequence[Text], row: dict[str, Any]) -> tuple[str, str] | None:
+        """Reason and what was seen, or `None`."""
+        for answer in answers:
+            if is_empty(answer):
+                return "empty answer", "" if answer is None else show(answer)
+        texts = [prompt, *answers]
+        odd = next((text for text in texts if looks_like_messages(text)), None)
+        if odd is not None:
+            return "unreadable", show(odd)
+        kinds = {type(text) for text in texts}
+        if not kinds <= {str, list, type(None)} or any(not _are_messages(t) for t in texts if isinstance(t, list)):
+            return "not text", ", ".join(sorted(f"{type(text).__name__}" for text in texts))
+        if len(answers) == 2 and answers[0] == answers[1]:
+            return "identical", show(answers[0])
+        if prompt is None or (not is_filled(prompt) and (isinstance(prompt, list) or _other_prompts(row))):
+            others = _other_prompts(row)
+            return "no prompt", f"`{others[0]}` holds something" if others else f"columns {', '.join(row)}"
+        if len(kinds) > 1:
+            return "mixed kinds", ", ".join("messages" if isinstance(text, list) else "text" for text in texts)
+        return None if isinstance(prompt, str) else self._fault_of_messages(prompt, answers, row)
+
+    def _fault_of_messages(self, prompt: Messages, answers: Sequence[Messages], row: dict[str, Any]):
+        for message in [*prompt, *(message for answer in answers for message in answer)]:
+            content = message.get("content")
+            if content is None and not message.get("tool_calls"):
+                return "no content", f"role {show(message.get('role'))}"
+            if not isinstance(content, str | None) and not (self._takes_parts and isinstance(content, list)):
+                return "not text", f"{type(content).__name__} in a message of the role {show(message.get('role'))}"
+        for answer in answers:
+            if not (is_answer(answer[0]) and is_answer(answer[-1])):
+                return "last role", f"roles {_roles(prompt)} | {_roles(answer)}"
+        if self._template is None:
+            raise RecipeError(
+                "the rows are messages, and the tokenizer has no chat template. Give it one (`trl.clone_chat_template`), or make the "
+                "rows plain text."
+            )
+        for answer in answers or [[]]:
+            problem = self._probe(prompt, answer, row)
+            if problem is not None:
+                return "role", f"roles {_roles(prompt)}{' | ' * bool(answer)}{_roles(answer)}; {problem}"
+        return None
+
+    def _probe(self, prompt: Messages, answer: Messages, row: dict[str, Any]) -> str | None:
+        """
+        What the template does to this sequence of roles, or `None` if it renders all of them: each text is one that can be found again.
+        Messages with more than a text (tool calls) are taken as they are.
+        """
+        if self._takes_parts:  # templates of processors take parts; TRL makes them
+            return None
+        options = template_options(row)
+        key = json.dumps([[_kind(m) for m in prompt], [_kind(m) for m in answer], options], default=str)
+        if key not in self._probed:
+            self._probed[key] = self._ask(prompt, answer, options)
+        return self._probed[key]
+
+    def _ask(self, prompt: Messages, answer: Messages, options: dict[str, Any]) -> str | None:
+        messages, marks = [], []
+        for index, message in enumerate([*prompt, *answer]):
+            if set(message) <= {"role", "content", "name"}:
+                marks.append((message["role"], f"text{index}mark"))
+                message = {**message, "content": marks[-1][1]}
+            messages.append(message)
+        try:
+            rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            if not answer:
+                self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        except Exception as error:  # the template's own code: whatever it raises is what it says of these roles
+            return f"the template refuses them: {error}"
+        missing = [role for role, mark in marks if mark not in rendered]
+        return f"the template drops {', '.join(f'`{role}`' for role in missing)}" if missing else None
+
+    def ids(self, prepared: Any, numbers: Sequence[int], vocabulary: int | None, max_length: int | None) -> np.ndarray:
+        """
+        Judge token ids, of TRL's columns `prompt_ids` and `chosen_ids`, `rejected_ids` (or `completion_ids`).
+
+        Args:
+            prepared (`datasets.Dataset`):
+                With these columns.
+            numbers (sequence of `int`):
+                The number of each of its rows, for the findings.
+            vocabulary (`int`, *optional*):
+                Rows of the model's embeddings.
+            max_length (`int`, *optional*):
+                Where sequences are cut off, at their end; `None` where they are not, or at their beginning.
+
+        Returns:
+            `np.ndarray`: of shape `(len(prepared),)`, whether each row can be used.
+        """
+        names = [n for n in ("chosen_ids", "rejected_ids", "completion_ids") if n in prepared.column_names]
+        usable = np.ones(len(prepared), dtype=bool)
+        bos = self._tokenizer.bos_token_id
+        start = 0
+        for table in prepared.select_columns(["prompt_ids", *names]).with_format("arrow").iter(batch_size=1000):
+            columns = [_lists(table[name]) for name in ("prompt_ids", *names)]
+            for index in range(len(table)):
+                prompt, *answers = (values[offsets[index] : offsets[index + 1]] for values, offsets in columns)
+                number = numbers[start + index]
+                found = self._fault_of_ids(prompt, answers, vocabulary, max_length)
+                if found is not None:
+                    self.findings.drop(found[0], number, found[1])
+                    usable[start + index] = False
+                elif bos is not None and len(prompt) > 1 and prompt[0] == prompt[1] == bos:
+                    self.findings.warn("two BOS", number)
+            start += len(table)
+        return usable
+
+    def _fault_of_ids(self, prompt, answers, vocabulary, max_length) -> tuple[str, str] | None:
+        if max_length is not None and len(prompt) >= max_length:
+            return "too long", f"{len(prompt):,} tokens"
+        if any(len(answer) == 0 for answer in answers):
+            return "no tokens", ""
+        kept = [answer if max_length is None else answer[: max_length - len(prompt)] for answer in answers]
+        if len(kept) == 2 and np.array_equal(*kept):
+            cut = "" if len(kept[0]) == len(answers[0]) else f"in the {len(kept[0]):,} tokens that `max_length` leaves"
+            return "identical ids", cut
+        if vocabulary is not None:
+            largest = max(int(ids.max()) for ids in (prompt, *answers) if len(ids))
+            if largest >= vocabulary:
+                token = self._tokenizer.convert_ids_to_tokens(largest)
+                return "no embedding", f"{show(token)} is {largest:,}, and the model has {vocabulary:,} embeddings"
+        return None
+
+
+def template_options(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row's own columns pass to the chat template: tools and `chat_template_kwargs`."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def is_empty(answer: Any) -> bool:
+    """Whether an answer, text or messages, has nothing in its text or its last message."""
+    if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
+        answer = answer[-1].get("content") or answer[-1].get("tool_calls")
+    return not is_filled(answer)
+
+
+def _are_messages(value: list) -> bool:
+    return all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
+
+
+def _other_prompts(row: dict[str, Any]) -> list[str]:
+    """Columns beside an empty prompt that look like one."""
+    names = ("question", "instruction", "query", "input", "system", "messages", "conversations")
+    return [name for name in names if is_filled(row.get(name))]
+
+
+def _roles(messages: Messages) -> str:
+    return ", ".join(str(message.get("role")) for message in messages) or "none"
+
+
+def _kind(message: dict[str, Any]) -> list[str]:
+    """What tells a message from others of the same role: its keys, and all of one that holds more than a text."""
+    plain = set(message) <= {"role", "content", "name"}
+    return [message["role"], "" if plain else json.dumps(message, default=str)]
+
+
+def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and offsets of a column of lists."""
+    array = column.combine_chunks()
+    offsets = array.offsets.to_numpy()
+    return array.values.to_numpy(zero_copy_only=False), offsets
+
+
+def plural(count: int, what: str) -> str:
+    return f"{count:,} {what}"
+
+
+def check_rows(rows: Iterable[dict[str, Any]], judge: Judge) -> list[bool]:
+    """Judge prompts, each with its `completion` where it has one: which rows can be used."""
+    return [
+        judge.row(number, row.get("prompt"), [row["completion"]] if "completion" in row else [], row)
+        for number, row in enumerate(rows, start=1)
+    ]

@@ -1,0 +1,285 @@
+"""
+Preference rows on their way into a trainer: read in whatever shape they have (`formats.py`), judged (`judge.py`), tokenized by TRL's own
+code, and judged again by their tokens. One boundary: what a chat template, TRL or `datasets` raises on the way becomes a
+[`RecipeError`] with the row and what is in it.
+
+A dataset that is in TRL's form already goes through unchanged.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate.logging import get_logger
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import DPOConfig
+
+from ..recipe_values import RecipeError, show
+from .formats import CONVERSIONS, Columns, Pair, read_pair, repeats_prompt
+from .judge import REASONS, Findings, Judge
+
+
+logger = get_logger(__name__)
+
+# Rows of a stream that are looked at before the training
+STREAMED_ROWS = 1000
+
+Rows = Dataset | IterableDataset
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
+
+
+@dataclass
+class Account:
+    """
+    What became of a dataset's rows.
+
+    Args:
+        findings ([`~rows.judge.Findings`]):
+            What was left out, and what is odd.
+        converted (`Counter`):
+            Rows by what was done to them, keys of [`~rows.formats.CONVERSIONS`].
+        format (`str`, *optional*):
+            Name of the format that the columns are of, if it is not TRL's own.
+    """
+
+    findings: Findings
+    converted: Counter[str] = field(default_factory=Counter)
+    format: str | None = None
+
+    @property
+    def conversion(self) -> str | None:
+        """What was done to rows that are not in TRL's form, or `None` if all are."""
+        if not self.converted:
+            return None
+        what = self.findings.what + (f" ({self.format})" if self.format else "")
+        counts = "; ".join(f"{CONVERSIONS[done]} ({count:,})" for done, count in self.converted.most_common())
+        return f"The {what} are brought into TRL's form: {counts}."
+
+    @property
+    def lines(self) -> list[str]:
+        return [*filter(None, [self.conversion]), *self.findings.drops, *self.findings.warnings]
+
+
+def prepare_pairs(
+    dataset: Rows,
+    processing_class: ProcessingClass,
+    args: DPOConfig,
+    name: str,
+    tokenize: Callable[[Rows, DPOConfig], Rows],
+    vocabulary: int | None = None,
+) -> tuple[Rows, Account]:
+    """
+    Rows that can be trained on, tokenized as DPOTrainer does.
+
+    Args:
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows in any known shape.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The tokenizer, with its pad token set.
+        args ([`~trl.DPOConfig`]):
+            `max_length` and how to cut there.
+        name (`str`):
+            `"train"` or `"eval"`.
+        tokenize (`Callable`):
+            TRL's own preparation, `(rows, args) -> rows` with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        vocabulary (`int`, *optional*):
+            Rows of the model's embeddings. Default: not looked at.
+
+    Returns:
+        `tuple`: the rows, and the [`Account`] of them. Of a stream, only the first 1,000 rows are in the account; of the others,
+        those that cannot be used are left out as they come.
+
+    Raises:
+        [`RecipeError`]: another kind of data, nothing that can be trained on, or more than half that cannot.
+    """
+    account = Account(Findings(f"rows of the {name} dataset"))
+    judge = Judge(processing_class, account.findings)
+    if isinstance(dataset, IterableDataset):
+        return _prepare_stream(dataset, judge, args, account, tokenize, vocabulary), account
+    if len(dataset) == 0:
+        raise RecipeError(f"the {name} dataset has no rows. A preference dataset has one pair per row.")
+    rows, usable = standard_rows(dataset, judge, account)
+    account.findings.check()
+    numbers = [index + 1 for index, can in enumerate(usable) if can]
+    if len(numbers) < len(rows):
+        rows = rows.select([number - 1 for number in numbers])
+    uncut = copy.copy(args)
+    uncut.max_length = None  # TRL would leave out rows that are too long, without a count
+    try:
+        prepared = tokenize(rows, uncut)
+    except Exception as error:
+        raise _named(error, rows, numbers, lambda row: tokenize(row, uncut)) from error
+    cut = args.max_length if args.truncation_mode == "keep_start" else None
+    can = judge.ids(prepared, numbers, vocabulary, cut)
+    account.findings.check()
+    return (prepared if can.all() else prepared.select(can.nonzero()[0])), account
+
+
+def standard_rows(
+    dataset: Dataset, judge: Judge, account: Account, always: bool = False
+) -> tuple[Dataset, list[bool]]:
+    """Rows in TRL's form, as they are if they have it already (unless `always`), and which of them can be used."""
+    columns = Columns.of(dataset.column_names)
+    account.format = columns.format
+    looked_at = _Dataset(columns)
+    for row in _read(dataset, columns):
+        looked_at.add(row)
+    as_messages, cut_prompt = looked_at.as_messages, looked_at.cut_prompt
+    usable, done = [], Counter()
+    for number, row in enumerate(_read(dataset, columns), start=1):
+        pair = read_pair(row, columns, as_messages, cut_prompt)
+        done.update(set(pair.done))
+        usable.append(_judge(number, pair, columns, judge, row))
+    if any(usable) and as_messages and judge._template is None and not looked_at.messages:
+        raise RecipeError(
+            f"`{columns.system}` holds a system message, and the tokenizer has no chat template to put it in. Put it into the prompt: "
+            f"`dataset.map(lambda row: {{'prompt': row['{columns.system}'] + '\\n\\n' + row['{columns.prompt}']}})`, and remove "
+            f"`{columns.system}`."
+        )
+    if looked_at.no_options:
+        done["kwargs"] = looked_at.no_options
+    account.converted.update(done)
+    implicit = columns.prompt != "prompt"
+    if not always and not done and not looked_at.misleading and not (implicit and not all(usable)):
+        return dataset, usable
+    features = Features(dataset.features)
+    kind = List(Json()) if looked_at.messages or as_messages else Value("string")
+    for column in ("prompt", "chosen", "rejected"):
+        features[column] = kind
+    for column in ("tools", "chat_template_kwargs"):
+        if column in features and not isinstance(features[column], Value):
+            features[column] = Json()
+    gone = [name for name in ("messages", "completion") if name in features]  # TRL would take them for the pairs
+    for column in gone:
+        del features[column]
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        pair = read_pair(row, columns, as_messages, cut_prompt)
+        converted = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        empty = [] if kind != Value("string") else ""
+        converted = {
+            key: value if isinstance(value, list if empty == [] else str) else empty for key, value in converted.items()
+        }
+        if "chat_template_kwargs" in row:
+            options = row["chat_template_kwargs"] or {}
+            converted["chat_template_kwargs"] = {k: v for k, v in options.items() if v is not None}
+        return converted
+
+    return dataset.map(convert, features=features, remove_columns=gone, desc="Reading preference pairs"), usable
+
+
+class _Dataset:
+    """What only the whole dataset says: decisions that no row is taken alone for."""
+
+    def __init__(self, columns: Columns):
+        self._columns = columns
+        self.rows = self.texts = self.messages = self.repeated = self.systems = self.no_options = 0
+        self._with_options = 0
+        self.misleading = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        pair = read_pair(row, self._columns)
+        self.rows += 1
+        self.messages += pair.is_conversational and not {"system", "history"} & set(pair.done)
+        self.systems += bool({"system", "history"} & set(pair.done))
+        self.texts += isinstance(pair.prompt, str)
+        self.repeated += repeats_prompt(pair)
+        options = row.get("chat_template_kwargs")
+        if "chat_template_kwargs" in row:
+            # Arrow gives every row all keys, as nulls
+            missing = options is None or any(value is None for value in options.values())
+            self.no_options += missing
+        # Columns in which TRL would look for messages too, in an order that differs from process to process
+        self.misleading |= any(name in row for name in ("messages", "completion"))
+
+    @property
+    def as_messages(self) -> bool:
+        return bool(self.messages or self.systems)
+
+    @property
+    def cut_prompt(self) -> bool:
+        return 2 * self.repeated > self.texts
+
+
+def _read(dataset: Dataset, columns: Columns):
+    """The columns that decide anything, as Python objects."""
+    others = ("question", "instruction", "query", "input", "system", "messages", "conversations", "completion")
+    names = [*columns.read, *others, "tools", "chat_template_kwargs"]
+    return dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names])
+
+
+def _judge(number: int, pair: Pair, columns: Columns, judge: Judge, row: dict[str, Any]) -> bool:
+    if pair.fault is None:
+        prompt = pair.prompt
+        if prompt is None and columns.prompt is None and not pair.is_conversational:
+            prompt = ""  # TRL takes what both share at their beginning
+        return judge.row(number, prompt, [pair.chosen, pair.rejected], row)
+    judge.findings.total += 1
+    judge.findings.drop(pair.fault, number, show(pair.prompt if pair.prompt else pair.chosen))
+    return False
+
+
+def _named(error: Exception, rows: Dataset, numbers: list[int], tokenize: Callable[[Dataset], Any]) -> RecipeError:
+    """The error with the first row that raises it by itself."""
+    for index, number in enumerate(numbers):
+        row = rows.select([index])
+        try:
+            tokenize(row)
+        except Exception as own:
+            values = {key: show(value) for key, value in row[0].items() if key in ("prompt", "chosen", "rejected")}
+            seen = "; ".join(f"`{key}` is {value}" for key, value in values.items())
+            return RecipeError(
+                f"row {number:,} cannot be rendered: {type(own).__name__}: {own}. There {seen}. Change the row, or leave it out: "
+                f"`dataset.select(i for i in range(len(dataset)) if i != {number - 1})`."
+            )
+    return RecipeError(f"the rows cannot be prepared: {type(error).__name__}: {error}")
+
+
+def _prepare_stream(
+    dataset: IterableDataset,
+    judge: Judge,
+    args: DPOConfig,
+    account: Account,
+    tokenize: Callable[[Rows, DPOConfig], Rows],
+    vocabulary: int | None,
+) -> IterableDataset:
+    """Decide by the first rows, and leave out later ones that cannot be used as they come."""
+    head = list(dataset.take(STREAMED_ROWS))
+    if not head:
+        raise RecipeError("the stream has no rows. A preference dataset has one pair per row.")
+    account.findings.what += f" among the first {len(head):,}"
+    sample = Dataset.from_list(head, on_mixed_types="use_json")
+    _, usable = standard_rows(sample, judge, account)
+    account.findings.check()
+    columns, looked_at = Columns.of(sample.column_names), _Dataset(Columns.of(sample.column_names))
+    for row in sample:
+        looked_at.add(row)
+    quiet = Judge(judge._processing_class, Findings("rows"))
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        pair = read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt)
+        row = {key: value for key, value in row.items() if key not in ("messages", "completion")}
+        if row.get("chat_template_kwargs", {}) is None:
+            row["chat_template_kwargs"] = {}
+        return {**row, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+
+    def can_use(row: dict[str, Any]) -> bool:
+        return _judge(0, read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt), columns, quiet, row)
+
+    if account.converted or not all(usable):
+        dataset = dataset.filter(can_use)
+        dataset = dataset.map(convert) if account.converted else dataset
+    try:
+        prepared = tokenize(dataset, args)
+        next(iter(prepared))
+    except StopIteration:
+        raise RecipeError("every row of the stream has a prompt that alone fills `max_length`. Raise it.") from None
+    except Exception as error:
+        raise RecipeError(f"the stream cannot be prepared: {type(error).__name__}: {error}") from error
+    return prepared.filter(lambda row: bool(row["chosen_ids"]) and row["chosen_ids"] != row["rejected_ids"])
+
+
+__all__ = ["REASONS", "Account", "prepare_pairs", "standard_rows"]

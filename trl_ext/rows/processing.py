@@ -1,0 +1,24 @@
+"""The tokenizer or processor of a model, as all parts of the package load it."""
+
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+
+def load_processing_class(
+    name: str, config: PreTrainedConfig, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """
+    A model's tokenizer, or its processor if it takes more than text.
+
+    A text-only model may name an image processor that it does not have (Gemma 3's small ones do): DPOTrainer, which asks for the
+    processor in any case, cannot load it.
+
+    Args:
+        name (`str`):
+            A directory, or a name on the Hub.
+        config ([`~transformers.PreTrainedConfig`]):
+            The model's.
+        revision (`str`, *optional*), trust_remote_code (`bool`, *optional*, defaults to `False`):
+            As for `from_pretrained`.
+    """
+    loader = AutoTokenizer if config.get_text_config() is config else AutoProcessor
+    return loader.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
