@@ -125,7 +125,7 @@ def test_prepared_pairs_are_the_trainers(make_trainer, tiny_model_dir, conversat
     """Oracle: the rows of a trainer, without a bound on their length."""
     trainer = make_trainer(TDPOTrainer, TDPOConfig, max_length=None)
     args = DPOConfig(output_dir="out", use_cpu=True, bf16=False, max_length=12)
-    rows = prepared_pairs(conversational_pairs, trainer.processing_class, args)
+    rows, account = prepared_pairs(conversational_pairs, trainer.processing_class, args)
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert rows[column] == trainer.train_dataset[column]
     assert args.max_length == 12
@@ -214,7 +214,7 @@ class TestFlatRecipe:
             ({"alpha": -1}, "`alpha` must be at least 0"),
             ({"ld_alpha": 0.5}, "`ld_alpha=0.5` is not supported"),
             ({"dataset_name": "none.jsonl"}, "none.jsonl: no such file"),
-            ({"dataset_name": "sft.jsonl"}, "no column `chosen` and `rejected`; found `prompt`, `completion`"),
+            ({"dataset_name": "sft.jsonl"}, "`prompt` and `completion` are the columns of prompts with one answer"),
             ({"model_name_or_path": "org/not-there"}, "`model_name_or_path`: org/not-there cannot be read: "),
             ({"bf16": True, "use_cpu": False}, "no CUDA device, and the recipe is for one"),
         ],

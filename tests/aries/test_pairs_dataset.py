@@ -85,7 +85,9 @@ def test_the_pairs_can_be_trained_on(run):
     from trl_ext.scripts.preference import load_pairs
 
     main(["aries", "pairs", "--config", "r.yaml", "--output", "my-pairs"])
-    train, _ = load_pairs(ScriptArguments(dataset_name="my-pairs"), DatasetMixtureConfig(), evaluate=False, seed=0)
+    train, _ = load_pairs(
+        ScriptArguments(dataset_name="my-pairs"), DatasetMixtureConfig(), evaluate=False, seed=0, processing_class=None
+    )
     assert len(train) == 5 and train[0]["chosen"] == [{"role": "assistant", "content": "good"}]
 
 

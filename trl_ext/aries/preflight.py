@@ -4,7 +4,6 @@ Preflight: every setting of a recipe is constructed once, in a process of its ow
 Constructing TRL's configs starts accelerate, and with it CUDA; the process that runs the loop stays free of both.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,26 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig, SFTConfig, get_peft_config
 
 from ..launch import Launch
-from ..recipe import Recipe, RecipeError, check_keys
+from ..recipe import Recipe, RecipeError, check_keys, parse_section
+from ..rows.completions import judge_completions, judge_prompts
 from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import PairwiseTrainer
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.trackers import check_trackers
-from .children import child_main
-from .config import LOOP_KEYS, DatasetConfig, HealthConfig
+from .children import Reporter, child_main
+from .config import LOOP_KEYS, AriesConfig, DatasetConfig, HealthConfig
 from .drafts import encode_prompt
 from .engine import quantization_problem
 from .health import share_finding
 from .launch_check import launch_problem
-from .prompts import load_prompts
+from .prompts import load_prompts, load_rows
+from .refinements import Strategy
 from .reward_model import check_reward_model
+from .sft import sft_row, usable_sft_rows
 from .training import trainer_classes
 from .weights import adapter_problem, weights_problem
 
@@ -58,7 +60,7 @@ POSITIVE_KEYS = ("learning_rate", "per_device_train_batch_size", "gradient_accum
 PROBED_PROMPTS = 2000
 
 
-def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+def main(job: dict[str, Any], progress: Reporter) -> None:
     """
     The child process: check the keys of the sections that are TRL's, construct their configs, and look at the tokenizer
     and the reward model.
@@ -112,9 +114,11 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         if problem:
             raise RecipeError(f"{recipe.where('generation', 'quantization')}: `generation.quantization`: {problem}")
 
-    tokenizer = check_model(recipe, job)
+    tokenizer, vocabulary = check_model(recipe, job)
     for file in job["prompts"]:
-        check_prompts(tokenizer, file, HealthConfig(**job["health"]))
+        check_prompts(tokenizer, vocabulary, file, HealthConfig(**job["health"]), progress)
+    if job["sft"] is not None and job["prompts"]:
+        check_sft_rows(tokenizer, vocabulary, recipe, job, progress)
 
     listed = recipe.at("scores", "scorers") or []
     for keys in [("scores",), *(("scores", "scorers", i) for i in range(len(listed)))]:
@@ -130,9 +134,12 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
                 raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
 
 
-def check_model(recipe: Recipe, job: dict[str, Any]) -> PreTrainedTokenizerBase:
+def check_model(recipe: Recipe, job: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, int]:
     """
     Look at the model's files, its config and its tokenizer, and at the adapters that the run has made of it. No weight is loaded.
+
+    Returns:
+        `tuple`: the tokenizer, and how many embeddings there are.
 
     Raises:
         [`RecipeError`]: with the model's line in the recipe.
@@ -161,17 +168,12 @@ def check_model(recipe: Recipe, job: dict[str, Any]) -> PreTrainedTokenizerBase:
             f"the prompts are messages, and the tokenizer of {name} has no chat template. Give it one "
             "(`trl.clone_chat_template`), or make the prompts plain text."
         )
-    if len(tokenizer) > text_config.vocab_size:
-        refuse(
-            f"the tokenizer of {name} has {len(tokenizer):,} tokens, and the model's vocabulary {text_config.vocab_size:,}. Resize the "
-            "model's embeddings, or use the tokenizer that it was trained with."
-        )
     check_context(recipe, text_config, job["max_model_len"])
     if settings.get("use_peft"):
         with torch.device("meta"):  # shapes without weights
             base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         check_adapters(recipe, base, [path for path in map(Path, job["adapters"]) if path.is_dir()])
-    return tokenizer
+    return tokenizer, text_config.vocab_size
 
 
 def check_adapters(recipe: Recipe, base: PreTrainedModel, adapters: list[Path]) -> None:
@@ -220,15 +222,25 @@ def check_context(recipe: Recipe, config: PretrainedConfig, max_model_len: int) 
     )
 
 
-def check_prompts(tokenizer: PreTrainedTokenizerBase, file: dict[str, Any], health: HealthConfig) -> None:
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    file: dict[str, Any],
+    health: HealthConfig,
+    progress: Reporter,
+) -> None:
     """
-    Render prompts as the engine will.
+    Judge all prompts, and render some of them as the engine will.
 
     Raises:
-        [`RecipeError`]: the chat template refuses one, or too many are too long.
+        [`RecipeError`]: the chat template refuses one, one has a token without embedding, or too many are too long.
     """
     rows = load_prompts([DatasetConfig(**entry) for entry in file["datasets"]], file["key"])
     count = min(len(rows), file["samples"] or len(rows))
+    findings = judge_prompts(rows.take(range(count)), tokenizer, f"prompts of `{file['key']}`", vocabulary)
+    findings.check(most=0)
+    for warning in findings.warnings:
+        progress.note(warning)
     probed = rows[: count : -(-count // PROBED_PROMPTS)]
     too_long = 0
     for row in probed:
@@ -242,6 +254,27 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, file: dict[str, Any], heal
             f"{finding}: they have more than {file['longest']:,} tokens, which is `generation.max_model_len` less "
             "`drafts.max_tokens`. Raise the one, lower the other, or leave long prompts out."
         )
+
+
+def check_sft_rows(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, recipe: Recipe, job: dict[str, Any], progress: Reporter
+) -> None:
+    """
+    Judge the rows for SFT as they will be rendered.
+
+    Raises:
+        [`RecipeError`]: too many cannot be trained on.
+    """
+    config = parse_section(recipe, AriesConfig)
+    dataset = config.sft["dataset"]
+    rows, _ = usable_sft_rows(load_rows(DatasetConfig(dataset), "sft.dataset"), dataset)
+    template = Strategy(config.refinements).templates[0]
+    rows = (sft_row(row, template) for row in rows)
+    max_length = job["sft"]["config"].get("max_length", SFTConfig.max_length)
+    _, findings = judge_completions(rows, tokenizer, "rows of `sft.dataset`", vocabulary, max_length)
+    findings.check(config.health.max_dropped)
+    for line in [*findings.drops, *findings.warnings]:
+        progress.note(line)
 
 
 def check_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, recipe: Recipe) -> None:

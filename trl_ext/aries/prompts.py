@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data_files import BUILDERS, builder_arguments, is_data_file
 from ..recipe import RecipeError
+from ..rows.formats import is_filled, looks_like_messages, read_text
 from .config import DatasetConfig
 from .dataset_rows import ROWS_AT_ONCE, ArrowRows, DatasetRows, JsonLines
 from .records import blocks
@@ -30,7 +31,7 @@ def load_rows(entry: DatasetConfig, where: str) -> DatasetRows:
     """
     try:
         is_file = is_data_file(entry.path)
-        if is_file and Path(entry.path).suffix == ".jsonl":
+        if is_file and Path(entry.path).suffix in (".jsonl", ".ndjson"):
             rows = JsonLines(Path(entry.path).expanduser(), entry.columns)
         else:
             rows = ArrowRows(load_dataset(entry, is_file))
@@ -106,6 +107,7 @@ class Prompts(Sequence):
             for path, rows, count in self._mixture:
                 own = [number for number in block if first <= number < first + count]
                 for number, row in zip(own, rows.take(number - first for number in own), strict=True):
+                    row = read_row(row)
                     columns = {"dataset_prompt_id" if key == "prompt_id" else key: row[key] for key in row}
                     found[number] = {"prompt_id": f"{Path(path).stem}-{number + 1:07d}", **columns}
                 first += count
@@ -123,7 +125,7 @@ def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
     mixture = load_mixture(entries, where)
     kind = None
     for path, rows, count in mixture:
-        for number, row in enumerate(rows.take(range(count)), start=1):
+        for number, row in enumerate(map(read_row, rows.take(range(count))), start=1):
             problem = prompt_problem(row)
             if problem:
                 raise RecipeError(f"`{where}`: {path}, row {number}: {problem}")
@@ -135,13 +137,21 @@ def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
     return Prompts(mixture)
 
 
+def read_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its prompt in TRL's form: ShareGPT's turns, JSON in text and parts of text are read as messages."""
+    prompt = row.get("prompt")
+    return {**row, "prompt": read_text(prompt, [])} if isinstance(prompt, (str, list)) else row
+
+
 def prompt_problem(row: dict[str, Any]) -> str | None:
     """What makes a row unusable as a prompt, or `None`."""
     if "prompt" not in row:
         return f"no column `prompt`; its columns are {sorted(row)}. Rename the column that holds the question."
     prompt = row["prompt"]
     if isinstance(prompt, str):
-        return None if prompt.strip() else "the prompt is empty."
+        if looks_like_messages(prompt):
+            return "the text was messages once, and is not JSON. Save the data as JSON lines or Parquet, which keep lists."
+        return None if prompt.strip() else f"the prompt is empty{_beside(row)}."
     if not prompt or not is_messages(prompt):
         return "`prompt` must be text or a non-empty list of messages with `role` and `content`."
     if prompt[-1]["role"] != "user":
@@ -149,6 +159,12 @@ def prompt_problem(row: dict[str, Any]) -> str | None:
     if not isinstance(prompt[-1]["content"], str) or not prompt[-1]["content"].strip():
         return "the last user message must be non-empty text."
     return None
+
+
+def _beside(row: dict[str, Any]) -> str:
+    """Columns beside an empty prompt that look like one."""
+    names = [f"`{name}`" for name in ("question", "instruction", "query", "messages") if is_filled(row.get(name))]
+    return f", and {' and '.join(names)} holds text: rename it to `prompt`" if names else ""
 
 
 def is_messages(value: Any) -> bool:

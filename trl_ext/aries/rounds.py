@@ -110,7 +110,7 @@ class Rounds:
         job = preflight_job(self.dir, self.config, recipe, self.launch, self.inputs.conversational)
         with self.stage(0, "check") as update:
             log = self.dir.path / "logs" / "check.log"
-            run_child("trl_ext.aries.preflight", job, log, update)
+            run_child("trl_ext.aries.preflight", job, log, update, on_note=self.note)
 
     def check_servers(self) -> None:
         from .servers import Wanted, check_servers  # an HTTP client, which other runs do not need

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Template
 
 from ..recipe import RecipeError
+from ..rows.formats import read_text
 from .prompts import is_messages, prompt_problem
 from .refinements import refinement_prompt
 
@@ -22,13 +23,15 @@ def sft_row(row: dict[str, Any], template: Template) -> dict[str, Any]:
 
 def usable_sft_rows(rows: list[dict[str, Any]], dataset: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """
-    The rows that can be trained on, and how many of the others there are by reason.
+    The rows that can be trained on, in TRL's form, and how many of the others there are by reason. What only the tokenizer can tell of
+    them is `rows.completions`' to say.
 
     Raises:
         [`RecipeError`]: names the first row that is not of the form of an SFT row.
     """
     usable, dropped = [], Counter()
     for number, row in enumerate(rows, start=1):
+        row = {key: read_text(value, []) if key in ("prompt", "completion") else value for key, value in row.items()}
         problem = prompt_problem(row) or target_problem(row)
         if problem:
             raise RecipeError(f"`sft.dataset`: {dataset}, row {number}: {problem}")

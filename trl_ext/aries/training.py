@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from ..recipe import RecipeError
+from ..rows.completions import judge_completions
 from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
@@ -189,13 +190,16 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
     if job.get("objective_alpha") is not None:
         kwargs["objective_alpha"] = job["objective_alpha"]
         columns += ("turn",)
+    tokenizer = AutoTokenizer.from_pretrained(
+        job["model"], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if job["trainer"] == "sft":  # `check` has counted those that are left out
+        rows, _ = judge_completions(rows, tokenizer, "rows for SFT", max_length=args.max_length)
     trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=Dataset.from_list([{column: row[column] for column in columns} for row in rows]),
-        processing_class=AutoTokenizer.from_pretrained(
-            job["model"], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
-        ),
+        processing_class=tokenizer,
         callbacks=[ProgressReport(progress), StopOnNoNumber()],
         **kwargs,
     )
@@ -270,10 +274,9 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     trainer = make_trainer(job, progress)
     accelerator = trainer.accelerator
     check_launched(accelerator)
-    # TRL leaves out rows whose prompt alone fills `max_length`
     rows = len(repeat_by_weight(read_jsonl(Path(job["rows"]))))
     counts = {"rows": rows, "trained_rows": len(trainer.train_dataset)}
-    left_out = {"prompt fills max_length": rows - counts["trained_rows"]}
+    left_out = {"left out by the trainer (its log says why)": rows - counts["trained_rows"]}
     finding = share_finding("training rows", left_out, rows, HealthConfig(**job["health"]))
     if finding:
         raise RecipeError(f"{finding}. Raise `max_length` in the section, which is {job['config'].get('max_length')}.")

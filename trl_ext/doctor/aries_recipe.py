@@ -23,6 +23,7 @@ from ..aries.scores import load_verifier
 from ..aries.training import trainer_classes
 from ..launch import Launch, recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
+from ..rows.processing import tokenizer_of
 from .checks import Check, Report
 from .flat_recipe import check_memory, find_shape, left_out
 from .memory import BYTES, Estimate, Item, concurrency, engine_dtype, engine_memory, overhead, training_memory
@@ -52,7 +53,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
         check_data(config, inputs, report)
     if model is not None and inputs is not None:
         check_settings(config, inputs, recipe, launch, report)
-        check_samples(config, inputs, template, model[1], report)
+        report.attempt("samples", check_samples, config, inputs, template, tokenizer_of(model[1]), report)
     if model is not None:
         report.attempt("memory", estimates, config, model[0], report)
     if not probe or report.counts["failed"]:

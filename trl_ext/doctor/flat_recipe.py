@@ -4,21 +4,24 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset, disable_progress_bars
-from jinja2 import TemplateError
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
 from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from ..recipe import Recipe, RecipeError, parse_flat, take_flag
 from ..recipe_values import LAUNCH_KEYS
-from ..scripts.preference import load_pairs
-from ..trainers.prepared import prepared_pairs
+from ..rows.formats import Columns
+from ..rows.judge import TOKENS
+from ..rows.processing import tokenizer_of
+from ..scripts.preference import load_pairs, look_at_rows
 from .checks import Check, Report, gigabytes
 from .environment import last_line
 from .memory import Estimate, training_memory
-from .samples import SAMPLED_ROWS, check_bos, checkpoint_dtype, percent, read_model, show
+from .samples import SAMPLED_ROWS, checkpoint_dtype, percent, read_model, show
 from .shape import Shape, model_shape
 
 
@@ -55,14 +58,16 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
         args.bf16 = recipe.mapping.get("bf16", not args.fp16)  # what it would be on a GPU
     model = report.attempt("model", _model, model_args, args, report)
     evaluate = args.eval_strategy != "no"
-    data = report.attempt("data", load_pairs, script_args, dataset_args, evaluate, args.seed)
-    if data is not None:
-        check_data(*data, report)
-    if model is not None and data is not None:
-        report.attempt("samples", check_samples, _sample(data[0]), model[1], args, report)
+    processing_class = None if model is None else model[1]
+    data = report.attempt("data", load_pairs, script_args, dataset_args, evaluate, args.seed, processing_class)
+    known = data is not None and report.attempt("columns", check_data, *data, report)
+    if known and model is not None:
+        for rows, name in zip(data, ("train", "eval"), strict=True):
+            if rows is not None:
+                report.attempt("rows", check_rows, rows, name, model, args, report)
     if model is not None:
         if self_refine:
-            count = len(model[1](args.refinement_prompt)["input_ids"])
+            count = len(tokenizer_of(model[1])(args.refinement_prompt)["input_ids"])
             report.add(Check("ok", "refinement", f"`refinement_prompt` adds {count} tokens to every prompt"))
         dtype = checkpoint_dtype(model[0]) if model_args.dtype in (None, "auto") else model_args.dtype
         shape = find_shape(model[0], model_args, args.trust_remote_code, report)
@@ -78,7 +83,7 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
 
 def _model(
     model_args: ModelConfig, args: DPOConfig, report: Report
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | ProcessorMixin]:
     name = model_args.model_name_or_path
     if name is None:
         raise RecipeError("`model_name_or_path` is missing: a directory, or a model's name on the Hub.")
@@ -106,50 +111,58 @@ def left_out(probe: bool) -> Check:
     return Check("ok", "time", f"left out: {why}")
 
 
-def _sample(dataset: Dataset | IterableDataset) -> Dataset:
-    """Rows to look at: the first two of the dataset, and others drawn from all of it."""
-    if isinstance(dataset, IterableDataset):
-        return Dataset.from_list(list(dataset.take(SAMPLED_ROWS)))
-    if len(dataset) <= SAMPLED_ROWS:
-        return dataset
-    others = torch.randperm(len(dataset) - 2, generator=torch.Generator().manual_seed(0))[: SAMPLED_ROWS - 2] + 2
-    return dataset.select([0, 1, *others.tolist()])
-
-
-def check_data(train: Any, evaluation: Any, report: Report) -> None:
-    columns = list(next(iter(train)))
-    needed = ["prompt", "chosen", "rejected"] if "prompt" in columns else ["chosen", "rejected"]
-    used = [*needed, *(column for column in ("tools", "chat_template_kwargs") if column in columns)]
-    others = [column for column in columns if column not in used]
+def check_data(train: Any, evaluation: Any, report: Report) -> bool:
+    names = train.column_names or list(next(iter(train), {}))
+    columns = Columns.of(names)
+    used = [*dict.fromkeys([*columns.read, *(name for name in ("tools", "chat_template_kwargs") if name in names)])]
+    others = [name for name in names if name not in used]
     found = f"{', '.join(used)} used" + (f"; not used: {', '.join(others)}" if others else "")
-    if "prompt" not in columns:
+    if columns.prompt is None:
         found += "; the prompt is what chosen and rejected share at their start"
     report.add(Check("ok", "columns", found))
     sizes = [("train", train)] + ([("evaluation", evaluation)] if evaluation is not None else [])
     counted = (f"{name} {len(rows):,}" if isinstance(rows, Dataset) else f"{name} streamed" for name, rows in sizes)
     report.add(Check("ok", "rows", ", ".join(counted)))
+    return True
 
 
-def check_samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, report: Report) -> None:
-    """Two samples as the trainer sees them, and what `max_length` cuts."""
-    if tokenizer.chat_template is None and isinstance(rows[0]["chosen"], list):
-        raise RecipeError(
-            "the pairs are messages, and the tokenizer has no chat template. Give it one (`trl.clone_chat_template`), or make "
-            "the pairs plain text."
-        )
+def check_rows(
+    rows: Dataset | IterableDataset,
+    name: str,
+    model: tuple[PreTrainedConfig, PreTrainedTokenizerBase | ProcessorMixin],
+    args: DPOConfig,
+    report: Report,
+) -> None:
+    """What becomes of the rows, in the words of the training, and of the train dataset two samples and the lengths."""
     disable_progress_bars()
-    try:
-        prepared = prepared_pairs(rows, tokenizer, args)
-    except (TemplateError, TypeError, ValueError) as error:  # a template's, or TRL's on rows that do not fit together
-        raise RecipeError(f"the pairs cannot be rendered: {type(error).__name__}: {last_line(str(error))}") from error
+    config, processing_class = model
+    looked_at = look_at_rows(rows, processing_class, args, name, config.get_text_config().vocab_size)
+    if looked_at is None:
+        report.add(
+            Check("ok", "samples", f"left out: the {name} dataset has images, which the trainer reads batch by batch")
+        )
+        return
+    prepared, account = looked_at
+    for line in filter(None, [account.conversion]):
+        report.add(Check("ok", "form", line))
+    for line in [*account.findings.drops, *account.findings.warnings]:
+        found, _, fix = line.partition("). ")
+        report.add(Check("warning", "rows", f"{found})", fix))
+    if name == "train":
+        if isinstance(prepared, IterableDataset):
+            prepared = Dataset.from_list(list(prepared.select_columns(list(TOKENS)).take(SAMPLED_ROWS)))
+        check_samples(prepared, account.findings.dropped["too long"], tokenizer_of(processing_class), args, report)
+
+
+def check_samples(
+    prepared: Dataset, too_long: int, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, report: Report
+) -> None:
+    """Two samples as the trainer sees them, and what `max_length` cuts."""
     report.add(Check("ok", "samples", "the first two, as the trainer sees them"))
     for row in prepared.select(range(min(2, len(prepared)))):
         for part in ("prompt", "chosen", "rejected"):
             show(report, part, row[f"{part}_ids"], tokenizer)
     first = prepared[0]
-    found = check_bos(first["prompt_ids"], tokenizer)
-    if found is not None:
-        report.add(found)
     if tokenizer.eos_token_id not in first["chosen_ids"][-3:]:
         way_out = "The model will not learn to stop. Does the chat template end a turn with another token?"
         report.add(
@@ -163,21 +176,14 @@ def check_samples(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: DPOCo
             )
         )
         return
-    prompts = [len(ids) for ids in prepared["prompt_ids"]]
-    longest = [
-        prompt + max(len(chosen), len(rejected))
-        for prompt, chosen, rejected in zip(prompts, prepared["chosen_ids"], prepared["rejected_ids"], strict=True)
-    ]
-    cut = sum(length > args.max_length for length in longest)
-    lost = sum(prompt >= args.max_length for prompt in prompts)
+    table = prepared.select_columns(list(TOKENS)).with_format("arrow")[:]
+    prompts, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in TOKENS)
+    longest = prompts + np.maximum(chosen, rejected)
+    cut = int((longest > args.max_length).sum())
     found = f"{percent(cut, len(longest))} pairs are longer than `max_length: {args.max_length}`"
-    found += f", {percent(lost, len(prompts))} prompts fill it alone; longest pair {max(longest):,} tokens"
-    state = "warning" if cut > 0.05 * len(longest) or lost else "ok"
-    way_out = (
-        "Raise `max_length`: pairs are cut, and rows whose prompt fills it are left out."
-        if state == "warning"
-        else None
-    )
+    found += f", {too_long:,} more have a prompt that fills it alone; longest pair {longest.max():,} tokens"
+    state = "warning" if cut > 0.05 * len(longest) else "ok"
+    way_out = "Raise `max_length`: the ends of these answers are cut off." if state == "warning" else None
     report.add(Check(state, "lengths", found, way_out))
 
 

@@ -1,8 +1,9 @@
 """What a recipe's model sees: its configuration and tokenizer, and texts as they are rendered."""
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..recipe import RecipeError
+from ..rows.processing import load_processing_class
 from .checks import Check, Report
 
 
@@ -12,17 +13,18 @@ SAMPLED_ROWS = 1000
 
 def read_model(
     name: str, revision: str | None, trust_remote_code: bool, key: str
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | ProcessorMixin]:
     """
-    A model's configuration and tokenizer, no weights.
+    A model's configuration and its tokenizer or processor, as the training loads them; no weights.
 
     Raises:
         [`RecipeError`]: neither there nor reachable, in one line.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, **options)
+        return config, load_processing_class(name, config, **options)
+    except Exception as error:  # of a broken file each library raises its own
         cause = str(error).strip().splitlines()[0]
         raise RecipeError(
             f"`{key}`: {name} cannot be read: {cause} Is the name right, are you logged in (`hf auth login`), is there a network?"

@@ -9,6 +9,7 @@ Deliberately not here: the tokenizer, and whether a row can be trained on (`judg
 import ast
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,7 +272,7 @@ def _read_messages(pair: Pair, system: str | None, history: Messages) -> None:
         )
         pair.done.append("answer")
     prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-    shared = common_beginning(chosen, rejected)
+    shared = chosen[: shared_length(chosen, rejected)]
     if isinstance(prompt, str):
         if not prompt.strip():
             prompt = []
@@ -313,7 +314,7 @@ def _read_texts(pair: Pair, cut_prompt: bool) -> None:
     """A pair of texts."""
     prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
     if all(is_dialogue(answer) for answer in (chosen, rejected)):
-        shared = _shared_text(chosen, rejected)
+        shared = chosen[: shared_length(chosen, rejected)]
         end = shared.rfind(_ANSWER)
         rest = [answer[end + len(_ANSWER) :] for answer in (chosen, rejected)]
         if end < 0 or any(_TURN.search(answer) for answer in rest):
@@ -342,9 +343,11 @@ def is_dialogue(text: str) -> bool:
     return text.lstrip().startswith("Human:") and _ANSWER in text
 
 
-def _shared_text(text: str, other: str) -> str:
-    length = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    return text[:length]
+def shared_length(sequence: Sequence, other: Sequence) -> int:
+    """How many items both begin with."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(sequence, other, strict=False)) if a != b), min(len(sequence), len(other))
+    )
 
 
 def read_text(value: Any, done: list[str]) -> Text:
@@ -391,7 +394,9 @@ def is_message(value: Any) -> bool:
 
 def looks_like_messages(text: Any) -> bool:
     """Whether a text was messages once, in a form that nothing reads: an array printed by NumPy, JSON that was cut off."""
-    return isinstance(text, str) and re.match(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text) is not None
+    return (
+        isinstance(text, str) and re.match(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text) is not None
+    )
 
 
 def read_message(message: dict[str, Any], done: list[str]) -> dict[str, Any]:
@@ -446,13 +451,3 @@ def is_answer(message: dict[str, Any]) -> bool:
 def is_filled(value: Any) -> bool:
     """Whether there is something in a value: text that is not blank, a list with something in it."""
     return bool(value.strip()) if isinstance(value, str) else bool(value)
-
-
-def common_beginning(messages: Messages, others: Messages) -> Messages:
-    """The messages with which both begin."""
-    shared = []
-    for message, other in zip(messages, others, strict=False):
-        if message != other:
-            break
-        shared.append(message)
-    return shared

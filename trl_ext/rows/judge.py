@@ -8,7 +8,7 @@ chat template itself, once for each sequence of roles.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,13 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..recipe_values import RecipeError, show
 from .formats import Messages, Text, is_answer, is_filled, looks_like_messages
+from .processing import tokenizer_of
 
 
 # Largest share of rows that may be unusable before training is refused. Our choice
 MOST_DROPPED = 0.5
+
+TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 # Reason -> what is wrong with these rows, and what to change
 REASONS = {
@@ -160,19 +163,30 @@ class Judge:
             What renders them.
         findings ([`Findings`]):
             Where it counts.
+        vocabulary (`int`, *optional*):
+            Rows of the model's embeddings. Default: not looked at.
     """
 
-    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin, findings: Findings):
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        findings: Findings,
+        vocabulary: int | None = None,
+    ):
         self.findings = findings
+        self._vocabulary = vocabulary
         self._processing_class = processing_class
         self._template = processing_class.chat_template
-        is_processor = isinstance(processing_class, ProcessorMixin)
-        self._tokenizer = processing_class.tokenizer if is_processor else processing_class
-        self._takes_parts = is_processor
+        self._tokenizer = tokenizer_of(processing_class)
+        self._takes_parts = isinstance(processing_class, ProcessorMixin)
         self._probed: dict[str, str | None] = {}
         special = {token for token in self._tokenizer.all_special_tokens if len(token) > 1}
         template = self._template if isinstance(self._template, str) else str(self._template or "")
         self._own_tokens = [token for token in special if token in template]
+        self._beyond = []  # tokens without an embedding
+        if vocabulary is not None and len(self._tokenizer) > vocabulary:
+            added = self._tokenizer.get_added_vocab()
+            self._beyond = [token for token, number in added.items() if number >= vocabulary]
 
     def row(self, number: int, prompt: Text, answers: Sequence[Text], row: dict[str, Any]) -> bool:
         """
@@ -219,6 +233,12 @@ class Judge:
         if prompt is None or (not is_filled(prompt) and (isinstance(prompt, list) or _other_prompts(row))):
             others = _other_prompts(row)
             return "no prompt", f"`{others[0]}` holds something" if others else f"columns {', '.join(row)}"
+        for token in self._beyond:
+            if any(token in str(text) for text in texts):
+                return (
+                    "no embedding",
+                    f"{show(token)}, of which the model with {self._vocabulary:,} embeddings has none",
+                )
         if len(kinds) > 1:
             return "mixed kinds", ", ".join("messages" if isinstance(text, list) else "text" for text in texts)
         return None if isinstance(prompt, str) else self._fault_of_messages(prompt, answers, row)
@@ -273,42 +293,52 @@ class Judge:
         missing = [role for role, mark in marks if mark not in rendered]
         return f"the template drops {', '.join(f'`{role}`' for role in missing)}" if missing else None
 
-    def ids(self, prepared: Any, numbers: Sequence[int], vocabulary: int | None, max_length: int | None) -> np.ndarray:
+    def ids(self, prepared: Any, numbers: Sequence[int], max_length: int | None) -> np.ndarray:
         """
-        Judge token ids, of TRL's columns `prompt_ids` and `chosen_ids`, `rejected_ids` (or `completion_ids`).
+        Judge the token ids of pairs.
 
         Args:
             prepared (`datasets.Dataset`):
-                With these columns.
+                With TRL's columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
             numbers (sequence of `int`):
                 The number of each of its rows, for the findings.
-            vocabulary (`int`, *optional*):
-                Rows of the model's embeddings.
             max_length (`int`, *optional*):
                 Where sequences are cut off, at their end; `None` where they are not, or at their beginning.
 
         Returns:
             `np.ndarray`: of shape `(len(prepared),)`, whether each row can be used.
         """
-        names = [n for n in ("chosen_ids", "rejected_ids", "completion_ids") if n in prepared.column_names]
         usable = np.ones(len(prepared), dtype=bool)
-        bos = self._tokenizer.bos_token_id
         start = 0
-        for table in prepared.select_columns(["prompt_ids", *names]).with_format("arrow").iter(batch_size=1000):
-            columns = [_lists(table[name]) for name in ("prompt_ids", *names)]
+        for table in prepared.select_columns(list(TOKENS)).with_format("arrow").iter(batch_size=1000):
+            columns = [_lists(table[name]) for name in TOKENS]
             for index in range(len(table)):
                 prompt, *answers = (values[offsets[index] : offsets[index + 1]] for values, offsets in columns)
                 number = numbers[start + index]
-                found = self._fault_of_ids(prompt, answers, vocabulary, max_length)
-                if found is not None:
-                    self.findings.drop(found[0], number, found[1])
-                    usable[start + index] = False
-                elif bos is not None and len(prompt) > 1 and prompt[0] == prompt[1] == bos:
-                    self.findings.warn("two BOS", number)
+                usable[start + index] = self.row_ids(number, prompt, answers, max_length)
             start += len(table)
         return usable
 
-    def _fault_of_ids(self, prompt, answers, vocabulary, max_length) -> tuple[str, str] | None:
+    def row_ids(
+        self,
+        number: int,
+        prompt: np.ndarray,
+        answers: Sequence[np.ndarray],
+        max_length: int | None,
+    ) -> bool:
+        """Count one row by its token ids; the arguments are those of [`ids`]. Returns whether it can be used."""
+        found = self._fault_of_ids(prompt, answers, max_length)
+        if found is not None:
+            self.findings.drop(found[0], number, found[1])
+            return False
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and len(prompt) > 1 and prompt[0] == prompt[1] == bos:
+            self.findings.warn("two BOS", number)
+        return True
+
+    def _fault_of_ids(
+        self, prompt: np.ndarray, answers: Sequence[np.ndarray], max_length: int | None
+    ) -> tuple[str, str] | None:
         if max_length is not None and len(prompt) >= max_length:
             return "too long", f"{len(prompt):,} tokens"
         if any(len(answer) == 0 for answer in answers):
@@ -317,11 +347,11 @@ class Judge:
         if len(kept) == 2 and np.array_equal(*kept):
             cut = "" if len(kept[0]) == len(answers[0]) else f"in the {len(kept[0]):,} tokens that `max_length` leaves"
             return "identical ids", cut
-        if vocabulary is not None:
+        if self._vocabulary is not None:
             largest = max(int(ids.max()) for ids in (prompt, *answers) if len(ids))
-            if largest >= vocabulary:
-                token = self._tokenizer.convert_ids_to_tokens(largest)
-                return "no embedding", f"{show(token)} is {largest:,}, and the model has {vocabulary:,} embeddings"
+            if largest >= self._vocabulary:
+                token = show(self._tokenizer.convert_ids_to_tokens(largest))
+                return "no embedding", f"{token} is {largest:,}, and the model has {self._vocabulary:,} embeddings"
         return None
 
 
@@ -364,15 +394,3 @@ def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     array = column.combine_chunks()
     offsets = array.offsets.to_numpy()
     return array.values.to_numpy(zero_copy_only=False), offsets
-
-
-def plural(count: int, what: str) -> str:
-    return f"{count:,} {what}"
-
-
-def check_rows(rows: Iterable[dict[str, Any]], judge: Judge) -> list[bool]:
-    """Judge prompts, each with its `completion` where it has one: which rows can be used."""
-    return [
-        judge.row(number, row.get("prompt"), [row["completion"]] if "completion" in row else [], row)
-        for number, row in enumerate(rows, start=1)
-    ]

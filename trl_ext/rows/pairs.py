@@ -19,7 +19,7 @@ from trl import DPOConfig
 
 from ..recipe_values import RecipeError, show
 from .formats import CONVERSIONS, Columns, Pair, read_pair, repeats_prompt
-from .judge import REASONS, Findings, Judge
+from .judge import Findings, Judge
 
 
 logger = get_logger(__name__)
@@ -96,9 +96,9 @@ def prepare_pairs(
         [`RecipeError`]: another kind of data, nothing that can be trained on, or more than half that cannot.
     """
     account = Account(Findings(f"rows of the {name} dataset"))
-    judge = Judge(processing_class, account.findings)
+    judge = Judge(processing_class, account.findings, vocabulary)
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, judge, args, account, tokenize, vocabulary), account
+        return _prepare_stream(dataset, judge, args, account, tokenize), account
     if len(dataset) == 0:
         raise RecipeError(f"the {name} dataset has no rows. A preference dataset has one pair per row.")
     rows, usable = standard_rows(dataset, judge, account)
@@ -113,7 +113,7 @@ def prepare_pairs(
     except Exception as error:
         raise _named(error, rows, numbers, lambda row: tokenize(row, uncut)) from error
     cut = args.max_length if args.truncation_mode == "keep_start" else None
-    can = judge.ids(prepared, numbers, vocabulary, cut)
+    can = judge.ids(prepared, numbers, cut)
     account.findings.check()
     return (prepared if can.all() else prepared.select(can.nonzero()[0])), account
 
@@ -161,7 +161,8 @@ def standard_rows(
         converted = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         empty = [] if kind != Value("string") else ""
         converted = {
-            key: value if isinstance(value, list if empty == [] else str) else empty for key, value in converted.items()
+            key: value if isinstance(value, list if empty == [] else str) else empty
+            for key, value in converted.items()
         }
         if "chat_template_kwargs" in row:
             options = row["chat_template_kwargs"] or {}
@@ -244,7 +245,6 @@ def _prepare_stream(
     args: DPOConfig,
     account: Account,
     tokenize: Callable[[Rows, DPOConfig], Rows],
-    vocabulary: int | None,
 ) -> IterableDataset:
     """Decide by the first rows, and leave out later ones that cannot be used as they come."""
     head = list(dataset.take(STREAMED_ROWS))
@@ -257,7 +257,8 @@ def _prepare_stream(
     columns, looked_at = Columns.of(sample.column_names), _Dataset(Columns.of(sample.column_names))
     for row in sample:
         looked_at.add(row)
-    quiet = Judge(judge._processing_class, Findings("rows"))
+    quiet = copy.copy(judge)
+    quiet.findings = Findings("rows")
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         pair = read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt)
@@ -280,6 +281,3 @@ def _prepare_stream(
     except Exception as error:
         raise RecipeError(f"the stream cannot be prepared: {type(error).__name__}: {error}") from error
     return prepared.filter(lambda row: bool(row["chosen_ids"]) and row["chosen_ids"] != row["rejected_ids"])
-
-
-__all__ = ["REASONS", "Account", "prepare_pairs", "standard_rows"]

@@ -22,3 +22,8 @@ def load_processing_class(
     """
     loader = AutoTokenizer if config.get_text_config() is config else AutoProcessor
     return loader.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer, of a processor too."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

@@ -221,7 +221,7 @@ def load_pairs(
     dataset_args: "DatasetMixtureConfig",
     evaluate: bool,
     seed: int,
-    processing_class: "PreTrainedTokenizerBase | ProcessorMixin",
+    processing_class: "PreTrainedTokenizerBase | ProcessorMixin | None",
 ) -> tuple["Dataset | IterableDataset", "Dataset | IterableDataset | None"]:
     """
     Load the preference pairs.
@@ -236,12 +236,14 @@ def load_pairs(
             Whether an evaluation split is wanted.
         seed (`int`):
             For `test_split_size`. TRL splits without a seed, so that two runs, or two processes of one run, differ.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             For a mixture of datasets with different columns, which are brought into one form.
 
     Raises:
         [`RecipeError`]: no such data, no such split, no rows, or no preference pairs.
     """
+    import datasets
+
     train_split, size = script_args.dataset_train_split, dataset_args.test_split_size
     test_split = script_args.dataset_test_split if evaluate or size else None
     if dataset_args.datasets and script_args.dataset_name:
@@ -275,6 +277,8 @@ def load_pairs(
             if key == "dataset_test_split":
                 way_out += ", or `test_split_size: 0.1`, or `eval_strategy: 'no'`"
             raise RecipeError(f"{name} has no split `{split}`, only {', '.join(splits)}. {way_out}.")
+        if isinstance(splits[split], datasets.Dataset) and len(splits[split]) == 0:
+            raise RecipeError(f"{name}: no rows in the split `{split}`. A preference dataset has one pair per row.")
     return splits[train_split], splits[test_split] if evaluate else None
 
 
@@ -321,7 +325,12 @@ def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Da
         total = min(len(part) * whole / fraction for part, fraction in zip(parts, fractions, strict=True) if fraction)
         parts = [part.select(range(round(f * total / whole))) for part, f in zip(parts, fractions, strict=True)]
     if not dataset_args.streaming and any(part.features != parts[0].features for part in parts):
-        parts = [_standard(part, entry.path, processing_class) for part, entry in zip(parts, dataset_args.datasets)]
+        if processing_class is None:
+            raise RecipeError(
+                "they have different columns, and are brought into one form with the model's tokenizer: name a model."
+            )
+        names = [entry.path for entry in dataset_args.datasets]
+        parts = [_standard(part, name, processing_class) for part, name in zip(parts, names, strict=True)]
     return datasets.concatenate_datasets(parts)
 
 

@@ -270,9 +270,7 @@ class PairwiseTrainer(DPOTrainer):
         def tokenize(rows, args):
             return super(PairwiseTrainer, self)._prepare_dataset(rows, processing_class, args, dataset_name)
 
-        prepared, account = prepare_pairs(
-            dataset, processing_class, args, dataset_name, tokenize, self._vocabulary
-        )
+        prepared, account = prepare_pairs(dataset, processing_class, args, dataset_name, tokenize, self._vocabulary)
         for line in account.lines:
             logger.warning(line)
         if isinstance(prepared, Dataset) and args.max_length is not None:

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
 from ..rows.pairs import Account, prepare_pairs
+from ..rows.processing import tokenizer_of
 
 
 @dataclass
@@ -30,8 +31,7 @@ def prepared_pairs(
     Raises:
         [`RecipeError`]: nothing can be trained on, or more than half cannot.
     """
-    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
-    preparing = _Preparing(tokenizer)
+    preparing = _Preparing(tokenizer_of(processing_class))
 
     def tokenize(rows, args):
         return DPOTrainer._prepare_dataset(preparing, rows, processing_class, args, name)
