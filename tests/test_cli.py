@@ -143,7 +143,7 @@ class TestErrors:
             ({"dataset_name": "none.jsonl"}, [], ["none.jsonl: no such file or directory (working directory: /"]),
             ({"dataset_name": "./none"}, [], ["./none: no such file or directory"]),
             ({"dataset_name": "empty.jsonl"}, [], ["empty.jsonl: the file is empty."]),
-            ({"dataset_name": "notes.md"}, [], ["notes.md: cannot read a `.md` file; known are .jsonl, .json"]),
+            ({"dataset_name": "notes.md"}, [], ["notes.md: cannot read a `.md` file; known are .jsonl, .ndjson"]),
             ({"dataset_name": "torn.jsonl"}, [], ["torn.jsonl: cannot be loaded: ", "JSON parse error"]),
             (
                 {"dataset_name": "sft.jsonl"},
@@ -339,7 +339,7 @@ class TestTraining:
         assert state["max_steps"] == 1
         assert any("eval_position_kl/chosen" in row for row in state["log_history"])
 
-    def test_pairs_without_two_answers_are_left_out_and_counted(self, recipe, capfd):
+    def test_pairs_without_two_answers_are_left_out_and_counted(self, recipe, caplog):
         """Four of the eight, and one epoch of two pairs a step is two steps."""
         spoilt = [{**row, "rejected": row["chosen"]} for row in pairs(2)] + [
             {**row, "chosen": None} for row in pairs(2)
@@ -348,7 +348,7 @@ class TestTraining:
         path = write(recipe | {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2})
         assert main(["tdpo", "--config", path]) == 0
         assert [row["step"] for row in logged()] == [1, 2]
-        error = capfd.readouterr().err
+        error = caplog.text
         assert "Left out: 2 of 8 rows of the train dataset have identical answers (first: row 5: " in error
         assert "Left out: 2 of 8 rows of the train dataset have an empty answer (first: row 7)" in error
 

@@ -7,6 +7,7 @@ Constructing TRL's configs starts accelerate, and with it CUDA; the process that
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_model
 from transformers import (
@@ -21,7 +22,8 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 
 from ..launch import Launch
 from ..recipe import Recipe, RecipeError, check_keys, parse_section
-from ..rows.completions import judge_completions, judge_prompts
+from ..rows.completions import judge_completions
+from ..rows.judge import Findings, Judge
 from ..trainers.packed_pairs import why_not_packed
 from ..trainers.pairwise_trainer import PairwiseTrainer
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
@@ -237,17 +239,24 @@ def check_prompts(
     """
     rows = load_prompts([DatasetConfig(**entry) for entry in file["datasets"]], file["key"])
     count = min(len(rows), file["samples"] or len(rows))
-    findings = judge_prompts(rows.take(range(count)), tokenizer, f"prompts of `{file['key']}`", vocabulary)
-    findings.check(most=0)
-    for warning in findings.warnings:
-        progress.note(warning)
-    probed = rows[: count : -(-count // PROBED_PROMPTS)]
+    judge = Judge(tokenizer, Findings(f"prompts of `{file['key']}`"), vocabulary)
+    for number, row in enumerate(rows.take(range(count)), start=1):
+        judge.row(number, row["prompt"], [], row)
+    judge.findings.check(most=0)
+    # All of them if a token without embedding may be among them
+    step = 1 if len(tokenizer) > vocabulary else -(-count // PROBED_PROMPTS)
+    probed = range(0, count, step)
     too_long = 0
-    for row in probed:
+    for number, row in zip(probed, rows.take(probed), strict=True):
         try:
-            too_long += len(encode_prompt(tokenizer, row["prompt"])) > file["longest"]
+            ids = encode_prompt(tokenizer, row["prompt"])
         except RecipeError as error:
             raise RecipeError(f"`{file['key']}`: {row['prompt_id']}: {error}") from error
+        too_long += len(ids) > file["longest"]
+        judge.row_ids(number + 1, np.array(ids), [], None)
+    judge.findings.check(most=0)
+    for warning in judge.findings.warnings:
+        progress.note(warning)
     finding = share_finding(f"prompts of `{file['key']}`", {"prompt_too_long": too_long}, len(probed), health)
     if finding:
         raise RecipeError(

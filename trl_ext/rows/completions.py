@@ -1,5 +1,5 @@
 """
-Prompts, and prompts with one completion: what `pairs.py` is for pairs, for the rows of ARIES and of SFT.
+Rows of a prompt and one completion: what `pairs.py` is for pairs, for SFT.
 """
 
 from collections.abc import Iterable
@@ -11,16 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from ..recipe_values import RecipeError, show
 from .formats import shared_length
 from .judge import Findings, Judge, template_options
-
-
-def judge_prompts(
-    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, what: str, vocabulary: int | None = None
-) -> Findings:
-    """Judge rows with a `prompt`, before rendering; the arguments are those of [`judge_completions`]."""
-    judge = Judge(tokenizer, Findings(what), vocabulary)
-    for number, row in enumerate(rows, start=1):
-        judge.row(number, row["prompt"], [], row)
-    return judge.findings
 
 
 def judge_completions(

@@ -239,6 +239,9 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
     done: list[str] = []
     chosen, rejected = (read_text(row.get(name), done) for name in (columns.chosen, columns.rejected))
     prompt = None if columns.prompt is None else read_text(row.get(columns.prompt), done)
+    fault = next(filter(None, map(_fault, (prompt, chosen, rejected))), None)
+    if fault is not None:
+        return Pair(prompt, chosen, rejected, fault=fault)
     whole = all(isinstance(answer, list) and answer and not is_answer(answer[0]) for answer in (chosen, rejected))
     if whole and columns.prompt != "prompt":
         prompt = None  # the conversations hold it
@@ -261,6 +264,19 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
     else:
         _read_texts(pair, cut_prompt)
     return pair
+
+
+def _fault(text: Any) -> str | None:
+    """What keeps a value from being text or messages."""
+    if isinstance(text, list) and text and all(isinstance(item, str) for item in text):
+        return "several"
+    if text is not None and not isinstance(text, str) and not _are_messages(text):
+        return "not text"
+    return "unreadable" if looks_like_messages(text) else None
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
 
 
 def _read_messages(pair: Pair, system: str | None, history: Messages) -> None:

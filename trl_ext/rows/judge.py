@@ -44,6 +44,10 @@ REASONS = {
         "have text that was messages once, and is not JSON",
         "Save the data as JSON lines or Parquet, which keep lists: `dataset.to_json('pairs.jsonl')`.",
     ),
+    "several": (
+        "have several answers in a list",
+        "Choose one of them for each side: `dataset.map(lambda row: {'chosen': row['chosen'][0], 'rejected': row['rejected'][0]})`.",
+    ),
     "not text": ("have `content` that is not text", "Make the content of every message text."),
     "no content": ("have a message whose `content` is null", "Fill it in, or remove the message."),
     "last role": (
@@ -261,7 +265,7 @@ class Judge:
         for answer in answers or [[]]:
             problem = self._probe(prompt, answer, row)
             if problem is not None:
-                return "role", f"roles {_roles(prompt)}{' | ' * bool(answer)}{_roles(answer)}; {problem}"
+                return "role", f"roles {_roles(prompt)}{f' | {_roles(answer)}' if answer else ''}; {problem}"
         return None
 
     def _probe(self, prompt: Messages, answer: Messages, row: dict[str, Any]) -> str | None:

@@ -1,0 +1,203 @@
+"""
+Rows on their way into a trainer. Oracle: TRL's own preparation of the same rows in TRL's form, written by hand in `shapes.py`; for what is
+left out, the number of the row.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, IterableDataset
+from tests.rows.shapes import CONVERTED, MESSAGES, ODD, REFUSED, TEXT, assistant, user
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from trl_ext.recipe import RecipeError
+from trl_ext.rows.judge import TOKENS
+from trl_ext.trainers.prepared import _Preparing, prepared_pairs
+
+
+@pytest.fixture
+def args(tmp_path) -> DPOConfig:
+    return DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+
+
+@pytest.fixture
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+def ids(rows: list[dict], tokenizer, args: DPOConfig) -> dict[str, list]:
+    prepared = DPOTrainer._prepare_dataset(
+        _Preparing(tokenizer), Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer, args, "train"
+    )
+    return {name: prepared[name][:] for name in TOKENS}
+
+
+@pytest.mark.parametrize("shape", CONVERTED)
+def test_one_meaning_is_converted(shape, tokenizer, args):
+    published, standard = CONVERTED[shape]
+    prepared, account = prepared_pairs(Dataset.from_list(published, on_mixed_types="use_json"), tokenizer, args)
+    assert {name: prepared[name][:] for name in TOKENS} == ids(standard, tokenizer, args)
+    assert not account.findings.dropped
+    said = account.conversion or ""
+    assert bool(said) == (published is not standard and shape != "whole conversations")
+
+
+@pytest.mark.parametrize("shape", CONVERTED)
+def test_streams_too(shape, tokenizer, args):
+    published, standard = CONVERTED[shape]
+    stream = IterableDataset.from_generator(lambda: iter(published))
+    rows = list(prepared_pairs(stream, tokenizer, args)[0])
+    assert {name: [row[name] for row in rows] for name in TOKENS} == ids(standard, tokenizer, args)
+
+
+def test_what_is_in_trl_s_form_goes_through_unchanged(tokenizer, args):
+    """Columns of others stay, and nothing is said."""
+    dataset = Dataset.from_list([{**row, "turn": 1} for row in MESSAGES])
+    prepared, account = prepared_pairs(dataset, tokenizer, args)
+    assert prepared.select_columns(dataset.column_names).to_list() == dataset.to_list()
+    assert account.lines == []
+
+
+@pytest.mark.parametrize("shape", REFUSED)
+def test_other_kinds_are_refused_by_name(shape, tokenizer, args):
+    rows, message = REFUSED[shape]
+    with pytest.raises(RecipeError) as info:
+        prepared_pairs(Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer, args)
+    assert message in str(info.value)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_rows_are_left_out_and_counted(kind, tokenizer, args):
+    """The first of three rows, so that no decision can be taken from it alone; two of three are refused."""
+    row, message = ODD[kind]
+    prepared, account = prepared_pairs(Dataset.from_list([row, *MESSAGES], on_mixed_types="use_json"), tokenizer, args)
+    assert {name: prepared[name][:] for name in TOKENS} == ids(MESSAGES, tokenizer, args)
+    (line,) = account.findings.drops
+    assert (
+        line.startswith("Left out: 1 of 3 rows of the train dataset ") and message in line and "first: row 1" in line
+    )
+    with pytest.raises(RecipeError, match="2 in all: more than 50% of them"):
+        prepared_pairs(Dataset.from_list([row, row, MESSAGES[0]], on_mixed_types="use_json"), tokenizer, args)
+    with pytest.raises(RecipeError, match="1 in all: nothing is left"):
+        prepared_pairs(Dataset.from_list([row], on_mixed_types="use_json"), tokenizer, args)
+
+
+def test_roles_that_the_template_drops_or_refuses(tokenizer, args):
+    """Templates made for it: one knows two roles only, one wants them to alternate."""
+    two_users = {"prompt": [user("a"), user("b")], "chosen": [assistant("c")], "rejected": [assistant("d")]}
+    narrator = {**two_users, "prompt": [{"role": "narrator", "content": "a"}, user("b")]}
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.index0 > 0 and m.role == messages[loop.index0 - 1].role %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{% if m.role in ('user', 'assistant') %}<{{ m.role }}> {{ m.content }} </s> {% endif %}{% endfor %}"
+    )
+    _, account = prepared_pairs(Dataset.from_list([*MESSAGES, *MESSAGES, two_users, narrator]), tokenizer, args)
+    assert account.findings.dropped == {"role": 2}
+    assert (
+        "first: row 5: roles user, user | assistant; the template refuses them: roles must alternate"
+        in (account.findings.drops[0])
+    )
+    _, account = prepared_pairs(Dataset.from_list([*MESSAGES, narrator]), tokenizer, args)
+    assert "roles narrator, user | assistant; the template drops `narrator`" in account.findings.drops[0]
+
+
+def test_tokens_decide(tokenizer, args):
+    """Answers that differ in white space only, differ behind `max_length` only, or whose prompt fills it; ids without embeddings."""
+    same = {"prompt": "what runs ?", "chosen": " the fox", "rejected": "  the  fox"}
+    late = {
+        "prompt": "what runs ?",
+        "chosen": " the fox runs and the fox sleeps",
+        "rejected": " the fox runs and the fox jumps",
+    }
+    long = {"prompt": "what runs ? " * 3, "chosen": " a", "rejected": " b"}
+    args.max_length = 8
+    _, account = prepared_pairs(Dataset.from_list([*TEXT, *TEXT, same, late, long]), tokenizer, args, vocabulary=1000)
+    assert account.findings.dropped == {"identical ids": 2, "too long": 1}
+    assert account.findings.first["identical ids"][0] == 5 and account.findings.first["too long"][0] == 7
+    plain = {"prompt": "the fox runs", "chosen": " the", "rejected": " fox"}
+    question = {**plain, "prompt": "the fox runs ?"}
+    number = tokenizer.convert_tokens_to_ids("?")
+    _, account = prepared_pairs(Dataset.from_list([plain, question]), tokenizer, args, vocabulary=number)
+    assert account.findings.dropped == {"no embedding": 1}
+    assert (
+        f"first: row 2: the text '?' is {number}, and the model has {number} embeddings" in account.findings.drops[0]
+    )
+
+
+def test_text_and_a_chat_template(tokenizer, args):
+    """Plain text is trained as it is, and said to be; so is text that somebody rendered."""
+    _, account = prepared_pairs(Dataset.from_list(TEXT), tokenizer, args)
+    assert account.findings.warned == {"plain text": 2}
+    rendered = [{**row, "prompt": f"<user> {row['prompt']} </s>"} for row in TEXT]
+    _, account = prepared_pairs(Dataset.from_list(rendered), tokenizer, args)
+    assert account.findings.warned == {"rendered": 2}
+    tokenizer.chat_template = None
+    _, account = prepared_pairs(Dataset.from_list(TEXT), tokenizer, args)
+    assert account.lines == []
+    with pytest.raises(RecipeError, match="no chat template"):
+        prepared_pairs(Dataset.from_list(MESSAGES), tokenizer, args)
+    with pytest.raises(RecipeError, match="no chat template"):
+        prepared_pairs(Dataset.from_list(CONVERTED["Orca"][0]), tokenizer, args)
+
+
+def test_what_a_template_raises_has_its_row(tokenizer, args):
+    """An error of the template's own code, on one row's content."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ 1 / (0 if m.content == 'four .' else 1) }} {% endfor %}"
+    )
+    with pytest.raises(RecipeError, match=r"row 2 cannot be rendered: ZeroDivisionError: .*`rejected` is .*four \."):
+        prepared_pairs(Dataset.from_list([MESSAGES[1], MESSAGES[0]]), tokenizer, args)
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")
+    with opened as file:
+        file.write(lines)
+    return str(path)
+
+
+class TestFiles:
+    """Files of other kinds, and mixtures. Oracle: the rows that were written."""
+
+    def load(self, tokenizer=None, **kwargs):
+        from trl import DatasetMixtureConfig, ScriptArguments
+
+        from trl_ext.scripts.preference import load_pairs
+
+        datasets = kwargs.pop("datasets", [])
+        mixture = DatasetMixtureConfig(datasets=datasets, test_split_size=kwargs.pop("test_split_size", None))
+        return load_pairs(ScriptArguments(**kwargs), mixture, evaluate=False, seed=0, processing_class=tokenizer)[0]
+
+    @pytest.mark.parametrize("name", ["p.jsonl.gz", "p.ndjson", "p.ndjson.gz"])
+    def test_lines(self, tmp_path, name):
+        assert self.load(dataset_name=write(tmp_path / name, MESSAGES)).to_list() == MESSAGES
+
+    def test_tsv(self, tmp_path):
+        path = tmp_path / "p.tsv"
+        lines = ["\t".join(TEXT[0]), *("\t".join(row.values()) for row in TEXT)]
+        path.write_text("\n".join(lines) + "\n")
+        assert self.load(dataset_name=str(path)).to_list() == TEXT
+
+    def test_a_mixture_of_shapes(self, tmp_path, tokenizer, args):
+        """Each dataset in its own shape, the second without its first row, whose answers are equal."""
+        orca, standard = CONVERTED["Orca"]
+        spoilt = {**orca[0], "chosen": orca[0]["rejected"]}
+        files = [
+            write(tmp_path / "a.jsonl", MESSAGES),
+            write(tmp_path / "b.jsonl", [spoilt, *orca]),
+            write(tmp_path / "c.jsonl", CONVERTED["ShareGPT"][0]),
+        ]
+        train = self.load(tokenizer, datasets=[{"path": file} for file in files])
+        prepared, account = prepared_pairs(train, tokenizer, args)
+        expected = ids([*MESSAGES, *standard, *MESSAGES], tokenizer, args)
+        assert {name: prepared[name][:] for name in TOKENS} == expected and not account.findings.dropped
+
+    def test_fractions_are_trl_s(self, tmp_path):
+        """By hand: of 6 and 2 rows in equal shares, 2 and 2."""
+        files = [write(tmp_path / "a.jsonl", TEXT * 3), write(tmp_path / "b.jsonl", TEXT)]
+        train = self.load(datasets=[{"path": file, "fraction": 0.5} for file in files])
+        assert train.to_list() == TEXT * 2
