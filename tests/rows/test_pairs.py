@@ -13,6 +13,7 @@ from tests.rows.shapes import CONVERTED, MESSAGES, ODD, REFUSED, TEXT, assistant
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from trl_ext import SelfRefineDPOTrainer
 from trl_ext.recipe import RecipeError
 from trl_ext.rows.judge import TOKENS
 from trl_ext.trainers.prepared import _Preparing, prepared_pairs
@@ -134,6 +135,10 @@ def test_text_and_a_chat_template(tokenizer, args):
     rendered = [{**row, "prompt": f"<user> {row['prompt']} </s>"} for row in TEXT]
     _, account = prepared_pairs(Dataset.from_list(rendered), tokenizer, args)
     assert account.findings.warned == {"rendered": 2}
+    with pytest.raises(RecipeError, match="so that Sr-DPO's prompt would stand outside of the turn"):
+        prepared_pairs(
+            Dataset.from_list(rendered), tokenizer, args, takes_rendered=SelfRefineDPOTrainer.takes_rendered
+        )
     tokenizer.chat_template = None
     _, account = prepared_pairs(Dataset.from_list(TEXT), tokenizer, args)
     assert account.lines == []

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset, disable_progress_bars
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
+from trl import DatasetMixtureConfig, DPOConfig, DPOTrainer, ModelConfig, ScriptArguments
 
 from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from ..recipe import Recipe, RecipeError, parse_flat, take_flag
@@ -64,7 +64,7 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
     if known and model is not None:
         for rows, name in zip(data, ("train", "eval"), strict=True):
             if rows is not None:
-                report.attempt("rows", check_rows, rows, name, model, args, report)
+                report.attempt("rows", check_rows, rows, name, model, args, trainer, report)
     if model is not None:
         if self_refine:
             count = len(tokenizer_of(model[1])(args.refinement_prompt)["input_ids"])
@@ -131,12 +131,14 @@ def check_rows(
     name: str,
     model: tuple[PreTrainedConfig, PreTrainedTokenizerBase | ProcessorMixin],
     args: DPOConfig,
+    trainer: type[DPOTrainer],
     report: Report,
 ) -> None:
     """What becomes of the rows, in the words of the training, and of the train dataset two samples and the lengths."""
     disable_progress_bars()
     config, processing_class = model
-    looked_at = look_at_rows(rows, processing_class, args, name, config.get_text_config().vocab_size)
+    vocabulary = config.get_text_config().vocab_size
+    looked_at = look_at_rows(rows, processing_class, args, name, vocabulary, trainer.takes_rendered)
     if looked_at is None:
         report.add(
             Check("ok", "samples", f"left out: the {name} dataset has images, which the trainer reads batch by batch")

@@ -58,6 +58,10 @@ REASONS = {
         "have roles that the chat template drops or refuses",
         "Use `system`, `user` and `assistant` in the order that the template takes: `dataset.map(...)`.",
     ),
+    "rendered turn": (
+        "are text that already holds the chat template's own tokens, so that Sr-DPO's prompt would stand outside of the turn",
+        "Make them messages, and let the template render them.",
+    ),
     "no tokens": ("have an answer without a token after rendering", "Look at the roles and the chat template."),
     "identical ids": (
         "have answers that are the same tokens after rendering",
@@ -169,6 +173,8 @@ class Judge:
             Where it counts.
         vocabulary (`int`, *optional*):
             Rows of the model's embeddings. Default: not looked at.
+        takes_rendered (`bool`, *optional*, defaults to `True`):
+            Whether text that was rendered before can be trained on.
     """
 
     def __init__(
@@ -176,8 +182,10 @@ class Judge:
         processing_class: PreTrainedTokenizerBase | ProcessorMixin,
         findings: Findings,
         vocabulary: int | None = None,
+        takes_rendered: bool = True,
     ):
         self.findings = findings
+        self._takes_rendered = takes_rendered
         self._vocabulary = vocabulary
         self._processing_class = processing_class
         self._template = processing_class.chat_template
@@ -214,6 +222,9 @@ class Judge:
             return False
         if isinstance(prompt, str):
             own = next((token for token in self._own_tokens if token in prompt), None)
+            if own is not None and not self._takes_rendered:
+                self.findings.drop("rendered turn", number, f"{own} in the prompt")
+                return False
             if own is not None:
                 self.findings.warn("rendered", number, f"{own} in the prompt")
             elif self._template is not None:

@@ -70,6 +70,7 @@ def prepare_pairs(
     name: str,
     tokenize: Callable[[Rows, DPOConfig], Rows],
     vocabulary: int | None = None,
+    takes_rendered: bool = True,
 ) -> tuple[Rows, Account]:
     """
     Rows that can be trained on, tokenized as DPOTrainer does.
@@ -87,6 +88,8 @@ def prepare_pairs(
             TRL's own preparation, `(rows, args) -> rows` with `prompt_ids`, `chosen_ids` and `rejected_ids`.
         vocabulary (`int`, *optional*):
             Rows of the model's embeddings. Default: not looked at.
+        takes_rendered (`bool`, *optional*, defaults to `True`):
+            Whether text that was rendered before can be trained on: not by Sr-DPO, which puts its prompt into the user's turn.
 
     Returns:
         `tuple`: the rows, and the [`Account`] of them. Of a stream, only the first 1,000 rows are in the account; of the others,
@@ -96,7 +99,7 @@ def prepare_pairs(
         [`RecipeError`]: another kind of data, nothing that can be trained on, or more than half that cannot.
     """
     account = Account(Findings(f"rows of the {name} dataset"))
-    judge = Judge(processing_class, account.findings, vocabulary)
+    judge = Judge(processing_class, account.findings, vocabulary, takes_rendered)
     if isinstance(dataset, IterableDataset):
         return _prepare_stream(dataset, judge, args, account, tokenize), account
     if len(dataset) == 0:

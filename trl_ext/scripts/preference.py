@@ -82,7 +82,8 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
         if dataset is None:
             continue
         try:  # before the model is loaded; the trainer does it again, out of the cache of `datasets`, and says what was found
-            look_at_rows(dataset, processing_class, training_args, name, config.get_text_config().vocab_size)
+            vocabulary = config.get_text_config().vocab_size
+            look_at_rows(dataset, processing_class, training_args, name, vocabulary, trainer_class.takes_rendered)
         except RecipeError as error:
             raise RecipeError(f"{data_name(script_args, dataset_args)}: {error}") from error
 
@@ -202,6 +203,7 @@ def look_at_rows(
     args: "DPOConfig",
     name: str,
     vocabulary: int,
+    takes_rendered: bool = True,
 ) -> "tuple[Dataset | IterableDataset, Account] | None":
     """
     Prepare rows as the trainer will, before the model is loaded. Images are left to the trainer: `None`.
@@ -213,7 +215,7 @@ def look_at_rows(
 
     if {"image", "images"} & set(dataset.column_names or ()):
         return None
-    return prepared_pairs(dataset, processing_class, args, name, vocabulary)
+    return prepared_pairs(dataset, processing_class, args, name, vocabulary, takes_rendered)
 
 
 def load_pairs(

@@ -182,6 +182,8 @@ class PairwiseTrainer(DPOTrainer):
     # Whether chosen and rejected are computed in one sequence, behind one prompt
     share_prompt = False
     _is_prepared = False
+    # Whether text that was rendered with the chat template before can be trained on
+    takes_rendered = True
     # Loss types the subclass has a loss for, besides "sft", which is DPOTrainer's
     _pair_loss_types: ClassVar[tuple[str, ...]] = ()
     # Option -> (the only accepted value, why, and what to do instead)
@@ -270,7 +272,9 @@ class PairwiseTrainer(DPOTrainer):
         def tokenize(rows, args):
             return super(PairwiseTrainer, self)._prepare_dataset(rows, processing_class, args, dataset_name)
 
-        prepared, account = prepare_pairs(dataset, processing_class, args, dataset_name, tokenize, self._vocabulary)
+        prepared, account = prepare_pairs(
+            dataset, processing_class, args, dataset_name, tokenize, self._vocabulary, self.takes_rendered
+        )
         for line in account.lines:
             logger.warning(line)
         if isinstance(prepared, Dataset) and args.max_length is not None:

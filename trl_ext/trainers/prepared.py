@@ -23,6 +23,7 @@ def prepared_pairs(
     args: DPOConfig,
     name: str = "train",
     vocabulary: int | None = None,
+    takes_rendered: bool = True,
 ) -> tuple[Dataset | IterableDataset, Account]:
     """
     Tokenized pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`, as the trainers of this package make them, and the account of
@@ -36,4 +37,4 @@ def prepared_pairs(
     def tokenize(rows, args):
         return DPOTrainer._prepare_dataset(preparing, rows, processing_class, args, name)
 
-    return prepare_pairs(dataset, processing_class, args, name, tokenize, vocabulary)
+    return prepare_pairs(dataset, processing_class, args, name, tokenize, vocabulary, takes_rendered)

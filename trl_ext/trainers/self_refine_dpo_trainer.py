@@ -164,6 +164,7 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
             }"""),
     }
 
+    takes_rendered = False
     _pair_loss_types = LOSS_TYPES
     _refused_options = PairwiseTrainer._refused_options | {
         "truncation_mode": (
