@@ -424,6 +424,7 @@ class _OneScorer:
     reward_model_backend: Literal["auto", "vllm", "transformers"] = "auto"
     batch_size: int = 16
     judge: JudgeConfig | None = None
+    timeout: float | None = None
 
     def kinds(self) -> list[str]:
         """Which of the three kinds of scorers are named."""
@@ -436,6 +437,11 @@ class _OneScorer:
             "`scores.scorers`, each with a `weight`.",
         )
         _require(self.batch_size > 0, "`batch_size` must be positive.")
+        _require(self.timeout is None or self.timeout > 0, "`timeout` must be positive, in seconds, or null for none.")
+        _require(
+            self.timeout is None or self.verifier is not None,
+            "`timeout` is for a `verifier`, beside which it stands. A judge has its own, `judge.timeout`.",
+        )
 
 
 @dataclass
@@ -475,7 +481,7 @@ class ScoresConfig(_OneScorer):
     Parameters:
         verifier (`str`, *optional*):
             `path/to/file.py:function` with TRL's reward-function signature,
-            `(prompts, completions, **columns) -> list[float | None]`. Imported from that file only.
+            `(prompts, completions, **columns) -> list[float | None]`. Imported from that file only. Or `trl.rewards:name`.
         reward_model (`str`, *optional*):
             A sequence-classification model with one output, as a path or Hub id. Its score is that output as it is,
             without a sigmoid.
@@ -488,6 +494,8 @@ class ScoresConfig(_OneScorer):
         judge ([`JudgeConfig`], *optional*):
             A language model behind a server; the score of an answer is its win rate against the others of its chain.
             [house]
+        timeout (`float`, *optional*):
+            Seconds for one call of the verifier, with the answers of up to 100 chains. Default: as long as it takes.
         scorers (`list[ScorerConfig]`, *optional*):
             Several of these, in place of the keys above. The score is their weighted sum; an answer that one of them leaves
             without a score has none. [house]

@@ -5,14 +5,19 @@ A round's prompts are answered by the policy of the round before, and so are the
 `number` is one more than there are rounds.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from ..launch import Launch
 from ..recipe import Recipe
-from .config import AriesConfig, sampling_by_turn, sft_settings, trainer_settings
+from .config import AriesConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
 from .policies import Policy, policy_after, product
+from .records import encode
 from .run_dir import RunDir
+from .scores import other_columns
 
 
 # vLLM accepts these as the largest LoRA rank
@@ -142,6 +147,52 @@ def comparison(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
             "use_cpu": bool(config.training.get("use_cpu")),
         },
     }
+
+
+def scoring_job(run: RunDir, config: AriesConfig, number: int | None = None) -> dict[str, Any]:
+    """The scorers, and what of a round's answers and of the evaluation's has no scores yet; without a number there is nothing to score."""
+    files = []
+    if number is not None:
+        previous, current = run.round(number - 1), run.round(number)
+        files.append((run.evaluation_prompts, previous.evaluation, previous.evaluation_scores))
+        if number <= config.rounds:
+            files.append((current.prompts, current.answers, current.scores))
+    return {
+        "scorers": [scorer_settings(scorer) for scorer in config.scores.each()],
+        "generation": asdict(config.generation),
+        "tokenizer": {
+            "pretrained_model_name_or_path": absolute(config.model["model_name_or_path"]),
+            "revision": config.model.get("model_revision"),
+            "trust_remote_code": config.trust_remote_code,
+        },
+        "cache": absolute(run.score_cache),
+        "tasks": [
+            dict(zip(("prompts", "answers", "scores"), map(absolute, paths), strict=True))
+            for paths in files
+            if not paths[-1].exists()
+        ],
+        "check": [],
+    }
+
+
+def scorer_settings(config: ScorerConfig) -> dict[str, Any]:
+    settings = asdict(config)
+    if config.verifier is not None:
+        file, _, name = config.verifier.rpartition(":")
+        settings["verifier"] = f"{absolute(file)}:{name}"
+    if config.reward_model is not None:
+        settings["reward_model"] = absolute(config.reward_model)
+    return settings
+
+
+def absolute(path: str | Path) -> str:
+    """A path that holds whatever a verifier makes the working directory; what is no path here, such as an id on the Hub, as it is."""
+    return str(Path(path).absolute()) if isinstance(path, Path) or Path(path).exists() else path
+
+
+def first_row(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the prompts, with every column that any of them has, as it is read back from a run's own file."""
+    return json.loads(encode(dict.fromkeys(other_columns(prompts)) | prompts[0]))
 
 
 def training_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:

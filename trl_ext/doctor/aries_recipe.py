@@ -1,7 +1,6 @@
 """An ARIES recipe: what its loop checks before it starts, the prompts as they are rendered, and the memory of every stage."""
 
 import contextlib
-import inspect
 import io
 import tempfile
 from dataclasses import replace
@@ -19,8 +18,8 @@ from ..aries.drafts import encode_prompt
 from ..aries.inputs import Inputs, read_inputs
 from ..aries.refinements import Strategy, refinement_prompt
 from ..aries.rounds import Rounds
-from ..aries.scores import load_verifier
 from ..aries.training import trainer_classes
+from ..aries.verifier import load_verifier, needed_columns
 from ..launch import Launch, recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
 from .checks import Check, Report
@@ -66,7 +65,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
 
 def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
     columns = [key for key in inputs.prompts[0] if key != "prompt_id"]
-    needed = ["prompt", *sorted(set().union(*map(needed_columns, config.scores.each())))]
+    needed = ["prompt", *sorted(set().union(*map(columns_of, config.scores.each())))]
     missing = [column for column in needed if column not in columns]
     found = f"found {', '.join(columns)}; needed {', '.join(needed)}"
     way_out = (
@@ -79,12 +78,11 @@ def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
     report.add(Check("ok", "rows", found + (f", {len(inputs.sft_rows):,} for SFT" if inputs.sft_rows else "")))
 
 
-def needed_columns(scorer: ScorerConfig) -> set[str]:
+def columns_of(scorer: ScorerConfig) -> set[str]:
     """Columns beside `prompt` that a scorer asks for by name: a verifier's parameters, a judge's variables."""
     if scorer.verifier is not None:
-        parameters = inspect.signature(load_verifier(scorer.verifier)).parameters.values()
-        named = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-        return named - {"prompts", "completions"}
+        with contextlib.redirect_stdout(io.StringIO()):
+            return needed_columns(load_verifier(scorer.verifier))
     if scorer.judge is not None:
         return find_undeclared_variables(Environment().parse(scorer.judge.template)) - JUDGE_VARIABLES
     return set()
