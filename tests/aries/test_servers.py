@@ -268,7 +268,7 @@ def test_answers_for_the_parity_check(make_engine, tiny_model_path):
     prompts.insert(2, {"prompt_id": "long", "prompt": [{"role": "user", "content": " ".join(["1"] * 60)}]})
     with serving(tiny_model_path, fail=lambda n: 500 if n == 2 else 200) as server:
         with closing(make_engine(server)) as engine:
-            rows = engine.sample_logps(prompts, 8, (0, "parity"))
+            rows = engine.sample_logps(prompts, DraftsConfig(max_tokens=8), (0, "parity"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     kept = [row for row in prompts if row["prompt_id"] != "long"]
     assert rows == [
@@ -498,7 +498,7 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
                 "prompts": str(tmp_path / "prompts.jsonl"),
                 "answers": str(files["parity"]),
                 "samples": 10,
-                "max_tokens": 8,
+                "sampling": asdict(DraftsConfig(max_tokens=8)),
                 "seed": [0, "parity"],
             },
             "probe": str(tmp_path / "parity_probe.json"),

@@ -134,6 +134,7 @@ def answer(loop: Rounds, chains: Any) -> None:
 def score(loop: Rounds) -> None:
     """What the process that scores does, in this one."""
     log = loop.dir.round(1).logs / "scores.log"
+    log.parent.mkdir(exist_ok=True)
     scoring.main(
         scoring_job(loop.dir, loop.config, 1) | {"log": str(log), "call": str(log.with_suffix(".call"))},
         Reporter(io.StringIO()),

@@ -38,6 +38,7 @@ def preflight_job(
         "adapters": [str(run.round(number).adapter) for number in range(config.rounds + 1)],
         "prompts": [] if run.round(1).prompts.exists() else prompt_files(config),
         "health": asdict(config.health),
+        "learn": config.pairs.learn,
     }
 
 
@@ -66,6 +67,7 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
             "answers": str(previous.evaluation),
             "sampling": [asdict(turn) for turn in evaluation_sampling],
             "seed": [config.seed, "evaluation"],  # the same in every round
+            "is_evaluation": True,
         }
     ]
     if number <= config.rounds:
@@ -75,6 +77,7 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
                 "answers": str(current.answers),
                 "sampling": [asdict(turn) for turn in sampling],
                 "seed": [config.seed, number],
+                "is_evaluation": False,
             }
         )
     parity = None
@@ -83,7 +86,7 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
             "prompts": str(run.evaluation_prompts),
             "answers": str(previous.samples),
             "samples": config.parity.samples,
-            "max_tokens": config.drafts.max_tokens,
+            "sampling": asdict(config.drafts),
             "seed": [config.seed, "parity"],
         }
     policy = policy_after(run, config, number - 1)
@@ -97,6 +100,8 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
         "trust_remote_code": config.trust_remote_code,
         "generation": asdict(config.generation),
         "tasks": [task | {"refinements": asdict(config.refinements)} for task in tasks],
+        "learn": config.pairs.learn,
+        "intake": {"health": asdict(config.health), "selection": config.pairs.selection},
         "parity": parity,
         "probe": str(previous.probe),
     }

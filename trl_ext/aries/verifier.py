@@ -135,28 +135,26 @@ class Watch:
 
     Args:
         path (`Path`):
-            A file that holds, while a call goes on, what is called and with what; and below it where each thread was when its time was
-            up, if that ended the process. [`what_ended`] reads it.
+            A file that is there while a call goes on. It holds what is called and with what, and, if its time was up and that ended the
+            process, where each thread was. [`what_ended`] reads it.
     """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w", encoding="utf-8")  # for as long as the process lives
+        self._path = path
 
     @contextmanager
     def call(self, what: str, seconds: float | None) -> Iterator[None]:
         """End the process if what is inside takes longer than this."""
-        self._file.seek(0)
-        self._file.write(what + "\n")
-        self._file.flush()
-        if seconds is not None:  # in a thread of C: an expression that backtracks keeps Python's own from running
-            faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            self._file.seek(0)
-            self._file.truncate()
+        with open(self._path, "w", encoding="utf-8") as file:
+            file.write(what + "\n")
+            file.flush()
+            if seconds is not None:  # in a thread of C: an expression that backtracks keeps Python's own from running
+                faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+            try:
+                yield
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+                self._path.unlink(missing_ok=True)
 
 
 def what_ended(path: Path) -> tuple[str, str | None] | None:
