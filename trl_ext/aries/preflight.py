@@ -29,7 +29,7 @@ from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.trackers import check_trackers
 from .children import child_main
 from .config import LOOP_KEYS, DatasetConfig, HealthConfig
-from .drafts import encode_prompt
+from .drafts import encode_prompt, full_text_problem
 from .engine import quantization_problem
 from .health import share_finding
 from .launch_check import launch_problem
@@ -113,6 +113,7 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
             raise RecipeError(f"{recipe.where('generation', 'quantization')}: `generation.quantization`: {problem}")
 
     tokenizer = check_model(recipe, job)
+    check_answers(tokenizer, recipe, job)
     for file in job["prompts"]:
         check_prompts(tokenizer, file, HealthConfig(**job["health"]))
 
@@ -218,6 +219,26 @@ def check_context(recipe: Recipe, config: PretrainedConfig, max_model_len: int) 
         f"{where}: `generation.max_model_len` is {max_model_len:,}, and the model has {positions:,} positions. Lower it, and "
         "`drafts.max_tokens` with it."
     )
+
+
+def check_answers(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, job: dict[str, Any]) -> None:
+    """
+    Raises:
+        [`RecipeError`]: an answer cannot end at a token that is to end it, or a thought cannot be learned.
+    """
+    for section in ("drafts", "refinements"):
+        unknown = [i for i in recipe.at(section, "stop_token_ids") or () if i >= len(tokenizer)]
+        if unknown:
+            raise RecipeError(
+                f"{recipe.where(section, 'stop_token_ids')}: `{section}.stop_token_ids` has {unknown[0]}, and the tokenizer has the tokens 0 to "
+                f"{len(tokenizer) - 1:,}."
+            )
+    problem = full_text_problem(tokenizer) if job["learn"] == "full_text" and job["conversational"] else None
+    if problem:
+        where = recipe.where("pairs", "learn")
+        raise RecipeError(
+            f"{where}: `pairs.learn: full_text`: {problem}. Learn the answer, or make the prompts plain text."
+        )
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, file: dict[str, Any], health: HealthConfig) -> None:

@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from ..aries.children import ChildError
 from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
-from ..aries.drafts import encode_prompt
+from ..aries.drafts import encode_prompt, render_row
 from ..aries.inputs import Inputs, read_inputs
 from ..aries.refinements import Strategy, refinement_prompt
 from ..aries.rounds import Rounds
@@ -31,6 +31,7 @@ from .shape import Shape, classifier_parameters
 
 JUDGE_VARIABLES = {"messages", "question", "answer_a", "answer_b"}
 PLACEHOLDER = "(the draft)"
+ANSWER, FULL_TEXT = "(the answer)", "<think>\n(the thought)\n</think>\n\n(the answer)"
 
 
 def check(recipe: Recipe, probe: bool, report: Report) -> None:
@@ -119,6 +120,7 @@ def check_samples(
         ids = encode_prompt(tokenizer, row["prompt"])
         show(report, "prompt", ids, tokenizer)
         show(report, "refinement prompt", encode_prompt(tokenizer, _around(row["prompt"], template)), tokenizer)
+    check_learned(config, inputs.prompts[0]["prompt"], tokenizer, report)
     found = check_bos(encode_prompt(tokenizer, inputs.prompts[0]["prompt"]), tokenizer)
     if found is not None:
         report.add(found)
@@ -141,6 +143,32 @@ def check_samples(
         text = f"{percent(refined, len(rows))} chains would be, to refine the longest draft that is allowed"
         many = refined > 0.05 * len(rows)
         report.add(Check("warning" if many else "ok", "refinements", text, way_out if many else None))
+
+
+def check_learned(config: AriesConfig, prompt: Any, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+    """A row as it is trained on, and what the chat template adds to its answer: thinking models are given an empty thought."""
+    text = FULL_TEXT if config.pairs.learn == "full_text" else ANSWER
+    row = render_row(tokenizer, prompt, text)
+    is_text = isinstance(prompt, str)  # else the template has written the special tokens
+    show(report, "training row", tokenizer(row, add_special_tokens=is_text)["input_ids"], tokenizer)
+    start = prompt if is_text else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    if row.startswith(start + text):
+        return
+    added = row.removeprefix(start).partition(text)[0]
+    found = (
+        f"the chat template writes {added!r} before an answer"
+        if added
+        else "the chat template changes the prompt or the answer"
+    )
+    report.add(
+        Check(
+            "warning",
+            "answer",
+            f"{found}, and training teaches what it makes of a row",
+            "With an empty thought, the model learns to answer without one. To learn the thought as well, set `pairs.learn: full_text` and "
+            "`generation.answer_pattern`.",
+        )
+    )
 
 
 def _around(prompt: Any, template: Template) -> Any:
