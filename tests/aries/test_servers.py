@@ -469,6 +469,15 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
     prompts.append({"prompt_id": "long", "prompt": [{"role": "user", "content": " ".join(["1"] * 60)}]})
     (tmp_path / "prompts.jsonl").write_text("".join(map(to_line, prompts)))
 
+    sampling = {
+        "top_k": 12,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+        "max_tokens": 8,
+        "stop": "9",
+        "stop_token_ids": [11],
+    }
+
     def generate(name: str, **generation) -> dict[str, list[dict]]:
         directory = tmp_path / name
         directory.mkdir()
@@ -481,7 +490,7 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
                 "prompts": str(tmp_path / "prompts.jsonl"),
                 "answers": str(files[task]),
                 "refinements": asdict(RefinementsConfig(turns=3, template=TEMPLATE)),
-                "sampling": [asdict(DraftsConfig(temperature=temperature, top_k=12, max_tokens=8))] * 3,
+                "sampling": [asdict(DraftsConfig(temperature=temperature, **sampling))] * 3,
                 "seed": [0, 1],
             }
             for task, temperature in (("greedy", 0.0), ("sampled", 1.0))
@@ -498,7 +507,7 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
                 "prompts": str(tmp_path / "prompts.jsonl"),
                 "answers": str(files["parity"]),
                 "samples": 10,
-                "sampling": asdict(DraftsConfig(max_tokens=8)),
+                "sampling": asdict(DraftsConfig(**sampling)),
                 "seed": [0, "parity"],
             },
             "probe": str(tmp_path / "parity_probe.json"),
