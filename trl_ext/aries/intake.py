@@ -38,6 +38,7 @@ class Intake:
         self._first: set[str] = set()
         self._faults: Counter[str] = Counter()
         self._of_first: Counter[str] = Counter()
+        self._examples: dict[str, Chain] = {}  # the first of each fault
         self._told = False
 
     def begun(self, chains: Iterable[Chain]) -> Iterator[Chain]:
@@ -58,12 +59,14 @@ class Intake:
             return
         self._faults[reason] += 1
         self._of_first[reason] += chain.prompt_id in self._first
+        self._examples.setdefault(reason, chain)
         finding = share_finding("first chains", self._of_first, FIRST_CHAINS, self._health)
         if finding is None and self._begun > FIRST_CHAINS:
             finding = share_finding("chains so far", self._faults, self._begun, self._health)
         if finding is not None:
             self._told = True
-            self._tell(f"{finding}. {self.example(chain, reason)}")
+            [(most_common, _)] = self._faults.most_common(1)
+            self._tell(f"{finding}. {self.example(self._examples[most_common], most_common)}")
 
     def example(self, chain: Chain, reason: str) -> str:
         """One of the chains, and what may be done about it."""
