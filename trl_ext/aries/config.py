@@ -693,7 +693,7 @@ class HealthConfig:
         max_dropped (`float`, *optional*, defaults to `0.5`):
             Largest share of rows that cannot be used: SFT rows without an answer, prompts that are too long, chains without two
             whole, scored answers, training rows whose prompt fills `max_length`. What a rule of `pairs` leaves out does not count.
-            [house]
+            Generation is looked at from its first 64 chains on. [house]
         max_kl (`float`, *optional*, defaults to `5.0`):
             Largest KL of a round's policy to the initial policy, in nats per token. Measured where `parity.samples` is not 0.
             [house]

@@ -132,7 +132,7 @@ def quantization_problem(name: str) -> str | None:
 def main(job: dict[str, Any], report: Reporter) -> None:
     """The child process: one engine start, all tasks of the job."""
     config = GenerationConfig(**job["generation"])
-    settings_of = [task for task in job["tasks"] if not Path(task["answers"]).exists()]
+    unanswered = [task for task in job["tasks"] if not Path(task["answers"]).exists()]
     tasks = [
         Task(
             Path(task["prompts"]),
@@ -141,9 +141,9 @@ def main(job: dict[str, Any], report: Reporter) -> None:
             [DraftsConfig(**sampling) for sampling in task["sampling"]],
             tuple(task["seed"]),
         )
-        for task in settings_of
+        for task in unanswered
     ]
-    intakes = [make_intake(job, task, report) for task in settings_of]
+    intakes = [make_intake(job, task, report) for task in unanswered]
     sizes = [sum(1 for _ in read_rows(task.prompts)) for task in tasks]
     report(0, sum(sizes))
     settings = EngineSettings(

@@ -3,7 +3,6 @@ Inputs: what a recipe names and a run reads. All of it is opened before any work
 hashes of local files keep a run that is continued to the same ones.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,6 @@ class Inputs:
     evaluation_prompts: list[dict[str, Any]]
     sft_rows: list[dict[str, Any]]
     sft_dropped: dict[str, int]
-
-    @property
-    def all_prompts(self) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
-        """Those of the rounds, and those of the evaluation."""
-        return self.prompts, self.evaluation_prompts
 
     @property
     def conversational(self) -> bool:

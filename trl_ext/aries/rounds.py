@@ -109,8 +109,10 @@ class Rounds:
         job = preflight_job(self.dir, self.config, recipe, self.launch, self.inputs.conversational)
         with self.stage(0, "check") as update:
             logs = self.dir.path / "logs"
-            scoring = scoring_job(self.dir, self.config) | {"check": [*map(first_row, self.inputs.all_prompts)]}
-            run_scoring(scoring, logs / "check_scores.log", update, self.note)
+            if self.config.scores.each():
+                rows = [first_row(self.inputs.prompts), first_row(self.inputs.evaluation_prompts)]
+                scoring = scoring_job(self.dir, self.config) | {"check": rows}
+                run_scoring(scoring, logs / "check_scores.log", update, self.note)
             run_child("trl_ext.aries.preflight", job, logs / "check.log", update)
 
     def check_servers(self) -> None:

@@ -99,7 +99,13 @@ class Tokenizer:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            self._tokenizer = AutoTokenizer.from_pretrained(**self._source)
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(**self._source)
+            except (OSError, ValueError) as error:
+                name = self._source["pretrained_model_name_or_path"]
+                raise RecipeError(
+                    f"`model.model_name_or_path`: the verifier asks for `completion_ids`, and the tokenizer of {name} cannot be read: {error}"
+                ) from error
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
