@@ -300,6 +300,29 @@ def test_a_verifier_that_hangs_meets_its_timeout(tmp_path, hang, line):
     assert any(f"was in {tmp_path}/v.py:{number}, in `f`" in str(error.value) for number in line.split("|"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"timeout": 0.5}])
+def test_what_a_verifier_forks_holds_nothing_up(tmp_path, settings):
+    """It would live for ten minutes after the process that forked it."""
+    end = "time.sleep(600)" if settings else "os._exit(0)"
+    write_task(
+        tmp_path,
+        "import os, time\ndef f(completions, **kwargs):\n    if os.fork() == 0:\n        time.sleep(600)\n"
+        f"    time.sleep(0.1)\n    {end}\n",
+    )
+    with pytest.raises(RecipeError, match="it took longer" if settings else "it ended its process"):
+        run(tmp_path, **settings)
+
+
+def test_a_process_that_ends_between_two_calls(tmp_path):
+    write_task(
+        tmp_path,
+        "import os, trl_ext.aries.scores as scores\nscores.ScoreCache.add = lambda self, rows: os._exit(0)\n"
+        "def f(completions, **kwargs):\n    return [1.0] * len(completions)\n",
+    )
+    with pytest.raises(ChildError, match="ended before its work was done, with exit code 0"):
+        run(tmp_path)
+
+
 def test_a_timeout_is_for_one_call(tmp_path):
     write_task(tmp_path, "def f(completions, **kwargs):\n    return [1.0] * len(completions)\n")
     assert [row["scores"] for row in run(tmp_path, timeout=600.0)] == [[1.0, 1.0]] * 3

@@ -59,6 +59,10 @@ def run_scoring(
         raise ChildError(f"{what}: {failure}") from failure
     if failure is not None:
         raise failure
+    if not all(Path(task["scores"]).exists() for task in job["tasks"]):
+        raise ChildError(
+            f"the process that scores ended before its work was done, with exit code 0. Its output is in {log}."
+        )
 
 
 def main(job: dict[str, Any], report: Reporter) -> None:

@@ -83,7 +83,10 @@ def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
 def columns_of(scorer: ScorerConfig) -> set[str]:
     """Columns beside `prompt` that a scorer asks for by name: a verifier's parameters, a judge's variables."""
     if scorer.verifier is not None:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(os.getcwd()):  # it may print, and go elsewhere
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.chdir(os.getcwd()),
+        ):  # it may print, and go elsewhere
             return needed_columns(load_verifier(scorer.verifier))
     if scorer.judge is not None:
         return find_undeclared_variables(Environment().parse(scorer.judge.template)) - JUDGE_VARIABLES
