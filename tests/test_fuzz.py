@@ -213,7 +213,7 @@ class TestTexts:
         except RecipeError as error:
             assert "`generation.answer_pattern`" in str(error)
             return
-        found = find_answer(text, re.compile(pattern))
+        found, _ = find_answer(text, re.compile(pattern))
         assert found is None or (found in text and found.strip())
 
     @given(parts=st.lists(st.sampled_from(TEMPLATE_PARTS) | st.text(max_size=3), max_size=6), draft=st.text())

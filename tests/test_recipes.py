@@ -12,8 +12,8 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOT
 from trl_ext.aries import preflight
 from trl_ext.aries.config import LOOP_KEYS, AriesConfig
 from trl_ext.aries.refinements import compile_template
-from trl_ext.aries.scores import load_verifier
 from trl_ext.aries.training import trainer_classes
+from trl_ext.aries.verifier import load_verifier
 from trl_ext.cli import TRAINERS
 from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import Recipe, check_keys, export_env, load_yaml, parse_flat, parse_section

@@ -22,7 +22,8 @@ from trl_ext.aries.judge import Judge, JudgeError
 from trl_ext.aries.manifest import write_manifest
 from trl_ext.aries.records import Answer, Chain, write_jsonl
 from trl_ext.aries.run_dir import RunDir
-from trl_ext.aries.scores import ScoreCache, ScoreTask, load_verifier
+from trl_ext.aries.scores import ScoreCache, ScoreTask
+from trl_ext.aries.verifier import load_verifier
 from trl_ext.recipe import Recipe, RecipeError, apply_overrides, export_env, load_yaml, parse_section
 
 

@@ -133,3 +133,36 @@ def test_refinements_are_sampled_as_the_drafts_unless_they_say_otherwise():
         DraftsConfig(temperature=0.5, top_p=1.0, top_k=0, max_tokens=9),
         DraftsConfig(temperature=0.5, top_p=1.0, top_k=0, max_tokens=11),
     ]
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("drafts", {"stop": [""]}, "`drafts.stop` has an empty text"),
+        ("drafts", {"stop": "\\n"}, "`drafts.stop` has a backslash and a letter.*in double quotes"),
+        ("drafts", {"min_p": 1.5}, r"`drafts.min_p` must be in \[0, 1\]"),
+        ("drafts", {"repetition_penalty": 0.0}, "`drafts.repetition_penalty` must be positive"),
+        ("drafts", {"stop_token_ids": [-1]}, "`drafts.stop_token_ids` must be at least 0"),
+        ("refinements", {"stop": ["a", ""]}, "`refinements.stop` has an empty text"),
+        ("refinements", {"min_p": [0.1, 0.2]}, "`refinements.min_p` is a list of 2, and a chain of 4 turns has 3"),
+        (
+            "refinements",
+            {"repetition_penalty": [1.0, 1.0, 0.0]},
+            r"`refinements.repetition_penalty\[2\]` must be positive",
+        ),
+    ],
+)
+def test_what_ends_and_shapes_answers(section, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        parse(**{section: settings})
+
+
+def test_what_ends_an_answer_holds_for_refinements_unless_they_say_otherwise():
+    drafts = {"stop": "\n", "stop_token_ids": [7], "min_p": 0.1, "repetition_penalty": 1.1}
+    for refinements, expected in (
+        ({}, (["\n"], [7], 0.1, 1.1)),
+        ({"stop": ["\n\n", "Q:"], "min_p": 0.2}, (["\n\n", "Q:"], [7], 0.2, 1.1)),
+        ({"stop": [], "stop_token_ids": [], "repetition_penalty": [1.0, 1.1, 1.2]}, ([], [], 0.1, 1.2)),
+    ):
+        *_, last = sampling_by_turn(parse(drafts=drafts, refinements=refinements))
+        assert (last.stop, last.stop_token_ids, last.min_p, last.repetition_penalty) == expected

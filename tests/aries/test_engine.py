@@ -132,14 +132,32 @@ def run_engine(job: dict, directory: Path) -> str:
     return (directory / "engine.log").read_text()
 
 
-def greedy(model, tokenizer, prompt, max_new_tokens: int = 8) -> str:
+def greedy(model, tokenizer, prompt, max_new_tokens: int = 8, **options) -> str:
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+    output = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, **options)
     return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
+
+
+def adapted(model: str, path: Path):
+    """The model with an adapter that changes what it says, which is saved too."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    policy = get_peft_model(
+        base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # zero at the start: an adapter that is not applied would go unnoticed
+            torch.nn.init.normal_(parameter, std=0.5)
+    policy.save_pretrained(path)
+    return policy
 
 
 @pytest.mark.vllm
@@ -149,20 +167,9 @@ def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_mod
     ends its chain with the reason. The job is run twice: the second continues from half of the answers and generates only
     the other half.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
-    policy = get_peft_model(
-        base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    )
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:  # zero at the start: an adapter that is not applied would go unnoticed
-            torch.nn.init.normal_(parameter, std=0.5)
-    policy.save_pretrained(tmp_path / "adapter")
+    tokenizer, policy = AutoTokenizer.from_pretrained(tiny_model_path), adapted(tiny_model_path, tmp_path / "adapter")
 
     prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
     prompts.append({"prompt_id": "long", "prompt": user(" ".join(["1"] * 60))})
@@ -188,6 +195,56 @@ def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_mod
     (tmp_path / "answers.jsonl").unlink()
     assert generate(job, tmp_path) == rows
     assert not part.exists()
+
+
+@pytest.mark.vllm
+def test_what_ends_and_shapes_an_answer(tiny_model_path, tmp_path):
+    """
+    Oracles: transformers' greedy decoding, cut before a word or a token of its own; with its own repetition penalty; and at temperature
+    1, if no token may be less likely than the likeliest, once more. Answers for the parity check end likewise.
+    """
+    from dataclasses import asdict
+
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model_path), adapted(tiny_model_path, tmp_path / "adapter")
+    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
+    drafts = [greedy(model, tokenizer, row["prompt"]) for row in prompts]
+    word = drafts[0].split()[-1]
+    token = tokenizer(word, add_special_tokens=False)["input_ids"][-1]
+    job = engine_job(tiny_model_path, tmp_path, prompts, adapter=["round_01", 1, str(tmp_path / "adapter")])
+    [task] = job["tasks"]
+    cases = {
+        "stop": {"temperature": 0.0, "stop": word},
+        "stop_token_ids": {"temperature": 0.0, "stop_token_ids": [token]},
+        "repetition_penalty": {"temperature": 0.0, "repetition_penalty": 1.5},
+        "min_p": {"temperature": 1.0, "min_p": 1.0},
+    }
+    job["tasks"] = [
+        task
+        | {
+            "answers": str(tmp_path / f"{name}.jsonl"),
+            "refinements": asdict(RefinementsConfig(strategy="parallel", turns=2)),
+            "sampling": [asdict(DraftsConfig(max_tokens=8, **case))] * 2,
+        }
+        for name, case in cases.items()
+    ]
+    job["parity"] = {"prompts": task["prompts"], "answers": str(tmp_path / "parity.jsonl"), "samples": 6, "seed": [0]}
+    job["parity"]["sampling"] = asdict(DraftsConfig(max_tokens=8, stop=[word]))
+    run_engine(job, tmp_path)
+    found = {name: [row["answers"] for row in read_jsonl(tmp_path / f"{name}.jsonl")] for name in cases}
+    texts = {name: [[answer["text"] for answer in row] for row in rows] for name, rows in found.items()}
+
+    cut = [draft.partition(word)[0].strip() for draft in drafts]
+    assert all(cut[:4]) and cut != drafts and texts["stop"] == texts["stop_token_ids"] == [[text] * 2 for text in cut]
+    for rows in (found["stop"], found["stop_token_ids"]):
+        for draft, row in zip(drafts, rows, strict=True):
+            assert row[0]["finish_reason"] == ("stop" if word in draft else "length")
+    assert texts["min_p"] == [[text] * 2 for text in drafts]
+    penalized = [greedy(model, tokenizer, row["prompt"], repetition_penalty=1.5) for row in prompts]
+    assert penalized != drafts and texts["repetition_penalty"] == [[text] * 2 for text in penalized]
+    for row in read_jsonl(tmp_path / "parity.jsonl"):
+        assert word not in tokenizer.decode(row["token_ids"][:-1]) and len(row["logps"]) == len(row["token_ids"])
 
 
 @pytest.mark.vllm

@@ -212,7 +212,7 @@ def test_sft_rows_without_answers(config, tmp_path):
 def test_dropped_sft_rows_show_in_the_status(config, capsys):
     config = replace(config, sft={"dataset": "sft.jsonl"})
     rows, dropped = [{"prompt": "x", "completion": "y"}] * 2, {"empty_completion": 1}
-    loop = Rounds(config, Inputs([], [], 0, [], rows, dropped))
+    loop = Rounds(config, Inputs([], 0, [], rows, dropped))
     loop.dir.round(0).path.mkdir(parents=True)
     loop.write_sft_rows(loop.dir.round(0))
     assert json.loads(loop.dir.round(0).sft_drops.read_text()) == {"sft_rows": 3, "dropped": {"empty_completion": 1}}

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
+from trl_ext.aries.children import ChildError
 from trl_ext.aries.config import (
     AriesConfig,
     EvaluationConfig,
@@ -352,7 +353,7 @@ class TestStage:
     def test_a_server_that_dies_ends_the_stage_and_the_next_run_goes_on(self, loop):
         with serving(fail=lambda n: 500 if n > 7 else 200) as server:
             stage = loop(server.url)
-            with pytest.raises(JudgeError, match="the same command goes on"):
+            with pytest.raises(ChildError, match="the same command goes on"):
                 stage.score(1)
             assert not stage.dir.round(1).scores.exists()
             kept = sum("verdict" in row for row in read_jsonl(stage.dir.score_cache))

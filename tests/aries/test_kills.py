@@ -92,7 +92,8 @@ def moments_of_round(number: int) -> list[Moment]:
             "generation, the engine alone", lines_in(f"{this}/answers.jsonl.part", ANSWERS), "trl_ext.aries.engine"
         ),
         Moment("parity", soon_after(f"{this}/answers.jsonl", 8.0)),
-        Moment("scores", soon_after(f"{before}/parity.json", 0.05)),
+        Moment("scores", soon_after(f"{before}/parity.json", 3.0)),
+        Moment("scores, their process alone", soon_after(f"{this}/logs/scores.log", 1.0), "trl_ext.aries.scoring"),
         Moment("a manifest is written", is_there(f"{before}/manifest.json.tmp")),
         Moment("pairs", soon_after(f"{before}/manifest.json", 0.05)),
         Moment("training, before its first step", soon_after(f"{this}/pairs.jsonl", 8.0), "trl_ext.aries.training"),
@@ -138,7 +139,7 @@ class KilledRun:
                 return False
             assert process.returncode == 1
             log = self.output.with_suffix(".log").read_text()
-            assert f"error: {moment.stage} was ended by SIGKILL" in log and "Traceback" not in log
+            assert f"{moment.stage} was ended by SIGKILL" in log and "Traceback" not in log
         self.kills[moment.name] += 1
         self.torn += (
             bool(list(self.output.rglob("*.tmp")))
@@ -197,7 +198,7 @@ def killed_run(sorting: Path, output: Path, moments: list[Moment], rng: random.R
 def test_a_run_that_is_killed_in_every_stage(sorting, whole_run, tmp_path):
     """At least eight kills; a second generation and training besides."""
     first, second = moments_of_round(1), moments_of_round(2)
-    moments = [SFT[0], SFT[2], first[1], first[2], first[3], first[5], first[8], first[10], second[9]]
+    moments = [SFT[0], SFT[2], first[1], first[2], first[3], first[5], first[6], first[9], first[11], second[10]]
     killed = killed_run(sorting, tmp_path / "killed", moments, random.Random(0))
     assert killed.kills.total() >= 8
     assert killed.torn >= 1

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.aries import parity
 from trl_ext.aries.children import ChildError, run_child
-from trl_ext.aries.config import GenerationConfig
+from trl_ext.aries.config import DraftsConfig, GenerationConfig
 from trl_ext.aries.records import read_jsonl, to_line
 
 
@@ -252,7 +252,7 @@ def test_the_engine_s_log_probabilities_are_those_of_transformers(check, tiny_mo
             "prompts": str(tmp_path / "prompts.jsonl"),
             "answers": str(answers),
             "samples": 17,
-            "max_tokens": 8,
+            "sampling": asdict(DraftsConfig(max_tokens=8)),
             "seed": [0, "parity"],
         },
     }

@@ -3,12 +3,21 @@
 import io
 import json
 import re
+import time
 
 import pytest
 from rich.console import Console
 
 from trl_ext.aries.evaluation import evaluation_metrics
-from trl_ext.aries.progress import JsonProgress, RunProgress, answers_table, score_table
+from trl_ext.aries.progress import (
+    JsonProgress,
+    Pulse,
+    RunProgress,
+    StageProgress,
+    answers_table,
+    progress_line,
+    score_table,
+)
 from trl_ext.aries.records import Answer, Chain
 
 
@@ -89,13 +98,10 @@ def test_quiet_prints_warnings_alone():
     assert ran(RunProgress(2, quiet=True)) == "look out\n"
 
 
-def test_json_lines(monkeypatch):
-    monkeypatch.setattr("trl_ext.aries.progress.PROGRESS_SECONDS", 0.0)
+def test_json_lines():
     lines = [json.loads(line) for line in ran(JsonProgress(2)).splitlines()]
     assert [line["event"] for line in lines] == [
         "start",
-        "progress",
-        "progress",
         "end",
         "message",
         "message",
@@ -103,13 +109,91 @@ def test_json_lines(monkeypatch):
         "round",
     ]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", line["time"]) for line in lines)
-    assert [line["level"] for line in lines] == ["info"] * 4 + ["warning"] + ["info"] * 3
-    assert (lines[1]["done"], lines[1]["total"], lines[1]["stage"]) == (3, 12, "training (dpo)")
-    assert (lines[3]["done"], lines[3]["round"]) == (12, 1) and lines[3]["seconds"] >= 0
-    assert lines[6]["turns"][0]["score"] == 0.5 and lines[7]["seconds"] == 61.0
+    assert [line["level"] for line in lines] == ["info"] * 2 + ["warning"] + ["info"] * 3
+    assert (lines[1]["done"], lines[1]["total"], lines[1]["stage"]) == (12, 12, "training (dpo)")
+    assert lines[1]["round"] == 1 and lines[1]["seconds"] >= 0
+    assert lines[4]["turns"][0]["score"] == 0.5 and lines[5]["seconds"] == 61.0
     quiet = JsonProgress(2, quiet=True)
     (line,) = (json.loads(line) for line in ran(quiet).splitlines())
     assert (line["level"], line["text"]) == ("warning", "look out")
     quiet.stopped(2, "guard", "\x1b[31mwhy\n")
     last = quiet.console.file.getvalue().splitlines()[-1]
     assert "\x1b" not in last and json.loads(last)["error"] == "\x1b[31mwhy\n"
+
+
+class Clock:
+    """Goes where it is put."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_line_is_due_every_minute_and_says_how_it_goes():
+    """After a start of 30 s, 20 that were there, and 40 more in 90 s: 4 in 9 s, so 140 in 315 s."""
+    clock = Clock()
+    pulse = Pulse(1, "drafts", clock)
+    clock.now += 30
+    pulse.update(20, 200)
+    assert pulse.due() is None
+    clock.now += 30
+    assert progress_line(pulse.due(), 60) == "20 of 200, after 1 min 00 s"
+    assert pulse.due() is None
+    pulse.update(60, 200)
+    clock.now += 60
+    at = pulse.due()
+    assert (at.rate, at.eta) == (pytest.approx(40 / 90), pytest.approx(315))
+    assert progress_line(at, 120) == "60 of 200, 26.7 a minute, about 5 min 15 s to go"
+    pulse.update(1, 7)  # another scorer counts from the beginning
+    clock.now += 60
+    assert progress_line(pulse.due(), 180) == "1 of 7, after 3 min 00 s"
+
+
+def test_a_stage_of_which_nothing_is_heard():
+    clock = Clock()
+    pulse = Pulse(0, "check", clock)
+    clock.now += 61
+    assert progress_line(pulse.due(), 61) == "nothing yet, after 1 min 01 s"
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "expected"),
+    [(901, 60.0, "15 a second"), (91, 60.0, "1.5 a second"), (2, 60.0, "1 a minute"), (2, 1800.0, "2 an hour")],
+)
+def test_rates_are_in_units_that_suit_them(done, seconds, expected):
+    assert expected in progress_line(StageProgress(1, "sft", 1, done, 10_000, seconds), seconds)
+
+
+def minutes_of(progress: RunProgress, clock: Clock) -> list[str]:
+    """What a stage prints on its own, of which two minutes pass with a report before each."""
+    progress.console = Console(file=io.StringIO(), width=80, highlight=False)
+    lines = progress.console.file.getvalue
+    with progress.stage(1, "drafts") as update:
+        for done in (0, 90):
+            before = lines().count("\n")
+            update(done, 270)
+            clock.now += 60
+            while lines().count("\n") == before:  # the clock is ours, the thread is its own
+                time.sleep(0.001)
+    return lines().splitlines()
+
+
+def test_a_log_without_a_terminal_shows_that_a_stage_goes_on(monkeypatch):
+    """90 in the 120 s since the first report: 0.75 a second, and 240 s for the 180 to go."""
+    monkeypatch.setattr("trl_ext.aries.progress.BEAT_SECONDS", 0.001)
+    clock = Clock()
+    lines = minutes_of(RunProgress(2, clock=clock), clock)
+    assert [" ".join(line.split()) for line in lines] == [
+        "round 1/2 drafts 0 of 270, after 1 min 00 s",
+        "round 1/2 drafts 90 of 270, 45 a minute, about 4 min 00 s to go",
+        "round 1/2 drafts 90 120.0 s",
+    ]
+    clock = Clock()
+    start, *progress, end = map(json.loads, minutes_of(JsonProgress(2, clock=clock), clock))
+    keys = ("round", "stage", "done", "total", "rate", "eta")
+    assert [[line[key] for key in keys] for line in progress] == [
+        [1, "drafts", 0, 270, None, None],
+        [1, "drafts", 90, 270, 0.75, 240.0],
+    ]
+    assert {line["event"] for line in progress} == {"progress"} and end["seconds"] == 120.0

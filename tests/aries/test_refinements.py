@@ -61,7 +61,7 @@ def test_a_pattern_that_does_not_end_is_stopped_with_the_way_out(monkeypatch):
     ):
         find_answer("a" * 40 + "c", re.compile("((?:a+)+)b"))
     assert time.monotonic() - start < 10
-    assert find_answer("a" * 40 + "b", re.compile("((?:a+)+)b")) == "a" * 40, "the next one is not stopped"
+    assert find_answer("a" * 40 + "b", re.compile("((?:a+)+)b"))[0] == "a" * 40, "the next one is not stopped"
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -234,7 +234,30 @@ THINKING = r"(?s)</think>\s*(.*)"
     ],
 )
 def test_find_answer(text, pattern, answer):
-    assert find_answer(text, pattern and re.compile(pattern)) == answer
+    assert find_answer(text, pattern and re.compile(pattern))[0] == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "is_whole"),
+    [
+        ("It is #### 42", r"#### (\d+)", False),  # it may have become 421
+        ("It is #### 42.", r"#### (\d+)", True),
+        ("It is #### 42 ", r"#### (\d+)", False),  # it may have become 42 000
+        ("It is \\boxed{42}", r"\\boxed\{(.*?)\}", True),
+        ("A: 42\n", r"A: (.*)\n", True),
+        ("A: 42\nQ: and", r"A: (.*)", True),
+        ("A: 42  ", r"A: (.*?)\s*$", False),
+        ("<think>hm</think> 1\n2", THINKING, False),
+        ("whatever", None, False),
+    ],
+)
+@pytest.mark.parametrize("learn", ["answer", "full_text"])
+def test_an_answer_behind_which_the_text_goes_on_is_whole(text, pattern, is_whole, learn):
+    """Though the text was cut off at `max_tokens`. A text that is learned is not whole by its answer."""
+    strategy = Strategy(RefinementsConfig(), pattern, learn)
+    chain = Chain("p", "x")
+    strategy.add(chain, strategy.next_request(chain), text, 8, "length")
+    assert chain.answers[0].finish_reason == ("stop" if is_whole and learn == "answer" else "length")
 
 
 def test_what_goes_on_is_the_answer_and_the_row_keeps_the_text():

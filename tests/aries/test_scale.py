@@ -9,7 +9,7 @@ import weakref
 from array import array
 
 import pytest
-from tests.benchmarks.scale import InstantEngine, loop_of, write_prompts, write_rounds_prompts
+from tests.benchmarks.scale import InstantEngine, loop_of, score, write_prompts, write_rounds_prompts
 
 from trl_ext.aries import scores as scores_module
 from trl_ext.aries.chains import Task, answer_task
@@ -89,7 +89,7 @@ def test_memory_does_not_grow_with_texts(a_round, monkeypatch):
         loop, engine = a_round(count), LongAnswers()
         peaks[count] = {
             "answers": peak(answer, loop, engine),
-            "scores": peak(loop.score, 1),
+            "scores": peak(score, loop),
             "pairs": peak(loop.pair, 1),
         }
         assert engine.most_alive <= 8 + 1  # those of the window, and the one that is drawn next

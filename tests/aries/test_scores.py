@@ -9,17 +9,8 @@ import pytest
 
 from trl_ext.aries.config import AriesConfig, ScorerConfig, ScoresConfig
 from trl_ext.aries.records import Answer, Chain, write_jsonl
-from trl_ext.aries.scores import (
-    ScoreCache,
-    ScoreTask,
-    Verifier,
-    answer_keys,
-    call_verifier,
-    content_key,
-    load_verifier,
-    other_columns,
-    score_rows,
-)
+from trl_ext.aries.scores import ScoreCache, ScoreTask, answer_keys, content_key, other_columns, score_rows
+from trl_ext.aries.verifier import Verifier, call_verifier, load_verifier
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 

@@ -268,7 +268,7 @@ def test_answers_for_the_parity_check(make_engine, tiny_model_path):
     prompts.insert(2, {"prompt_id": "long", "prompt": [{"role": "user", "content": " ".join(["1"] * 60)}]})
     with serving(tiny_model_path, fail=lambda n: 500 if n == 2 else 200) as server:
         with closing(make_engine(server)) as engine:
-            rows = engine.sample_logps(prompts, 8, (0, "parity"))
+            rows = engine.sample_logps(prompts, DraftsConfig(max_tokens=8), (0, "parity"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     kept = [row for row in prompts if row["prompt_id"] != "long"]
     assert rows == [
@@ -469,6 +469,15 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
     prompts.append({"prompt_id": "long", "prompt": [{"role": "user", "content": " ".join(["1"] * 60)}]})
     (tmp_path / "prompts.jsonl").write_text("".join(map(to_line, prompts)))
 
+    sampling = {
+        "top_k": 12,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+        "max_tokens": 8,
+        "stop": "9",
+        "stop_token_ids": [11],
+    }
+
     def generate(name: str, **generation) -> dict[str, list[dict]]:
         directory = tmp_path / name
         directory.mkdir()
@@ -481,7 +490,7 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
                 "prompts": str(tmp_path / "prompts.jsonl"),
                 "answers": str(files[task]),
                 "refinements": asdict(RefinementsConfig(turns=3, template=TEMPLATE)),
-                "sampling": [asdict(DraftsConfig(temperature=temperature, top_k=12, max_tokens=8))] * 3,
+                "sampling": [asdict(DraftsConfig(temperature=temperature, **sampling))] * 3,
                 "seed": [0, 1],
             }
             for task, temperature in (("greedy", 0.0), ("sampled", 1.0))
@@ -498,7 +507,7 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
                 "prompts": str(tmp_path / "prompts.jsonl"),
                 "answers": str(files["parity"]),
                 "samples": 10,
-                "max_tokens": 8,
+                "sampling": asdict(DraftsConfig(**sampling)),
                 "seed": [0, "parity"],
             },
             "probe": str(tmp_path / "parity_probe.json"),

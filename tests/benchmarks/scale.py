@@ -7,6 +7,7 @@ once: what is measured is everything but the model.
 """
 
 import argparse
+import io
 import json
 import random
 import subprocess
@@ -16,8 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trl_ext.aries import scoring
+from trl_ext.aries.children import Reporter
 from trl_ext.aries.config import AriesConfig, sampling_by_turn
 from trl_ext.aries.inputs import read_inputs
+from trl_ext.aries.jobs import scoring_job
 from trl_ext.aries.prompts import select_prompts
 from trl_ext.aries.records import Chain, to_line, write_jsonl
 from trl_ext.aries.refinements import Request, Strategy
@@ -98,7 +102,7 @@ def run_stage(stage: str, directory: Path, count: int) -> dict:
     elif stage == "answers":
         answer(loop, chains)
     elif stage == "scores":
-        loop.score(1)
+        score(loop)
     else:
         loop.pair(1)
     return {
@@ -125,6 +129,16 @@ def answer(loop: Rounds, chains: Any) -> None:
     for prompts, answers in tasks:
         task = chains.Task(prompts, answers, strategy, sampling_by_turn(loop.config), (0, 1))
         chains.answer_task(InstantEngine(), task, lambda done: None)
+
+
+def score(loop: Rounds) -> None:
+    """What the process that scores does, in this one."""
+    log = loop.dir.round(1).logs / "scores.log"
+    log.parent.mkdir(exist_ok=True)
+    scoring.main(
+        scoring_job(loop.dir, loop.config, 1) | {"log": str(log), "call": str(log.with_suffix(".call"))},
+        Reporter(io.StringIO()),
+    )
 
 
 def peak_mebibytes() -> int:

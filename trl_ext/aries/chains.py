@@ -17,6 +17,7 @@ from transformers import GenerationConfig as HFGenerationConfig
 from .config import DraftsConfig, GenerationConfig
 from .disk import writing
 from .drafts import encode_prompt, request_seed, stop_token_ids
+from .intake import Intake
 from .partial_answers import PartialAnswers
 from .records import Chain
 from .refinements import Request, Strategy
@@ -175,22 +176,29 @@ class TaskEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
             "max_tokens": sampling.max_tokens,
             "seed": request_seed(*self._task.seed, *name),
-            "stop_token_ids": self._stop_token_ids,
+            **self._stops(sampling),
         }
 
+    def _stops(self, sampling: DraftsConfig) -> dict[str, Any]:
+        """What ends an answer: the model's EOS tokens, and what the recipe adds."""
+        ids = sorted({*self._stop_token_ids, *(sampling.stop_token_ids or ())})
+        return {"stop_token_ids": ids} | ({"stop": sampling.stop} if sampling.stop else {})
+
     def sample_requests(
-        self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
+        self, prompts: list[dict[str, Any]], sampling: DraftsConfig, seed: tuple[Any, ...]
     ) -> Iterator[tuple[str, list[int], dict[str, Any]]]:
         """
-        Id, token ids and settings of requests for the parity check, without the prompts that are too long. At temperature 1 and
-        over the whole vocabulary, the log-probabilities that an answer is sampled from are the policy's own.
+        Id, token ids and settings of requests for the parity check, without the prompts that are too long. They end as drafts do. At
+        temperature 1 and over the whole vocabulary, the log-probabilities that an answer is sampled from are the policy's own.
         """
         for row in prompts:
             token_ids = encode_prompt(self._tokenizer, row["prompt"])
-            if len(token_ids) + max_tokens <= self._max_model_len:
-                settings = {"temperature": 1.0, "max_tokens": max_tokens, "stop_token_ids": self._stop_token_ids}
+            if len(token_ids) + sampling.max_tokens <= self._max_model_len:
+                settings = {"temperature": 1.0, "max_tokens": sampling.max_tokens, **self._stops(sampling)}
                 settings |= {"logprobs": 0, "seed": request_seed(*seed, row["prompt_id"])}  # the sampled token's alone
                 yield row["prompt_id"], token_ids, settings
 
@@ -244,10 +252,10 @@ class RequestEngine(TaskEngine):
         return advanced
 
     def sample_logps(
-        self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
+        self, prompts: list[dict[str, Any]], sampling: DraftsConfig, seed: tuple[Any, ...]
     ) -> list[dict[str, Any]]:
         rows = {}
-        for prompt_id, token_ids, settings in self.sample_requests(prompts, max_tokens, seed):
+        for prompt_id, token_ids, settings in self.sample_requests(prompts, sampling, seed):
             self.add(prompt_id, token_ids, settings)
             rows[prompt_id] = {"prompt_id": prompt_id, "prompt_token_ids": token_ids}
         waiting = set(rows)
@@ -266,17 +274,20 @@ def _generation_config(model: str, revision: str | None) -> HFGenerationConfig |
         return None
 
 
-def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None]) -> None:
-    """Answer a file of prompts, continuing every chain from what a previous process left."""
+def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None], intake: Intake | None = None) -> None:
+    """Answer a file of prompts, continuing every chain from what a previous process left. `intake` looks at what comes."""
     answers = PartialAnswers(task.prompts, task.answers)
     with writing(answers.path), open(answers.path, "ab") as file:
 
         def on_finished(chain: Chain) -> None:
             answers.finish(chain)
             progress(answers.finished)
+            if intake is not None:
+                intake.look(chain)
 
         engine.start(task)
-        run_chains(engine, answers.chains(), engine.window, lambda chains: answers.add(file, chains), on_finished)
+        chains = answers.chains() if intake is None else intake.begun(answers.chains())
+        run_chains(engine, chains, engine.window, lambda advanced: answers.add(file, advanced), on_finished)
 
     if engine.prompt_tokens:
         share = engine.cached_tokens / engine.prompt_tokens

@@ -126,6 +126,9 @@ class Reporter:
     def note(self, text: str) -> None:
         self.send(note=text)
 
+    def close(self) -> None:
+        self._stream.close()
+
     def send(self, **message: Any) -> None:
         self._stream.write(f"{REPORT}{json.dumps(message)}\n")
         self._stream.flush()
@@ -140,6 +143,8 @@ def child_main(main: Callable[[dict[str, Any], Reporter], None]) -> None:
         die_with_launcher()
     # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
     report = Reporter(os.fdopen(os.dup(1), "w"))
+    # What somebody's code forks may outlive this process, and whoever reads would wait for it
+    os.register_at_fork(after_in_child=report.close)
     os.dup2(2, 1)
     try:
         main(json.loads(Path(job_file).read_text(encoding="utf-8")), report)

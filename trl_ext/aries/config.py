@@ -26,7 +26,9 @@ LOOP_KEYS = ("trainer", "reference", "objective", "objective_alpha", "accelerate
 # α of the squared objective: the paper's was not available to us, and two public relatives have this one. [house]
 OBJECTIVE_ALPHA = 0.8
 
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "max_tokens")
+# Of a refinement, each may have its own; the strings and tokens that end an answer are the same for all
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
+STOP_KEYS = ("stop", "stop_token_ids")
 
 # [house], after the pairwise prompt of MT-Bench (https://huggingface.co/papers/2306.05685)
 JUDGE_TEMPLATE = """\
@@ -57,9 +59,24 @@ def _check_sampling(name: str, key: str, value: float) -> None:
         "temperature": (value >= 0, "at least 0; 0 is greedy"),
         "top_p": (0 < value <= 1, "in (0, 1]; 1 is off"),
         "top_k": (value >= -1, "at least 1, or 0: off"),
+        "min_p": (0 <= value <= 1, "in [0, 1]; 0 is off"),
+        "repetition_penalty": (value > 0, "positive; 1 is off"),
         "max_tokens": (value > 0, "positive"),
     }[key]
     _require(allowed, f"`{name}` must be {meaning}.")
+
+
+def _check_stop(section: str, stop: str | list[str] | None, stop_token_ids: list[int] | None) -> list[str] | None:
+    """The strings that end an answer, as a list; refuses what vLLM would refuse, or would never meet."""
+    stop = [stop] if isinstance(stop, str) else stop
+    _require("" not in (stop or []), f'`{section}.stop` has an empty text. Name what ends an answer, such as "\\n".')
+    for text in stop or []:
+        _require(
+            not re.fullmatch(r"(\\[nrt])+", text),
+            f"`{section}.stop` has a backslash and a letter, {text}, as YAML reads '{text}' in single quotes. Write \"{text}\", in double quotes.",
+        )
+    _require(min(stop_token_ids or [0]) >= 0, f"`{section}.stop_token_ids` must be at least 0.")
+    return stop
 
 
 def _check_server(url_key: str, env_key: str, url: str, api_key_env: str | None) -> None:
@@ -277,18 +294,32 @@ class DraftsConfig:
             Sampling temperature. [house] The paper's relatives sample at 0.7.
         top_p (`float`, *optional*, defaults to `1.0`), top_k (`int`, *optional*, defaults to `0`):
             Nucleus and top-k sampling; `1.0` and `0` are off. [house]
+        min_p (`float`, *optional*, defaults to `0.0`):
+            Least probability of a token, as a share of the likeliest one's; `0.0` is off. [house]
+        repetition_penalty (`float`, *optional*, defaults to `1.0`):
+            By how much tokens of the prompt and of the answer so far become less likely; `1.0` is off. [house]
         max_tokens (`int`, *optional*, defaults to `512`):
             Longest answer, in tokens. [house]
+        stop (`str` or `list[str]`, *optional*):
+            Texts that end an answer and are not part of it, such as `["\\n"]` for a base model, which has learned no end of
+            its own.
+        stop_token_ids (`list[int]`, *optional*):
+            Tokens that end an answer, beside the model's own EOS tokens.
     """
 
     temperature: float = 0.7
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_tokens: int = 512
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
 
     def __post_init__(self):
         for key in SAMPLING_KEYS:
             _check_sampling(f"drafts.{key}", key, getattr(self, key))
+        self.stop = _check_stop("drafts", self.stop, self.stop_token_ids)
 
 
 @dataclass
@@ -313,6 +344,10 @@ class RefinementsConfig:
             the refinement it is for. [house]
         top_k (`int` or `list[int]`, *optional*), max_tokens (`int` or `list[int]`, *optional*):
             Likewise: one value for all refinements or one for each. Default: the drafts'. [house]
+        min_p (`float` or `list[float]`, *optional*), repetition_penalty (`float` or `list[float]`, *optional*):
+            Likewise. [house]
+        stop (`str` or `list[str]`, *optional*), stop_token_ids (`list[int]`, *optional*):
+            What ends a refinement; `[]` is nothing but the model's own EOS tokens. Default: the drafts'.
     """
 
     strategy: Literal["chain", "parallel", "few_shot", "self_evaluation"] = "chain"
@@ -322,7 +357,11 @@ class RefinementsConfig:
     temperature: float | list[float] | None = None
     top_p: float | list[float] | None = None
     top_k: int | list[int] | None = None
+    min_p: float | list[float] | None = None
+    repetition_penalty: float | list[float] | None = None
     max_tokens: int | list[int] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
 
     def __post_init__(self):
         _require(self.turns >= 2, "`refinements.turns` must be at least 2: a draft and one refinement.")
@@ -349,6 +388,7 @@ class RefinementsConfig:
         for key in SAMPLING_KEYS:
             for name, value in _listed(f"refinements.{key}", getattr(self, key)):
                 _check_sampling(name, key, value)
+        self.stop = _check_stop("refinements", self.stop, self.stop_token_ids)
 
 
 def _listed(name: str, values: Any) -> list[tuple[str, Any]]:
@@ -424,6 +464,7 @@ class _OneScorer:
     reward_model_backend: Literal["auto", "vllm", "transformers"] = "auto"
     batch_size: int = 16
     judge: JudgeConfig | None = None
+    timeout: float | None = None
 
     def kinds(self) -> list[str]:
         """Which of the three kinds of scorers are named."""
@@ -436,6 +477,11 @@ class _OneScorer:
             "`scores.scorers`, each with a `weight`.",
         )
         _require(self.batch_size > 0, "`batch_size` must be positive.")
+        _require(self.timeout is None or self.timeout > 0, "`timeout` must be positive, in seconds, or null for none.")
+        _require(
+            self.timeout is None or self.verifier is not None,
+            "`timeout` is for a `verifier`, beside which it stands. A judge has its own, `judge.timeout`.",
+        )
 
 
 @dataclass
@@ -475,7 +521,7 @@ class ScoresConfig(_OneScorer):
     Parameters:
         verifier (`str`, *optional*):
             `path/to/file.py:function` with TRL's reward-function signature,
-            `(prompts, completions, **columns) -> list[float | None]`. Imported from that file only.
+            `(prompts, completions, **columns) -> list[float | None]`. Imported from that file only. Or `trl.rewards:name`.
         reward_model (`str`, *optional*):
             A sequence-classification model with one output, as a path or Hub id. Its score is that output as it is,
             without a sigmoid.
@@ -488,6 +534,8 @@ class ScoresConfig(_OneScorer):
         judge ([`JudgeConfig`], *optional*):
             A language model behind a server; the score of an answer is its win rate against the others of its chain.
             [house]
+        timeout (`float`, *optional*):
+            Seconds for one call of the verifier, with the answers of up to 100 chains. Default: as long as it takes.
         scorers (`list[ScorerConfig]`, *optional*):
             Several of these, in place of the keys above. The score is their weighted sum; an answer that one of them leaves
             without a score has none. [house]
@@ -542,6 +590,9 @@ class PairsConfig:
         direct_weight, refinement_weight (`int`, *optional*, defaults to `1`):
             How often an epoch shows a pair's direct row, and each of its two refinement rows (from the rejected and
             from the chosen draft). `0` leaves them out. [house]
+        learn (`str`, *optional*, defaults to `"answer"`):
+            With `generation.answer_pattern`, what a training row holds: `"answer"`, or `"full_text"`, all that was generated, a thinking
+            model's thought included. What is refined and scored is the answer in either case. [house]
         guard (`str`, *optional*, defaults to `"stop"`):
             What happens to a round whose chosen answers do not score higher than its rejected ones on average: `"stop"`
             ends the run before training, `"skip"` leaves the round untrained and goes on to the next one, `"warn"`
@@ -557,6 +608,7 @@ class PairsConfig:
     settled_similarity: float = 0.9
     direct_weight: int = 1
     refinement_weight: int = 1
+    learn: Literal["answer", "full_text"] = "answer"
     guard: Literal["stop", "skip", "warn"] = "stop"
 
     def __post_init__(self):
@@ -641,7 +693,7 @@ class HealthConfig:
         max_dropped (`float`, *optional*, defaults to `0.5`):
             Largest share of rows that cannot be used: SFT rows without an answer, prompts that are too long, chains without two
             whole, scored answers, training rows whose prompt fills `max_length`. What a rule of `pairs` leaves out does not count.
-            [house]
+            Generation is looked at from its first 64 chains on. [house]
         max_kl (`float`, *optional*, defaults to `5.0`):
             Largest KL of a round's policy to the initial policy, in nats per token. Measured where `parity.samples` is not 0.
             [house]
@@ -762,6 +814,10 @@ class AriesConfig:
             "`pairs.selection: rule_based` takes the last answer over the first, and with `refinements.strategy: parallel` "
             "they are samples of one prompt. Set `pairs.selection: best_over_worst`, or another strategy.",
         )
+        _require(
+            self.pairs.learn == "answer" or self.generation.answer_pattern is not None,
+            "`pairs.learn: full_text` needs `generation.answer_pattern`, such as '(?s)</think>\\s*(.*)': without it, the answer is the full text.",
+        )
         for name, max_tokens in (
             ("drafts.max_tokens", self.drafts.max_tokens),
             *_listed("refinements.max_tokens", self.refinements.max_tokens),
@@ -819,6 +875,7 @@ def sampling_by_turn(config: AriesConfig) -> list[DraftsConfig]:
     for index in range(config.refinements.turns - 1):
         values = {key: getattr(config.refinements, key) for key in SAMPLING_KEYS}
         own = {key: value[index] if isinstance(value, list) else value for key, value in values.items()}
+        own |= {key: getattr(config.refinements, key) for key in STOP_KEYS}
         sampling.append(replace(config.drafts, **{key: value for key, value in own.items() if value is not None}))
     return sampling
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..recipe import RecipeError
 from ..recipe_values import show
-from .records import Prompt
+from .records import Prompt, as_completion
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -31,6 +31,27 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
             f"the tokenizer's chat template does not take the messages {show(prompt)}: {error}. Their roles or contents are others "
             "than it knows."
         ) from error
+
+
+def render_row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> str:
+    """A training row, prompt and answer, in the tokenizer's words. Plain text ends in the EOS token that TRL puts there."""
+    if isinstance(prompt, str):
+        return prompt + text + tokenizer.eos_token
+    return tokenizer.apply_chat_template([*prompt, *as_completion(prompt, text)], tokenize=False)
+
+
+def full_text_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a chat template does not give a thought back as it was generated, so that `pairs.learn: full_text` would teach something else."""
+    prompt = [{"role": "user", "content": "A question."}]
+    start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    text = "<think>\nA thought.\n</think>\n\nAn answer."
+    if start.rstrip().endswith("<think>"):  # the template begins the thought, and the model goes on
+        text = text.removeprefix("<think>\n")
+    row = render_row(tokenizer, prompt, text)
+    if row.startswith(start + text):
+        return None
+    found = row.removeprefix(start) if row.startswith(start) else row
+    return f"the chat template makes {show(found)} of {show(text)}, so the thought would not be learned as it is generated"
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:

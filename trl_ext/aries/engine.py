@@ -11,10 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ..recipe import RecipeError
 from ..recipe_values import did_you_mean
 from .chains import EngineSettings, Finished, RequestEngine, Task, TaskEngine, answer_task
 from .children import Reporter, child_main
-from .config import DraftsConfig, GenerationConfig, RefinementsConfig
+from .config import DraftsConfig, GenerationConfig, HealthConfig, RefinementsConfig
+from .intake import Intake
 from .records import read_jsonl, read_rows, write_jsonl
 from .refinements import Strategy
 from .served_engine import ServedEngine
@@ -130,17 +132,18 @@ def quantization_problem(name: str) -> str | None:
 def main(job: dict[str, Any], report: Reporter) -> None:
     """The child process: one engine start, all tasks of the job."""
     config = GenerationConfig(**job["generation"])
+    unanswered = [task for task in job["tasks"] if not Path(task["answers"]).exists()]
     tasks = [
         Task(
             Path(task["prompts"]),
             Path(task["answers"]),
-            Strategy(RefinementsConfig(**task["refinements"]), config.answer_pattern),
+            Strategy(RefinementsConfig(**task["refinements"]), config.answer_pattern, job.get("learn", "answer")),
             [DraftsConfig(**sampling) for sampling in task["sampling"]],
             tuple(task["seed"]),
         )
-        for task in job["tasks"]
-        if not Path(task["answers"]).exists()
+        for task in unanswered
     ]
+    intakes = [make_intake(job, task, report) for task in unanswered]
     sizes = [sum(1 for _ in read_rows(task.prompts)) for task in tasks]
     report(0, sum(sizes))
     settings = EngineSettings(
@@ -164,10 +167,28 @@ def main(job: dict[str, Any], report: Reporter) -> None:
         parity = job.get("parity")
         if parity is not None:
             prompts = read_jsonl(Path(parity["prompts"]))[: parity["samples"]]
-            rows = engine.sample_logps(prompts, parity["max_tokens"], tuple(parity["seed"]))
+            rows = engine.sample_logps(prompts, DraftsConfig(**parity["sampling"]), tuple(parity["seed"]))
             write_jsonl(Path(parity["answers"]), rows)
         for i, task in enumerate(tasks):
-            answer_task(engine, task, lambda done, i=i: report(sum(sizes[:i]) + done, sum(sizes)))
+            answer_task(engine, task, lambda done, i=i: report(sum(sizes[:i]) + done, sum(sizes)), intakes[i])
+
+
+def make_intake(job: dict[str, Any], task: dict[str, Any], report: Reporter) -> Intake | None:
+    """Too many answers of no use end a round. In an evaluation they are a result, so they are only said. A probe has no bound."""
+    if "intake" not in job:
+        return None
+
+    def stop(finding: str) -> None:
+        raise RecipeError(
+            f"generation is stopped: {finding} Do so under another `output_dir`. Or go on with what there is, `--health.max_dropped 0.9`."
+        )
+
+    def note(finding: str) -> None:
+        report.note(f"evaluation: {finding}")
+
+    drafts = DraftsConfig(**task["sampling"][0])
+    health, selection = HealthConfig(**job["intake"]["health"]), job["intake"]["selection"]
+    return Intake(health, selection, drafts, note if task["is_evaluation"] else stop)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,19 @@ from typing import Any
 
 from ..launch import Launch
 from ..recipe import RecipeError
-from .config import AriesConfig, DatasetConfig, GenerationConfig, ScorerConfig
+from .config import AriesConfig, DatasetConfig
 from .health import share_finding
-from .judge import Judge
 from .prompts import Prompts, load_prompts, load_rows, prompts_per_round
 from .records import sha256
 from .refinements import Strategy
-from .reward_model import RewardModel
-from .scores import Scorer, Verifier
 from .sft import usable_sft_rows
+from .verifier import verifier_file
 
 
 @dataclass
 class Inputs:
     """
     Args:
-        scorers (`list[Scorer]`):
-            Those of the recipe's `scores`.
         prompts ([`~aries.prompts.Prompts`]), round_size (`int`):
             The prompts of all rounds, and how many of them a round takes.
         evaluation_prompts (`list[dict]`):
@@ -34,7 +30,6 @@ class Inputs:
             The rows for SFT, none without it, and how many cannot be used, by reason.
     """
 
-    scorers: list[Scorer]
     prompts: Prompts
     round_size: int
     evaluation_prompts: list[dict[str, Any]]
@@ -55,18 +50,14 @@ def read_inputs(config: AriesConfig) -> Inputs:
         [`RecipeError`]: something is missing, or cannot be used.
     """
     Strategy(config.refinements)  # a template that cannot be used shows before a million prompts are read
-    scorers = [make_scorer(scorer, config.generation) for scorer in config.scores.each()]
+    for scorer in config.scores.each():
+        if scorer.verifier is not None:
+            verifier_file(scorer.verifier)
     prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
     round_size = prompts_per_round(len(prompts), config.prompts.per_round, config.rounds)
     evaluation_prompts = load_prompts(config.evaluation.entries(), "evaluation.dataset")[: config.evaluation.samples]
     sft_rows, sft_dropped = read_sft_rows(config) if config.sft else ([], {})
-    return Inputs(scorers, prompts, round_size, evaluation_prompts, sft_rows, sft_dropped)
-
-
-def make_scorer(config: ScorerConfig, generation: GenerationConfig) -> Scorer:
-    if config.verifier is not None:
-        return Verifier(config)
-    return Judge(config) if config.judge is not None else RewardModel(config, generation)
+    return Inputs(prompts, round_size, evaluation_prompts, sft_rows, sft_dropped)
 
 
 def read_sft_rows(config: AriesConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:

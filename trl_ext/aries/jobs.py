@@ -5,14 +5,19 @@ A round's prompts are answered by the policy of the round before, and so are the
 `number` is one more than there are rounds.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from ..launch import Launch
 from ..recipe import Recipe
-from .config import AriesConfig, sampling_by_turn, sft_settings, trainer_settings
+from .config import AriesConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
 from .policies import Policy, policy_after, product
+from .records import encode
 from .run_dir import RunDir
+from .scores import other_columns
 
 
 # vLLM accepts these as the largest LoRA rank
@@ -33,6 +38,7 @@ def preflight_job(
         "adapters": [str(run.round(number).adapter) for number in range(config.rounds + 1)],
         "prompts": [] if run.round(1).prompts.exists() else prompt_files(config),
         "health": asdict(config.health),
+        "learn": config.pairs.learn,
     }
 
 
@@ -61,6 +67,7 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
             "answers": str(previous.evaluation),
             "sampling": [asdict(turn) for turn in evaluation_sampling],
             "seed": [config.seed, "evaluation"],  # the same in every round
+            "is_evaluation": True,
         }
     ]
     if number <= config.rounds:
@@ -70,6 +77,7 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
                 "answers": str(current.answers),
                 "sampling": [asdict(turn) for turn in sampling],
                 "seed": [config.seed, number],
+                "is_evaluation": False,
             }
         )
     parity = None
@@ -78,7 +86,7 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
             "prompts": str(run.evaluation_prompts),
             "answers": str(previous.samples),
             "samples": config.parity.samples,
-            "max_tokens": config.drafts.max_tokens,
+            "sampling": asdict(config.drafts),
             "seed": [config.seed, "parity"],
         }
     policy = policy_after(run, config, number - 1)
@@ -92,6 +100,8 @@ def generation_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, A
         "trust_remote_code": config.trust_remote_code,
         "generation": asdict(config.generation),
         "tasks": [task | {"refinements": asdict(config.refinements)} for task in tasks],
+        "learn": config.pairs.learn,
+        "intake": {"health": asdict(config.health), "selection": config.pairs.selection},
         "parity": parity,
         "probe": str(previous.probe),
     }
@@ -142,6 +152,52 @@ def comparison(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
             "use_cpu": bool(config.training.get("use_cpu")),
         },
     }
+
+
+def scoring_job(run: RunDir, config: AriesConfig, number: int | None = None) -> dict[str, Any]:
+    """The scorers, and what of a round's answers and of the evaluation's has no scores yet; without a number there is nothing to score."""
+    files = []
+    if number is not None:
+        previous, current = run.round(number - 1), run.round(number)
+        files.append((run.evaluation_prompts, previous.evaluation, previous.evaluation_scores))
+        if number <= config.rounds:
+            files.append((current.prompts, current.answers, current.scores))
+    return {
+        "scorers": [scorer_settings(scorer) for scorer in config.scores.each()],
+        "generation": asdict(config.generation),
+        "tokenizer": {
+            "pretrained_model_name_or_path": absolute(config.model["model_name_or_path"]),
+            "revision": config.model.get("model_revision"),
+            "trust_remote_code": config.trust_remote_code,
+        },
+        "cache": absolute(run.score_cache),
+        "tasks": [
+            dict(zip(("prompts", "answers", "scores"), map(absolute, paths), strict=True))
+            for paths in files
+            if not paths[-1].exists()
+        ],
+        "check": [],
+    }
+
+
+def scorer_settings(config: ScorerConfig) -> dict[str, Any]:
+    settings = asdict(config)
+    if config.verifier is not None:
+        file, _, name = config.verifier.rpartition(":")
+        settings["verifier"] = f"{absolute(file)}:{name}"
+    if config.reward_model is not None:
+        settings["reward_model"] = absolute(config.reward_model)
+    return settings
+
+
+def absolute(path: str | Path) -> str:
+    """A path that holds whatever a verifier makes the working directory; what is no path here, such as an id on the Hub, as it is."""
+    return str(Path(path).absolute()) if isinstance(path, Path) or Path(path).exists() else path
+
+
+def first_row(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the prompts, with every column that any of them has, as it is read back from a run's own file."""
+    return json.loads(encode(dict.fromkeys(other_columns(prompts)) | prompts[0]))
 
 
 def training_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:

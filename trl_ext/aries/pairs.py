@@ -31,6 +31,21 @@ FAULTS = (
 )
 
 
+def fault(chain: Chain, selection: str) -> str | None:
+    """Which of the [`FAULTS`] keeps a finished chain from giving a pair, whatever the scores of its answers; `None` if it may give one."""
+    if len(chain.answers) < 2:
+        return chain.stopped or "fewer_than_two_answers"
+    last = chain.answers[-1]
+    if selection == "rule_based" and last.finish_reason != "stop":
+        return "last_answer_truncated"
+    if selection == "rule_based" and chain.stopped is not None:
+        return chain.stopped
+    eligible = [last] if selection == "rule_based" else [a for a in chain.answers if a.finish_reason == "stop"]
+    if not eligible:
+        return "all_answers_truncated"
+    return None if any(answer.text.strip() for answer in eligible) else "empty_answer"
+
+
 @dataclass
 class Pair:
     """A chosen and a rejected answer to the same prompt."""
@@ -179,6 +194,11 @@ def select_pairs(
     return list(selection), selection.dropped
 
 
+def learned_text(answer: Answer, learn: str) -> str:
+    """What a training row has of an answer: its text, or with `learn="full_text"` all that was generated."""
+    return answer.full_text if learn == "full_text" and answer.full_text is not None else answer.text
+
+
 def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list[dict[str, Any]]:
     """
     The rows of a pair, each a row of a TRL preference dataset.
@@ -190,8 +210,8 @@ def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list
     """
     prompt = pair.chain.prompt
     answers = {
-        "chosen": as_completion(prompt, pair.chosen.text),
-        "rejected": as_completion(prompt, pair.rejected.text),
+        "chosen": as_completion(prompt, learned_text(pair.chosen, config.learn)),
+        "rejected": as_completion(prompt, learned_text(pair.rejected, config.learn)),
     }
     sources = {
         "prompt_id": pair.chain.prompt_id,

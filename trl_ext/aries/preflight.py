@@ -31,7 +31,7 @@ from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.trackers import check_trackers
 from .children import Reporter, child_main
 from .config import LOOP_KEYS, AriesConfig, DatasetConfig, HealthConfig
-from .drafts import encode_prompt
+from .drafts import encode_prompt, full_text_problem
 from .engine import quantization_problem
 from .health import share_finding
 from .launch_check import launch_problem
@@ -117,6 +117,7 @@ def main(job: dict[str, Any], progress: Reporter) -> None:
             raise RecipeError(f"{recipe.where('generation', 'quantization')}: `generation.quantization`: {problem}")
 
     tokenizer, vocabulary = check_model(recipe, job)
+    check_answers(tokenizer, recipe, job)
     for file in job["prompts"]:
         check_prompts(tokenizer, vocabulary, file, HealthConfig(**job["health"]), progress)
     if job["sft"] is not None and job["prompts"]:
@@ -222,6 +223,26 @@ def check_context(recipe: Recipe, config: PretrainedConfig, max_model_len: int) 
         f"{where}: `generation.max_model_len` is {max_model_len:,}, and the model has {positions:,} positions. Lower it, and "
         "`drafts.max_tokens` with it."
     )
+
+
+def check_answers(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, job: dict[str, Any]) -> None:
+    """
+    Raises:
+        [`RecipeError`]: an answer cannot end at a token that is to end it, or a thought cannot be learned.
+    """
+    for section in ("drafts", "refinements"):
+        unknown = [i for i in recipe.at(section, "stop_token_ids") or () if i >= len(tokenizer)]
+        if unknown:
+            raise RecipeError(
+                f"{recipe.where(section, 'stop_token_ids')}: `{section}.stop_token_ids` has {unknown[0]}, and the tokenizer has the tokens 0 to "
+                f"{len(tokenizer) - 1:,}."
+            )
+    problem = full_text_problem(tokenizer) if job["learn"] == "full_text" and job["conversational"] else None
+    if problem:
+        where = recipe.where("pairs", "learn")
+        raise RecipeError(
+            f"{where}: `pairs.learn: full_text`: {problem}. Learn the answer, or make the prompts plain text."
+        )
 
 
 def check_prompts(

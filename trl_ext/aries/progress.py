@@ -1,12 +1,14 @@
 """
-What a run prints: one live bar with an ETA per stage on a terminal, one line per stage in a log, and the closing table; or one
-JSON object per line.
+What a run prints: one live bar with an ETA per stage on a terminal, in a log a line per stage and one a minute while it goes on, and the
+closing table; or one JSON object per line.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -21,8 +23,99 @@ from ..terminal import printable
 TABLE_WIDTH = 100
 # The style of a line that `--quiet` prints too
 WARNING = "yellow"
-# Between two lines about the same stage
-PROGRESS_SECONDS = 10.0
+# Between two lines of a log about the same stage
+LOG_SECONDS = 60.0
+# Between two looks at whether one is due
+BEAT_SECONDS = 1.0
+
+
+@dataclass
+class StageProgress:
+    """
+    How far a stage is, as `progress.json` has it while it runs.
+
+    Args:
+        round (`int`), stage (`str`):
+            Which one.
+        first (`int`), done (`int`), total (`int`):
+            Of its answers, steps, ...: those that were there at its start, that are now, that are to be.
+        seconds (`float`):
+            Since its first report.
+    """
+
+    round: int
+    stage: str
+    first: int
+    done: int
+    total: int
+    seconds: float
+
+    @property
+    def rate(self) -> float | None:
+        """How many there are in a second, since the first report; `None` before there is one more."""
+        return (self.done - self.first) / self.seconds if self.done > self.first and self.seconds > 0 else None
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds that the rest should take."""
+        return None if self.rate is None else (self.total - self.done) / self.rate
+
+    def __str__(self) -> str:
+        text = f"{self.done:,} of {self.total:,}"
+        return text if self.eta is None else f"{text}, about {duration(self.eta)} to go"
+
+
+class Pulse:
+    """
+    How a stage goes, for a log: a line every [`LOG_SECONDS`], also while nothing comes.
+
+    Args:
+        round (`int`), stage (`str`):
+            Which one.
+        clock (`Callable[[], float]`):
+            Seconds, from anywhere.
+    """
+
+    def __init__(self, round: int, stage: str, clock: Callable[[], float]):
+        self._clock, self._lock = clock, threading.Lock()
+        self._at = StageProgress(round, stage, 0, 0, 0, 0.0)
+        self._began: float | None = None
+        self._next = clock() + LOG_SECONDS
+
+    def update(self, done: int, total: int) -> None:
+        with self._lock:
+            if self._began is None or total != self._at.total:  # of another kind: each scorer counts its own
+                self._began, self._at.first = self._clock(), done
+            self._at.done, self._at.total = done, total
+
+    def due(self) -> StageProgress | None:
+        """How far the stage is, when a line is due; a total of 0 is none yet."""
+        with self._lock:
+            now = self._clock()
+            if now < self._next:
+                return None
+            self._next = now + LOG_SECONDS
+            self._at.seconds = 0.0 if self._began is None else now - self._began
+            return replace(self._at)
+
+    @contextmanager
+    def beating(self, say: Callable[[StageProgress], None]) -> Iterator[None]:
+        """Call `say` whenever a line is due, from a thread of its own."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(BEAT_SECONDS):
+                due = self.due()
+                if due is not None:
+                    say(due)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 class RunProgress:
@@ -34,10 +127,19 @@ class RunProgress:
             Where to print; standard output by default.
         quiet (`bool`, *optional*, defaults to `False`):
             Print warnings only.
+        clock (`Callable[[], float]`, *optional*, defaults to `time.monotonic`):
+            Seconds, from anywhere.
     """
 
-    def __init__(self, rounds: int, console: Console | None = None, quiet: bool = False):
+    def __init__(
+        self,
+        rounds: int,
+        console: Console | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.rounds = rounds
+        self.clock = clock
         self.quiet = quiet
         self.console = console or Console(highlight=False)
         self._round_seconds: list[float] = []
@@ -60,7 +162,7 @@ class RunProgress:
             `Callable[[int, int], None]`: to be called with (done, total).
         """
         label = f"round {number}/{self.rounds}  {name}"
-        start = time.monotonic()
+        start = self.clock()
         last = {"done": 0, "total": None}
         if self.console.is_terminal and not self.quiet:
             columns = (
@@ -81,9 +183,16 @@ class RunProgress:
 
                 yield update
         else:
-            yield lambda done, total: last.update(done=done, total=total)
+            pulse = Pulse(number, name, self.clock)
+
+            def note(done: int, total: int) -> None:
+                last.update(done=done, total=total)
+                pulse.update(done, total)
+
+            with pulse.beating(lambda at: self.say(f"{label:<38}{progress_line(at, self.clock() - start)}")):
+                yield note
         count = "" if last["total"] is None else f"{last['done']:>7,}"
-        self.say(f"{label:<38}{count:>8}  {time.monotonic() - start:6.1f} s")
+        self.say(f"{label:<38}{count:>8}  {self.clock() - start:6.1f} s")
 
     def show(self, table: Table) -> None:
         """Print a table; in a log, with room for its columns."""
@@ -113,7 +222,8 @@ class RunProgress:
 class JsonProgress(RunProgress):
     """
     The same as JSON lines: `time`, `level` (`info`, `warning`, `error`), `event` and what belongs to it. Events: `start`, `progress`
-    (every [`PROGRESS_SECONDS`] at most) and `end` of a stage, `message`, `round`, `metrics`, `stopped`.
+    (every [`LOG_SECONDS`]: `done`, `total`, `rate` in a second, `eta` in seconds; `null` before they are known) and `end` of a stage,
+    `message`, `round`, `metrics`, `stopped`.
     """
 
     def log(self, event: str, level: str = "info", **fields: Any) -> None:
@@ -127,19 +237,30 @@ class JsonProgress(RunProgress):
 
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
-        start = logged = time.monotonic()
+        start = self.clock()
         last: dict[str, int] = {}
+        pulse = Pulse(number, name, self.clock)
         self.log("start", round=number, stage=name)
 
         def update(done: int, total: int) -> None:
-            nonlocal logged
             last.update(done=done, total=total)
-            if time.monotonic() - logged >= PROGRESS_SECONDS:
-                logged = time.monotonic()
-                self.log("progress", round=number, stage=name, **last)
+            pulse.update(done, total)
 
-        yield update
-        self.log("end", round=number, stage=name, seconds=round(time.monotonic() - start, 3), **last)
+        def say(at: StageProgress) -> None:
+            done, total = (at.done, at.total) if at.total else (None, None)
+            self.log(
+                "progress",
+                round=number,
+                stage=name,
+                done=done,
+                total=total,
+                rate=rounded(at.rate),
+                eta=rounded(at.eta),
+            )
+
+        with pulse.beating(say):
+            yield update
+        self.log("end", round=number, stage=name, seconds=round(self.clock() - start, 3), **last)
 
     def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> None:
         for number, of_round in metrics.items():
@@ -150,6 +271,32 @@ class JsonProgress(RunProgress):
 
     def end_round(self, number: int, seconds: float) -> None:
         self.log("round", round=number, seconds=round(seconds, 3))
+
+
+def progress_line(at: StageProgress, seconds: float) -> str:
+    """
+    How far a stage is, for a log.
+
+    Example:
+
+    ```python
+    >>> progress_line(StageProgress(1, "drafts", first=0, done=90, total=270, seconds=60.0), seconds=65.0)
+    '90 of 270, 1.5 a second, about 2 min 00 s to go'
+    ```
+    """
+    if not at.total:
+        return f"nothing yet, after {duration(seconds)}"
+    if at.rate is None:
+        return f"{at}, after {duration(seconds)}"
+    amount, unit = next(
+        ((at.rate * size, unit) for size, unit in ((1, "second"), (60, "minute")) if at.rate * size >= 1),
+        (at.rate * 3600, "hour"),
+    )
+    return f"{at.done:,} of {at.total:,}, {amount:,.3g} {'an' if unit == 'hour' else 'a'} {unit}, about {duration(at.eta)} to go"
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def duration(seconds: float) -> str:

@@ -114,9 +114,11 @@ class Strategy:
             The recipe's section.
         answer_pattern (`str`, *optional*):
             `generation.answer_pattern`: finds the answer in a generated text.
+        learn (`str`, *optional*, defaults to `"answer"`):
+            `pairs.learn`: which of the two must be whole.
     """
 
-    def __init__(self, config: RefinementsConfig, answer_pattern: str | None = None):
+    def __init__(self, config: RefinementsConfig, answer_pattern: str | None = None, learn: str = "answer"):
         self.name = config.strategy
         self.turns = config.turns
         if isinstance(config.template, str):
@@ -129,6 +131,7 @@ class Strategy:
         if self.name == "self_evaluation":
             self.evaluation_template = compile_template(config.evaluation_template, "refinements.evaluation_template")
         self.answer_pattern = None if answer_pattern is None else re.compile(answer_pattern)
+        self.learns_answer = learn == "answer"
 
     def next_request(self, chain: Chain) -> Request | None:
         """The question itself, then what the strategy makes of the answers so far; `None` when the chain is finished."""
@@ -150,7 +153,7 @@ class Strategy:
 
     def add(self, chain: Chain, request: Request, text: str, tokens: int, finish_reason: str) -> None:
         """Add what was generated for a request to its chain: an answer, a critique, or a text without an answer."""
-        found = find_answer(text, self.answer_pattern)
+        found, is_whole = find_answer(text, self.answer_pattern)
         if request.is_critique:  # [house]: all of it, where it does not have the form of an answer
             chain.answers[-1].critique = (found or text).strip()
             return
@@ -159,15 +162,18 @@ class Strategy:
             chain.unanswered.append(Answer(request.turn, "", tokens, finish_reason, full_text))
             chain.stopped = "no_answer_found"
             return
+        if is_whole and self.learns_answer:
+            finish_reason = "stop"
         # Plain-text prompts are continued: the space before the first word belongs to the answer
         found = found if isinstance(chain.prompt, str) else found.strip()
         chain.answers.append(Answer(len(chain.answers) + 1, found, tokens, finish_reason, full_text))
 
 
-def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
+def find_answer(text: str, pattern: re.Pattern | None) -> tuple[str | None, bool]:
     """
     The answer in a generated text: all of it without a pattern, else the group of the first match; `None` if there is no
-    match, or nothing in it.
+    match, or nothing in it. And whether it is whole for sure, since the text goes on behind it: then it does not matter that the text
+    itself was cut off.
 
     Raises:
         [`RecipeError`]: the search takes too long.
@@ -176,15 +182,21 @@ def find_answer(text: str, pattern: re.Pattern | None) -> str | None:
 
     ```python
     >>> find_answer("<think>3 is more</think> 1 3", re.compile(r"(?s)</think>\\s*(.*)"))
-    '1 3'
+    ('1 3', False)
+    >>> find_answer("So it is #### 13. The ques", re.compile(r"#### (\\d+)"))
+    ('13', True)
     ```
     """
     if pattern is None:
-        return text
+        return text, False
     slow = (
         f"`generation.answer_pattern` took more than {LONGEST_SECONDS:g} seconds on a text of {len(text):,} characters, so it "
         "tries the same characters again and again: write no repetition of a repetition, such as `(?:a+)+`."
     )
     with time_limit(LONGEST_SECONDS, slow):
         match = pattern.search(text)
-    return match[1] if match and match[1] and match[1].strip() else None
+    if not match or not match[1] or not match[1].strip():
+        return None, False
+    rest = text[match.end(1) :]
+    # A pattern may take a line's end for the answer's; other space behind it may be as far as the text came
+    return match[1], bool(rest.strip()) or (match.end() > match.end(1) and "\n" in rest)

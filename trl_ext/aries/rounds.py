@@ -24,7 +24,7 @@ from .cost import round_cost
 from .evaluation import evaluation_metrics, setbacks
 from .guard import Examination, decide, report, stop_message
 from .inputs import Inputs, input_hashes, read_inputs
-from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
+from .jobs import first_row, generation_job, parity_job, preflight_job, probe_job, scoring_job, training_job
 from .manifest import write_manifest
 from .pairs import FAULTS, Selection, preference_rows
 from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
@@ -34,7 +34,8 @@ from .records import read_json, read_jsonl, read_rows, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
 from .run_dir import RoundDir, RunDir
-from .scores import ScoreCache, ScoreTask, load_chains, read_chains, score_rows
+from .scores import load_chains, read_chains
+from .scoring import run_scoring
 from .sft import sft_row
 from .state import recorded
 from .status import print_next, print_results
@@ -100,8 +101,6 @@ class Rounds:
 
     def check(self, recipe: Recipe) -> None:
         """Construct every setting in a child process, so that a wrong one shows before any work is done."""
-        for scorer in self.inputs.scorers:
-            scorer.check([self.inputs.prompts, self.inputs.evaluation_prompts])
         if self.config.generation.base_urls is not None:
             self.check_servers()
         if self.config.generation.engine == "ray" and find_spec("ray") is None:
@@ -109,8 +108,12 @@ class Rounds:
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
         job = preflight_job(self.dir, self.config, recipe, self.launch, self.inputs.conversational)
         with self.stage(0, "check") as update:
-            log = self.dir.path / "logs" / "check.log"
-            run_child("trl_ext.aries.preflight", job, log, update, on_note=self.note)
+            logs = self.dir.path / "logs"
+            if self.config.scores.each():
+                rows = [first_row(self.inputs.prompts), first_row(self.inputs.evaluation_prompts)]
+                scoring = scoring_job(self.dir, self.config) | {"check": rows}
+                run_scoring(scoring, logs / "check_scores.log", update, self.note)
+            run_child("trl_ext.aries.preflight", job, logs / "check.log", update, on_note=self.note)
 
     def check_servers(self) -> None:
         from .servers import Wanted, check_servers  # an HTTP client, which other runs do not need
@@ -212,23 +215,11 @@ class Rounds:
 
     def score(self, number: int) -> None:
         """Scores of the round's answers and of the evaluation's."""
-        previous, current = self.dir.round(number - 1), self.dir.round(number)
-        tasks = [(self.dir.evaluation_prompts, previous.evaluation, previous.evaluation_scores)]
-        if number <= self.config.rounds:
-            tasks.append((current.prompts, current.answers, current.scores))
-        tasks = [task for task in tasks if not task[2].exists()]
-        if not tasks:
+        job = scoring_job(self.dir, self.config, number)
+        if not job["tasks"]:
             return
-        tasks = [(ScoreTask(prompts, answers), scores) for prompts, answers, scores in tasks]
-        cache = ScoreCache(self.dir.score_cache)
-        notes = []
         with self.stage(self.under(number), "scores") as update:
-            for scorer in self.inputs.scorers:
-                notes += scorer.score([task for task, _ in tasks], cache, previous.logs, update)
-            for task, scores in tasks:
-                write_jsonl(scores, score_rows(task, self.inputs.scorers, cache))
-        for note in notes:
-            self.note(note)
+            run_scoring(job, self.dir.round(self.under(number)).logs / "scores.log", update, self.note)
 
     def close(self, number: int) -> None:
         """Metrics and manifest of a round whose policy has been evaluated."""

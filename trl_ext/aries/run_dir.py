@@ -50,6 +50,7 @@ OPERATIONAL_KEYS = {
     "scores.judge.max_concurrency",
     "scores.judge.max_retries",
     "scores.judge.timeout",
+    "scores.timeout",
     "sft.report_to",
     "training.project",
     "training.report_to",

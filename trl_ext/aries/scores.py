@@ -1,15 +1,12 @@
 """
-Scores: a number for every answer, from a verifier (a Python function the recipe names), a reward model
-(`reward_model.py`), a judge (`judge.py`), or a weighted sum of several.
+Scores: a number for every answer, from a verifier (`verifier.py`), a reward model (`reward_model.py`), a judge (`judge.py`), or a
+weighted sum of several.
 
 What a scorer finds out is kept by content in one file of the run, so that nothing is scored twice: `score` adds what is
 missing there, and `scores` reads it back. `None` leaves an answer without a score.
 """
 
 import hashlib
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,21 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..recipe import RecipeError
-from ..recipe_values import show
 from .config import ScorerConfig
 from .disk import writing
-from .records import (
-    Answer,
-    Chain,
-    as_completion,
-    blocks,
-    encoder,
-    read_jsonl,
-    read_rows,
-    recover_jsonl,
-    sha256,
-    to_line,
-)
+from .records import Answer, Chain, blocks, encoder, read_jsonl, read_rows, recover_jsonl, to_line
 
 
 Progress = Callable[[int, int], None]
@@ -154,7 +139,7 @@ def read_chains(prompts: Path, answers: Path) -> Iterator[tuple[dict[str, Any], 
 
 
 class Scorer(Protocol):
-    """What the loop needs of a verifier, a reward model and a judge."""
+    """What a verifier, a reward model and a judge have in common."""
 
     name: str
     weight: float
@@ -211,112 +196,3 @@ class AnswerScorer:
 
     def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
         return [[cache[key] for key in self.keys(chain, columns)] for chain, columns in block]
-
-
-class Verifier(AnswerScorer):
-    """
-    A Python function with TRL's reward-function signature, called for the answers of [`CHAINS_AT_ONCE`] chains at a time.
-
-    Args:
-        config ([`~aries.config.ScorerConfig`]):
-            Its `verifier`.
-    """
-
-    def __init__(self, config: ScorerConfig):
-        super().__init__(config)
-        self._function = load_verifier(config.verifier)
-        file, _, function = config.verifier.rpartition(":")
-        self._identity = {"verifier": function, "sha256": sha256(Path(file))}
-
-    def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
-        return answer_keys((self._identity, chain.prompt), (answer.text for answer in chain.answers), (columns,))
-
-    def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
-        """Score an empty answer, which is one that a policy may give."""
-        for rows in files:
-            chain = Chain(rows[0]["prompt_id"], rows[0]["prompt"])
-            columns = {name: rows[0].get(name) for name in other_columns(rows)}
-            call_verifier(self._function, [(chain, Answer(1, "", 0, "stop"), columns)])
-
-    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
-        return []  # `scores` calls the function
-
-    def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
-        keys = [list(self.keys(chain, columns)) for chain, columns in block]
-        missing = {
-            key: (chain, answer, columns)  # equal answers once
-            for (chain, columns), of_chain in zip(block, keys, strict=True)
-            for answer, key in zip(chain.answers, of_chain, strict=True)
-            if key not in cache
-        }
-        if missing:
-            scores = call_verifier(self._function, list(missing.values()))
-            cache.add([{"key": key, "score": score} for key, score in zip(missing, scores, strict=True)])
-        return [[cache[key] for key in of_chain] for of_chain in keys]
-
-
-def load_verifier(reference: str) -> Callable[..., list[float | None]]:
-    """
-    Import `path/to/file.py:function`, from that file and nowhere else.
-
-    Raises:
-        [`RecipeError`]: no such file or function, or the file fails to import.
-    """
-    file, separator, name = reference.rpartition(":")
-    path = Path(file)
-    if not separator or not path.is_file():
-        raise RecipeError(
-            f"`scores.verifier`: {reference!r} names no file (looked in {Path.cwd()}). Write `path/to/file.py:function`."
-        )
-    spec = importlib.util.spec_from_file_location(f"trl_ext_verifier_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # user code: whatever it raises is reported with its place
-        raise RecipeError(f"`scores.verifier`: importing {path} failed: {type(error).__name__}: {error}") from error
-    functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]
-    if name not in functions:
-        raise RecipeError(f"`scores.verifier`: {path} has no function `{name}`; it has {functions}.")
-    return getattr(module, name)
-
-
-def call_verifier(
-    function: Callable[..., list[float | None]], answers: list[tuple[Chain, Answer, dict[str, Any]]]
-) -> list[float | None]:
-    """
-    Score answers in one call.
-
-    Args:
-        function (`Callable`):
-            TRL's reward-function signature.
-        answers (`list[tuple]`):
-            Answers, each with its chain before it and the other columns of its prompt, the same for all, after it.
-
-    Raises:
-        [`RecipeError`]: it raises, returns another number of scores, or one that is not a finite number.
-    """
-    columns = sorted(answers[0][2])
-    name = function.__name__
-    try:
-        scores = function(
-            prompts=[chain.prompt for chain, _, _ in answers],
-            completions=[as_completion(chain.prompt, answer.text) for chain, answer, _ in answers],
-            **{column: [values[column] for _, _, values in answers] for column in columns},
-        )
-    except (Exception, SystemExit) as error:  # user code: whatever it raises is reported with its place
-        raise RecipeError(
-            f"the scorer `{name}` raised {type(error).__name__}: {error}. It is called as {name}(prompts=[...], "
-            f"completions=[...], {', '.join(f'{c}=[...]' for c in columns)}); add `**kwargs` for the columns it does not "
-            "use. An answer may be empty."
-        ) from error
-    if not isinstance(scores, list | tuple) or len(scores) != len(answers):
-        found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else f"a {type(scores).__name__}"
-        raise RecipeError(f"the scorer `{name}` returned {found} for {len(answers)} answers. Return a list.")
-    for (chain, answer, _), score in zip(answers, scores, strict=True):
-        # A whole number may be beyond every float
-        if score is not None and not (isinstance(score, int | float) and abs(score) <= sys.float_info.max):
-            raise RecipeError(
-                f"the scorer `{name}` returned {show(score)} for answer {answer.turn} of {chain.prompt_id}. Return a finite "
-                "number, or None to leave an answer without a score."
-            )
-    return [None if score is None else float(score) for score in scores]

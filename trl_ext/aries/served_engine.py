@@ -178,7 +178,7 @@ class ServedEngine(TaskEngine):
                 )
 
     def sample_logps(
-        self, prompts: list[dict[str, Any]], max_tokens: int, seed: tuple[Any, ...]
+        self, prompts: list[dict[str, Any]], sampling: DraftsConfig, seed: tuple[Any, ...]
     ) -> list[dict[str, Any]]:
         async def sample(prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> dict[str, Any]:
             body = {"prompt": token_ids, "return_token_ids": True, "top_p": 1.0, "top_k": 0, **settings}
@@ -187,7 +187,7 @@ class ServedEngine(TaskEngine):
             row = {"prompt_id": prompt_id, "prompt_token_ids": token_ids, "token_ids": choice["token_ids"]}
             return row | {"logps": logps, "dtype": self.dtype}
 
-        requests = self.sample_requests(prompts, max_tokens, seed)
+        requests = self.sample_requests(prompts, sampling, seed)
         tasks = [self._loop.create_task(sample(*request)) for request in requests]
         self._requests = set(tasks)
         while self._requests:

@@ -8,41 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .progress import duration
+from .progress import StageProgress
 from .records import write_json
 from .run_dir import RunDir, is_locked
 
 
 # Between two writes of `progress.json`
 RECORD_SECONDS = 2.0
-
-
-@dataclass
-class StageProgress:
-    """
-    How far a stage is, as `progress.json` has it while it runs.
-
-    Args:
-        round (`int`), stage (`str`):
-            Which one.
-        first (`int`), done (`int`), total (`int`):
-            Of its answers, steps, ...: those that were there at its start, that are now, that are to be.
-        seconds (`float`):
-            Since its first report.
-    """
-
-    round: int
-    stage: str
-    first: int
-    done: int
-    total: int
-    seconds: float
-
-    def __str__(self) -> str:
-        text = f"{self.done:,} of {self.total:,}"
-        if self.done == self.first:
-            return text
-        return f"{text}, about {duration(self.seconds / (self.done - self.first) * (self.total - self.done))} to go"
 
 
 def recorded(update: Callable[[int, int], None], run: RunDir, number: int, name: str) -> Callable[[int, int], None]:

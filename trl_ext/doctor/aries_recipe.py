@@ -1,8 +1,8 @@
 """An ARIES recipe: what its loop checks before it starts, the prompts as they are rendered, and the memory of every stage."""
 
 import contextlib
-import inspect
 import io
+import os
 import tempfile
 from dataclasses import replace
 from typing import Any
@@ -15,12 +15,12 @@ from trl import ModelConfig
 
 from ..aries.children import ChildError
 from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
-from ..aries.drafts import encode_prompt
+from ..aries.drafts import encode_prompt, render_row
 from ..aries.inputs import Inputs, read_inputs
 from ..aries.refinements import Strategy, refinement_prompt
 from ..aries.rounds import Rounds
-from ..aries.scores import load_verifier
 from ..aries.training import trainer_classes
+from ..aries.verifier import load_verifier, needed_columns
 from ..launch import Launch, recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
 from ..rows.processing import tokenizer_of
@@ -33,6 +33,7 @@ from .shape import Shape, classifier_parameters
 
 JUDGE_VARIABLES = {"messages", "question", "answer_a", "answer_b"}
 PLACEHOLDER = "(the draft)"
+ANSWER, FULL_TEXT = "(the answer)", "<think>\n(the thought)\n</think>\n\n(the answer)"
 
 
 def check(recipe: Recipe, probe: bool, report: Report) -> None:
@@ -67,7 +68,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
 
 def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
     columns = [key for key in inputs.prompts[0] if key != "prompt_id"]
-    needed = ["prompt", *sorted(set().union(*map(needed_columns, config.scores.each())))]
+    needed = ["prompt", *sorted(set().union(*map(columns_of, config.scores.each())))]
     missing = [column for column in needed if column not in columns]
     found = f"found {', '.join(columns)}; needed {', '.join(needed)}"
     way_out = (
@@ -80,12 +81,14 @@ def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
     report.add(Check("ok", "rows", found + (f", {len(inputs.sft_rows):,} for SFT" if inputs.sft_rows else "")))
 
 
-def needed_columns(scorer: ScorerConfig) -> set[str]:
+def columns_of(scorer: ScorerConfig) -> set[str]:
     """Columns beside `prompt` that a scorer asks for by name: a verifier's parameters, a judge's variables."""
     if scorer.verifier is not None:
-        parameters = inspect.signature(load_verifier(scorer.verifier)).parameters.values()
-        named = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-        return named - {"prompts", "completions"}
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.chdir(os.getcwd()),
+        ):  # it may print, and go elsewhere
+            return needed_columns(load_verifier(scorer.verifier))
     if scorer.judge is not None:
         return find_undeclared_variables(Environment().parse(scorer.judge.template)) - JUDGE_VARIABLES
     return set()
@@ -122,6 +125,7 @@ def check_samples(
         ids = encode_prompt(tokenizer, row["prompt"])
         show(report, "prompt", ids, tokenizer)
         show(report, "refinement prompt", encode_prompt(tokenizer, _around(row["prompt"], template)), tokenizer)
+    check_learned(config, inputs.prompts[0]["prompt"], tokenizer, report)
     found = check_bos(encode_prompt(tokenizer, inputs.prompts[0]["prompt"]), tokenizer)
     if found is not None:
         report.add(found)
@@ -144,6 +148,32 @@ def check_samples(
         text = f"{percent(refined, len(rows))} chains would be, to refine the longest draft that is allowed"
         many = refined > 0.05 * len(rows)
         report.add(Check("warning" if many else "ok", "refinements", text, way_out if many else None))
+
+
+def check_learned(config: AriesConfig, prompt: Any, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+    """A row as it is trained on, and what the chat template adds to its answer: thinking models are given an empty thought."""
+    text = FULL_TEXT if config.pairs.learn == "full_text" else ANSWER
+    row = render_row(tokenizer, prompt, text)
+    is_text = isinstance(prompt, str)  # else the template has written the special tokens
+    show(report, "training row", tokenizer(row, add_special_tokens=is_text)["input_ids"], tokenizer)
+    start = prompt if is_text else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    if row.startswith(start + text):
+        return
+    added = row.removeprefix(start).partition(text)[0]
+    found = (
+        f"the chat template writes {added!r} before an answer"
+        if added
+        else "the chat template changes the prompt or the answer"
+    )
+    report.add(
+        Check(
+            "warning",
+            "answer",
+            f"{found}, and training teaches what it makes of a row",
+            "With an empty thought, the model learns to answer without one. To learn the thought as well, set `pairs.learn: full_text` and "
+            "`generation.answer_pattern`.",
+        )
+    )
 
 
 def _around(prompt: Any, template: Template) -> Any:
