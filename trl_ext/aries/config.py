@@ -7,6 +7,7 @@ constructing them starts accelerate.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -677,7 +678,8 @@ class AriesConfig:
 
     Parameters:
         output_dir (`str`):
-            The run directory. Running the same recipe again continues it.
+            The run directory: one that is empty or not there yet, outside of what the recipe reads. Running the same recipe again
+            continues it.
         model (`dict`):
             Keys of TRL's `ModelConfig`: `model_name_or_path`, `dtype`, `use_peft`, `lora_r`, `load_in_4bit`...
         prompts, generation, drafts, refinements, scores, pairs, evaluation, parity, health:
@@ -723,6 +725,10 @@ class AriesConfig:
         return bool(self.model.get("load_in_4bit")) and self.generation.quantization is None
 
     def __post_init__(self):
+        _require(
+            bool(self.output_dir.strip()), "`output_dir` is empty. Name a directory for the run, such as runs/my-run."
+        )
+        self.output_dir = os.path.expanduser(self.output_dir)
         _require(self.rounds > 0, "`rounds` must be positive.")
         _require(
             0 <= self.seed < 2**32 - self.rounds,

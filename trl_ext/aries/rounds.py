@@ -23,7 +23,7 @@ from .config import AriesConfig
 from .cost import round_cost
 from .evaluation import evaluation_metrics, setbacks
 from .guard import Examination, decide, report, stop_message
-from .inputs import Inputs, input_hashes, read_inputs
+from .inputs import Inputs, input_hashes, local_inputs, read_inputs
 from .jobs import generation_job, parity_job, preflight_job, probe_job, training_job
 from .manifest import write_manifest
 from .pairs import FAULTS, Selection, preference_rows
@@ -63,8 +63,10 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     start = time.monotonic()
     progress = {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet)
     launch = recipe_launch(recipe)
+    files = local_inputs(config, launch)
+    RunDir(Path(config.output_dir)).check_free(files)
     loop = Rounds(config, read_inputs(config), progress, launch)
-    with loop.dir.opened(config, recipe_text(recipe), input_hashes(config, launch)), loop.stops_reported():
+    with loop.dir.opened(config, recipe_text(recipe), input_hashes(files)), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
             loop.check(recipe)
         loop.sft()

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..model_files import load_problem
 from ..recipe import RecipeError
 from .checks import Check, Report
 
@@ -23,9 +24,9 @@ def read_model(
     try:
         return AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = load_problem(name, error).strip().splitlines()[0]
         raise RecipeError(
-            f"`{key}`: {name} cannot be read: {cause} Is the name right, are you logged in (`hf auth login`), is there a network?"
+            f"`{key}`: {cause} Is the name right, are you logged in (`hf auth login`), is there a network?"
         ) from error
 
 
