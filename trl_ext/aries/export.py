@@ -24,6 +24,7 @@ from .hub import make_repo, upload
 from .parity import TOLERANCES, compare, load_base, policy_logps
 from .policies import Policy, policy_after
 from .progress import RunProgress
+from .provenance import check_policy
 from .records import read_jsonl
 from .run_dir import RunDir
 
@@ -113,7 +114,7 @@ def finished_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
     The policy of a round that has been evaluated.
 
     Raises:
-        [`RecipeError`]: there is none, or it is the model as it came.
+        [`RecipeError`]: there is none, it is the model as it came, or it is not what the run made.
     """
     if number == 0 and config.sft is None:
         raise RecipeError("--round: round 0 of a run without SFT is the model as it came.")
@@ -128,6 +129,7 @@ def finished_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
                 else "No round is; `trl-ext aries run` starts or continues them."
             )
         )
+    check_policy(run, config, number)
     return policy_after(run, config, number)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..recipe import RecipeError
 from .config import AriesConfig
 from .policies import Policy, policy_after
+from .provenance import check_policy
 from .run_dir import RunDir
 
 
@@ -34,7 +35,7 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
         `int`: exit code of `lm_eval`.
 
     Raises:
-        [`RecipeError`]: `lm_eval` is not installed, or the round has not been trained.
+        [`RecipeError`]: `lm_eval` is not installed, or the round has not been trained, or its policy is not what the run made.
     """
     if find_spec("lm_eval") is None:
         raise RecipeError(
@@ -48,6 +49,7 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
     number = trained[-1] if number is None else number
     if number not in trained:
         raise RecipeError(f"`--round`: {number} has not been trained; there are {', '.join(map(str, trained))}.")
+    check_policy(run, config, number)
     policy, output = policy_after(run, config, number), str(run.round(number).lm_eval)
     command = lm_eval_command(policy, config.model, config.trust_remote_code, tasks, output)
     return subprocess.run([*command, *args]).returncode

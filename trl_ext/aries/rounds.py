@@ -30,6 +30,7 @@ from .pairs import FAULTS, Selection, preference_rows
 from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
 from .prompts import select_prompts
+from .provenance import check_made, note_made
 from .records import read_json, read_jsonl, read_rows, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
@@ -68,6 +69,8 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     loop = Rounds(config, read_inputs(config), progress, launch)
     with loop.dir.opened(config, recipe_text(recipe), input_hashes(files)), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
+            check_made(loop.dir, config)
+            note_made(loop.dir, config.rounds)  # what is gone, and will be made again, will be another
             loop.check(recipe)
         loop.sft()
         for number in range(1, config.rounds + 1):
@@ -144,7 +147,8 @@ class Rounds:
         """The previous round's policy answers and is evaluated, and a new one is trained on what it answered."""
         start = time.monotonic()
         round_dir = self.dir.round(number)
-        if is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists():
+        decided = is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists()
+        if decided or round_dir.manifest.exists():  # of a closed one, the policy may have been deleted
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
@@ -378,6 +382,7 @@ class Rounds:
         with self.progress.stage(number, name) as update:
             yield recorded(update, self.dir, number, name)
         self.dir.progress.unlink(missing_ok=True)
+        note_made(self.dir, self.config.rounds)
         self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
 
     @contextmanager

@@ -92,6 +92,7 @@ class RoundDir:
         self.metrics = path / "metrics.json"
         self.cost = path / "cost.json"
         self.lm_eval = path / "lm_eval"
+        self.made = path / "made.json"
         self.manifest = path / "manifest.json"
         self.logs = path / "logs"
 
