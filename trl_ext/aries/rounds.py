@@ -242,12 +242,14 @@ class Rounds:
         if round_dir.manifest.exists():
             return
         chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
+        earlier = [self.evaluation_scores(n) for n in range(number)]
         metrics = evaluation_metrics(
             chains,
             self.evaluation_scores(number),
             self.config.refinements.turns,
-            initial=self.evaluation_scores(0) if number > 0 else None,
-            previous=self.evaluation_scores(number - 1) if number > 0 else None,
+            initial=earlier[0] if earlier else None,
+            previous=earlier[-1] if earlier else None,
+            earlier=earlier,
             correct_score=self.config.evaluation.correct_score,
             bootstrap_samples=self.config.evaluation.bootstrap_samples,
             seed=self.config.seed,
@@ -318,7 +320,9 @@ class Rounds:
                 "(under another `output_dir`)."
             )
         measured = examination.measured()
-        write_json(round_dir.guard, {"decision": decide(measured, self.config.pairs.guard), **measured})
+        by_construction = self.config.pairs.selection == "best_over_worst"
+        decision = decide(measured, self.config.pairs.guard)
+        write_json(round_dir.guard, {"decision": decision, "by_construction": by_construction, **measured})
 
     def guard(self, number: int) -> None:
         """
