@@ -206,7 +206,8 @@ class GenerationConfig:
         timeout (`float`, *optional*, defaults to `600.0`):
             Seconds until a request to a server counts as failed. [house]
         max_retries (`int`, *optional*, defaults to `5`):
-            How often a request is sent again, to whichever server there is. [house]
+            How often a request is sent again, to whichever server or worker of Ray there is, before it is set aside. A server that is
+            only busy (status 429) is waited for, up to `max_outage`. [house]
         max_outage (`float`, *optional*, defaults to `600.0`):
             Seconds without any server, or worker of Ray, that can be used, after which the run stops. [house]
     """
