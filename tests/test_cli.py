@@ -137,7 +137,7 @@ class TestErrors:
             ),
             ({"num_processes": 1, "alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"model_name_or_path": None}, [], ["`model_name_or_path` is missing"]),
-            ({"model_name_or_path": "./nowhere"}, [], ["`model_name_or_path`: ./nowhere is no directory."]),
+            ({"model_name_or_path": "./nowhere"}, [], ["`model_name_or_path`: no such folder: ./nowhere."]),
             ({"dataset_name": None}, [], ["No dataset: give `dataset_name`"]),
             ({"datasets": [{"path": "pairs.jsonl"}]}, [], ["Both `datasets` and `dataset_name` are given."]),
             ({"dataset_name": "none.jsonl"}, [], ["none.jsonl: no such file or directory (working directory: /"]),

@@ -109,9 +109,23 @@ class TestLoadYaml:
         recipe_file("beta: 0.1\n")
         assert error_of(load_yaml, ".") == ".: is a directory, not a recipe file. In . there is: x.yaml."
 
+    def test_text_in_another_encoding_is_named_by_its_line(self, tmp_path):
+        (tmp_path / "x.yaml").write_bytes("beta: 0.1\nname: café\n".encode("latin-1"))
+        found = error_of(load_yaml, tmp_path / "x.yaml")
+        assert "x.yaml:2: not UTF-8 text: " in found and "(0xe9). Save the file as UTF-8." in found
+
+    @pytest.mark.parametrize("number", [".inf", "-.inf", ".nan", "1.0e+999"])
+    def test_numbers_that_are_not_finite(self, tmp_path, number):
+        (tmp_path / "x.yaml").write_text(f"beta: 0.1\ndrafts:\n  temperature: [1.0, {number}]\n")
+        assert "x.yaml:3: `drafts.temperature[1]`: must be a finite number; found" in error_of(
+            load_yaml, tmp_path / "x.yaml"
+        )
+        overridden = error_of(apply_overrides, Recipe(None, {}, {}), ["--drafts.temperature", number])
+        assert "command line: `--drafts.temperature`: must be a finite number; found" in overridden
+
     def test_bytes_that_are_no_text(self, tmp_path):
         (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00beta")
-        assert "x.yaml: not a YAML text file" in error_of(load_yaml, tmp_path / "x.yaml")
+        assert "x.yaml:1: not UTF-8 text: invalid start byte (0xff)" in error_of(load_yaml, tmp_path / "x.yaml")
 
 
 class Color(Enum):

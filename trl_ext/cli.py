@@ -321,19 +321,22 @@ def train(command: str, args: Sequence[str]) -> int:
     recipe = Recipe(None, {}, {}) if path is None else load_yaml(path)
     export_env(recipe)  # before any import that reads it, such as HF_HOME
     launch_args, script_args = split_launch_args(recipe, args)
-    script = import_module(f".scripts.{TRAINERS[command]}", __package__)
+    script = f"{__package__}.scripts.{TRAINERS[command]}"
     if launch_args is None:
+        module = import_module(script)
         if {"-h", "--help"} & set(script_args):
-            script.parse_args(script_args, prog=f"trl-ext {command}")
-        script.run(script_args)
+            module.parse_args(script_args, prog=f"trl-ext {command}")
+        module.run(script_args)
         return 0
-    script.parse_args(script_args)  # one clear error here rather than one from each process
 
     from .processes import run_launcher
 
-    return run_launcher(
-        "accelerate.commands.launch", ["--quiet", *launch_args, "--module", script.__name__, *script_args]
-    )
+    # One clear error rather than one from each process. In a process that ends: arguments are made with CUDA, of which this one, which
+    # waits until the training is over, must hold nothing
+    code = run_launcher(f"{__package__}.scripts.check", [TRAINERS[command], *script_args])
+    if code != 0:
+        return code
+    return run_launcher("accelerate.commands.launch", ["--quiet", *launch_args, "--module", script, *script_args])
 
 
 def split_launch_args(recipe: "Recipe", args: Sequence[str]) -> tuple[list[str] | None, list[str]]:

@@ -1,5 +1,8 @@
 """
 Processes that end with whoever started them, together with all that they started.
+
+Each is started through this module, which asks the kernel for that before it imports anything: a stage spends seconds on its imports, and its
+parent may be killed in them. So nothing but the standard library is imported here.
 """
 
 import ctypes
@@ -42,7 +45,7 @@ def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess
 
 def run_launcher(module: str, arguments: Sequence[str]) -> int:
     """
-    Run a module that starts processes itself, such as accelerate's launcher, and wait for it. However this ends, and be it by
+    Run a module, which may start processes itself as accelerate's launcher does, and wait for it. However this ends, and be it by
     SIGKILL, none of them is left, provided that they call [`die_with_launcher`].
 
     Returns:
@@ -53,14 +56,17 @@ def run_launcher(module: str, arguments: Sequence[str]) -> int:
 
 
 def launcher_command(module: str, *arguments: str) -> list[str]:
-    """The command of a launcher that ends with this process, and tells what it starts how to end with it."""
+    """
+    The command of a module, or of code after `-c`, that ends with this process, and that tells what it starts how to end with it.
+    """
     return [sys.executable, "-m", "trl_ext.processes", str(os.getpid()), module, *arguments]
 
 
 def die_with_launcher() -> None:
-    """In a process that [`run_launcher`]'s module has started: end with it."""
-    if LAUNCHER in os.environ:
-        die_with_parent(int(os.environ[LAUNCHER]))
+    """In a process that a [`launcher_command`]'s module has started: end with it. In that module itself there is nothing to do."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and int(launcher) != os.getpid():
+        die_with_parent(int(launcher))
 
 
 def die_with_parent(parent: int) -> None:
@@ -77,4 +83,7 @@ if __name__ == "__main__":
     os.environ[LAUNCHER] = str(os.getpid())
     module = sys.argv[2]
     sys.argv[1:3] = []
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module == "-c":
+        exec(sys.argv.pop(1), {"__name__": "__main__"})
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -91,7 +91,8 @@ def load_yaml(path: str | Path) -> Recipe:
         found = sorted(str(other) for other in near.glob("*.yaml"))
         raise RecipeError(f"{path}: {what}." + (f" In {near} there is: {', '.join(found)}." if found else ""))
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        loader = yaml.SafeLoader(content.decode("utf-8"))
         node = loader.get_single_node()
         locations = {} if node is None else _locations(node, path)
         mapping = None if node is None else loader.construct_document(node)
@@ -100,7 +101,12 @@ def load_yaml(path: str | Path) -> Recipe:
         raise RecipeError(
             f"{path}:{line}: not valid YAML: {error.problem}. Look for a missing colon, bracket or quote, or a tab."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{path}:{line}: not UTF-8 text: {error.reason} ({content[error.start]:#04x}). Save the file as UTF-8."
+        ) from error
+    except (yaml.YAMLError, OSError, RecursionError) as error:
         raise RecipeError(f"{path}: not a YAML text file: {error}") from error
     if mapping is None:
         raise RecipeError(f"{path}: the file is empty. A recipe holds lines such as `learning_rate: 5.0e-7`.")
@@ -256,11 +262,11 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
 
 
 def _override_value(flag: str, text: str) -> Any:
-    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
-        return float(text)
     try:
         loader = yaml.SafeLoader(text)
-        if text[:1] in ("[", "{", "'", '"'):
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
+            value = float(text)
+        elif text[:1] in ("[", "{", "'", '"'):
             value = loader.get_single_data()
         else:  # not as a document: "Query: " in a prompt is text, no mapping
             tag = loader.resolve(yaml.ScalarNode, text, (True, False))
@@ -388,8 +394,14 @@ def parse_flat(
         raise RecipeError("\n".join(f"{COMMAND_LINE}: {problem}" for problem in problems))
     try:
         # TRL would also read a file `trl-ext.args` beside the script
-        return parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
+        parsed = parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
         # transformers names the cause, a bf16 recipe on a machine without a GPU, and half of the way out
         way_out = " Add `--use_cpu --bf16 false`." if "assign use_cpu" in str(error) else ""
         raise RecipeError(f"{recipe.where()}: {error}{way_out}") from error
+    for instance in parsed:
+        for field in dataclasses.fields(instance):
+            problem = unwritable(getattr(instance, field.name))
+            if problem:
+                raise RecipeError(f"{COMMAND_LINE}: `--{field.name}` {problem}")
+    return parsed

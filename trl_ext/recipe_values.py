@@ -163,13 +163,15 @@ def show(value: Any) -> str:
 
 
 def unwritable(value: Any) -> str | None:
-    """What keeps a value, or one inside it, from being written down and read again, or `None`."""
+    """What keeps a value, or one inside it, from being used, or from being written down and read again; or `None`."""
     if isinstance(value, dict):
         return next(filter(None, map(unwritable, (*value, *value.values()))), None)
     if isinstance(value, (list, tuple, set)):
         return next(filter(None, map(unwritable, value)), None)
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= character <= "\udfff" for character in value)):
         return "a text with a NUL character or half a Unicode character, which no file can hold. Remove it."
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number; found {value}. Write a number, or leave the key out."
     if isinstance(value, int) and value.bit_length() > _LARGEST_BITS:
         return f"a number of more than {_LARGEST_BITS} bits. Write a smaller one."
     return None

@@ -30,6 +30,8 @@ class ModelServer(ThreadingHTTPServer):
         loras: Whether it can load adapters.
         key: The API key it wants.
         seconds: How long a completion takes.
+        retry_after: What it says with a 429 or 503.
+        poison: Whether it fails on a request, by its token ids.
     """
 
     daemon_threads = True
@@ -44,10 +46,12 @@ class ModelServer(ThreadingHTTPServer):
         loras: bool = True,
         key: str | None = None,
         seconds: float = 0.0,
+        retry_after: str | None = None,
+        poison: Callable[[list[int]], bool] = lambda token_ids: False,
     ):
         super().__init__(("127.0.0.1", port), Handler)
         self.model, self.fail, self.max_model_len, self.loras, self.key = model, fail, max_model_len, loras, key
-        self.seconds = seconds
+        self.seconds, self.retry_after, self.poison = seconds, retry_after, poison
         self.adapters: dict[str, str] = {}  # paths by name
         self.lock, self.closed = threading.Lock(), threading.Event()
         self.completions, self.active, self.most_active = 0, 0, 0
@@ -80,7 +84,7 @@ class ModelServer(ThreadingHTTPServer):
             return 200, {"choices": [choice], "usage": usage}
         with self.lock:
             self.completions += 1
-            status = self.fail(self.completions)
+            status = 500 if self.poison(ids) else self.fail(self.completions)
             self.active += 1
             self.most_active = max(self.most_active, self.active)
         self.closed.wait(self.seconds if status is not None else None)
@@ -128,6 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        if server.retry_after is not None and status in (429, 503):
+            self.send_header("Retry-After", server.retry_after)
         self.end_headers()
         self.wfile.write(data)
 

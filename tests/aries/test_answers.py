@@ -88,6 +88,15 @@ def test_errors(recipe, tmp_path, monkeypatch, capsys, flags, message):
     assert not (tmp_path / "a.json").exists()
 
 
+@pytest.mark.parametrize("name", ["mine.json", "mine.json.tmp"])
+def test_a_file_that_is_there_is_not_overwritten(recipe, tmp_path, capsys, name):
+    """Under its name, or under the one that it has while it is written."""
+    (tmp_path / name).write_text("mine")
+    assert main(["aries", "answers", "--config", recipe, "--output", str(tmp_path / "mine.json")]) == 2
+    assert f"error: --output: {tmp_path / name} is there already, and is not overwritten." in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("flags", [[], ["--output", "a", "--format", "csv"], ["--output", "a", "--turn", "last"]])
 def test_usage_errors(recipe, flags):
     with pytest.raises(SystemExit) as info:

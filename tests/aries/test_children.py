@@ -89,18 +89,20 @@ def test_what_the_child_started_ends_with_it(child, tmp_path):
     assert wait_until_dead(int((tmp_path / "pid").read_text()))
 
 
-def test_the_child_dies_with_its_parent(tmp_path):
-    """The parent is killed with SIGKILL, so nothing of it can clean up."""
-    (tmp_path / "stage.py").write_text(
-        f"{HEAD}\ndef main(job, progress):\n    open(job['file'], 'w').write(str(os.getpid()))\n    time.sleep(600)\n\nchild_main(main)\n"
-    )
+@pytest.mark.parametrize("place", ["at work", "while it imports"])
+def test_the_child_dies_with_its_parent(tmp_path, place):
+    """The parent is killed with SIGKILL, so nothing of it can clean up; a stage spends its first seconds on imports."""
     pid_file = tmp_path / "pid"
+    lines = [f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))", "time.sleep(600)"]
+    work, imports = (lines, []) if place == "at work" else (["pass"], lines)
+    body = "\n".join([*imports, "def main(job, progress):", *(f"    {line}" for line in work), "child_main(main)"])
+    (tmp_path / "stage.py").write_text(f"{HEAD}\n{body}\n")
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "from pathlib import Path; from trl_ext.aries.children import run_child;"
-            f"run_child('stage', {{'file': {str(pid_file)!r}}}, Path({str(tmp_path / 'stage.log')!r}), print)",
+            f"run_child('stage', {{}}, Path({str(tmp_path / 'stage.log')!r}), print)",
         ],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )

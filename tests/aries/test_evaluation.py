@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 
 from trl_ext.aries import evaluation
-from trl_ext.aries.evaluation import bootstrap_interval, distinct, evaluation_metrics, is_binary, setbacks, win_rate
+from trl_ext.aries.evaluation import (
+    bootstrap_interval,
+    comparison_interval,
+    difference_interval,
+    distinct,
+    evaluation_metrics,
+    is_binary,
+    mean_interval,
+    setbacks,
+    share_interval,
+    win_rate,
+)
 from trl_ext.aries.records import Answer, Chain
 
 
@@ -54,10 +65,6 @@ def test_no_scores_at_all():
     assert metrics["turns"][0]["score"] is None
 
 
-def no_interval(values):
-    return None
-
-
 def chains_of(texts: list[list[str]]) -> list[Chain]:
     """A chain per list, with answers of one token per word."""
     return [
@@ -104,20 +111,65 @@ class TestBootstrap:
         assert bootstrap_interval([], samples=10, seed=0) is None
 
 
+class TestShares:
+    @pytest.mark.parametrize(
+        ("count", "total", "expected"),
+        [(100, 100, [0.9630, 1.0]), (0, 10, [0.0, 0.2775]), (81, 263, [0.2553, 0.3662]), (15, 148, [0.0624, 0.1605])],
+    )
+    def test_wilson_by_hand(self, count, total, expected):
+        """At the ends n / (n + z²) and z² / (n + z²); the others are published (Newcombe 1998, method 3)."""
+        assert share_interval(count, total) == pytest.approx(expected, abs=5e-5)
+
+    def test_covers_the_share_it_estimates(self):
+        """Exact coverage of Wilson's interval at n = 50: never below 0.83 and 0.95 on average (Brown, Cai and DasGupta 2001)."""
+        intervals = [share_interval(k, 50) for k in range(51)]
+        shares = np.linspace(0.01, 0.99, 99)
+        covered = [
+            sum(
+                math.comb(50, k) * p**k * (1 - p) ** (50 - k)
+                for k, (low, high) in enumerate(intervals)
+                if low <= p <= high
+            )
+            for p in shares
+        ]
+        assert min(covered) > 0.83 and abs(np.mean(covered) - 0.95) < 0.01
+
+    def test_all_right_is_no_certainty(self):
+        """100 of 100, in the metrics; scores that are no shares keep their bootstrap interval."""
+        [turn] = evaluation_metrics(chains_of([["a"]] * 100), [[1.0]] * 100, 1)["turns"]
+        assert turn["score"] == turn["correct"] == 1.0 and turn["interval"] == share_interval(100, 100)
+        values = [0.2, 0.5, 0.9]
+        assert mean_interval(values, 100, 0) == bootstrap_interval(values, 100, 0)
+        assert share_interval(1, 1) is None
+
+    def test_comparisons_by_hand(self):
+        """
+        Agresti and Min's example of 2005, the table (794, 150, 86, 570): the difference of the shares is 0.04 and its standard error
+        0.0095, which half an observation in each cell leaves as they are. Without ties, it is a share's interval.
+        """
+        assert comparison_interval(150, 794 + 570, 86) == pytest.approx([0.0214, 0.0585], abs=2e-4)
+        assert comparison_interval(3, 0, 1) == [2 * bound - 1 for bound in share_interval(3, 4)]
+        low, high = comparison_interval(99, 1, 0)
+        assert 0.9 < low < high == 1.0
+        assert comparison_interval(1, 0, 0) is None
+        assert difference_interval([1.0, 0.0, -1.0], 10, 0) == comparison_interval(1, 1, 1)
+
+
 class TestWinRate:
     def test_by_hand(self):
         """Against 0.5: 1 wins, 0.5 ties, 0 loses, 2 wins; None on either side leaves the prompt out. (2 + 1/2) / 4."""
-        found = win_rate([1.0, 0.5, 0.0, 2.0, None, 1.0], [0.5, 0.5, 0.5, 0.5, 0.5, None], no_interval)
-        assert found == {"win_rate": 0.625, "interval": None, "wins": 2, "ties": 1, "losses": 1}
+        found = win_rate([1.0, 0.5, 0.0, 2.0, None, 1.0], [0.5, 0.5, 0.5, 0.5, 0.5, None])
+        assert found.pop("interval") == pytest.approx([(bound + 1) / 2 for bound in comparison_interval(2, 1, 1)])
+        assert found == {"win_rate": 0.625, "wins": 2, "ties": 1, "losses": 1}
 
     def test_against_itself(self):
-        """All ties: one half, and no doubt about it."""
+        """All ties: one half. Two are few: half a win and half a loss more in 4 give 1/2 ± z · √(1/4 · 1/4) / 2."""
         scores = [[0.1], [0.7], [None]]
         metrics = evaluation_metrics(chains_of([["a"]] * 3), scores, 1, initial=scores, previous=scores)
         for key in ("win_rate_round_0", "win_rate_previous"):
             assert metrics["turns"][0][key] == {
                 "win_rate": 0.5,
-                "interval": [0.5, 0.5],
+                "interval": pytest.approx([0.5 - 1.959964 / 8, 0.5 + 1.959964 / 8]),
                 "wins": 0,
                 "ties": 2,
                 "losses": 0,
@@ -157,6 +209,13 @@ class TestFlips:
         assert metrics["correct_score"] is None
         assert metrics["turns"][1]["flips"] is None and metrics["turns"][1]["correct"] is None
         assert metrics["turns"][1]["changes"]["improved"] == 1
+
+    def test_what_is_right_is_the_same_in_a_run(self):
+        """All scores of this round are 0 or 1, and those of an earlier one are not: then none of either is right or wrong."""
+        chains, scores = chains_of([["a", "b"]]), [[0.0, 1.0]]
+        assert evaluation_metrics(chains, scores, 2, earlier=[[[1.0, 0.0]]])["correct_score"] == 1.0
+        metrics = evaluation_metrics(chains, scores, 2, earlier=[[[0.5, 0.0]], [[1.0, 0.0]]])
+        assert metrics["correct_score"] is None and metrics["turns"][1]["flips"] is None
 
     @pytest.mark.parametrize(
         ("scores", "expected"),
@@ -201,7 +260,7 @@ def test_what_became_worse_is_said():
     """Six chains. y1 was wrong and is right; y2 was right in both rounds and is wrong: all six lose, win rate 0."""
     chains, now = chains_of([["a", "b"]] * 6), [[1.0, 0.0]] * 6
     before = {"initial": [[0.0, 1.0]] * 6, "previous": [[0.0, 1.0]] * 6}
-    tail = "y2 wins 0.00 of the comparisons, 95 % interval 0.00 to 0.00, where 0.5 is no change"
+    tail = "y2 wins 0.00 of the comparisons, 95 % interval 0.00 to 0.39, where 0.5 is no change"
     [line] = setbacks(evaluation_metrics(chains, now, 2, **before))
     assert line == f"y2 loses against the same answers of the round before: {tail}"
 
@@ -219,7 +278,7 @@ def test_what_became_worse_is_said():
 
 @pytest.mark.parametrize("now", [[[1.0, 1.0]] * 6, [[0.0, 1.0], [1.0, 0.0], *[[1.0, 1.0]] * 4]])
 def test_no_change_and_chance_are_no_setback(now):
-    """As good as before, and one loss in six: a third of the resamples have none, so the interval reaches 0.5."""
+    """As good as before, and one loss in six: the interval reaches 0.5."""
     before = [[1.0, 1.0]] * 6
     metrics = evaluation_metrics(chains_of([["a", "b"]] * 6), now, 2, initial=before, previous=before)
     assert setbacks(metrics) == []

@@ -119,7 +119,7 @@ def test_the_adapter_is_merged_into_the_checkpoint_not_into_nf4(recipe, base, ca
         "selection: rule_based",
     ):
         assert text in card
-    assert not list(Path("deep").glob("*.tmp"))
+    assert [path.name for path in Path("deep").iterdir()] == ["merged"]
 
 
 def test_an_adapter_is_saved_as_it_is(recipe):
@@ -148,7 +148,7 @@ def test_what_cannot_be_exported_is_refused(recipe, capfd):
     Path("full").mkdir()
     Path("full/kept").write_text("kept")
     for options, message in (
-        (["--round", "1", "--output", "full"], "error: --output: full is there and not empty."),
+        (["--round", "1", "--output", "full"], "error: --output: full is there already, and is not overwritten."),
         (["--output", "new"], "error: round 2 of run is not finished. --round names another: 1.\n"),
         (
             ["--round", "0", "--output", "new"],

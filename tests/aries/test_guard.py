@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, PairsConfig, PromptsConfig, ScoresConfig
-from trl_ext.aries.guard import bootstrap_interval, decide, examine, report
+from trl_ext.aries.guard import decide, examine, mean_interval, report
 from trl_ext.aries.pairs import Pair
 from trl_ext.aries.policies import Policy, is_decided, policy_after
 from trl_ext.aries.records import Answer, Chain, read_jsonl, write_jsonl
@@ -55,7 +55,7 @@ def test_interval_is_that_of_the_mean():
     400 values of 0 or 1, half each: the mean's standard error is 0.5 / 20 = 0.025, and the interval 0.5 ± 1.96 · 0.025 =
     0.451 to 0.549, up to the error of 1,000 resamples.
     """
-    low, high = bootstrap_interval([0.0, 1.0] * 200, [str(i) for i in range(400)])
+    low, high = mean_interval([0.0, 1.0] * 200, [str(i) for i in range(400)])
     assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
 
 
@@ -65,9 +65,9 @@ def test_interval_resamples_whole_prompts():
     prompt has no interval.
     """
     values = [float(i % 2) for i in range(100) for _ in range(4)]
-    low, high = bootstrap_interval(values, [str(i) for i in range(100) for _ in range(4)])
+    low, high = mean_interval(values, [str(i) for i in range(100) for _ in range(4)])
     assert low == pytest.approx(0.402, abs=0.012) and high == pytest.approx(0.598, abs=0.012)
-    assert bootstrap_interval([0.0, 1.0], ["p", "p"]) is None
+    assert mean_interval([0.0, 1.0], ["p", "p"]) is None
 
 
 def test_reports():

@@ -1,5 +1,6 @@
 """Health: what is measured, by hand, and what the loop does with a policy that has degenerated and with what is left of its data."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -54,8 +55,8 @@ def test_nothing_to_compare_with():
     ("answers", "kl", "found"),
     [
         (("a b c d", "e f g h", "i j k l", "m n o p"), 0.2, []),
-        (("a b c d",) * 4, 5.0, []),  # 3 of 12 pairs are different: a quarter of round 0's, at the bounds
-        (("a b c d",) * 4, 5.01, ["KL to the initial policy is 5.01 nats per token, more than `health.max_kl` (5)"]),
+        (("a b c d",) * 4, 0.4, []),  # 3 of 12 pairs are different: a quarter of round 0's, at the bounds
+        (("a b c d",) * 4, 0.41, ["KL to the initial policy is 0.41 nats per token, more than `health.max_kl` (0.4)"]),
         (("a b c d",) * 4, float("nan"), ["KL to the initial policy is nan nats per token"]),
         (
             ("", "", "", "m"),
@@ -70,6 +71,20 @@ def test_findings(answers, kl, found):
     sentences = findings(examine(chains(*answers), INITIAL, kl), HealthConfig())
     assert len(sentences) == len(found)
     assert all(part in sentence for part, sentence in zip(found, sentences, strict=True))
+
+
+def test_the_kl_bound_tells_collapse_from_the_rest_in_the_evidence():
+    """Of the experiment's rounds whose KL was measured, those that lost most of what the SFT could do, and no others."""
+    with open(Path(__file__).parents[2] / "docs/evidence/aries.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    start = {(row["task"], row["method"], row["seed"]): float(row["y4"]) for row in rows if row["round"] == "0"}
+    measured = [row for row in rows if row["kl_per_token"]]
+    collapsed = [float(row["y4"]) < 0.5 * start[row["task"], row["method"], row["seed"]] for row in measured]
+    beyond = [
+        bool(findings(examine(INITIAL, INITIAL, float(row["kl_per_token"])), HealthConfig())) for row in measured
+    ]
+    assert len(measured) == 27 and sum(collapsed) == 9
+    assert beyond == collapsed
 
 
 def test_a_bound_of_null_is_none():

@@ -95,7 +95,7 @@ def test_errors(run, capfd):
     Path("full").mkdir()
     Path("full/kept").write_text("")
     assert main(["aries", "pairs", "--config", "r.yaml", "--output", "full"]) == 2
-    assert "error: --output: full is there and not empty." in capfd.readouterr().err
+    assert "error: --output: full is there already, and is not overwritten." in capfd.readouterr().err
     assert main(["aries", "pairs", "--config", "r.yaml", "--output", "new", "--output_dir", "elsewhere"]) == 2
     assert "error: elsewhere has no trained round" in capfd.readouterr().err
     assert main(["aries", "pairs", "--config", "r.yaml", "--output", "new", "--push_to_hub", "not a name"]) == 2

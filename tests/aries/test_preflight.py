@@ -93,6 +93,11 @@ def to_adapter(path: Path):
     shutil.copytree(path / "adapter", path, dirs_exist_ok=True)
 
 
+def cut_off(path: Path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 def without_chat_template(path: Path):
     (path / "chat_template.jinja").unlink()
 
@@ -126,6 +131,8 @@ def test_a_tokenizer_without_padding_is_taken(model):
         (without_chat_template, "the prompts are messages, and the tokenizer of .* has no chat template. Give it one"),
         (to_pickle, r"has its weights as a pickle only \(pytorch_model.bin\).*any code.*save_pretrained"),
         (lambda path: (path / "model.safetensors").unlink(), r"has no weights: no \*.safetensors among chat_template"),
+        (cut_off, r"model.safetensors is cut off or damaged: it has [\d,]+ bytes.*Copy or download the model again"),
+        (lambda path: path.rename(path.with_name("modle")), "no such folder: .*/model. Did you mean .*/modle"),
         (to_adapter, "is a PEFT adapter on .*, not a model. Merge it"),
         (lambda path: (path / "config.json").write_text("{"), "config.json' is not a valid JSON file"),
         (
@@ -133,7 +140,7 @@ def test_a_tokenizer_without_padding_is_taken(model):
             "the config or the tokenizer of .*/model cannot be read: ",
         ),
     ],
-    ids=["eos", "template", "pickle", "no weights", "adapter", "config", "tokenizer"],
+    ids=["eos", "template", "pickle", "no weights", "cut off", "misspelt", "adapter", "config", "tokenizer"],
 )
 def test_models_that_cannot_be_trained(model, edit, message):
     with pytest.raises(RecipeError, match=r"r\.yaml:\d+: `model.model_name_or_path`: (.|\n)*(" + message + ")"):

@@ -38,10 +38,10 @@ def metrics_of(scores: list[list[float]], initial: list[list[float]] | None = No
 
 @pytest.mark.parametrize(
     ("scale", "wide", "narrow"),
-    [(1.0, "[0.000, 1.000]", "[1.000, 1.000]"), (-30.0, "[-30.00, 0.000]", "[-30.00, -30.00]")],
+    [(1.0, "[0.150, 0.850]", "[0.510, 1.000]"), (-30.0, "[-30.00, 0.000]", "[-30.00, -30.00]")],
 )
 def test_four_turns_fit_on_100_columns(scale, wide, narrow):
-    """Scores 0, 0, 1, 1: mean 1/2, and for 4 prompts the interval is [0, 1]: P(all equal) = 1/16 > 2.5 %."""
+    """Scores 0, 0, 1, 1 and 1, 1, 1, 1: Wilson's intervals. Of 0, 0, -30, -30 all resamples are equal with 1/16 > 2.5 %: [-30, 0]."""
     initial = [[0.0] * 4, [0.0] * 4, [scale] * 4, [scale] * 4]
     later = [[scale] * 4] * 4
     metrics = {0: metrics_of(initial), 10: metrics_of(later, initial)}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,6 +62,49 @@ def test_a_node_that_is_killed_loses_nothing(tiny_model_path, prompts, tmp_path)
     [note] = result["notes"]
     assert note.startswith("worker ") and note.endswith("1 of 2 are in use") and " of Ray is lost" in note
     assert read_jsonl(tmp_path / "ray.jsonl") == embedded(tiny_model_path, prompts, tmp_path / "embedded.jsonl")
+
+
+def test_a_request_that_kills_its_workers_is_set_aside(tiny_model_path, prompts, tmp_path):
+    """Its chain alone has no answer; those that were lost beside it are answered all the same."""
+    pytest.importorskip("ray")
+    ids = [row["prompt_id"] for row in read_jsonl(prompts)]
+    job = {"prompts": str(prompts), "answers": str(tmp_path / "ray.jsonl"), "model": tiny_model_path, "turns": 2}
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(job | {"poison": f"{ids[3]}/1", "max_retries": 2}))
+    script = [sys.executable, "-m", "tests.aries.ray_poison", str(file)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = read_jsonl(tmp_path / "ray.jsonl")
+    assert [row["prompt_id"] for row in rows] == ids
+    assert [row["stopped"] for row in rows] == ["request_failed" if i == 3 else None for i in range(len(ids))]
+    assert [len(row["answers"]) for row in rows] == [0 if i == 3 else 2 for i in range(len(ids))]
+    lost, set_aside = (
+        [note for note in json.loads((tmp_path / "ray.jsonl.notes").read_text()) if word in note]
+        for word in ("is lost", "set aside")
+    )
+    assert len(lost) == 3 and len(set_aside) == 1
+    assert f"a request of {ids[3]} was lost with 3 workers of Ray" in set_aside[0]
+
+
+def test_what_was_lost_is_sent_last_and_in_ever_smaller_batches():
+    """With 2 retries and 16 sequences: 4 beside each other after one loss, one alone after two."""
+    ray_engine = pytest.importorskip("trl_ext.aries.ray_engine")
+    engine = ray_engine.RayEngine.__new__(ray_engine.RayEngine)
+    engine._config, engine._losses = GenerationConfig(engine="ray", max_num_seqs=16, max_retries=2), Counter()
+    place = ray_engine.Place(1)
+    place.waiting = [f"{i}/1" for i in range(8)]
+    assert engine._next(place) == place.waiting
+    engine._losses.update({f"{i}/1": 1 for i in range(7)})
+    assert engine._next(place) == ["7/1"]
+    place.sent, place.waiting = {"7/1"}, place.waiting[:7]
+    assert engine._next(place) == []
+    place.sent = set()
+    assert engine._next(place) == place.waiting[:4]
+    place.sent, place.waiting = {"0/1"}, ["9/1"]
+    assert engine._next(place) == [], "nothing new goes to a worker that may die"
+    engine._losses.update({"1/1": 1, "2/1": 1})
+    place.sent, place.waiting = set(), ["0/1", "1/1", "2/1"]
+    assert engine._next(place) == ["1/1"]
 
 
 def test_requests_wait_for_whichever_worker_comes_first():

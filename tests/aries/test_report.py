@@ -11,14 +11,15 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tests.made_run import make_run
 
 from trl_ext.aries.records import write_json
-from trl_ext.aries.report import number, report, write_report
-from trl_ext.aries.report_data import change, curve, drop_table, read_run, time_table, warnings
+from trl_ext.aries.report import headline, number, report, write_report
+from trl_ext.aries.report_data import Change, change, curve, drop_table, read_run, time_table, warnings
 from trl_ext.aries.report_samples import KINDS, SHOWN_CHARACTERS, choose, kind_of, samples, visible, word_diff
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.recipe import RecipeError
@@ -102,15 +103,84 @@ def flat_text(page: Page) -> str:
 def test_the_answer_by_hand(page):
     """y1: 3 of 10 right, then 8 of 10, and 5 set right by training: +0.5. y2: 5, then 8: +0.3. Refining: 8 and 8."""
     text = flat_text(page)
-    assert "Yes: the direct answers of round 1 score higher than at the start" in text
+    answer = "the direct answers of round 1 score higher than at the start, and its refined answers cannot be told from those"
+    assert f"In part: {answer} at the start." in text
     change = r"0.300 → 0.800 \+0.500 \[0.\d+, 0.\d+\] Higher: the interval lies above 0. y1, initial model to round 1, 10 prompts."
     assert re.search(change, text)
     assert "0.500 → 0.800 +0.300" in text
     assert re.search(
         r"0.800 → 0.800 \+0.000 \[−0.\d+, 0.\d+\] Not told apart: the interval holds 0. y1 to y2, round 1", text
     )
-    assert re.search(r"round 1 0.800 ?\[0.\d+, 1.000\] 0.800 ?\[", text)
+    assert re.search(r"round 1 0.800 ?\[0.490, 0.943\] 0.800 ?\[", text)  # Wilson's
     assert "Accuracy on 10 held-out prompts" in text  # all scores are 0 or 1
+
+
+@pytest.mark.parametrize(
+    ("direct", "refined", "answer"),
+    [
+        ((0.1, 0.2), (0.1, 0.2), "Yes: the direct and the refined answers of r score higher than at the start."),
+        ((0.1, 0.2), None, "Yes: the direct answers of r score higher than at the start."),
+        (
+            (-0.1, 0.2),
+            (-0.1, 0.2),
+            "Not that 100 prompts could show: the direct and the refined answers of r cannot be told",
+        ),
+        (
+            (-0.1, 0.2),
+            (-0.2, -0.1),
+            "No: the refined answers of r score lower than at the start, and its direct answers cannot",
+        ),
+        (
+            (-0.2, -0.1),
+            (-0.1, 0.2),
+            "No: the direct answers of r score lower than at the start, and its refined answers cannot",
+        ),
+        (
+            (-0.1, 0.2),
+            (0.1, 0.2),
+            "In part: the refined answers of r score higher than at the start, and its direct answers",
+        ),
+        (
+            (0.1, 0.2),
+            (-0.2, -0.1),
+            "In part: the direct answers of r score higher than at the start, but its refined answers",
+        ),
+    ],
+)
+def test_the_answer_does_not_contradict_itself(direct, refined, answer):
+    run = SimpleNamespace(judged=False, evaluated=[SimpleNamespace(name="r")])
+    compared = {
+        name: interval and Change(sum(interval) / 2, list(interval), 100)
+        for name, interval in (("direct", direct), ("refined", refined))
+    }
+    assert headline(run, compared).startswith(answer)
+
+
+def test_right_is_decided_for_the_run(tmp_path):
+    """Scores of 0 and 1 before round 1 and others after it, as earlier versions wrote them: refining is shown by better and worse."""
+    run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER])
+    metrics = json.loads(run.round(1).metrics.read_text())
+    metrics["correct_score"] = None
+    for turn in metrics["turns"]:
+        turn |= {"correct": None, "flips": None}
+    run.round(1).metrics.write_text(json.dumps(metrics))
+    record = read_run(run.path)
+    assert [turn["flips"] for round_ in record.evaluated for turn in round_.metrics["turns"]] == [None] * 4
+    write_report(run.path)
+    page = Page(run.report.read_text(encoding="utf-8"))
+    text = flat_text(page)
+    assert "Answers that refining made improved (up) and worsened (down)" in text and "wrong → right" not in text
+    assert "Mean score on 10" in text
+
+
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path):
+    finished = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER]).path
+    write_report(finished)
+    write_report(finished)  # our own
+    (finished / "report.html").write_text("mine")
+    with pytest.raises(RecipeError, match="report.html is not a report of this package, and is not overwritten"):
+        write_report(finished)
+    assert (finished / "report.html").read_text() == "mine"
 
 
 def test_a_change_is_paired():

@@ -1,9 +1,11 @@
+import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from trl_ext.aries import run_dir as run_dir_module
 from trl_ext.aries.config import (
     AriesConfig,
     EvaluationConfig,
@@ -70,10 +72,91 @@ def test_another_recipe_is_refused_with_what_differs_and_the_way_out(config):
     assert "output_dir" in str(error.value)
 
 
-def test_other_data_under_the_same_name_is_refused(config):
-    enter(config, data="a")
-    with pytest.raises(RecipeError, match="inputs.data: 'a' -> 'b'"):
-        enter(config, data="b")
+def enter_with(config, inputs: dict):
+    run_dir = RunDir(Path(config.output_dir))
+    with run_dir.opened(config, "recipe: text\n", inputs):
+        run_dir.round(1).path.mkdir(exist_ok=True)
+        (run_dir.round(1).path / "prompts.jsonl").touch()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ("abc", "def", "p.jsonl has other contents than when the run was begun .SHA-256 abc… -> def…"),
+        ("abc", None, "p.jsonl is not there any more"),
+        (None, "def", "p.jsonl is a file or a directory here now .SHA-256 def….*was not when the run was begun"),
+    ],
+)
+def test_an_input_that_changed_is_named(config, before, now, message):
+    enter_with(config, {"prompts.dataset": before})
+    with pytest.raises(RecipeError, match=f"other settings or data:\n  prompts.dataset: {message}"):
+        enter_with(config, {"prompts.dataset": now})
+
+
+def test_an_input_that_an_earlier_version_did_not_look_at_is_taken_as_it_is(config):
+    enter_with(config, {"prompts.dataset": "abc"})
+    enter_with(config, {"prompts.dataset": "abc", "model.model_name_or_path": "def"})
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("output_dir", ["", "  ", ".", "notes", "model", "model/run", "data", "recipe.yaml"])
+def test_nothing_of_the_user_s_is_touched(output_dir, config, tmp_path, monkeypatch):
+    """Empty, the working directory, a directory with other files, an input, a place inside one or around one, a file."""
+    for name in ("recipe.yaml", "notes/todo.txt", "model/config.json", "data/prompts/p.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    inputs = {"model.model_name_or_path": Path("model"), "prompts.dataset": Path("data/prompts/p.jsonl")}
+    with pytest.raises((RecipeError, ValueError), match="`output_dir`"):
+        config = replace(config, output_dir=output_dir)
+        RunDir(Path(config.output_dir)).check_free(inputs)
+        enter(config)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_is_no_run_s_is_refused_under_the_names_that_a_run_has(config):
+    run = Path(config.output_dir)
+    run.mkdir()
+    for name, content, message in (
+        ("recipe.yaml", "mine", "holds files that are not a run's .recipe.yaml"),
+        ("resolved.json", '{"mine": 1}', "resolved.json is not what a run was made with"),
+    ):
+        (run / name).write_text(content)
+        with pytest.raises(RecipeError, match=message):
+            enter(config)
+        assert (run / name).read_text() == content
+        (run / name).unlink()
+    enter(config)
+
+
+def test_the_empty_working_directory_is_not_taken_for_a_run_s(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="is the working directory. Name a directory"):
+        enter(replace(config, output_dir="."))
+    assert not list(tmp_path.iterdir())
+    enter(config)
+    monkeypatch.chdir(config.output_dir)
+    enter(replace(config, output_dir="."))  # a run's own directory
+
+
+def test_a_home_directory_is_written_as_the_shell_writes_it(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert replace(config, output_dir="~/runs/a").output_dir == str(tmp_path / "runs/a")
+
+
+def test_a_directory_that_was_claimed_and_killed_is_claimed_again(config):
+    run = Path(config.output_dir)
+    run.mkdir()
+    for name in ("run.lock", "resolved.json.tmp"):
+        (run / name).touch()
+    enter(config)
+    (run / "recipe.yaml").unlink()  # killed between the two files
+    enter(config)
+    assert (run / "recipe.yaml").exists()
 
 
 def test_how_the_machine_is_used_may_change_and_the_directory_may_move(config):
@@ -124,7 +207,8 @@ def test_what_it_was_made_with_is_unreadable(config):
         enter(config)
 
 
-def test_one_process_at_a_time(config):
+def test_one_process_at_a_time(config, monkeypatch):
+    monkeypatch.setattr(run_dir_module, "SECONDS_OF_A_LOOK", 0)
     run_dir = RunDir(Path(config.output_dir))
     with run_dir.opened(config, "", {}):
         assert is_locked(run_dir.lock)
@@ -132,6 +216,17 @@ def test_one_process_at_a_time(config):
             enter(config)
     assert not is_locked(run_dir.lock)
     enter(config)
+
+
+def test_a_run_starts_while_somebody_looks_at_it(config, monkeypatch):
+    """`trl-ext aries status` holds the lock, shared, while it asks for it; here until the run has tried once."""
+    enter(config)
+    look = open(RunDir(Path(config.output_dir)).lock)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    waits = []
+    monkeypatch.setattr(run_dir_module.time, "sleep", lambda seconds: (waits.append(seconds), look.close()))
+    enter(config)
+    assert len(waits) == 1
 
 
 def test_an_unwritable_place_is_named(config, tmp_path):

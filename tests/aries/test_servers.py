@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -32,6 +33,7 @@ from trl_ext.aries.records import read_jsonl, sha256, to_line
 from trl_ext.aries.refinements import Strategy
 from trl_ext.aries.served_engine import ServedEngine
 from trl_ext.aries.servers import Wanted, WrongServer, check_servers
+from trl_ext.aries.waits import retry_after
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 
@@ -246,6 +248,62 @@ def test_without_any_server_the_run_stops_and_goes_on_later(make_engine, tiny_mo
     with serving(tiny_model_path) as again:
         assert run_task(make_engine(again), task) == expected_rows(task, tiny_model_path)
         assert again.answered.total() == 40 - len(kept)
+
+
+@pytest.mark.parametrize("retry_after", [None, "0.01"])
+def test_a_server_that_is_busy_is_kept_and_left_alone(make_engine, adapter, tiny_model_path, tmp_path, retry_after):
+    """Status 429 to half of the first requests costs none of them an attempt, and the server neither its adapter nor its place."""
+    task = write_task(tmp_path, 10)
+    with serving(
+        tiny_model_path, fail=lambda n: 429 if n in range(2, 14, 2) else 200, retry_after=retry_after
+    ) as server:
+        engine = make_engine(server, adapter=adapter, max_retries=0)
+        assert run_task(engine, task) == expected_rows(task, tiny_model_path)
+        assert engine.notes == [] and [call.partition(" ")[0] for call in server.calls] == ["load", "unload"]
+
+
+def test_a_server_that_is_busy_for_too_long_stops_the_run(make_engine, tiny_model_path, tmp_path):
+    with serving(tiny_model_path, fail=lambda n: 429) as server:
+        engine = make_engine(server, max_retries=0, max_outage=0.2)
+        with pytest.raises(ChildError, match=r"a request of \d failed \d+ times \(the server at .*status 429"):
+            run_task(engine, write_task(tmp_path, 3))
+
+
+def test_one_request_s_error_is_not_the_server_s_death(make_engine, adapter, tiny_model_path, tmp_path):
+    task = write_task(tmp_path, 10)
+    with serving(tiny_model_path, fail=lambda n: 500 if n in (2, 7) else 200) as server:
+        engine = make_engine(server, adapter=adapter)
+        assert run_task(engine, task) == expected_rows(task, tiny_model_path)
+        assert engine.notes == [] and [call.partition(" ")[0] for call in server.calls] == ["load", "unload"]
+
+
+def test_a_request_that_no_server_can_answer_is_set_aside(make_engine, tiny_model_path, tmp_path):
+    """The refinement of prompt 3: its draft is kept, its chain has a reason, and everything else is answered."""
+    task = write_task(tmp_path, 10)
+    expected = expected_rows(task, tiny_model_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    content = f"Sort : 3 {expected[3]['answers'][0]['text']}"
+    poison = encode_prompt(tokenizer, [{"role": "user", "content": content}])
+    with serving(tiny_model_path, poison=lambda token_ids: token_ids == poison) as server:
+        engine = make_engine(server, max_retries=2)
+        rows = run_task(engine, task)
+    [note] = engine.notes
+    assert note.startswith("set aside: a request of 3 failed 3 times (the server at ")
+    unanswered = [{"turn": 2, "text": "", "tokens": 0, "finish_reason": "error"}]
+    expected[3] |= {"answers": expected[3]["answers"][:1], "stopped": "request_failed", "unanswered": unanswered}
+    assert rows == expected
+
+
+def test_when_a_server_wants_to_be_asked_again():
+    """RFC 9110: seconds, or a date."""
+    now = datetime(2026, 11, 26, 12, 0, tzinfo=UTC)
+    for text, seconds in (
+        *(("7", 7.0), ("0.5", 0.5), ("-1", 0.0), ("86400", 600.0), ("nan", None), ("soon", None), ("", None)),
+        ("Thu, 26 Nov 2026 12:00:30 GMT", 30.0),
+        ("Thu, 26 Nov 2026 11:00:00 GMT", 0.0),
+    ):
+        assert retry_after({"retry-after": text}, now) == seconds
+    assert retry_after({}) is None
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def test_a_launched_training_that_is_asked_to_end(number, tiny_model_dir, conver
     run = Run([sys.executable, "-m", "trl_ext.cli", "tdpo", "--config", str(file)], ACCELERATE_USE_CPU="true")
     run.wait_for(lambda: list((tmp_path / "out").glob("checkpoint-*")))
     assert len(run.alive()) == 4, "the command, the launcher and two processes"
+    mapped = Path(f"/proc/{run.process.pid}/maps").read_text()
+    assert "libtorch" not in mapped and "libcuda" not in mapped, "the command waits, and holds nothing of a device"
     code, printed = run.end(number)
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     if number != signal.SIGKILL:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.aries.tiny_run import MINIMAL
+from tests.made_run import make_run
 
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, PairsConfig, PromptsConfig, ScoresConfig
 from trl_ext.aries.run_dir import RunDir
-from trl_ext.aries.tracking import run_name, tracked_training
+from trl_ext.aries.tracking import round_values, run_name, tracked_training
 from trl_ext.cli import main
 
 
@@ -54,6 +55,15 @@ def tracked(tmp_path, **training) -> tuple[RunDir, AriesConfig]:
     run = RunDir(Path(config.output_dir))
     run.path.mkdir(exist_ok=True)
     return run, config
+
+
+def test_accuracy_is_the_share_of_right_answers(tmp_path):
+    """8 of 10 are right: 0.8, as the report has it."""
+    scores = [[1.0] * 2] * 8 + [[0.0] * 2] * 2
+    run = make_run(tmp_path / "run", [[["a", "b"]] * 10] * 2, [[[0.0] * 2] * 10, scores])
+    values = round_values(run, 1)
+    assert values["aries/accuracy/turn_1"] == values["aries/score/turn_1"] == 0.8
+    assert values["aries/win_rate_round_0/turn_1"] == 0.9
 
 
 def test_a_training_that_is_started_again_continues_its_run(tmp_path):

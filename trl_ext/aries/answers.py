@@ -8,6 +8,7 @@ written as they were generated.
 from pathlib import Path
 from typing import Any
 
+from ..outputs import check_new
 from ..recipe import RecipeError
 from .config import AriesConfig
 from .disk import DiskError
@@ -31,14 +32,16 @@ def export_answers(config: AriesConfig, number: int | None, turn: int, file_form
         file_format (`str`):
             `"alpaca_eval"` or `"jsonl"`.
         output (`Path`):
-            The file to write.
+            The file to write. It must not exist.
 
     Returns:
         `int`: exit code, 0.
 
     Raises:
-        [`RecipeError`]: there is no such round or turn, or the file cannot be written.
+        [`RecipeError`]: there is no such round or turn, or the file is there already, or cannot be written.
     """
+    for path in (output, output.with_name(output.name + ".tmp")):  # what it is called while it is written
+        check_new(path)
     run = RunDir(Path(config.output_dir))
     evaluated = [n for n in range(config.rounds + 1) if run.round(n).evaluation.exists()]
     if not evaluated:

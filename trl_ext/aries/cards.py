@@ -161,7 +161,7 @@ def evaluation_table(run: RunDir, number: int) -> str:
             for turn in turns
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "Mean scores over the held-out prompts, with 95 % bootstrap intervals.\n\n" + "\n".join(rows)
+    return "Mean scores over the held-out prompts, with 95 % intervals.\n\n" + "\n".join(rows)
 
 
 def pairs_card(run: RunDir, config: AriesConfig, name: str, repo: str, rounds: list[int], rows: int) -> str:

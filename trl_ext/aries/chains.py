@@ -206,9 +206,12 @@ class TaskEngine:
         """Give back what the end of the process does not."""
 
 
+FAILED = "error"
+
+
 @dataclass
 class Finished:
-    """What an engine of vLLM has made of a request."""
+    """What an engine of vLLM has made of a request; nothing, if its `finish_reason` is [`FAILED`]."""
 
     request_id: str
     text: str
@@ -247,6 +250,10 @@ class RequestEngine(TaskEngine):
             self.prompt_tokens += found.prompt_tokens
             self.cached_tokens += found.cached_tokens
             chain, request = self._running.pop(found.request_id)
+            if found.finish_reason == FAILED:
+                self._task.strategy.give_up(chain, request)
+                advanced.append(chain)
+                continue
             self._task.strategy.add(chain, request, found.text, len(found.token_ids), found.finish_reason)
             advanced.append(chain)
         return advanced
@@ -262,6 +269,9 @@ class RequestEngine(TaskEngine):
         while waiting:
             for found in self.finished():
                 waiting.remove(found.request_id)
+                if found.finish_reason == FAILED:
+                    del rows[found.request_id]
+                    continue
                 answer = {"token_ids": found.token_ids, "logps": found.logps, "dtype": self.dtype}
                 rows[found.request_id] |= answer
         return list(rows.values())

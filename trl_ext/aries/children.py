@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..launch import Launch
-from ..processes import die_with_launcher, die_with_parent, launcher_command, process_group
+from ..processes import die_with_launcher, launcher_command, process_group
 from ..recipe import RecipeError
 
 
@@ -74,14 +74,11 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
     job_file.write_text(json.dumps(job, indent=2), encoding="utf-8")
-    if launch is None:
-        command = [sys.executable, "-m", module, str(job_file), str(os.getpid())]
-    else:
-        command = launcher_command(*launch.command(module, str(job_file)))
+    arguments = (module, str(job_file)) if launch is None else launch.command(module, str(job_file))
     with (
         open(log, "a", encoding="utf-8") as log_file,
         process_group(
-            command,
+            launcher_command(*arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log_file,
@@ -136,11 +133,8 @@ class Reporter:
 
 def child_main(main: Callable[[dict[str, Any], Reporter], None]) -> None:
     """The other side of [`run_child`]: `main(job, report)` with the job of the command line."""
-    job_file, *parent = sys.argv[1:]
-    if parent:
-        die_with_parent(int(parent[0]))
-    else:
-        die_with_launcher()
+    [job_file] = sys.argv[1:]
+    die_with_launcher()
     # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
     report = Reporter(os.fdopen(os.dup(1), "w"))
     # What somebody's code forks may outlive this process, and whoever reads would wait for it

@@ -1,7 +1,7 @@
 """
 Two runs side by side: scores by round and turn, what was set otherwise, and what they cost.
 
-A difference has a bootstrap interval over prompts, paired, where both runs answered the same evaluation prompts and the same
+A difference has an interval over prompts, paired, where both runs answered the same evaluation prompts and the same
 scorers judged them. Where they did not, no difference is shown, and the reason is.
 """
 
@@ -41,9 +41,7 @@ def compare(path_a: Path, path_b: Path) -> int:
         progress.say("No round of either has been evaluated: there are no scores.")
     else:
         progress.show(score_table(a, b, paired=obstacle is None))
-        progress.say(
-            obstacle or f"B − A is paired over the {len(a.prompts()):,} prompts, with its 95 % bootstrap interval."
-        )
+        progress.say(obstacle or f"B − A is paired over the {len(a.prompts()):,} prompts, with its 95 % interval.")
     progress.say("")
     for table in (settings_table(a, b), cost_table(a, b)):
         progress.show(table)

@@ -21,19 +21,21 @@ def round_cost(
             Its answers, and its policy's answers to the evaluation prompts.
 
     Returns:
-        `dict`: `generated_tokens`, of `drafts`, `refinements` and `evaluation`; and `stages`, a list with, for each stage
+        `dict`: `generated_tokens`, of `drafts`, `refinements` and `evaluation`, also where no answer was found in them, but not of
+        critiques, whose tokens are not recorded; and `stages`, a list with, for each stage
         logged under this round, `stage`, `seconds` of the runs that ended, and `interrupted`, how many did not: their time
         is not known.
     """
     drafts = refinements = 0
     for chain in chains:
-        drafts += sum(answer.tokens for answer in chain.answers[:1])
-        refinements += sum(answer.tokens for answer in chain.answers[1:])
+        generated = [*chain.answers, *chain.unanswered]
+        drafts += sum(answer.tokens for answer in generated if answer.turn == 1)
+        refinements += sum(answer.tokens for answer in generated if answer.turn > 1)
     return {
         "generated_tokens": {
             "drafts": drafts,
             "refinements": refinements,
-            "evaluation": sum(answer.tokens for chain in evaluation for answer in chain.answers),
+            "evaluation": sum(a.tokens for chain in evaluation for a in (*chain.answers, *chain.unanswered)),
         },
         "stages": stage_times(events, number),
     }

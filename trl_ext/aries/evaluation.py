@@ -2,9 +2,10 @@
 Evaluation: how good a policy's answers are, turn by turn, on held-out prompts.
 
 In: the chains of one round, their scores, and the scores of the rounds to compare with. Out: the numbers of `metrics.json`.
-The protocol is SRPO's (https://huggingface.co/papers/2406.01660): every quantity after 0, 1, ... refinements, with bootstrap
-confidence intervals over prompts; but its win rates are against gold answers, ours against an earlier round. Nothing here
-reads a clock, so a round evaluated again has the same metrics.
+The protocol is SRPO's (https://huggingface.co/papers/2406.01660): every quantity after 0, 1, ... refinements, with confidence
+intervals over prompts; but its win rates are against gold answers, ours against an earlier round. A share has Wilson's interval and a
+win rate Agresti and Min's, which have a width where all answers are right; any other mean has a bootstrap interval, which has none
+where all its values are the same. Nothing here reads a clock, so a round evaluated again has the same metrics.
 """
 
 import math
@@ -19,6 +20,7 @@ from .records import Answer, Chain
 
 
 CONFIDENCE = 0.95
+Z = 1.959963984540054  # the normal distribution's quantile for it
 
 # Values drawn at once by the bootstrap: 32 MiB of indices
 _CHUNK = 2**22
@@ -34,6 +36,7 @@ def evaluation_metrics(
     *,
     initial: Scores | None = None,
     previous: Scores | None = None,
+    earlier: Sequence[Scores] = (),
     correct_score: float | None = None,
     bootstrap_samples: int = 10_000,
     seed: int = 0,
@@ -48,10 +51,13 @@ def evaluation_metrics(
             Answers per chain.
         initial, previous (`list[list[float | None]]`, *optional*):
             Scores of round 0 and of the round before, on the same prompts.
+        earlier (sequence of `list[list[float | None]]`, *optional*):
+            Scores of all rounds before: what is right is the same in a run.
         correct_score (`float`, *optional*):
-            Score from which an answer is right. Default: 1 where all scores are 0 or 1, otherwise none is right or wrong.
+            Score from which an answer is right. Default: 1 where all scores are 0 or 1, `earlier` ones too, otherwise none is right
+            or wrong.
         bootstrap_samples (`int`, *optional*, defaults to `10000`), seed (`int`, *optional*, defaults to `0`):
-            Of the intervals, see [`bootstrap_interval`].
+            Of the intervals of mean scores other than 0 and 1, see [`bootstrap_interval`].
 
     Returns:
         `dict`: `prompts`, `correct_score` (the one in force), and `turns`, a list with, for each turn, `turn`, `score`
@@ -60,9 +66,9 @@ def evaluation_metrics(
         [`flips`]), `tokens` (mean), `token_quartiles`, `truncated` (how many), `truncated_share`, `distinct_1`,
         `distinct_2` (see [`distinct`]), `similarity` to the answer before and the share of `identical` ones.
     """
-    if correct_score is None and is_binary(scores):
+    if correct_score is None and is_binary([*scores, *(row for of_round in earlier for row in of_round)]):
         correct_score = 1.0
-    interval = partial(bootstrap_interval, samples=bootstrap_samples, seed=seed)
+    interval = partial(mean_interval, samples=bootstrap_samples, seed=seed)
     per_turn = []
     for turn in range(1, turns + 1):
         answers = [chain.answers[turn - 1] for chain in chains if len(chain.answers) >= turn]
@@ -73,8 +79,8 @@ def evaluation_metrics(
                 "turn": turn,
                 **score_metrics([score for score in column if score is not None], correct_score, interval),
                 "answers": len(answers),
-                "win_rate_round_0": None if initial is None else win_rate(column, of_turn(initial, turn), interval),
-                "win_rate_previous": None if previous is None else win_rate(column, of_turn(previous, turn), interval),
+                "win_rate_round_0": None if initial is None else win_rate(column, of_turn(initial, turn)),
+                "win_rate_previous": None if previous is None else win_rate(column, of_turn(previous, turn)),
                 "changes": None if before is None else changes(before, column),
                 "flips": None if before is None else flips(before, column, correct_score),
                 **length_metrics(answers),
@@ -130,6 +136,65 @@ def is_binary(scores: Scores) -> bool:
     return {score for chain_scores in scores for score in chain_scores if score is not None} in ({0}, {1}, {0, 1})
 
 
+def mean_interval(values: Sequence[float], samples: int, seed: int) -> list[float] | None:
+    """95 % interval of a mean over prompts: [`share_interval`] of scores that are 0 or 1, [`bootstrap_interval`] of any other."""
+    if set(values) <= {0, 1}:
+        return share_interval(sum(values), len(values))
+    return bootstrap_interval(values, samples, seed)
+
+
+def difference_interval(differences: Sequence[float], samples: int, seed: int) -> list[float] | None:
+    """
+    95 % interval of the mean of paired differences: [`comparison_interval`] of those between scores of 0 or 1, otherwise
+    [`bootstrap_interval`].
+    """
+    if set(differences) <= {-1, 0, 1}:
+        counts = [sum(value == sign for value in differences) for sign in (1, 0, -1)]
+        return comparison_interval(*counts)
+    return bootstrap_interval(differences, samples, seed)
+
+
+def share_interval(count: float, total: int) -> list[float] | None:
+    """
+    Wilson's 95 % score interval of a share (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+
+    Returns:
+        `list[float]` or `None`: low and high, within [0, 1]; `None` for fewer than two of them.
+
+    Example:
+
+    ```python
+    >>> low, high = share_interval(100, 100)
+    >>> round(low, 3), high
+    (0.963, 1.0)
+    ```
+    """
+    if total < 2:
+        return None
+    share, z2 = count / total, Z**2
+    center = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
+    return [0.0 if count == 0 else center - half, 1.0 if count == total else center + half]
+
+
+def comparison_interval(wins: int, ties: int, losses: int) -> list[float] | None:
+    """
+    95 % interval of (wins − losses) / all for paired comparisons: of a share where there are no ties, otherwise Agresti and Min's, half an
+    observation added to each cell of the table of pairs (2005, https://doi.org/10.1002/sim.1781).
+
+    Returns:
+        `list[float]` or `None`: low and high, within [−1, 1]; `None` for fewer than two comparisons.
+    """
+    total = wins + ties + losses
+    if ties == 0 or total < 2:
+        share = share_interval(wins, total)
+        return share and [2 * bound - 1 for bound in share]
+    total += 2  # ties are two of the four cells
+    difference, discordant = (wins - losses) / total, (wins + losses + 1) / total
+    half = Z * math.sqrt((discordant - difference**2) / total)
+    return [max(-1.0, difference - half), min(1.0, difference + half)]
+
+
 def bootstrap_interval(values: Sequence[float], samples: int, seed: int) -> list[float] | None:
     """
     Percentile bootstrap of a mean: the middle 95 % of the means of `samples` resamples, drawn with replacement.
@@ -175,7 +240,7 @@ def score_metrics(values: list[float], correct_score: float | None, interval: In
     }
 
 
-def win_rate(column: list[float | None], other: list[float | None], interval: Interval) -> dict[str, Any] | None:
+def win_rate(column: list[float | None], other: list[float | None]) -> dict[str, Any] | None:
     """
     How often an answer scores higher than another policy's answer to the same prompt; a tie is half a win.
 
@@ -187,12 +252,12 @@ def win_rate(column: list[float | None], other: list[float | None], interval: In
         return None
     # 1 for a win, 1/2 for a tie, 0 for a loss
     points = [((new > old) - (new < old) + 1) / 2 for old, new in pairs]
+    counts = {"wins": points.count(1.0), "ties": points.count(0.5), "losses": points.count(0.0)}
+    interval = comparison_interval(**counts)
     return {
         "win_rate": sum(points) / len(points),
-        "interval": interval(points),
-        "wins": points.count(1.0),
-        "ties": points.count(0.5),
-        "losses": points.count(0.0),
+        "interval": None if interval is None else [(bound + 1) / 2 for bound in interval],
+        **counts,
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..outputs import check_new, new_directory
 from ..recipe import RecipeError
 from .cards import FORMS, model_card
 from .children import ChildError
@@ -20,10 +21,10 @@ from .config import AriesConfig
 from .disk import writing
 from .drafts import encode_prompt
 from .hub import make_repo, upload
-from .pairs_dataset import check_output, move_into_place
 from .parity import TOLERANCES, compare, load_base, policy_logps
 from .policies import Policy, policy_after
 from .progress import RunProgress
+from .provenance import check_policy
 from .records import read_jsonl
 from .run_dir import RunDir
 
@@ -69,7 +70,7 @@ def export(
             f"round {number} of {run.path} has no adapter: all weights were trained. Leave out --merge and --adapter."
         )
     form = "copy" if policy.adapter is None else form or "merged"
-    check_output(output)
+    check_new(output)
     if repo is not None:
         make_repo(repo, "model", private)
 
@@ -78,28 +79,21 @@ def export(
     tokenizer = AutoTokenizer.from_pretrained(
         policy.adapter or policy.model, trust_remote_code=config.trust_remote_code
     )
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(output):
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            if form == "merged":
-                base = load_base(policy.model, "auto", revision=revision, **loading)
-                merged = PeftModel.from_pretrained(base, policy.adapter).merge_and_unload(safe_merge=True)
-                merged.save_pretrained(temporary)
-                del base, merged
-            else:
-                shutil.copytree(policy.adapter or policy.model, temporary)
-            tokenizer.save_pretrained(temporary)
-            rows = evaluation_rows(run, number, tokenizer)
-            exported = Policy(policy.model, str(temporary)) if form == "adapter" else Policy(str(temporary), None)
-            # Only the base is of a revision; what a run makes has none
-            measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
-            card = model_card(run, config, output.name, repo or str(output), number, form, tokenizer, measured)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            move_into_place(temporary, output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with writing(output), new_directory(output) as directory:
+        if form == "merged":
+            base = load_base(policy.model, "auto", revision=revision, **loading)
+            merged = PeftModel.from_pretrained(base, policy.adapter).merge_and_unload(safe_merge=True)
+            merged.save_pretrained(directory)
+            del base, merged
+        else:
+            shutil.copytree(policy.adapter or policy.model, directory, dirs_exist_ok=True)
+        tokenizer.save_pretrained(directory)
+        rows = evaluation_rows(run, number, tokenizer)
+        exported = Policy(policy.model, str(directory)) if form == "adapter" else Policy(str(directory), None)
+        # Only the base is of a revision; what a run makes has none
+        measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
+        card = model_card(run, config, output.name, repo or str(output), number, form, tokenizer, measured)
+        (directory / "README.md").write_text(card, encoding="utf-8")
 
     say(
         f"{output}: {FORMS[form].format(**measured)}. Its log-probabilities differ from those of round {number}'s policy by "
@@ -120,7 +114,7 @@ def finished_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
     The policy of a round that has been evaluated.
 
     Raises:
-        [`RecipeError`]: there is none, or it is the model as it came.
+        [`RecipeError`]: there is none, it is the model as it came, or it is not what the run made.
     """
     if number == 0 and config.sft is None:
         raise RecipeError("--round: round 0 of a run without SFT is the model as it came.")
@@ -135,6 +129,7 @@ def finished_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
                 else "No round is; `trl-ext aries run` starts or continues them."
             )
         )
+    check_policy(run, config, number)
     return policy_after(run, config, number)
 
 

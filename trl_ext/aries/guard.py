@@ -1,10 +1,10 @@
 """
 The guard: what a round's pairs are worth, looked at before they are trained on.
 
-Pairs in, one JSON object out. It compares the chosen with the rejected answers by the scores, the evaluation's measure: in a
-best-over-worst round they are better by construction, in a rule-based one the scores take no part in the selection, and
-here it shows when refining has stopped to improve. Training on a round in which the rejected answers are the better ones makes the
-policy worse. The guard drops no pair; `pairs.guard` says what happens to the round.
+Pairs in, one JSON object out. It compares the chosen with the rejected answers by the scores, the evaluation's measure. In a rule-based
+round the scores take no part in the selection, and here it shows when refining has stopped to improve. A best-over-worst round was selected
+by the same scores, so that the chosen answers are the better ones by construction: the guard passes every one, and cannot see a scorer that
+is wrong, nor a policy that gets worse. Training on a round in which the rejected answers are the better ones makes the policy worse. The guard drops no pair; `pairs.guard` says what happens to the round.
 """
 
 import math
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .evaluation import difference_interval
 from .pairs import Pair
 
 
@@ -44,7 +45,7 @@ class Examination:
         """
         Returns:
             `dict`: `compared` (pairs with both scores), `chosen_score`, `rejected_score` and `difference` (means over them, `None`
-            without any), `interval` (the difference's 95 % bootstrap interval over prompts, `None` for fewer than two of them) and
+            without any), `interval` (the difference's 95 % interval over prompts, `None` for fewer than two of them) and
             `length_ratio` (mean chosen over mean rejected tokens, of all pairs; `None` where the rejected have no tokens).
         """
         measured: dict[str, Any] = {"compared": len(self._prompt_ids), "chosen_score": None, "rejected_score": None}
@@ -54,7 +55,7 @@ class Examination:
             means = {"chosen_score": self._chosen, "rejected_score": self._rejected, "difference": differences}
             # `fsum`: differences that cancel out are 0, not a rounding error of either sign
             measured |= {name: math.fsum(values) / len(values) for name, values in means.items()}
-            measured["interval"] = bootstrap_interval(differences, self._prompt_ids)
+            measured["interval"] = mean_interval(differences, self._prompt_ids)
         ratio = self._chosen_tokens / self._rejected_tokens if self._rejected_tokens > 0 else None
         return measured | {"length_ratio": ratio}
 
@@ -67,16 +68,18 @@ def examine(pairs: Iterable[Pair]) -> dict[str, Any]:
     return examination.measured()
 
 
-def bootstrap_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float] | None:
+def mean_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float] | None:
     """
-    95 % percentile interval of a mean, by resampling whole prompts: the pairs of one chain are not independent. The same
-    values give the same interval.
+    95 % interval of a mean difference: by resampling whole prompts, since the pairs of one chain are not independent, or, with one pair of
+    each and scores of 0 and 1, by [`~aries.evaluation.comparison_interval`]. The same values give the same interval.
     """
     _, prompts = np.unique(prompt_ids, return_inverse=True)
     sums, counts = np.bincount(prompts, weights=values), np.bincount(prompts)
     if len(sums) < 2:
         return None
     one_each = counts.max() == 1  # then there is nothing to add up
+    if one_each and set(values) <= {-1, 0, 1}:
+        return difference_interval(values, RESAMPLES, seed=0)
     generator = np.random.default_rng(0)
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):

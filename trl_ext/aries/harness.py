@@ -3,16 +3,16 @@ EleutherAI's lm-evaluation-harness on a round's policy: which model, adapter, da
 whatever else the user says, in one command line of `lm_eval`.
 """
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..processes import run_launcher
 from ..recipe import RecipeError
 from .config import AriesConfig
 from .policies import Policy, policy_after
+from .provenance import check_policy
 from .run_dir import RunDir
 
 
@@ -34,7 +34,7 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
         `int`: exit code of `lm_eval`.
 
     Raises:
-        [`RecipeError`]: `lm_eval` is not installed, or the round has not been trained.
+        [`RecipeError`]: `lm_eval` is not installed, or the round has not been trained, or its policy is not what the run made.
     """
     if find_spec("lm_eval") is None:
         raise RecipeError(
@@ -48,9 +48,10 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
     number = trained[-1] if number is None else number
     if number not in trained:
         raise RecipeError(f"`--round`: {number} has not been trained; there are {', '.join(map(str, trained))}.")
+    check_policy(run, config, number)
     policy, output = policy_after(run, config, number), str(run.round(number).lm_eval)
     command = lm_eval_command(policy, config.model, config.trust_remote_code, tasks, output)
-    return subprocess.run([*command, *args]).returncode
+    return run_launcher(command[0], [*command[1:], *args])
 
 
 def is_trained(run: RunDir, config: AriesConfig, number: int) -> bool:
@@ -64,7 +65,7 @@ def lm_eval_command(
     policy: Policy, model: dict[str, Any], trust_remote_code: bool, tasks: str, output_path: str
 ) -> list[str]:
     """
-    The command line for a policy.
+    The module of `lm_eval` and its command line for a policy.
 
     Args:
         policy ([`~aries.policies.Policy`]):
@@ -102,8 +103,6 @@ def lm_eval_command(
         if value is not None and "," in value:
             raise RecipeError(f"{value}: `lm_eval` cannot take a path with a comma. Move the run or the model.")
     return [
-        sys.executable,
-        "-m",
         "trl_ext.aries.harness_quantized" if quantized else "lm_eval",
         "--model",
         "hf-bitsandbytes" if quantized else "hf",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..launch import Launch
+from ..model_files import model_files
 from ..recipe import RecipeError
 from .config import AriesConfig, DatasetConfig
 from .health import share_finding
@@ -71,31 +72,42 @@ def read_sft_rows(config: AriesConfig) -> tuple[list[dict[str, Any]], dict[str, 
     return usable, dropped
 
 
-def input_hashes(config: AriesConfig, launch: Launch | None) -> dict[str, str]:
-    """SHA-256 of the local files that the recipe names, by key."""
+def local_inputs(config: AriesConfig, launch: Launch | None) -> dict[str, Path | None]:
+    """What the recipe reads, by the key that names it; `None` for what is not on this machine."""
     named = {
-        **local_files("prompts", config.prompts.entries()),
-        **local_files("evaluation", config.evaluation.entries()),
-        **{
-            "scores.verifier" if config.scores.scorers is None else f"scores.scorers.{scorer.name}": (
-                scorer.verifier.rpartition(":")[0]
-            )
-            for scorer in config.scores.each()
-            if scorer.verifier is not None
-        },
+        "model.model_name_or_path": config.model["model_name_or_path"],
+        **named_data("prompts", config.prompts.entries()),
+        **named_data("evaluation", config.evaluation.entries()),
         "sft.dataset": config.sft["dataset"] if config.sft else "",
         "training.accelerate_config": "" if launch is None else launch.config_file,
     }
-    return {key: sha256(Path(path)) for key, path in named.items() if path and Path(path).exists()}
+    for scorer in config.scores.each():
+        one = config.scores.scorers is None
+        if scorer.verifier is not None:
+            named["scores.verifier" if one else f"scores.scorers.{scorer.name}"] = scorer.verifier.rpartition(":")[0]
+        if scorer.reward_model is not None:
+            named["scores.reward_model" if one else f"scores.scorers.{scorer.name}"] = scorer.reward_model
+    paths = {key: Path(name).expanduser() for key, name in named.items() if name}
+    return {key: path if path.exists() else None for key, path in paths.items()}
 
 
-def local_files(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
+def input_hashes(inputs: dict[str, Path | None]) -> dict[str, str | None]:
+    """SHA-256 of what [`local_inputs`] found, by key; of a model's directory, the files that it is loaded from."""
+    return {
+        key: None if path is None else sha256(path, model_files(path) if (path / "config.json").exists() else None)
+        for key, path in inputs.items()
+    }
+
+
+def named_data(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
     """What a section's datasets name that may be a local path, by the key that names it."""
-    if len(entries) == 1:
+    if len(entries) == 1 and not entries[0].data_files and not entries[0].data_dir:
         return {f"{section}.dataset": entries[0].path}
     named = {}
     for index, entry in enumerate(entries):
-        named[f"{section}.datasets[{index}].path"] = entry.path
-        if isinstance(entry.data_files, str):
-            named[f"{section}.datasets[{index}].data_files"] = entry.data_files
+        key = f"{section}.datasets[{index}]"
+        files = entry.data_files or []
+        files = [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files
+        named |= {f"{key}.path": entry.path, f"{key}.data_dir": entry.data_dir or ""}
+        named |= {f"{key}.data_files[{number}]": file for number, file in enumerate(files)}
     return named

@@ -22,6 +22,7 @@ from .children import ChildError
 from .config import ScorerConfig
 from .records import Answer, Chain, blocks
 from .scores import CHAINS_AT_ONCE, Block, Progress, ScoreCache, ScoreTask, chains_of, content_key, other_columns
+from .waits import retry_after
 
 
 VERDICTS = {"A": "first", "B": "second", "C": "tie"}
@@ -224,8 +225,8 @@ class Judge:
                     failure = RefusedRequest
                 if response.status_code < 500 and response.status_code not in RETRIED_STATUS:
                     break
-                asked_for = response.headers.get("retry-after", "")
-                wait = min(float(asked_for), LONGEST_WAIT) if asked_for.isdigit() else wait
+                asked_for = retry_after(response.headers)
+                wait = wait if asked_for is None else asked_for
             if attempt < retries:
                 self._stopping.wait(wait)
         raise failure(

@@ -14,6 +14,7 @@ import trl_ext
 
 from .config import AriesConfig
 from .policies import policy_after
+from .provenance import made
 from .records import read_json, sha256, write_json
 from .run_dir import RunDir
 
@@ -35,18 +36,6 @@ PACKAGES = (
 def write_manifest(run: RunDir, config: AriesConfig, number: int) -> None:
     """Close a round, after the one before it."""
     round_dir = run.round(number)
-    made = (
-        round_dir.sft,
-        round_dir.prompts,
-        round_dir.answers,
-        round_dir.scores,
-        round_dir.pairs,
-        round_dir.model,
-        round_dir.adapter,
-        round_dir.samples,
-        round_dir.evaluation,
-        round_dir.metrics,
-    )
     manifest = {
         "round": number,
         **round_facts(run, config, number),
@@ -55,9 +44,10 @@ def write_manifest(run: RunDir, config: AriesConfig, number: int) -> None:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "commit": commit(),
-        "sha256": {path.name: sha256(path) for path in made if path.exists()},
+        "sha256": made(run, number),
     }
     write_json(round_dir.manifest, manifest)
+    round_dir.made.unlink(missing_ok=True)
 
 
 def round_facts(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .refinements import refinement_prompt
 FAULTS = (
     "prompt_too_long",
     "no_answer_found",
+    "request_failed",
     "fewer_than_two_scores",
     "fewer_than_two_answers",
     "all_answers_truncated",

@@ -2,9 +2,9 @@
 The pairs of a run as a dataset: what it learned from, ready for `datasets.load_dataset`, another trainer, or the Hub.
 """
 
-import shutil
 from pathlib import Path
 
+from ..outputs import check_new, new_directory
 from ..recipe import RecipeError
 from .config import AriesConfig
 from .disk import writing
@@ -39,43 +39,21 @@ def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, pri
     rounds = [n for n in rounds if product(run.round(n), config).exists()]
     if not rounds:
         raise RecipeError(f"{run.path} has no trained round, so no pairs that were learned from.")
-    check_output(output)
+    check_new(output)
 
     from .cards import pairs_card  # torch and transformers: seconds, for what can be done
 
     if repo is not None:
         make_repo(repo, "dataset", private)
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(output):
-        try:
-            temporary.mkdir(parents=True)
-            rows = 0
-            for number in rounds:
-                pairs = [{**row, "round": number} for row in read_jsonl(run.round(number).pairs)]
-                write_jsonl(temporary / f"round_{number:02d}.jsonl", pairs)
-                rows += len(pairs)
-            card = pairs_card(run, config, output.name, repo or str(output), rounds, rows)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-            move_into_place(temporary, output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with writing(output), new_directory(output) as directory:
+        rows = 0
+        for number in rounds:
+            pairs = [{**row, "round": number} for row in read_jsonl(run.round(number).pairs)]
+            write_jsonl(directory / f"round_{number:02d}.jsonl", pairs)
+            rows += len(pairs)
+        card = pairs_card(run, config, output.name, repo or str(output), rounds, rows)
+        (directory / "README.md").write_text(card, encoding="utf-8")
     say(f"{output}: {rows:,} rows of {len(rounds)} rounds.")
     if repo is not None:
         say(upload(output, repo, "dataset"))
     return 0
-
-
-def check_output(output: Path) -> None:
-    """
-    Raises:
-        [`RecipeError`]: the directory to make holds something.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(f"--output: {output} is there and not empty. Name a directory that is not there yet.")
-
-
-def move_into_place(temporary: Path, output: Path) -> None:
-    if output.exists():
-        output.rmdir()
-    temporary.rename(output)

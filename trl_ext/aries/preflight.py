@@ -21,6 +21,7 @@ from transformers import (
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from ..launch import Launch
+from ..model_files import load_problem
 from ..recipe import Recipe, RecipeError, check_keys, parse_section
 from ..rows.completions import judge_completions
 from ..rows.judge import Findings, Judge
@@ -162,7 +163,7 @@ def check_model(recipe: Recipe, job: dict[str, Any]) -> tuple[PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a broken file each library raises its own
         asked = "trust_remote_code" in str(error)
-        refuse(custom_code(name) if asked else f"the config or the tokenizer of {name} cannot be read: {error}")
+        refuse(custom_code(name) if asked else load_problem(name, error))
     text_config = config.get_text_config()
     if tokenizer.eos_token is None:
         refuse(f"the tokenizer of {name} has no EOS token to end answers.")

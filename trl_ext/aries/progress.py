@@ -309,7 +309,7 @@ def duration(seconds: float) -> str:
 
 def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> Table:
     """
-    Rounds down, answers y1..y_turns across: mean score on the evaluation prompts, and below it its bootstrap interval, so that
+    Rounds down, answers y1..y_turns across: mean score on the evaluation prompts, and below it its 95 % interval, so that
     four turns fit on 100 columns.
 
     Args:

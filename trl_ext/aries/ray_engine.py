@@ -3,20 +3,23 @@ Generation on Ray: an embedded engine in each of several workers, on as many mac
 
 In: the same chains as for one embedded engine, in requests with the same token ids, sampling and seeds. Out: the same answers. The chains are
 driven here; a worker takes requests, steps its engine until one of them is finished, and returns what is. Where a worker is lost, with its
-machine or alone, its requests go to the others, and a new one takes its place where the cluster has room.
+machine or alone, its requests go to the others, and a new one takes its place where the cluster has room. A request that was lost with
+`generation.max_retries` workers and one more is what kills them, and is set aside.
 
 Ray Data's own vLLM processor works through a dataset stage by stage, with the barrier that chains are there to avoid.
 """
 
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
-from .chains import EngineSettings, Finished, RequestEngine, Task
+from .chains import FAILED, EngineSettings, Finished, RequestEngine, Task
 from .children import ChildError
 
 
@@ -82,6 +85,9 @@ class RayEngine(RequestEngine):
         self.window = config.ray_workers * config.max_num_seqs
         self._requests: dict[str, tuple[str, list[int], dict[str, Any]]] = {}  # those that are not finished
         self._home: dict[str, Place] = {}  # by prompt id
+        self._losses: Counter[str] = Counter()  # of workers, by the request that they had
+        self._failed: list[Finished] = []  # set aside, and not returned yet
+        self._answered = self._given_up = 0
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         here = (
             {}
@@ -118,14 +124,31 @@ class RayEngine(RequestEngine):
         self._reassign()
         for place in self._ready():
             if place.call is None and place.held:
-                requests = [self._requests[request_id] for request_id in place.waiting]
-                place.sent.update(place.waiting)
-                place.waiting = []
-                place.call = place.actor.work.remote(requests)
-        found = self._collect()
+                chosen = self._next(place)
+                place.sent.update(chosen)
+                place.waiting = [request_id for request_id in place.waiting if request_id not in place.sent]
+                place.call = place.actor.work.remote([self._requests[request_id] for request_id in chosen])
+        found = self._collect() + self._failed
+        self._failed = []
         for answer in found:
             del self._requests[answer.request_id]
+            self._losses.pop(answer.request_id, None)
         return found
+
+    def _next(self, place: Place) -> list[str]:
+        """
+        What a worker is sent next: requests that have never been lost with one, and only then the others, alone and in batches that grow
+        smaller with every loss, down to one: the request that kills its worker is found before those beside it have been tried too often.
+        """
+        lost = [request_id for request_id in place.waiting if self._losses[request_id]]
+        fresh = [request_id for request_id in place.waiting if not self._losses[request_id]]
+        if fresh and not any(self._losses[request_id] for request_id in place.sent):
+            return fresh
+        if place.sent:
+            return []
+        most = max(self._losses[request_id] for request_id in lost)
+        share = 1 - most / max(self._config.max_retries, 1)
+        return [r for r in lost if self._losses[r] == most][: math.ceil(self._config.max_num_seqs**share)]
 
     def close(self) -> None:
         ray.shutdown()
@@ -183,6 +206,7 @@ class RayEngine(RequestEngine):
                 self._lost(place, error)
                 continue
             place.call = None
+            self._answered += 0 if isinstance(answer, str) else len(answer)
             if isinstance(answer, str):
                 place.dtype = answer
             else:
@@ -199,12 +223,32 @@ class RayEngine(RequestEngine):
         return found
 
     def _lost(self, place: Place, error: RayActorError) -> None:
-        """Start another worker in the place of a lost one, and have its requests answered by those that there are."""
+        """
+        Start another worker in the place of a lost one, and have its requests answered by those that there are. A request that was lost with
+        too many workers is set aside.
+
+        Raises:
+            [`~aries.children.ChildError`]: as many were set aside as were answered: it is not their fault.
+        """
         others = len(self._ready()) - (place.dtype is not None)
         first_line = str(error).strip().splitlines()[0]
         self._note(f"worker {place.number} of Ray is lost ({first_line}); {others} of {len(self._places)} are in use")
-        requests = [*place.sent, *place.waiting]
+        sent, waiting = place.sent, place.waiting
         place.sent, place.waiting = set(), []
         self._start(place)
-        for request_id in requests:
+        for request_id in sorted(sent):
+            self._losses[request_id] += 1
+            if self._losses[request_id] <= self._config.max_retries:
+                waiting.append(request_id)
+                continue
+            self._given_up += 1
+            problem = f"a request of {request_id.partition('/')[0]} was lost with {self._losses[request_id]} workers of Ray ({first_line})"
+            if self._given_up > self._answered:
+                raise ChildError(
+                    f"{problem}. Look at Ray's logs, or raise `generation.max_retries`. What was answered is kept, and the same command "
+                    "goes on."
+                )
+            self._note(f"set aside: {problem}")
+            self._failed.append(Finished(request_id, "", [], FAILED, None, 0, 0))
+        for request_id in waiting:
             self._assign(request_id)

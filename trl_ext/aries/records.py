@@ -229,11 +229,12 @@ def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     yield from read_rows(path)
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, or of the files of a directory, names included."""
+def sha256(path: Path, files: Iterable[Path] | None = None) -> str:
+    """SHA-256 of a file, or of the files of a directory, all or these, names included."""
     digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
+    if files is None:
+        files = (p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    for file in sorted(files):
         if path.is_dir():
             digest.update(str(file.relative_to(path)).encode())
         with open(file, "rb") as handle:

@@ -151,6 +151,11 @@ class Strategy:
             return Request(prompt, turn, is_critique=True)
         return Request(refinement_prompt(chain.prompt, drafts, self.templates[turn - 2], critique or ""), turn)
 
+    def give_up(self, chain: Chain, request: Request) -> None:
+        """Leave out the answer to a request that no engine could answer, and what would come after it."""
+        chain.unanswered.append(Answer(request.turn, "", 0, "error"))
+        chain.stopped = "request_failed"
+
     def add(self, chain: Chain, request: Request, text: str, tokens: int, finish_reason: str) -> None:
         """Add what was generated for a request to its chain: an answer, a critique, or a text without an answer."""
         found, is_whole = find_answer(text, self.answer_pattern)

@@ -88,6 +88,8 @@ def write_report(path: Path, running: bool | None = None) -> Path:
         raise RecipeError(f"{NEEDS_MATPLOTLIB}.")
     run = read_run(path, running)
     target = RunDir(path).report
+    if target.exists() and "by trl-ext" not in target.read_text(encoding="utf-8", errors="replace")[-500:]:
+        raise RecipeError(f"{target} is not a report of this package, and is not overwritten. Move it out of the way.")
     write_atomically(target, [page(run)])
     return target
 
@@ -171,12 +173,20 @@ def headline(run: RunRecord, compared: dict[str, Change | None]) -> str:
         return "The scores of a judge say which answer of a chain is better, not whether one policy is better than another."
     if direct is None:
         return "There is nothing to compare yet: it takes the scores of two policies."
-    yes = {"higher": "Yes", "lower": "No"}.get(direct.verdict, f"Not that {direct.prompts:,} prompts could show")
-    name = run.evaluated[-1].name
-    if refined and refined.verdict == direct.verdict:
-        return f"{yes}: the direct and the refined answers of {name} {FINDINGS[direct.verdict]}."
-    text = f"{yes}: the direct answers of {name} {FINDINGS[direct.verdict]}"
-    return f"{text}, and its refined answers {FINDINGS[refined.verdict]}." if refined else f"{text}."
+    name, shown = run.evaluated[-1].name, f"Not that {direct.prompts:,} prompts could show"
+    if refined is None or refined.verdict == direct.verdict:
+        yes = {"higher": "Yes", "lower": "No"}.get(direct.verdict, shown)
+        which = "direct" if refined is None else "direct and the refined"
+        return f"{yes}: the {which} answers of {name} {FINDINGS[direct.verdict]}."
+    # They differ: what can be told comes first
+    both = sorted(
+        {"direct": direct, "refined": refined}.items(), key=lambda item: item[1].verdict not in ("higher", "lower")
+    )
+    verdicts = {change.verdict for _, change in both}
+    yes = "In part" if "higher" in verdicts else "No" if "lower" in verdicts else shown
+    (first, of_first), (second, of_second) = both
+    but = "but" if {"higher", "lower"} <= verdicts else "and"
+    return f"{yes}: the {first} answers of {name} {FINDINGS[of_first.verdict]}, {but} its {second} answers {FINDINGS[of_second.verdict]}."
 
 
 def has_flips(metrics: Metrics) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from ..recipe import RecipeError
 from .config import EvaluationConfig
 from .cost import stage_times
-from .evaluation import Scores, bootstrap_interval, both_scored, of_turn
+from .evaluation import Scores, both_scored, difference_interval, of_turn
 from .progress import policy_name
 from .records import read_json, read_jsonl
 from .run_dir import RoundDir, RunDir
@@ -115,18 +115,30 @@ def read_run(path: Path, running: bool | None = None) -> RunRecord:
             f"{path} is no run directory: it has no {run.resolved.name}. Name the `output_dir` of a run that was started with "
             "`trl-ext aries run`."
         )
+    rounds = [
+        RoundRecord(run.round(number), number, policy_name(number, resolved["sft"] is not None))
+        for number in range(resolved["rounds"] + 1)
+        if run.round(number).path.exists()
+    ]
+    decide_right(rounds)
     return RunRecord(
         path=path,
         resolved=resolved,
         recipe=run.recipe.read_text(encoding="utf-8"),
         events=run.read_events(),
-        rounds=[
-            RoundRecord(run.round(number), number, policy_name(number, resolved["sft"] is not None))
-            for number in range(resolved["rounds"] + 1)
-            if run.round(number).path.exists()
-        ],
+        rounds=rounds,
         state=read_state(run, resolved["rounds"], running),
     )
+
+
+def decide_right(rounds: list[RoundRecord]) -> None:
+    """Right is what all rounds call so, or nothing: their counts would not be of the same thing."""
+    metrics = [round_.metrics for round_ in rounds if round_.metrics is not None]
+    if len({of_round.get("correct_score") for of_round in metrics}) > 1:
+        for of_round in metrics:
+            of_round["correct_score"] = None
+            for turn in of_round["turns"]:
+                turn |= {"correct": None, "flips": None}
 
 
 # Did it get better?
@@ -139,7 +151,7 @@ class Change:
 
     Args:
         difference (`float`), interval (`list[float]`, *optional*), prompts (`int`):
-            The mean, its 95 % bootstrap interval, and over how many prompts.
+            The mean, its 95 % interval, and over how many prompts.
     """
 
     difference: float
@@ -161,7 +173,7 @@ def change(before: Sequence[float | None], after: Sequence[float | None], sample
     if not differences:
         return None
     mean = sum(differences) / len(differences)
-    return Change(mean, bootstrap_interval(differences, samples, seed), len(differences))
+    return Change(mean, difference_interval(differences, samples, seed), len(differences))
 
 
 def changes(run: RunRecord) -> dict[str, Change | None]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..model_files import load_problem
 from ..recipe import RecipeError
 from .children import child_main, run_child
 from .config import GenerationConfig, ScorerConfig
@@ -88,8 +89,8 @@ def check_reward_model(name: str, revision: str | None, conversational: bool) ->
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(load_problem(name, error)) from error
     if config.num_labels != 1:
         raise ValueError(
             f"{name} has {config.num_labels} outputs, and a reward model has one (`num_labels: 1` in its config). Name "

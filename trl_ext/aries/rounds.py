@@ -23,13 +23,14 @@ from .config import AriesConfig
 from .cost import round_cost
 from .evaluation import evaluation_metrics, setbacks
 from .guard import Examination, decide, report, stop_message
-from .inputs import Inputs, input_hashes, read_inputs
+from .inputs import Inputs, input_hashes, local_inputs, read_inputs
 from .jobs import first_row, generation_job, parity_job, preflight_job, probe_job, scoring_job, training_job
 from .manifest import write_manifest
 from .pairs import FAULTS, Selection, preference_rows
 from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
 from .prompts import select_prompts
+from .provenance import check_made, note_made
 from .records import read_json, read_jsonl, read_rows, write_json, write_jsonl
 from .refinements import Strategy
 from .report import NEEDS_MATPLOTLIB
@@ -64,9 +65,13 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     start = time.monotonic()
     progress = {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet)
     launch = recipe_launch(recipe)
+    files = local_inputs(config, launch)
+    RunDir(Path(config.output_dir)).check_free(files)
     loop = Rounds(config, read_inputs(config), progress, launch)
-    with loop.dir.opened(config, recipe_text(recipe), input_hashes(config, launch)), loop.stops_reported():
+    with loop.dir.opened(config, recipe_text(recipe), input_hashes(files)), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
+            check_made(loop.dir, config)
+            note_made(loop.dir, config.rounds)  # what is gone, and will be made again, will be another
             loop.check(recipe)
         loop.sft()
         for number in range(1, config.rounds + 1):
@@ -145,7 +150,8 @@ class Rounds:
         """The previous round's policy answers and is evaluated, and a new one is trained on what it answered."""
         start = time.monotonic()
         round_dir = self.dir.round(number)
-        if is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists():
+        decided = is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists()
+        if decided or round_dir.manifest.exists():  # of a closed one, the policy may have been deleted
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
@@ -227,12 +233,14 @@ class Rounds:
         if round_dir.manifest.exists():
             return
         chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
+        earlier = [self.evaluation_scores(n) for n in range(number)]
         metrics = evaluation_metrics(
             chains,
             self.evaluation_scores(number),
             self.config.refinements.turns,
-            initial=self.evaluation_scores(0) if number > 0 else None,
-            previous=self.evaluation_scores(number - 1) if number > 0 else None,
+            initial=earlier[0] if earlier else None,
+            previous=earlier[-1] if earlier else None,
+            earlier=earlier,
             correct_score=self.config.evaluation.correct_score,
             bootstrap_samples=self.config.evaluation.bootstrap_samples,
             seed=self.config.seed,
@@ -303,7 +311,9 @@ class Rounds:
                 "(under another `output_dir`)."
             )
         measured = examination.measured()
-        write_json(round_dir.guard, {"decision": decide(measured, self.config.pairs.guard), **measured})
+        by_construction = self.config.pairs.selection == "best_over_worst"
+        decision = decide(measured, self.config.pairs.guard)
+        write_json(round_dir.guard, {"decision": decision, "by_construction": by_construction, **measured})
 
     def guard(self, number: int) -> None:
         """
@@ -367,6 +377,7 @@ class Rounds:
         with self.progress.stage(number, name) as update:
             yield recorded(update, self.dir, number, name)
         self.dir.progress.unlink(missing_ok=True)
+        note_made(self.dir, self.config.rounds)
         self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
 
     @contextmanager

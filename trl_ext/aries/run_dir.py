@@ -8,12 +8,13 @@ import fcntl
 import json
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from ..outputs import check_apart
 from ..recipe import RecipeError
 from ..recipe_values import union_members
 from .config import AriesConfig
@@ -59,6 +60,13 @@ OPERATIONAL_KEYS = {
 }
 
 
+# What a process that was killed while it claimed a directory may leave there
+FIRST_FILES = {"run.lock", "resolved.json.tmp"}
+
+# How often, and how long each time, to wait for somebody who only looks whether the directory is locked
+LOOKS, SECONDS_OF_A_LOOK = 20, 0.1
+
+
 class RoundDir:
     """Files of one round, in the order they are made. Round 0 is the policy before round 1, after the SFT if any."""
 
@@ -85,6 +93,7 @@ class RoundDir:
         self.metrics = path / "metrics.json"
         self.cost = path / "cost.json"
         self.lm_eval = path / "lm_eval"
+        self.made = path / "made.json"
         self.manifest = path / "manifest.json"
         self.logs = path / "logs"
 
@@ -121,13 +130,14 @@ class RunDir:
         Args:
             config ([`AriesConfig`]), recipe_text (`str`):
                 What the recipe resolved to, and the recipe.
-            inputs (`dict[str, str]`):
-                SHA-256 of the local files it names, by key: a run must not continue on other data.
+            inputs (`dict[str, str | None]`):
+                SHA-256 of what it names, by key, `None` for what is not on this machine: a run must not continue on other data.
 
         Raises:
-            [`RecipeError`]: it belongs to another recipe, another process is using it, or it cannot be written.
+            [`RecipeError`]: it belongs to another recipe or holds other files, another process is using it, or it cannot be written.
             [`~aries.disk.DiskError`]: the disk is full, then or while the run goes on.
         """
+        self.check_free({})
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.lock, "w")
@@ -135,41 +145,70 @@ class RunDir:
             reason = error.strerror if isinstance(error, OSError) else error
             raise RecipeError(f"`output_dir`: cannot write to {self.path}: {reason}. Choose another.") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not acquire(lock):
                 raise RecipeError(
                     f"{self.path} is in use by another process. Wait for it, watch it with `trl-ext aries status`, or set "
                     "another `output_dir`."
-                ) from None
+                )
             with writing(self.path):
                 self._claim(config, recipe_text, inputs)
                 yield
 
-    def _claim(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> None:
+    def check_free(self, inputs: Mapping[str, Path | None]) -> None:
+        """
+        Args:
+            inputs (`Mapping[str, Path | None]`):
+                What the recipe reads, from [`~aries.inputs.local_inputs`].
+
+        Raises:
+            [`RecipeError`]: the directory is not a run's yet, and it holds something, is or holds an input or lies inside one, or is the
+            working directory: nothing there is ours.
+        """
+        if self.resolved.exists():
+            return
+        check_apart(self.path, {key: path for key, path in inputs.items() if path is not None})
+        place = "Name a directory that is empty or not there yet, such as runs/my-run."
+        try:
+            found = sorted(path.name for path in self.path.iterdir() if path.name not in FIRST_FILES)
+        except OSError:  # there is none yet, or it cannot be used, as will be said
+            found = []
+        if found:
+            more = ", …" if len(found) > 3 else ""
+            raise RecipeError(
+                f"`output_dir`: {self.path} holds files that are not a run's ({', '.join(found[:3])}{more}). {place}"
+            )
+        if self.path.resolve() == Path.cwd():
+            raise RecipeError(f"`output_dir`: {self.path} is the working directory. {place}")
+
+    def _claim(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str | None]) -> None:
         resolved = json.loads(json.dumps(asdict(config))) | {"inputs": inputs}
-        if self.resolved.exists() and any(
-            self.path.glob("round_*/*")
-        ):  # a run that its check refused has made nothing
+        if self.resolved.exists():
             recorded = self._recorded()
-            changed = differing_keys(recorded, resolved) - OPERATIONAL_KEYS
-            # More rounds continue a run, where the rounds done so far do not depend on their number
-            if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
-                changed -= {"rounds"}
-            if changed:
-                details = "\n".join(
-                    f"  {key}: {lookup(recorded, key)!r} -> {lookup(resolved, key)!r}" for key in sorted(changed)
-                )
-                raise RecipeError(
-                    f"{self.path} was made with other settings or data:\n{details}\nSet another `output_dir` for the new "
-                    f"ones, or go back to the old ones ({self.recipe}) to continue."
-                )
-            if recorded == resolved:
+            if any(self.path.glob("round_*/*")):  # a run that its check refused has made nothing
+                self._check_same(config, recorded, resolved)
+            if recorded == resolved and self.recipe.exists():
                 return
-        elif not self.resolved.exists() and any(self.path.glob("round_*")):
-            raise RecipeError(f"{self.path} holds rounds but no {self.resolved.name}. Choose another `output_dir`.")
+        write_json(self.resolved, resolved)  # first: a directory that has it is a run's
         write_atomically(self.recipe, [recipe_text])
-        write_json(self.resolved, resolved)
+
+    def _check_same(self, config: AriesConfig, recorded: dict[str, Any], resolved: dict[str, Any]) -> None:
+        settings, earlier = ({key: value for key, value in r.items() if key != "inputs"} for r in (resolved, recorded))
+        changed = differing_keys(earlier, settings) - OPERATIONAL_KEYS
+        # More rounds continue a run, where the rounds done so far do not depend on their number
+        if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
+            changed -= {"rounds"}
+        details = [f"{key}: {lookup(earlier, key)!r} -> {lookup(settings, key)!r}" for key in sorted(changed)]
+        # What an earlier version did not look at is taken as it is
+        for key in sorted(recorded["inputs"].keys() & resolved["inputs"].keys()):
+            before, now = recorded["inputs"][key], resolved["inputs"][key]
+            if before != now and key not in changed:
+                details.append(f"{key}: {lookup(settings, key) or 'what it names'} {input_change(before, now)}")
+        if details:
+            lines = "\n".join(f"  {line}" for line in details)
+            raise RecipeError(
+                f"{self.path} was made with other settings or data:\n{lines}\nSet another `output_dir` for the new ones, or go back "
+                f"to the old ones ({self.recipe}) to continue."
+            )
 
     def _recorded(self) -> dict[str, Any]:
         """What the run was made with; keys that its version of this package did not have are at their defaults."""
@@ -180,6 +219,8 @@ class RunDir:
                 f"{self.resolved}: not valid JSON ({error}), so it cannot be seen what the run was made with. Bring the file "
                 "back, or set another `output_dir`."
             ) from error
+        if not (isinstance(recorded, dict) and {"output_dir", "rounds", "inputs"} <= recorded.keys()):
+            raise RecipeError(f"{self.resolved} is not what a run was made with. Set another `output_dir`.")
         return with_defaults(recorded, AriesConfig)
 
     def log_event(self, **event: Any) -> None:
@@ -228,6 +269,27 @@ def lookup(mapping: Any, dotted: str) -> Any:
     for key in dotted.split("."):
         mapping = mapping.get(key) if isinstance(mapping, dict) else None
     return mapping
+
+
+def input_change(before: str | None, now: str | None) -> str:
+    """In words, what has become of an input; hashes by their beginnings."""
+    if now is None:
+        return "is not there any more"
+    if before is None:
+        return f"is a file or a directory here now (SHA-256 {now[:12]}…), and was not when the run was begun"
+    return f"has other contents than when the run was begun (SHA-256 {before[:12]}… -> {now[:12]}…)"
+
+
+def acquire(lock: IO) -> bool:
+    """Take a run's lock. [`is_locked`] holds it for an instant, which is no other run."""
+    for look in range(LOOKS):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if look + 1 < LOOKS:
+                time.sleep(SECONDS_OF_A_LOOK)
+    return False
 
 
 def is_locked(path: Path) -> bool:

@@ -24,7 +24,7 @@ from .config import DraftsConfig
 from .parity import NAMES, compare
 from .records import Chain, sha256
 from .refinements import Request
-from .servers import RefusedRequest, Server, ServerLost, Wanted, WrongServer
+from .servers import TOO_MANY, FailedRequest, RefusedRequest, Server, ServerLost, Wanted, WrongServer
 
 
 # Between two health checks of a server that answers
@@ -68,6 +68,7 @@ class ServedEngine(TaskEngine):
             self._wanted.family = f"trl-ext-{hashlib.sha256(bytes(path.parents[1])).hexdigest()[:8]}-"  # of the run
             self._wanted.name = f"{self._wanted.family}{name}-{sha256(path)[:12]}"
         self._home: dict[str, Server] = {}  # by prompt id
+        self._answered = self._given_up = 0  # requests
         self._requests: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Condition()
@@ -94,7 +95,16 @@ class ServedEngine(TaskEngine):
         self._requests.add(self._loop.create_task(self._answer(chain, request, body)))
 
     async def _answer(self, chain: Chain, request: Request, body: dict[str, Any]) -> Chain:
-        choice, usage = await self._complete(body, chain.prompt_id)
+        try:
+            choice, usage = await self._complete(body, chain.prompt_id)
+        except FailedRequest as error:
+            if not (error.by_itself and self._given_up < self._answered):  # not the fault of this request alone
+                raise
+            self._given_up += 1
+            self._note(f"set aside: {error}")
+            self._task.strategy.give_up(chain, request)
+            return chain
+        self._answered += 1
         details = usage.get("prompt_tokens_details")  # of servers with `--enable-prompt-tokens-details`
         if details is not None:
             self.prompt_tokens += usage["prompt_tokens"]
@@ -107,10 +117,11 @@ class ServedEngine(TaskEngine):
         A request's choice and usage, from whichever server has answered it.
 
         Raises:
-            [`~aries.children.ChildError`]: it was tried too often, or a server does not take it.
+            [`~aries.servers.FailedRequest`]: it was tried too often.
+            [`~aries.children.ChildError`]: a server does not take it.
         """
-        problems = []
-        for attempt in range(self._config.max_retries + 1):
+        problems, attempts, refused_since, survived = [], 0, None, False
+        while attempts <= self._config.max_retries:
             server = await self._take(prompt_id)
             try:
                 return await server.complete(body)
@@ -121,20 +132,35 @@ class ServedEngine(TaskEngine):
                 ) from None
             except ServerLost as error:
                 problems.append(f"{server}: {error}")
-                server.ready = False  # until its keeper has looked at it
-                server.suspected.set()
+                asked = error.retry_after
+                wait = wait_seconds(len(problems) - 1) if asked is None else max(asked, FIRST_WAIT)
+                survived = await server.survives(error)
+                if not survived:
+                    server.ready = False  # until its keeper has looked at it
+                    server.suspected.set()
+                elif error.status == TOO_MANY or asked is not None:
+                    server.leave_alone(wait)
+                if error.status == TOO_MANY:
+                    refused_since = refused_since or time.monotonic()
+                    if time.monotonic() - refused_since < self._config.max_outage:
+                        continue  # it has only been told to wait
             finally:
                 await self._give_back(server)
-            await asyncio.sleep(wait_seconds(attempt))
-        raise ChildError(
+            attempts += 1
+            await asyncio.sleep(wait)
+        raise FailedRequest(
             f"a request of {prompt_id} failed {len(problems)} times ({'; '.join(dict.fromkeys(problems))}). Look at the servers' logs, or "
-            "raise `generation.max_retries` or `generation.timeout`. What was answered is kept, and the same command goes on."
+            "raise `generation.max_retries` or `generation.timeout`. What was answered is kept, and the same command goes on.",
+            by_itself=survived,
         )
 
     async def _take(self, prompt_id: str) -> Server:
         """A place on the server that a chain was on, or else on the one with the most room."""
         async with self._changed:
-            await self._changed.wait_for(lambda: any(server.has_room for server in self._servers))
+            while not any(server.has_room for server in self._servers):
+                pauses = [server.pause for server in self._servers if server.ready and server.pause > 0]
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(pauses, default=None))
             server = self._home.get(prompt_id)
             if server is None or not server.has_room:
                 server = min((s for s in self._servers if s.has_room), key=lambda s: s.active)
@@ -286,9 +312,12 @@ class ServedEngine(TaskEngine):
                         self._note(f"{server} is back")
                 failures = 0
             except (ServerLost, ChildError) as error:
+                failures += 1
+                if isinstance(error, ServerLost) and error.status == TOO_MANY:  # busy, and so there
+                    await asyncio.sleep(wait_seconds(failures) if error.retry_after is None else error.retry_after)
+                    continue
                 server.abandon()
                 self._set_aside(server, error)
-                failures += 1
                 await asyncio.sleep(wait_seconds(failures))
                 continue
             with suppress(TimeoutError):

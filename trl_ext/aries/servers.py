@@ -7,6 +7,7 @@ right, and [`RefusedRequest`]. Nothing is imported here that knows models: the l
 
 import asyncio
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import httpx
 from ..recipe import RecipeError
 from .children import ChildError
 from .config import GenerationConfig
+from .waits import retry_after
 
 
-RETRIED_STATUS = {408, 409, 425, 429}  # and those of 500 and above
+TOO_MANY = 429
+RETRIED_STATUS = {408, 409, 425, TOO_MANY}  # and those of 500 and above
 LONGEST_CONNECT = 10.0
 # Seconds for a server that is up to say so, while it is busy
 LONGEST_HEALTH = 30.0
@@ -32,11 +35,23 @@ NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalt
 
 
 class ServerLost(Exception):
-    """It cannot be reached, or fails, then with a `status`. It may come back."""
+    """
+    It cannot be reached, or fails, then with a `status`, and maybe with the seconds after which it wants to be asked again. It may come
+    back, or not have been away: see [`Server.survives`].
+    """
 
-    def __init__(self, message: str, status: int | None = None):
+    def __init__(self, message: str, status: int | None = None, retry_after: float | None = None):
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
+
+
+class FailedRequest(ChildError):
+    """It was tried too often; `by_itself` if the server that failed it last goes on answering."""
+
+    def __init__(self, message: str, by_itself: bool):
+        super().__init__(message)
+        self.by_itself = by_itself
 
 
 class WrongServer(ChildError):
@@ -116,13 +131,22 @@ class Server:
         self.ready = False
         self.problem: str | None = None  # why it has been set aside
         self.suspected = asyncio.Event()  # a request has failed
+        self._resume_at = 0.0
 
     def __str__(self) -> str:
         return f"the server at {self.url}"
 
     @property
     def has_room(self) -> bool:
-        return self.ready and self.active < self._config.max_concurrency_per_server
+        return self.ready and self.active < self._config.max_concurrency_per_server and self.pause <= 0
+
+    @property
+    def pause(self) -> float:
+        """Seconds for which it has asked to be left alone."""
+        return self._resume_at - time.monotonic()
+
+    def leave_alone(self, seconds: float) -> None:
+        self._resume_at = max(self._resume_at, time.monotonic() + seconds)
 
     async def health(self) -> None:
         """
@@ -130,6 +154,18 @@ class Server:
             [`ServerLost`]: it does not answer, or its engine is dead.
         """
         await self._request("GET", "/health", timeout=LONGEST_HEALTH)
+
+    async def survives(self, error: ServerLost) -> bool:
+        """Whether it is there all the same: one request's error is not its death, and what it says of its health counts."""
+        if error.status is None or error.status == 404:  # the last: it was started again, and has no adapter
+            return False
+        if error.status == TOO_MANY:
+            return True
+        try:
+            await self.health()
+        except (ServerLost, RefusedRequest):
+            return False
+        return True
 
     async def check(self, wanted: Wanted) -> list[str]:
         """
@@ -292,7 +328,7 @@ class Server:
             return response
         problem = f"{path}: status {status}: {self._shown(response.text)}"
         if status >= 500 or status in RETRIED_STATUS or (status == 404 and path == "/v1/completions"):
-            raise ServerLost(problem, status)  # the last: it was started again, and has no adapter
+            raise ServerLost(problem, status, retry_after(response.headers))
         raise RefusedRequest(problem, status)
 
     def _shown(self, text: str) -> str:

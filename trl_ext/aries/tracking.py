@@ -60,8 +60,7 @@ def round_values(run: RunDir, number: int) -> dict[str, float]:
     for turn in metrics["turns"]:
         found = {key: turn[key] for key in ("score", "tokens", "distinct_2", "truncated_share", "similarity")}
         found |= {key: (turn[key] or {}).get("win_rate") for key in ("win_rate_round_0", "win_rate_previous")}
-        if turn["correct"] is not None and turn["scored"]:
-            found["accuracy"] = turn["correct"] / turn["scored"]
+        found["accuracy"] = turn["correct"]  # a share already
         values |= {f"{key}/turn_{turn['turn']}": value for key, value in found.items()}
         values |= {f"flips/{key}/turn_{turn['turn']}": value for key, value in (turn["flips"] or {}).items()}
     if metrics["kl_to_initial"] is not None:

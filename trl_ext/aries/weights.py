@@ -9,9 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-
-# Suffixes of what `torch.load` reads
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+from ..model_files import PICKLES, broken_weights, folder_problem
 
 
 def weights_problem(name: str) -> str | None:
@@ -21,7 +19,7 @@ def weights_problem(name: str) -> str | None:
     """
     path = Path(name)
     if not path.is_dir():
-        return None
+        return folder_problem(name)
     files = {file.name for file in path.iterdir()}
     if "adapter_config.json" in files and "config.json" not in files:
         base = _adapter_config(path).get("base_model_name_or_path")
@@ -29,7 +27,7 @@ def weights_problem(name: str) -> str | None:
             f"{name} is a PEFT adapter on {base}, not a model. Merge it (`trl-ext aries export`, or PEFT's `merge_and_unload`) and name "
             "the result."
         )
-    return _no_safetensors(path, "model")
+    return _no_safetensors(path, "model") or broken_weights(path)
 
 
 def _no_safetensors(path: Path, kind: str) -> str | None:

@@ -5,6 +5,7 @@ import io
 import os
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from trl import ModelConfig
 from ..aries.children import ChildError
 from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
 from ..aries.drafts import encode_prompt, render_row
-from ..aries.inputs import Inputs, read_inputs
+from ..aries.inputs import Inputs, local_inputs, read_inputs
 from ..aries.refinements import Strategy, refinement_prompt
 from ..aries.rounds import Rounds
+from ..aries.run_dir import RunDir
 from ..aries.training import trainer_classes
 from ..aries.verifier import load_verifier, needed_columns
 from ..launch import Launch, recipe_launch
@@ -49,6 +51,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
     if model is not None:
         report.add(Check("ok", "model", f"{name}: {', '.join(model[0].architectures or ['?'])}"))
     launch, template = recipe_launch(recipe), Strategy(config.refinements).templates[0]
+    report.attempt("output_dir", RunDir(Path(config.output_dir)).check_free, local_inputs(config, launch))
     inputs = report.attempt("data", read_inputs, config)
     if inputs is not None:
         check_data(config, inputs, report)

@@ -10,7 +10,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from ..processes import launcher_command, process_group
 from .checks import Check, gigabytes
 
 
@@ -139,7 +139,7 @@ def check_vllm_imports() -> Check:
     code = (
         "import vllm; from vllm.platforms import current_platform as p; print(vllm.__version__, 'for', p.device_type)"
     )
-    done = run_limited([sys.executable, "-c", code], VLLM_SECONDS)
+    done = run_limited(launcher_command("-c", code), VLLM_SECONDS)
     if done is None:
         return Check("failed", "vllm import", f"not done after {VLLM_SECONDS} s", "Try it: python -c 'import vllm'")
     code, out, error = done
@@ -219,7 +219,7 @@ def engine_command(directory: Path) -> list[str]:
         ],
     }
     (directory / "job.json").write_text(json.dumps(job))
-    return [sys.executable, "-m", "trl_ext.aries.engine", str(directory / "job.json"), str(os.getpid())]
+    return launcher_command("trl_ext.aries.engine", str(directory / "job.json"))
 
 
 def check_bitsandbytes() -> Check:
@@ -271,7 +271,6 @@ def check_memory() -> Check:
 def run_limited(command: list[str], seconds: float) -> tuple[int, str, str] | None:
     """Exit code, stdout and stderr of a command that may take so long; `None` if it was ended, with all its children."""
     from ..aries.children import ENVIRONMENT
-    from ..processes import process_group
 
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     options |= {"text": True, "errors": "replace", "env": {**os.environ, **ENVIRONMENT}}

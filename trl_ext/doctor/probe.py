@@ -8,7 +8,6 @@ round, where it is faster per request.
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from ..aries.records import write_jsonl
 from ..aries.rounds import Rounds
 from ..aries.scores import load_chains
 from ..launch import Launch
-from ..processes import process_group
+from ..processes import launcher_command, process_group
 from ..recipe import Recipe
 from .checks import Check
 from .environment import ended, last_line
@@ -57,8 +56,8 @@ def probe_training(command: str, recipe: Recipe, overrides: Sequence[str], args:
             "push_to_hub": False,
         }
         flags = [token for key, value in changes.items() for token in (f"--{key}", str(value))]
-        module = [sys.executable, "-m", MODULES[command], "--config", str(recipe.path)]
-        seconds, code, tail = timed_steps([*module, *overrides, *flags])
+        arguments = ["--config", str(recipe.path), *overrides, *flags]
+        seconds, code, tail = timed_steps(launcher_command(MODULES[command], *arguments))
     if code != 0 or len(seconds) < 2:
         return Check(
             "failed", "time", f"the probe's process: {ended(code)}: {tail}", "Run it to see all: `max_steps: 2`."

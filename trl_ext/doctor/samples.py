@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..model_files import load_problem
 from ..recipe import RecipeError
 from ..rows.processing import load_processing_class
 from .checks import Check, Report
@@ -25,9 +26,9 @@ def read_model(
         config = AutoConfig.from_pretrained(name, **options)
         return config, load_processing_class(name, config, **options)
     except Exception as error:  # of a broken file each library raises its own
-        cause = str(error).strip().splitlines()[0]
+        cause = load_problem(name, error).strip().splitlines()[0]
         raise RecipeError(
-            f"`{key}`: {name} cannot be read: {cause} Is the name right, are you logged in (`hf auth login`), is there a network?"
+            f"`{key}`: {cause} Is the name right, are you logged in (`hf auth login`), is there a network?"
         ) from error
 
 

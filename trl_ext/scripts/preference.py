@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data_files import builder_arguments, is_data_file
+from ..model_files import broken_weights, folder_problem, load_problem
+from ..outputs import check_trainer_output
 from ..processes import die_with_launcher
 from ..recipe import RecipeError, parse_flat, take_flag
 from ..terminal import printable
@@ -70,6 +72,7 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
         raise RecipeError(str(error)) from error
     checkpoint = find_checkpoint(training_args)
     config = check_model(model_args, training_args.trust_remote_code)
+    check_trainer_output(training_args.output_dir, model_args.model_name_or_path)
     processing_class = load_tokenizer(model_args, config, training_args.trust_remote_code)
     train_dataset, eval_dataset = load_pairs(
         script_args,
@@ -165,14 +168,15 @@ def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> "PreTrain
     name = model_args.model_name_or_path
     if name is None:
         raise RecipeError("`model_name_or_path` is missing: a directory, or a model's name on the Hub.")
-    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
-        raise RecipeError(f"`model_name_or_path`: {name} is no directory.")
+    problem = broken_weights(Path(name)) if Path(name).is_dir() else folder_problem(name)
+    if problem:
+        raise RecipeError(f"`model_name_or_path`: {problem}")
     try:
         return AutoConfig.from_pretrained(
             name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise RecipeError(f"`model_name_or_path`: {name}: {error}") from error
+        raise RecipeError(f"`model_name_or_path`: {load_problem(name, error)}") from error
 
 
 def load_tokenizer(
