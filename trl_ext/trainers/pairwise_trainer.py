@@ -30,7 +30,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .model_card import complete_card, model_settings, recipe_section, settings
-from .packed_pairs import PackedPairs, why_not_packed
+from .packed_pairs import PackedPairs, take_packed_pairs, why_not_packed
 from .position_kl_head import CompletionStates, add_position_kl_head
 
 
@@ -48,7 +48,11 @@ class PairBatch:
 
     @classmethod
     def from_inputs(
-        cls, inputs: dict[str, torch.Tensor], share_prompt: bool = False, pad_to_multiple_of: int | None = None
+        cls,
+        inputs: dict[str, torch.Tensor],
+        packs: bool = False,
+        share_prompt: bool = False,
+        pad_to_multiple_of: int | None = None,
     ) -> "PairBatch":
         other = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
         model_kwargs = {key: value for key, value in inputs.items() if key not in other}
@@ -57,13 +61,16 @@ class PairBatch:
         if "ref_chosen_logps" in inputs:
             ref_logps = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         packed = {}
-        if share_prompt:
+        if packs:
             if others := model_kwargs.keys() - {"input_ids", "attention_mask"}:
                 raise ValueError(
-                    f"`share_prompt=True` packs `input_ids` and `attention_mask`; this batch has {', '.join(sorted(others))} "
-                    "for the model too. Leave these out in your `data_collator`, or leave `share_prompt` at `False`."
+                    f"`padding_free` and `share_prompt` pack `input_ids` and `attention_mask`; this batch has "
+                    f"{', '.join(sorted(others))} for the model too. Leave these out in your `data_collator`, or leave both "
+                    "at `False`."
                 )
-            packed["packed_pairs"] = PackedPairs.from_batch(**model_kwargs, pad_to_multiple_of=pad_to_multiple_of)
+            packed["packed_pairs"] = PackedPairs.from_batch(
+                **model_kwargs, share_prompt=share_prompt, pad_to_multiple_of=pad_to_multiple_of
+            )
         return cls(
             model_kwargs={**model_kwargs, **packed, "use_cache": False},
             labels=inputs["input_ids"].masked_fill(completion_mask == 0, -100),
@@ -167,7 +174,8 @@ class PairwiseTrainer(DPOTrainer):
     # for rounding, in fewer head GEMMs
     _own_head = False
     _separate_sft = False
-    # Whether chosen and rejected are computed in one sequence, behind one prompt
+    # Whether all pairs are computed in one sequence without padding, and whether both answers of a pair stand behind one prompt
+    _packs = False
     share_prompt = False
     _is_prepared = False
     # Loss types the subclass has a loss for, besides "sft", which is DPOTrainer's
@@ -192,9 +200,14 @@ class PairwiseTrainer(DPOTrainer):
         ),
     }
 
-    def __init__(self, model, ref_model=None, *pos, **kwargs):
+    def __init__(self, model, ref_model, args, *pos, **kwargs):
         self._ref_weights = ref_model.state_dict() if isinstance(ref_model, nn.Module) else None
-        super().__init__(model, ref_model, *pos, **kwargs)
+        padding_free, args.padding_free = args.padding_free, False  # of which DPOTrainer (1.16) says that it has none
+        try:
+            super().__init__(model, ref_model, args, *pos, **kwargs)
+        finally:
+            args.padding_free = padding_free
+        self.padding_free = padding_free
         self._prepare_models()
 
     def _prepare_models(self) -> None:
@@ -206,11 +219,15 @@ class PairwiseTrainer(DPOTrainer):
             return
         self._is_prepared = True
         keep_nf4_trainable(self.model)
-        add_position_kl_head(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         if self.ref_model is not None:
             load_sharded_reference(self, self._ref_weights)
-            add_position_kl_head(self.accelerator.unwrap_model(self.ref_model))
+            models.append(self.accelerator.unwrap_model(self.ref_model))
         self._ref_weights = None
+        for model in models:
+            add_position_kl_head(model)
+            if self._packs:
+                take_packed_pairs(model)
 
     @classmethod
     def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
@@ -301,19 +318,27 @@ class PairwiseTrainer(DPOTrainer):
         self._kl_weight = {None: None, "tdpo1": (1.0, 1.0), "tdpo2": (0.0, alpha)}[variant]
         self._separate_sft = variant == "tdpo1" and "sft" in args.loss_type
 
-    def _set_share_prompt(self, args: DPOConfig, peft_config: PeftConfig | None, *models) -> None:
-        """Have the prompt of each pair computed once, by all of `models` that there are. Before `super().__init__`."""
+    def _set_packing(self, args: DPOConfig, share_prompt: bool, peft_config: PeftConfig | None, *models) -> None:
+        """
+        Have all of `models` that there are compute the pairs of a batch in one sequence, for `padding_free` and for
+        `share_prompt`. Before `super().__init__`.
+        """
+        options = [
+            name for name, asked in (("padding_free", args.padding_free), ("share_prompt", share_prompt)) if asked
+        ]
+        if not options:
+            return
         for model in models:
-            reason = None if model is None else why_not_packed(model, args, peft_config)
+            reason = None if model is None else why_not_packed(model, args, peft_config, share_prompt=share_prompt)
             if reason is not None:
                 raise ValueError(
-                    f"`share_prompt=True` is not supported here: {reason} Or leave `share_prompt` at `False`: the prompt of a "
-                    "pair is then computed for each of its answers."
+                    f"`{'=True` and `'.join(options)}=True` is not supported here: {reason} Or leave {' and '.join(options)} at "
+                    "`False`: all pairs are then padded to the longest sequence of the batch, each prompt computed twice."
                 )
-        self.share_prompt = self._own_head = True
+        self.share_prompt, self._packs, self._own_head = share_prompt, True, True
 
     def _pair_batch(self, inputs: dict[str, torch.Tensor]) -> PairBatch:
-        return PairBatch.from_inputs(inputs, self.share_prompt, self.args.pad_to_multiple_of)
+        return PairBatch.from_inputs(inputs, self._packs, self.share_prompt, self.args.pad_to_multiple_of)
 
     def _compute_loss(self, model, inputs, return_outputs):
         batch = self._pair_batch(inputs)
@@ -370,7 +395,7 @@ class PairwiseTrainer(DPOTrainer):
         return self._sum_over_completion(ref_outputs.log_probs, batch)
 
     def compute_ref_log_probs(self, model, inputs):
-        if not self.share_prompt:
+        if not self._packs:
             return super().compute_ref_log_probs(model, inputs)
         with self._reference_model():
             return self._reference_logps(model, self._pair_batch(inputs))

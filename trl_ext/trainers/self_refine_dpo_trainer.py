@@ -201,8 +201,7 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
             )
         # λ = 0 is DPOTrainer, to the last bit
         self._own_head = self.refinement_weight > 0 and not self._learns_prompt
-        if config.share_prompt:
-            self._set_share_prompt(args, peft_config, model, ref_model)
+        self._set_packing(args, config.share_prompt, peft_config, model, ref_model)
         self._precomputes_augmented = False
 
         super().__init__(model, ref_model, args, data_collator, *pos, peft_config=peft_config, **kwargs)

@@ -80,8 +80,7 @@ class TDPOTrainer(PairwiseTrainer):
             )
         config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
         self._set_token_level(config.variant, config.alpha, args)
-        if config.share_prompt:
-            self._set_share_prompt(args, peft_config, model, ref_model)
+        self._set_packing(args, config.share_prompt, peft_config, model, ref_model)
 
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
 
