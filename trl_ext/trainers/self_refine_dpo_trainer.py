@@ -160,8 +160,8 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
             }"""),
     }
 
-    _own_columns = ("augmented_prompt_ids", *REF_AUGMENTED_LOGPS)
-    _own_inputs = (*AUGMENTED_TENSORS, *REF_AUGMENTED_LOGPS)
+    _own_columns = (*TokenLevelTrainer._own_columns, "augmented_prompt_ids", *REF_AUGMENTED_LOGPS)
+    _own_inputs = (*TokenLevelTrainer._own_inputs, *AUGMENTED_TENSORS, *REF_AUGMENTED_LOGPS)
 
     def __init__(
         self,
@@ -206,11 +206,6 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
             raise ValueError(
                 f"`use_weighting=True` is not supported by {cls.__name__} with `variant` or `share_prompt`: their head has no such weights. "
                 "Leave these out, or leave `use_weighting` at `False`."
-            )
-        if args.precompute_ref_log_probs and config.variant is not None:
-            raise ValueError(
-                f"`variant={config.variant!r}` needs `precompute_ref_log_probs=False`: it takes the reference's whole next-token distribution "
-                "at each step. Change it, or leave `variant` out."
             )
 
     def _prepare(self):
@@ -263,7 +258,8 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
         model_hash = self._precompute_model_hash
         self._precomputes_augmented, self._precompute_model_hash = True, f"{model_hash}-augmented"
         try:
-            augmented = super()._precompute_ref_logps(dataset, f"augmented {name}", batch_size)
+            # Log-probabilities are enough here, with a `variant` too
+            augmented = super(TokenLevelTrainer, self)._precompute_ref_logps(dataset, f"augmented {name}", batch_size)
         finally:
             self._precomputes_augmented, self._precompute_model_hash = False, model_hash
         columns = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), REF_AUGMENTED_LOGPS, strict=True))

@@ -1,12 +1,21 @@
 import dataclasses
+import os
 import textwrap
 
 import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 from peft import PeftModel, PromptLearningConfig
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..losses.shifts import tdpo_shifts
+from .position_kl_head import CompletionStates
+from .reference_states import COLUMNS as STATE_COLUMNS
+from .reference_states import DataCollatorWithStates, as_rows, check_room, write
 from .shifted_dpo_trainer import Pairs, ShiftedDPOTrainer
 from .tdpo_config import TDPOConfig
 
@@ -34,6 +43,9 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
     variant: str | None = None
     _kl_weight: tuple[float, float] | torch.Tensor | None = None
     _separate_sft = False
+    _ref_head: CompletionStates | None = None
+    _own_columns = STATE_COLUMNS
+    _own_inputs = ("ref_states",)
     _refused_options = {
         "ld_alpha": (
             None,
@@ -102,14 +114,68 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
             outputs = dataclasses.replace(outputs, log_probs=outputs.sft_log_probs)
         return outputs, ref_logps
 
-    def _reference_forward(self, inputs):
-        """With a `variant`, the reference's states: its log-probabilities are computed beside the KL, in the policy's forward."""
-        if self.variant is None:
-            return super()._reference_forward(inputs)
+    def _reference_states(self, inputs) -> CompletionStates:
         model = self.ref_model or self.model
         return self._with_reference(
             inputs, lambda **kwargs: model(**self._model_kwargs(kwargs), completion_states=True)
         )
+
+    def _reference_forward(self, inputs):
+        """With a `variant`, the reference's states: its log-probabilities are computed beside the KL, in the policy's forward."""
+        if self.variant is None:
+            return super()._reference_forward(inputs)
+        if self.precompute_ref_logps:
+            hidden = inputs["ref_states"].view(self._ref_head.hidden.dtype).view(-1, self._ref_head.weight.size(1))
+            return dataclasses.replace(self._ref_head, hidden=hidden)
+        return self._reference_states(inputs)
+
+    def _prepare(self):
+        if self.variant is not None and self.args.precompute_ref_log_probs and not self._is_prepared:
+            self.data_collator = DataCollatorWithStates(self.data_collator)
+        super()._prepare()
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """
+        With a `variant`, the reference's states at the responses instead of log-probabilities, and a copy of its head if that is trained.
+        Rounding depends on a batch's padding, so that the KL of a policy that is the reference is 0 but for rounding.
+        """
+        if self.variant is None or isinstance(dataset, IterableDataset):  # which TRL refuses
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` is not supported by {type(self).__name__} under FSDP or DeepSpeed, which part the reference's "
+                "head. Leave it `False`; with LoRA the reference costs no memory, since it is the model without adapter."
+            )
+        self._prepare()
+        head = self._reference_states(self._prepare_inputs(self.data_collator([dataset[0]])))
+        if self._ref_head is None:
+            trained = self.ref_model is None and (
+                head.weight.requires_grad or head.bias is not None and head.bias.requires_grad
+            )
+            weight, bias = (x.detach().clone() if trained and x is not None else x for x in (head.weight, head.bias))
+            self._ref_head = dataclasses.replace(head, weight=weight, bias=bias)
+        batches = (self.args.max_length, self.args.truncation_mode, str(head.hidden.dtype))
+        key = [Hasher.hash((dataset._fingerprint, self._precompute_model_hash, batches, "states"))]
+        broadcast_object_list(key, from_process=0)
+        file = dataset._get_cache_file_path(key[0])
+        if not os.path.exists(file):
+            check_room(dataset, head.hidden[:1].nbytes, file)
+            loader = DataLoader(dataset, batch_size, collate_fn=self.data_collator)
+            rows = (
+                self.accelerator.gather_for_metrics(
+                    as_rows(self._reference_states(batch).hidden, batch["completion_mask"][:, 1:]),
+                    use_gather_object=True,
+                )
+                for batch in tqdm(
+                    self.accelerator.prepare(loader), desc=f"Keeping the reference's states for {name} dataset"
+                )
+            )
+            if self.accelerator.is_main_process:
+                write(file, rows)
+            else:
+                list(rows)
+            self.accelerator.wait_for_everyone()
+        return concatenate_datasets([dataset, Dataset.from_file(file)], axis=1)
 
     def _policy_forward(self, model, inputs, reference, kwargs):
         """
@@ -175,11 +241,6 @@ class TDPOTrainer(TokenLevelTrainer):
             False,
             "WPO weighs a pair by the policy's probabilities alone, and the head that computes the KL has no such weights. Leave it "
             "`False`, or use `trl.DPOTrainer`.",
-        ),
-        "precompute_ref_log_probs": (
-            False,
-            "TDPO needs the reference's whole next-token distribution at each step, not only the log-probability of the "
-            "answer. Set it to `False`; with LoRA the reference costs no memory, since it is the model without adapter.",
         ),
     }
 
