@@ -26,7 +26,7 @@ from trl_ext.aries.records import Answer, Chain, to_line
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.training import check_step_0, main, make_trainer, repeat_by_weight
 from trl_ext.recipe import RecipeError
-from trl_ext.trainers.pairwise_trainer import keep_nf4_trainable
+from trl_ext.trainers.upstream import keep_nf4_trainable
 
 
 SETTINGS = {

@@ -23,8 +23,8 @@ from trl import ModelConfig, get_peft_config
 from ..launch import Launch
 from ..recipe import Recipe, RecipeError, check_keys
 from ..trainers.packed_pairs import why_not_packed
-from ..trainers.pairwise_trainer import PairwiseTrainer
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
+from ..trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.trackers import check_trackers
 from .children import child_main
@@ -99,7 +99,7 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
         try:
             args = config_class(**settings["config"])
             check_trackers(args)
-            if issubclass(trainer_class, PairwiseTrainer):
+            if issubclass(trainer_class, ShiftedDPOTrainer):
                 trainer_class._refuse_options(args)
             if settings["config"].get("share_prompt"):  # where a recipe leaves it out, the model decides
                 check_share_prompt(args, recipe)

@@ -25,7 +25,6 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_p
 
 from ..recipe import RecipeError
 from ..trainers.packed_pairs import why_not_packed
-from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
 from ..trainers.squared_refinement import (
@@ -35,6 +34,7 @@ from ..trainers.squared_refinement import (
 )
 from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.tdpo_trainer import TDPOTrainer
+from ..trainers.upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from .checkpoints import RestoreAdapter, last_whole_checkpoint
 from .children import child_main
 from .config import HealthConfig
