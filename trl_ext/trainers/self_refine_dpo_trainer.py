@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from torch import nn
+from transformers.utils.generic import is_flash_attention_requested
 from trl import DPOConfig
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
@@ -186,7 +187,7 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
         self._set_token_level(config, args, model, peft_config)
         # λ = 0 is DPOTrainer, to the last bit; WPO's weights come from TRL's head
         self._own_head = self.refinement_weight > 0 and not self._learns_prompt and not args.use_weighting
-        self.share_prompt = config.share_prompt
+        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
         self._precomputes_augmented = False
 
         super().__init__(model, ref_model, args, data_collator, *pos, peft_config=peft_config, **kwargs)
@@ -301,7 +302,9 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
         """Log-probabilities of chosen and rejected given `p ⊕ x`, each `(B,)`."""
         prefix_ids, prompt_ids, prompt_mask, ids, mask = (inputs[name] for name in AUGMENTED_TENSORS)
         labels = ids.masked_fill(mask == 0, -100)
-        if self._shares_prompts:
+        # FlashAttention takes no two answers behind one prompt
+        packs = self._packs and not is_flash_attention_requested(self.model.config)
+        if self._shares_prompts and not packs:
             prompts = SharedPrompts(prefix_ids, prompt_ids, prompt_mask)
             batch = {"input_ids": ids, "attention_mask": mask, "shared_prompts": prompts, "completion_log_probs": True}
         else:
@@ -314,7 +317,11 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
             # All padding to the right, as in the plain sequences
             order = mask.argsort(dim=1, descending=True, stable=True)
             ids, mask, labels = (x.gather(1, order) for x in (ids, mask, labels))
-            batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "fused_lm_head": True}
+            batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            if packs:
+                batch = {**self._model_kwargs(batch, share_prompt=True), "completion_log_probs": True}
+            else:
+                batch["fused_lm_head"] = True
         return model(**batch, labels=labels).log_probs.sum(dim=1).chunk(2, dim=0)
 
     def _terms(self):

@@ -33,6 +33,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from .model_card import complete_card
 from .packed_pairs import PackedPairs, take_packed_pairs, why_not_packed
 from .position_kl_head import add_position_kl_head
+from .token_batches import TokenBatches
 from .upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, unshard_head
 
 
@@ -150,7 +151,7 @@ def count_truncated(dataset: Dataset, max_length: int) -> tuple[int, int]:
     return rows, tokens
 
 
-class ShiftedDPOTrainer(DPOTrainer):
+class ShiftedDPOTrainer(TokenBatches, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose log-ratios are shifted, pair by pair, before TRL's own losses see them. The only change w.r.t.
     [`~trl.DPOTrainer`] is what its `_compute_loss` is given; options, losses and metrics are its own, and `rewards/*` and `logps/*` are
@@ -185,9 +186,8 @@ class ShiftedDPOTrainer(DPOTrainer):
     # Whether log-probabilities come from the head of this package rather than from TRL's: the same numbers, but for rounding, in
     # fewer head GEMMs
     _own_head = False
-    # Whether all pairs are computed in one sequence, without padding, and whether both answers of a pair stand behind one prompt
+    # Whether all pairs are computed in one sequence, without padding; `share_prompt` puts both answers of a pair behind one prompt
     padding_free = False
-    share_prompt = False
     _packs = False
     _is_prepared = False
 
@@ -255,6 +255,8 @@ class ShiftedDPOTrainer(DPOTrainer):
         """
         asked = {"padding_free": args.padding_free, "share_prompt": self.share_prompt}
         names = "` and `".join(f"{name}=True" for name in asked if asked[name])
+        if self.max_batch_tokens is not None:
+            self._check_token_batches(self.max_batch_tokens, bool(names), args)
         if not names:
             return
         advice = (
@@ -400,10 +402,10 @@ class ShiftedDPOTrainer(DPOTrainer):
         """The part of a batch that TRL knows, and passes on to the models."""
         return {name: value for name, value in inputs.items() if name not in (*self.columns, *self._own_inputs)}
 
-    def _model_kwargs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _model_kwargs(self, kwargs: dict[str, Any], share_prompt: bool | None = None) -> dict[str, Any]:
         """
         What a model takes for a batch, from what TRL calls it with: `input_ids`, `attention_mask` and `labels`, each `(2B, T + 1)`, and
-        options. The one place where a batch is packed.
+        options. The one place where a batch is packed; `share_prompt` says in which way, if not in the trainer's.
         """
         if not self._packs:
             return kwargs
@@ -414,7 +416,9 @@ class ShiftedDPOTrainer(DPOTrainer):
                 "for the model too. Leave these out in your `data_collator`, or leave both options at `False`."
             )
         packed = PackedPairs.from_batch(
-            **tensors, share_prompt=self.share_prompt, pad_to_multiple_of=self.args.pad_to_multiple_of
+            **tensors,
+            share_prompt=self.share_prompt if share_prompt is None else share_prompt,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,
         )
         return {**kwargs, "packed_pairs": packed}
 

@@ -129,6 +129,15 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
             return dataclasses.replace(self._ref_head, hidden=hidden)
         return self._reference_states(inputs)
 
+    def _pairs_of(self, inputs, pairs):
+        if "ref_states" not in inputs:
+            return super()._pairs_of(inputs, pairs)
+        states, lengths = inputs["ref_states"], inputs["completion_mask"][:, 1:].sum(dim=1)
+        parts = states.split((lengths * (states.numel() // lengths.sum())).tolist())
+        rows = torch.cat([pairs, pairs + len(parts) // 2]).tolist()
+        others = {name: x for name, x in inputs.items() if name != "ref_states"}
+        return {**super()._pairs_of(others, pairs), "ref_states": torch.cat([parts[row] for row in rows])}
+
     def _prepare(self):
         if self.variant is not None and self.args.precompute_ref_log_probs and not self._is_prepared:
             self.data_collator = DataCollatorWithStates(self.data_collator)
@@ -251,6 +260,6 @@ class TDPOTrainer(TokenLevelTrainer):
         self._refuse_options(args)
         config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
         self._set_token_level(config, args, model, peft_config)
-        self.share_prompt = config.share_prompt
+        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
 
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
