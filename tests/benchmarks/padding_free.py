@@ -1,8 +1,7 @@
 """
 What a step costs on pairs of real lengths: `make bench`. Writes `docs/benchmarks/padding_free.csv` and `.md`.
 
-Side by side, on batches of 8 pairs: `trl.DPOTrainer`, and `TDPOTrainer` and `SelfRefineDPOTrainer` as they pad, with `padding_free`, and
-with `share_prompt` too. The tokens are random; how many there are is HH-RLHF's.
+Side by side, on batches of 8 pairs: `trl.DPOTrainer`, `TDPOTrainer` with `padding_free`, and with `share_prompt` too, and `SelfRefineDPOTrainer`. The tokens are random; how many there are is HH-RLHF's.
 """
 
 import csv
@@ -34,10 +33,8 @@ PADDING_FREE = {"padding_free": True}
 BOTH = {"padding_free": True, "share_prompt": True}
 CONTESTANTS = {
     "DPOTrainer": Contestant(DPOTrainer, completions_only=True),
-    "TDPOTrainer": Contestant(TDPOTrainer, TDPOConfig),
     "TDPOTrainer, padding_free": Contestant(TDPOTrainer, TDPOConfig, PADDING_FREE),
     "TDPOTrainer, padding_free, share_prompt": Contestant(TDPOTrainer, TDPOConfig, BOTH),
-    "SelfRefineDPOTrainer": Contestant(SelfRefineDPOTrainer, SelfRefineDPOConfig),
     "SelfRefineDPOTrainer, padding_free, share_prompt": Contestant(SelfRefineDPOTrainer, SelfRefineDPOConfig, BOTH),
 }
 
@@ -57,7 +54,7 @@ def real_shape(hidden: int, layers: int, batches: int, pairs: int = 8, vocabular
     return Shape(vocabulary, hidden, layers, pairs, batches=batches, lengths=lengths)
 
 
-SHAPE = real_shape(768, 2, batches=2)
+SHAPE = real_shape(768, 1, batches=2)
 # Of so many batches, on a narrower model, whose products are counted: what takes part in them is the same
 COUNTED = real_shape(64, 1, batches=16)
 

@@ -519,6 +519,32 @@ def test_prefix_of_all_pairs(make_both):
     assert positions_computed(packed, batch) == [(1, total)] * 2
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_augmented_prompts_are_packed(make_both, packing):
+    """
+    Sr-DPO's: the refinement prompt of 18 words once for both pairs, then prompts of 3 and 2 tokens, and answers of 3 and 3, 2 and 4 with
+    their ends of sequence, once each for reference and policy. `padding_free` alone computes the plain prompts twice.
+    """
+    rows = [
+        {"prompt": "what runs ?", "chosen": " yes .", "rejected": " no no"},
+        {"prompt": "why ?", "chosen": " light", "rejected": " because the sky"},
+    ]
+    refinement_prompt = (
+        "Please generate a response with usefulness rating of 100 out of 100 for the following query . Query :"
+    )
+    options = {
+        "dataset": Dataset.from_list(rows),
+        "refinement_prompt": refinement_prompt,
+        "per_device_train_batch_size": 2,
+    }
+    packed, padded = make_both(SelfRefineDPOTrainer, packing=PACKINGS[packing], **options)
+    batch = first_batch(padded)
+    assert batch["augmented_prefix_ids"].size(1) == 19
+    assert_same_step(packed, padded, batch=batch)
+    plain = {"padding_free": 2 * (3 + 2) + 6 + 6, "both": (3 + 2) + 6 + 6}[packing]
+    assert sorted(positions_computed(packed, batch)) == [(1, plain)] * 2 + [(1, 19 + 3 + 2 + 6 + 6)] * 2
+
+
 def test_checkpointing_recomputes_the_packed_sequences(make_trainer):
     """Twice the policy, once the reference."""
     trainer = make_trainer(TDPOTrainer, TDPOConfig, share_prompt=True, gradient_checkpointing=True)

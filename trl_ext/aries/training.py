@@ -9,7 +9,7 @@ where direct and refinement rows take different losses.
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..recipe import RecipeError
 from ..trainers.packed_pairs import why_not_packed
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
+from ..trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 from ..trainers.squared_refinement import (
     SquaredRefinementDPOTrainer,
     SquaredRefinementSelfRefineDPOTrainer,
@@ -147,12 +148,19 @@ def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code:
     )
 
 
-def decide_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, model: str | PeftModel) -> None:
-    """Have a pair's prompt computed once, where the model allows it; where not, the log says why."""
-    reason = why_not_packed(model, args)
-    args.share_prompt = reason is None
-    if reason is not None:
-        logger.warning(f"The prompt of a pair is computed for each of its answers (`share_prompt: false`): {reason}")
+def decide_packing(args: DPOConfig, model: str | PeftModel, said: Collection[str]) -> None:
+    """
+    Leave padding out, and compute a pair's prompt once, if the model allows it; if not, the log says why. Options that the recipe has
+    `said` stay as they are, and `padding_free: false` alone leaves both out.
+    """
+    if ("padding_free" in said and not args.padding_free) or args.use_weighting:  # whose head takes no packed batches
+        return
+    for option in ("padding_free", "share_prompt"):
+        if option not in said and (option == "padding_free" or isinstance(args, TDPOConfig | SelfRefineDPOConfig)):
+            reason = why_not_packed(model, args, share_prompt=option == "share_prompt")
+            setattr(args, option, reason is None)
+            if reason is not None:
+                logger.warning(f"The training computes tokens that it could leave out (`{option}: false`): {reason}")
 
 
 def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
@@ -181,8 +189,8 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
                 trust_remote_code=args.trust_remote_code,
                 use_safetensors=True,
             )
-    if job["trainer"] in ("tdpo", "self_refine_dpo") and "share_prompt" not in job["config"]:
-        decide_share_prompt(args, model)
+    if issubclass(trainer_class, ShiftedDPOTrainer):
+        decide_packing(args, model, job["config"])
     ref_weights = kwargs["ref_model"].state_dict() if "ref_model" in kwargs else None
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
