@@ -18,13 +18,13 @@ from pathlib import Path
 
 from trl import DPOConfig
 
-from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, ShiftedDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries import config as aries
 from trl_ext.kernels.position_kl import LogProbs, PositionKL, log_probs, position_kl
-from trl_ext.losses.aries import aries_loss, row_weights, squared_refinement_loss
-from trl_ext.losses.self_refine import self_refine_dpo_loss
-from trl_ext.losses.tdpo import sequential_kl_difference, tdpo_loss
+from trl_ext.losses.aries import row_weights
+from trl_ext.losses.shifts import self_refine_shifts, tdpo_shifts
 from trl_ext.trainers.self_refine_dpo_trainer import DataCollatorForSelfRefinement, augment_prompt
+from trl_ext.trainers.shifted_dpo_trainer import Pairs, Term
 
 
 DOCS = Path(__file__).parent
@@ -39,14 +39,8 @@ CONFIGS = (TDPOConfig, SelfRefineDPOConfig)
 GROUPS = {
     "Trainers": TRAINERS,
     "Configurations": CONFIGS,
-    "Losses": (
-        tdpo_loss,
-        sequential_kl_difference,
-        self_refine_dpo_loss,
-        squared_refinement_loss,
-        row_weights,
-        aries_loss,
-    ),
+    "A trainer of your own": (ShiftedDPOTrainer, Pairs, Term),
+    "Losses": (tdpo_shifts, self_refine_shifts, row_weights),
     "Kernels": (position_kl, log_probs, PositionKL, LogProbs),
     "Data": (augment_prompt, DataCollatorForSelfRefinement),
 }
@@ -87,7 +81,7 @@ API = """\
 
 <!-- Written by docs/reference.py from the docstrings; edit those. -->
 
-The public names of `trl_ext` are the two trainers and their configurations. Losses and kernels are plain functions over tensors; they are
+The public names of `trl_ext` are the two trainers, their configurations and the base class for trainers of your own. Losses and kernels are plain functions over tensors; they are
 here for those who write a trainer of their own. B is the number of pairs.
 """
 
@@ -242,7 +236,7 @@ def described(item: type | types.FunctionType) -> Iterator[str]:
 
 def signature(item: type | types.FunctionType) -> str:
     """How it is imported and called. Trainers and configurations take what TRL's take."""
-    line = f"from {'trl_ext' if item in (*TRAINERS, *CONFIGS) else item.__module__} import {item.__name__}"
+    line = f"from {'trl_ext' if item in (*TRAINERS, *CONFIGS, ShiftedDPOTrainer) else item.__module__} import {item.__name__}"
     if isinstance(item, type):
         return line
     parameters, star = [], False

@@ -17,7 +17,7 @@ from trl_ext.aries.verifier import load_verifier
 from trl_ext.cli import TRAINERS
 from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import Recipe, check_keys, export_env, load_yaml, parse_flat, parse_section
-from trl_ext.trainers.pairwise_trainer import PairwiseTrainer
+from trl_ext.trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 
 
 ROOT = Path(__file__).parents[1]
@@ -100,7 +100,7 @@ class TestAriesRecipe:
             values = check_keys(recipe, [config_class], (section,), also=(*LOOP_KEYS, "dataset"))
             assert not values.keys() & preflight.OWNED_KEYS.keys()
             args = config_class(**values | {"output_dir": "unused", "use_cpu": True})
-            if issubclass(trainer_class, PairwiseTrainer):
+            if issubclass(trainer_class, ShiftedDPOTrainer):
                 trainer_class._refuse_options(args)
         if path.parent.name == "aries":
             assert bool(model_args.use_peft) == ("lora" in path.stem)

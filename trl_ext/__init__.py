@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 
 _PUBLIC = {
+    "ShiftedDPOTrainer": "trl_ext.trainers.shifted_dpo_trainer",
     "TDPOConfig": "trl_ext.trainers.tdpo_config",
     "TDPOTrainer": "trl_ext.trainers.tdpo_trainer",
     "SelfRefineDPOConfig": "trl_ext.trainers.self_refine_dpo_config",
@@ -21,6 +22,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from .trainers.self_refine_dpo_config import SelfRefineDPOConfig
     from .trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
+    from .trainers.shifted_dpo_trainer import ShiftedDPOTrainer
     from .trainers.tdpo_config import TDPOConfig
     from .trainers.tdpo_trainer import TDPOTrainer
 

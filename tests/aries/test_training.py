@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BloomConfig
 from trl import DPOTrainer, ModelConfig, get_quantization_config
 
 from trl_ext.aries.config import (
@@ -26,7 +26,7 @@ from trl_ext.aries.records import Answer, Chain, to_line
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.training import check_step_0, main, make_trainer, repeat_by_weight
 from trl_ext.recipe import RecipeError
-from trl_ext.trainers.pairwise_trainer import keep_nf4_trainable
+from trl_ext.trainers.upstream import keep_nf4_trainable
 
 
 SETTINGS = {
@@ -168,32 +168,56 @@ def test_the_objective_a_training_starts_with(job, tmp_path, model_args):
     assert mean == pytest.approx(0.2 * math.log(2) + 0.8 * 2 * 0.25, abs=1e-3)
 
 
-# One prompt for both answers of a pair
+# Only the tokens that exist
+
+
+def packing(trainer) -> tuple[bool, bool]:
+    return trainer.padding_free, trainer.share_prompt
 
 
 @pytest.mark.parametrize("objective_alpha", [None, 0.8], ids=["logistic", "squared"])
 @pytest.mark.parametrize("trainer", ["tdpo", "self_refine_dpo"])
-def test_prompts_are_shared_where_the_model_allows(job, trainer, objective_alpha):
+def test_batches_are_packed_where_the_model_allows(job, trainer, objective_alpha):
     """In round 1 and in round 2, unless the recipe says otherwise."""
     settings = {"trainer": trainer, "objective_alpha": objective_alpha}
     first = job("first", **settings)
-    assert make_trainer(first, silent).share_prompt
-    assert not make_trainer(job("not", share_prompt=False, **settings), silent).share_prompt
-    assert make_trainer(job("second", adapter=train(first), **settings), silent).share_prompt
+    assert packing(make_trainer(first, silent)) == (True, True)
+    assert packing(make_trainer(job("twice", share_prompt=False, **settings), silent)) == (True, False)
+    assert packing(make_trainer(job("not", padding_free=False, **settings), silent)) == (False, False)
+    assert packing(make_trainer(job("second", adapter=train(first), **settings), silent)) == (True, True)
 
 
-def test_prompts_are_not_shared_in_windows(job, tiny_model_path, tmp_path, caplog):
+def test_the_squares_of_dpo_are_packed(job):
+    assert packing(make_trainer(job("dpo", trainer="dpo", objective_alpha=0.8), silent)) == (True, False)
+
+
+@pytest.mark.parametrize("objective_alpha", [None, 0.8], ids=["logistic", "squared"])
+@pytest.mark.parametrize("trainer", ["tdpo", "self_refine_dpo"])
+def test_packed_training_is_the_padded_one(job, trainer, objective_alpha):
+    """Step by step, the losses and gradients of a round that pads its batches."""
+    settings = {"trainer": trainer, "objective_alpha": objective_alpha}
+    logs = []
+    for name, options in (("packed", {}), ("padded", {"padding_free": False})):
+        made = make_trainer(job(name, **options, **settings), silent)
+        made.train()
+        logs.append([(log["loss"], log["grad_norm"]) for log in made.state.log_history if "loss" in log])
+    assert len(logs[0]) > 1 and logs[0] == [pytest.approx(step, rel=1e-4) for step in logs[1]]
+
+
+def test_batches_are_not_packed_in_unknown_models(job, tiny_model_path, tmp_path, caplog):
     """And the log says so."""
     sizes = AutoConfig.from_pretrained(tiny_model_path).to_dict()
-    same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-    config = MistralConfig(sliding_window=8, **{name: sizes[name] for name in same})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "windows")
-    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "windows")
-    settings = {"model": str(tmp_path / "windows"), "trainer": "tdpo"}
-    assert not make_trainer(job("windows", **settings), silent).share_prompt
-    assert "(`share_prompt: false`): this mistral attends in sliding windows" in caplog.text
-    with pytest.raises(ValueError, match="this mistral attends in sliding windows"):
-        make_trainer(job("windows", share_prompt=True, **settings), silent)
+    same = ("vocab_size", "hidden_size")
+    config = BloomConfig(n_head=4, n_layer=2, **{name: sizes[name] for name in same})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    AutoTokenizer.from_pretrained(tiny_model_path).save_pretrained(tmp_path / "bloom")
+    settings = {"model": str(tmp_path / "bloom"), "trainer": "tdpo"}
+    settings["model_args"] = {**LORA, "lora_target_modules": ["query_key_value", "dense"]}
+    assert packing(make_trainer(job("bloom", **settings), silent)) == (False, False)
+    for option in ("padding_free", "share_prompt"):
+        assert f"(`{option}: false`): it is not known to be exact for bloom" in caplog.text
+        with pytest.raises(ValueError, match="not known to be exact for bloom"):
+            make_trainer(job("bloom", **{option: True}, **settings), silent)
 
 
 def reference_logits(trainer) -> torch.Tensor:

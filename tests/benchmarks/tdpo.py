@@ -9,8 +9,8 @@ import torch
 from trl import DPOTrainer
 
 from trl_ext import TDPOConfig, TDPOTrainer
-from trl_ext.trainers.pairwise_trainer import PairBatch
 from trl_ext.trainers.position_kl_head import PositionKLOutput
+from trl_ext.trainers.shifted_dpo_trainer import Pairs
 
 from .steps import Contestant, Shape, argument_parser, environment, measure, write
 
@@ -18,26 +18,31 @@ from .steps import Contestant, Shape, argument_parser, environment, measure, wri
 class FullLogitsTDPOTrainer(TDPOTrainer):
     """TDPO as the paper's code computes it: both models' logits, their log-softmax and softmax, all `(2B, T, V)` in fp32."""
 
-    def _reference_forward(self, batch: PairBatch) -> torch.Tensor:
-        with self._reference_model() as ref_model:
-            return ref_model(**batch.model_kwargs).logits[:, :-1].float().log_softmax(-1)
+    def _reference_forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        model = self.ref_model or self.model
+        return self._with_reference(
+            inputs, lambda labels, **kwargs: model(**kwargs).logits[:, :-1].float().log_softmax(-1)
+        )
 
-    def _policy_forward(self, model, batch: PairBatch, reference: torch.Tensor) -> PositionKLOutput:
-        logits = model(**batch.model_kwargs).logits[:, :-1].float()
+    def _policy_forward(self, model, inputs, reference: torch.Tensor, kwargs) -> Pairs:
+        logits = model(input_ids=kwargs["input_ids"], attention_mask=kwargs["attention_mask"]).logits[:, :-1].float()
         log_probs = logits.log_softmax(-1)
-        mask = batch.completion_mask
-        labels = batch.labels[:, 1:].clamp(min=0).unsqueeze(-1)
-        position_kl = (reference.exp() * (reference - log_probs)).sum(-1)
+        mask = inputs["completion_mask"][:, 1:]
+        labels = kwargs["labels"][:, 1:].clamp(min=0).unsqueeze(-1)
+        position_kl = (reference.exp() * (reference - log_probs)).sum(-1) * mask
         with torch.no_grad():
             entropy = -(log_probs.exp() * log_probs).sum(-1)
-        return PositionKLOutput(
+        outputs = PositionKLOutput(
             log_probs=log_probs.gather(-1, labels).squeeze(-1) * mask,
             ref_log_probs=reference.gather(-1, labels).squeeze(-1) * mask,
-            position_kl=position_kl * mask,
+            position_kl=position_kl,
             entropy=entropy,
             mean_logits=logits.detach().mean(-1),
             is_top1=logits.argmax(-1) == labels.squeeze(-1),
         )
+        pairs = Pairs(inputs, outputs, None)
+        pairs.ref_logps = pairs.sums(outputs.ref_log_probs)
+        return pairs
 
 
 DPO = "DPOTrainer"

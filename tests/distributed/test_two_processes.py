@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import torchrun
-from tests.distributed.worker import CASES, train
+from tests.distributed.worker import CASES, IN_PARTS, train
 
 
 # Of the logged values, of which the largest are sums of log-probabilities around 50 nats
@@ -119,6 +119,28 @@ def test_fsdp2(ddp_and_fsdp2, one_process, name):
     of policy and reference to the optimizer, is accelerate's, TRL's and the Trainer's own, with gloo.
     """
     check(load(ddp_and_fsdp2, "fsdp2", name), one_process(name), wrapper="FSDPModule", held=0.5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wrapper", "held"), [("ddp", "DistributedDataParallel", 1.0), ("fsdp2", "FSDPModule", 0.5)]
+)
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_in_parts(ddp_and_fsdp2, models, tmp_path, strategy, wrapper, held, name):
+    """Parts of a process's batch, which have other pairs in the other process. Oracle: one process, and its batch in one part."""
+    expected, ranks = (
+        train(IN_PARTS[name], models, tmp_path, max_batch_tokens=None),
+        load(ddp_and_fsdp2, strategy, name),
+    )
+    means = {
+        "loss",
+        "grad_norm",
+        *(key for key in expected["logs"][0] if key.startswith(("rewards", "logps", "position_kl"))),
+    }
+    for result in (expected, *ranks):
+        if result is not expected:
+            assert all(1 <= log["batch/pairs"] < 4 for log in result["logs"] if "loss" in log)
+        result["logs"] = [{key: log[key] for key in means} for log in result["logs"] if "loss" in log]
+    check(ranks, expected, wrapper=wrapper, held=held)
 
 
 @pytest.mark.slow

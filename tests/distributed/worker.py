@@ -71,6 +71,7 @@ CASES = {
     "self_refine_lora_shared_prompt": Case(
         SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION, options={"share_prompt": True}
     ),
+    "tdpo2_full_padding_free": Case(TDPOTrainer, TDPOConfig, options={"padding_free": True}),
     "tdpo2_lora_checkpointing": Case(TDPOTrainer, TDPOConfig, ATTENTION, options={"gradient_checkpointing": True}),
     "tdpo2_lora_head_accumulation": Case(
         TDPOTrainer, TDPOConfig, ATTENTION_AND_HEAD, options=ACCUMULATION | EVALUATION
@@ -78,6 +79,15 @@ CASES = {
     "self_refine_full": Case(SelfRefineDPOTrainer, SelfRefineDPOConfig),
     "self_refine_lora": Case(SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION),
     "self_refine_lora_head": Case(SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION_AND_HEAD, options=EVALUATION),
+}
+
+# Parts of a batch: 2 of 4 pairs and more, of other lengths in the two processes. No DeepSpeed, which refuses them
+IN_PARTS = {
+    name: Case(cls, config, lora, options={"padding_free": True, "share_prompt": True, "max_batch_tokens": 60})
+    for name, cls, config, lora in (
+        ("tdpo2_full_in_parts", TDPOTrainer, TDPOConfig, None),
+        ("self_refine_lora_in_parts", SelfRefineDPOTrainer, SelfRefineDPOConfig, ATTENTION),
+    )
 }
 
 
@@ -213,7 +223,8 @@ STRATEGIES = {
 
 def main(models: Path, output: Path, strategies: list[str]) -> None:
     for strategy in strategies:
-        for name, case in CASES.items():
+        cases = CASES if strategy.startswith("zero") else {**CASES, **IN_PARTS}
+        for name, case in cases.items():
             result = train(case, models, output, int(os.environ["WORLD_SIZE"]), **STRATEGIES[strategy]())
             torch.save(result, output / f"{strategy}.{name}.{os.environ['RANK']}.pt")
 

@@ -67,13 +67,13 @@ HONOURED = {
     "ref_model_sync_steps",
     "router_aux_loss_coef",
     "sync_ref_model",
+    "truncation_mode",
     "trust_remote_code",
+    "use_weighting",
 }
 REFUSED = {
     "f_divergence_type": "js_divergence",
     "ld_alpha": 0.5,
-    "truncation_mode": "keep_end",
-    "use_weighting": True,
 }
 # Read only together with a refused option
 WITHOUT_EFFECT = {"f_alpha_divergence_coef": "f_divergence_type"}
@@ -877,8 +877,7 @@ def response_logps(model: FullLogits, sequences: dict) -> torch.Tensor:
 @torch.no_grad()
 def augmented_logps(trainer, batch: dict) -> torch.Tensor:
     """The trainer's log-probabilities of the responses under the augmented prompts, `(2B,)`."""
-    _, refinement = trainer._split(batch)
-    return torch.cat(trainer._augmented_logps(trainer.model, refinement))
+    return torch.cat(trainer._augmented_logps(trainer.model, batch))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

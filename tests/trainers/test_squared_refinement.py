@@ -143,8 +143,7 @@ def test_weights_are_those_of_the_rows_that_trl_leaves(make_trainer):
     lengths = sorted(len(ids) for ids in make_squared(make_trainer, "dpo", dataset).train_dataset["prompt_ids"])
     trainer = make_squared(make_trainer, "dpo", dataset, max_length=lengths[-2])
     assert len(trainer.train_dataset) == 7
-    assert trainer._direct_weight == pytest.approx(0.3 * 7 / 3)
-    assert trainer._refinement_weight == pytest.approx(2 * 0.7 * 7 / 4)
+    assert trainer._row_weights == pytest.approx((0.3 * 7 / 3, 2 * 0.7 * 7 / 4))
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..data_files import BUILDERS
-from ..trainers.model_card import complete_card, trl_card
+from ..trainers.model_card import completed, trl_card
 from .config import AriesConfig
 from .records import read_json
 from .run_dir import RunDir
@@ -141,7 +141,7 @@ def model_card(
         "Recipe": f"```yaml\n{public_recipe(run)}```",
     }
     sections = {heading: text for heading, text in sections.items() if text}
-    return complete_card(str(card), base, tokenizer.chat_template is not None, sections)
+    return completed(str(card), base, tokenizer.chat_template is not None, sections)
 
 
 def evaluation_table(run: RunDir, number: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from ..trainers.pairwise_trainer import load_adapter_weights
+from ..trainers.upstream import load_adapter_weights
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:

@@ -260,7 +260,7 @@ def as_trained(job: dict[str, Any], rows: list[dict[str, Any]]) -> list[torch.Te
     """The policy's log-probabilities on the 4-bit base that it is trained on."""
     from trl import ModelConfig, get_quantization_config  # seconds that only this needs
 
-    from ..trainers.pairwise_trainer import keep_nf4_trainable
+    from ..trainers.upstream import keep_nf4_trainable
 
     model_args = ModelConfig(**job["trained_on"])
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import ModelConfig, SFTConfig, get_peft_config
+from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config
 
 from ..launch import Launch
 from ..model_files import load_problem
@@ -26,9 +26,7 @@ from ..recipe import Recipe, RecipeError, check_keys, parse_section
 from ..rows.completions import judge_completions
 from ..rows.judge import Findings, Judge
 from ..trainers.packed_pairs import why_not_packed
-from ..trainers.pairwise_trainer import PairwiseTrainer
-from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
-from ..trainers.tdpo_config import TDPOConfig
+from ..trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 from ..trainers.trackers import check_trackers
 from .children import Reporter, child_main
 from .config import LOOP_KEYS, AriesConfig, DatasetConfig, HealthConfig
@@ -104,10 +102,12 @@ def main(job: dict[str, Any], progress: Reporter) -> None:
         try:
             args = config_class(**settings["config"])
             check_trackers(args)
-            if issubclass(trainer_class, PairwiseTrainer):
+            if issubclass(trainer_class, ShiftedDPOTrainer):
                 trainer_class._refuse_options(args)
-            if settings["config"].get("share_prompt"):  # where a recipe leaves it out, the model decides
-                check_share_prompt(args, recipe)
+                # If a recipe leaves these out, the model decides
+                for option in ("padding_free", "share_prompt"):
+                    if settings["config"].get(option):
+                        check_packing(args, recipe, option)
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
 
@@ -308,16 +308,16 @@ def check_sft_rows(
         progress.note(line)
 
 
-def check_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, recipe: Recipe) -> None:
-    """Raise a `ValueError` if the recipe's model cannot do with `share_prompt`."""
+def check_packing(args: DPOConfig, recipe: Recipe, option: str) -> None:
+    """Raise a `ValueError` if the recipe's model cannot do with `padding_free` or `share_prompt`."""
     model_args = ModelConfig(**recipe.mapping["model"])
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
     }
-    reason = why_not_packed(model_args.model_name_or_path, args)
+    reason = why_not_packed(model_args.model_name_or_path, args, share_prompt=option == "share_prompt")
     if reason is not None:
-        raise ValueError(f"`share_prompt: true` is not supported here: {reason} Or leave it out.")
+        raise ValueError(f"`{option}: true` is not supported here: {reason} Or leave it out.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ where direct and refinement rows take different losses.
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_p
 
 from ..recipe import RecipeError
 from ..rows.completions import judge_completions
+from ..trainers.judged_rows import JudgedDPOTrainer
 from ..trainers.packed_pairs import why_not_packed
-from ..trainers.pairwise_trainer import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from ..trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from ..trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
+from ..trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 from ..trainers.squared_refinement import (
     SquaredRefinementDPOTrainer,
     SquaredRefinementSelfRefineDPOTrainer,
@@ -36,6 +37,7 @@ from ..trainers.squared_refinement import (
 )
 from ..trainers.tdpo_config import TDPOConfig
 from ..trainers.tdpo_trainer import TDPOTrainer
+from ..trainers.upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from .checkpoints import RestoreAdapter, last_whole_checkpoint
 from .children import child_main
 from .config import HealthConfig
@@ -49,7 +51,7 @@ logger = get_logger(__name__)
 
 TRAINERS = {
     "sft": (SFTTrainer, SFTConfig),
-    "dpo": (DPOTrainer, DPOConfig),
+    "dpo": (JudgedDPOTrainer, DPOConfig),
     "tdpo": (TDPOTrainer, TDPOConfig),
     "self_refine_dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
 }
@@ -148,12 +150,19 @@ def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code:
     )
 
 
-def decide_share_prompt(args: TDPOConfig | SelfRefineDPOConfig, model: str | PeftModel) -> None:
-    """Have a pair's prompt computed once, where the model allows it; where not, the log says why."""
-    reason = why_not_packed(model, args)
-    args.share_prompt = reason is None
-    if reason is not None:
-        logger.warning(f"The prompt of a pair is computed for each of its answers (`share_prompt: false`): {reason}")
+def decide_packing(args: DPOConfig, model: str | PeftModel, said: Collection[str]) -> None:
+    """
+    Leave padding out, and compute a pair's prompt once, if the model allows it; if not, the log says why. Options that the recipe has
+    `said` stay as they are, and `padding_free: false` alone leaves both out.
+    """
+    if ("padding_free" in said and not args.padding_free) or args.use_weighting:  # whose head takes no packed batches
+        return
+    for option in ("padding_free", "share_prompt"):
+        if option not in said and (option == "padding_free" or isinstance(args, TDPOConfig | SelfRefineDPOConfig)):
+            reason = why_not_packed(model, args, share_prompt=option == "share_prompt")
+            setattr(args, option, reason is None)
+            if reason is not None:
+                logger.warning(f"The training computes tokens that it could leave out (`{option}: false`): {reason}")
 
 
 def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
@@ -182,8 +191,8 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
                 trust_remote_code=args.trust_remote_code,
                 use_safetensors=True,
             )
-    if job["trainer"] in ("tdpo", "self_refine_dpo") and "share_prompt" not in job["config"]:
-        decide_share_prompt(args, model)
+    if issubclass(trainer_class, ShiftedDPOTrainer):
+        decide_packing(args, model, job["config"])
     ref_weights = kwargs["ref_model"].state_dict() if "ref_model" in kwargs else None
     rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
     columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
@@ -204,7 +213,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
         **kwargs,
     )
     keep_nf4_trainable(trainer.model)  # TRL's own trainers too: `check_step_0` is an evaluation
-    if trainer_class is DPOTrainer and trainer.ref_model is not None:
+    if trainer_class is JudgedDPOTrainer and trainer.ref_model is not None:
         load_sharded_reference(trainer, ref_weights)
     if job["trainer"] != "sft":
         set_reference(trainer, job)

@@ -99,7 +99,7 @@ def _version(name: str) -> str | None:
 
 
 def check_contract() -> Check:
-    """Names and signatures that the trainers use and TRL does not document."""
+    """Names that the trainers use and TRL does not document, and what its loss does with what it is given."""
     from ..trainers.trl_contract import METHODS, NOT_EXPORTED, broken
 
     problems = broken()
@@ -107,7 +107,9 @@ def check_contract() -> Check:
     if problems:
         way_out = f"The trainers will not work: pip install 'trl=={TESTED['trl']}'."
         return Check("failed", "TRL contract", "; ".join(problems), way_out)
-    return Check("ok", "TRL contract", f"all {count} names and signatures that the trainers rely on")
+    return Check(
+        "ok", "TRL contract", f"all {count} names that the trainers rely on, and its loss on made-up log-probabilities"
+    )
 
 
 def check_devices() -> Iterator[Check]:

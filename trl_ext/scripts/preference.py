@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
     from ..rows.pairs import Account
-    from ..trainers.pairwise_trainer import PairwiseTrainer
+    from ..trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 
 
 # What DPOTrainer reads of a row
@@ -55,7 +55,7 @@ def parse_args(
     return parse_flat(path, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), overrides, prog)
 
 
-def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequence[str]) -> None:
+def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Sequence[str]) -> None:
     """
     Parse, check, train, save.
 
@@ -92,7 +92,7 @@ def train(trainer_class: type["PairwiseTrainer"], config_class: type, argv: Sequ
 
     from trl import get_peft_config, get_quantization_config
 
-    from ..trainers.pairwise_trainer import own_device
+    from ..trainers.upstream import own_device
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -4,13 +4,19 @@ Model cards: TRL's template, with the data and the recipe that TRL's leaves out,
 
 import os
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import yaml
+from accelerate.logging import get_logger
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, TrainingArguments
-from trl.trainer.utils import generate_model_card
+from trl import DPOTrainer
+from trl.trainer.utils import generate_model_card, get_config_model_id
 
+
+logger = get_logger(__name__)
 
 # Settings that say where and how a run was watched, not what was trained
 LEFT_OUT = {
@@ -58,9 +64,13 @@ def model_settings(model: PreTrainedModel | PeftModel, base: str | None) -> dict
         found["load_in_4bit"] = True
     lora = model.peft_config.get("default") if isinstance(model, PeftModel) else None
     if isinstance(lora, LoraConfig):
-        targets = lora.target_modules
         found |= {"use_peft": True, "lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
-        found["lora_target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+        for name, targets in (
+            ("lora_target_modules", lora.target_modules),
+            ("lora_target_parameters", lora.target_parameters),
+        ):
+            if targets:  # experts have parameters without modules
+                found[name] = targets if isinstance(targets, str) else sorted(targets)
     return found
 
 
@@ -83,7 +93,7 @@ def trl_card(
     )
 
 
-def complete_card(card: str, base: str | None, chat: bool, sections: dict[str, str]) -> str:
+def completed(card: str, base: str | None, chat: bool, sections: dict[str, str]) -> str:
     """
     Args:
         card (`str`):
@@ -108,3 +118,20 @@ def complete_card(card: str, base: str | None, chat: bool, sections: dict[str, s
 
 def recipe_section(recipe: dict) -> str:
     return f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```"
+
+
+def complete_card(trainer: DPOTrainer, source: str | None) -> None:
+    """Add the data and the recipe to the card that TRL has written for a trainer; `source` is what the data are called."""
+    args, rows, base = trainer.args, trainer.train_dataset, get_config_model_id(trainer.model.config)
+    count = f"{len(rows):,} preference pairs" if isinstance(rows, Dataset) else "A stream"
+    file = Path(args.output_dir) / "README.md"
+    try:  # a checkpoint writes its card first: whatever an adapter or a config may be, a card stops no training
+        recipe = recipe_section(
+            {**model_settings(trainer.accelerator.unwrap_model(trainer.model), base), **settings(args)}
+        )
+    except Exception as error:
+        logger.warning(f"The model card {file} has no recipe: {type(error).__name__}: {error}")
+        return
+    sections = {"Data": f"{count}." if source is None else f"{count} of `{source}`.", "Recipe": recipe}
+    chat = getattr(trainer.processing_class, "chat_template", None) is not None
+    file.write_text(completed(file.read_text(encoding="utf-8"), base, chat, sections), encoding="utf-8")

@@ -1,124 +1,272 @@
 """
-Chosen and rejected of a pair in one sequence, so that what they begin with, their prompt, is computed once.
+All pairs of a batch in one sequence without padding, and, if asked, what they begin with computed once.
 
-In: a collated batch, `[chosen, rejected]` along the first dimension. Out: B sequences `[shared | chosen | rejected]`, P + 2R tokens
-in the place of 2 (P + R), in which the two answers see what they share and themselves, and where to find each token of the
-batch again. Exact, as long as nothing but attention passes from one token to the next: [`why_not_packed`] says where it is not.
+In: a collated batch, `[chosen, rejected]` along the first dimension. Out: one sequence of the tokens that exist, who sees whom,
+and where to find each token of the batch again. With `share_prompt`, the tokens are `[prefix | prompt chosen rejected | prompt chosen
+rejected | ...]`: both answers stand behind one prompt, and all prompts behind what all rows begin with. Exact, as long as nothing but
+attention passes from one token to the next: [`why_not_packed`] says where it is not.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from peft import PeftConfig, PeftModel, PromptLearningConfig
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask, sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
 from trl import DPOConfig
 
 
 # Architectures whose packed sequences the tests compare with the sequences themselves
 EXACT_MODEL_TYPES = {
-    *("cohere", "gemma", "glm4", "gpt2", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2"),
-    *("olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+    *(
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma3_text",
+        "glm4",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "ministral",
+        "mistral",
+    ),
+    *(
+        "mixtral",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    ),
+    *("stablelm", "starcoder2"),
 }
-ATTENTION = ("sdpa", "eager", "flex_attention")  # those that take any mask
-SHARED, CHOSEN, REJECTED, PADDING = range(4)  # the parts of a packed sequence
+PACKED_SDPA = "packed_sdpa"  # what SDPA is called where it takes packed sequences run by run
+ATTENTION = (PACKED_SDPA, "sdpa", "eager", "flex_attention")  # those that can leave one answer out
+# What all rows begin with is computed once from so many tokens on: behind it, no run is causal without a mask any more
+LEAST_PREFIX = 16
+
+
+class RunMask(torch.Tensor):
+    """
+    Who sees whom in a packed sequence, in the place of a mask of shape `(1, 1, S, S)`: integers of shape `(1, 1, N, 4)` on the CPU. A
+    row is a run of tokens, in the sequence's order: its length, how much of the sequence's begin it sees (the prefix), how much of the
+    begin of the run before it sees (the prompt), and the sliding window, `0` for none. Each token also sees those of its run before it.
+    """
+
+
+def attention_by_runs(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    transformers' SDPA, which takes a [`RunMask`] too: one product per run, with the keys that it sees and no others.
+
+    Returns:
+        `tuple[torch.Tensor, None]`: the attention's output, `(1, S, heads, head size)`.
+    """
+    if not isinstance(attention_mask, RunMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs["is_causal"] = True  # of a run without a mask
+    runs = attention_mask[0, 0].tolist()
+    queries, keys, values = (x.split([length for length, *_ in runs], dim=2) for x in (query, key, value))
+    longest_prefix = max(prefix for _, prefix, _, _ in runs)
+    first = [x[0][:, :, :longest_prefix] for x in (keys, values)]
+    outputs = []
+    for i, (length, prefix, prompt, window) in enumerate(runs):
+        if length == 0:
+            continue
+        seen, mask = [keys[i], values[i]], None
+        if prefix + prompt > 0:
+            before = [x[i - 1][:, :, :prompt] for x in (keys, values)]
+            seen = [torch.cat([x[:, :, :prefix], y, z], dim=2) for x, y, z in zip(first, before, seen, strict=True)]
+        width = prefix + prompt + length
+        if width > length or 0 < window < width:
+            mask = torch.ones(length, width, dtype=torch.bool, device=query.device).tril_(width - length)
+            if window > 0:
+                mask = mask.triu_(width - length - window + 1)
+        output, _ = sdpa_attention_forward(module, queries[i], *seen, mask, **kwargs)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(PACKED_SDPA, attention_by_runs)
+AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+
+
+def take_packed_pairs(model: PreTrainedModel) -> None:
+    """Have a model with SDPA compute packed sequences run by run. Nothing changes for other sequences, or for other attention."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(PACKED_SDPA)
 
 
 @dataclass
 class PackedPairs:
     """
-    B pairs, each in one sequence of S tokens, padded on the right. Deliberately not a `dict` of `input_ids`: accelerate and PEFT
-    would look into it.
+    B pairs in one sequence of S tokens. Deliberately not a `dict` of `input_ids`: accelerate and PEFT would look into it.
     """
 
-    input_ids: torch.Tensor  # (B, S)
-    position_ids: torch.Tensor  # (B, S), the columns of the batch: those of rejected start again after what is shared
-    parts: torch.Tensor  # (B, S)
-    places: torch.Tensor  # (2B, W), where the tokens of the batch are in their pair's sequence; for padding anywhere
+    input_ids: torch.Tensor  # (1, S)
+    position_ids: torch.Tensor  # (1, S), the columns of the batch
+    places: torch.Tensor  # (2B, W), where the tokens of the batch are in the sequence; for padding anywhere
+    prefix: int  # tokens at the begin of the sequence that all pairs share
+    lengths: list[
+        tuple[int, int, int]
+    ]  # for each pair, the tokens of prompt, chosen and rejected, as far as not shared before
+    padding: int  # tokens at the end that are none of the batch's
 
     @classmethod
     def from_batch(
-        cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, pad_to_multiple_of: int | None = None
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        share_prompt: bool,
+        pad_to_multiple_of: int | None = None,
     ) -> "PackedPairs":
         """
         Args:
             input_ids, attention_mask (`torch.Tensor` of shape `(2B, W)`):
                 The batch, padded on either side.
+            share_prompt (`bool`):
+                Whether what both sequences of a pair begin with, and what all pairs begin with, is computed once.
             pad_to_multiple_of (`int`, *optional*):
-                Of which S is to be a multiple.
+                Pad S to a multiple of this value.
         """
-        width, multiple = input_ids.size(1), pad_to_multiple_of or 1
-        (chosen, rejected), masks = input_ids.chunk(2), attention_mask.bool()
-        chosen_mask, rejected_mask = masks.chunk(2)
-        same = (chosen == rejected) & (chosen_mask == rejected_mask)
-        shared = same.cumprod(dim=1).bool()  # (B, W): the columns before the first difference
-        tokens = torch.cat([chosen_mask, rejected_mask & ~shared], dim=1)  # (B, 2W): of both rows, those to compute
-        length = int(tokens.sum(dim=1).max())
-        length = -(-length // multiple) * multiple
-        order = tokens.argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, S)
-        parts = torch.cat([torch.where(shared, SHARED, CHOSEN), torch.full_like(chosen, REJECTED)], dim=1)
-        parts = parts.masked_fill(~tokens, PADDING)
-        places = (tokens.cumsum(dim=1) - 1).clamp(min=0)  # (B, 2W)
-        chosen_places, rejected_places = places.split(width, dim=1)
+        (pairs, width), mask = (input_ids.size(0) // 2, input_ids.size(1)), attention_mask.bool()
+        shared, prefix = torch.zeros_like(mask[:pairs]), torch.zeros_like(mask[0])
+        if share_prompt:
+            (chosen, rejected), (chosen_mask, rejected_mask) = input_ids.chunk(2), mask.chunk(2)
+            same = (chosen == rejected) & (chosen_mask == rejected_mask)
+            shared = same.cumprod(dim=1).bool()  # (B, W): the columns before the first difference
+            same = ((input_ids == input_ids[0]) & (mask == mask[0])).all(dim=0)
+            prefix = same.cumprod(dim=0).bool()  # (W,)
+            prefix = prefix & ((prefix & mask[0]).sum() >= LEAST_PREFIX) & (pairs > 1)
+        own = mask & ~torch.cat([prefix.expand(pairs, -1), shared])  # (2B, W): the tokens to compute beside the prefix
+        own[0] = mask[0]
+        # Pair by pair, (B, 2W)
+        tokens, ids, columns = (
+            torch.cat(x.chunk(2), dim=1)
+            for x in (own, input_ids, torch.arange(width, device=mask.device).expand_as(input_ids))
+        )
+        places = (tokens.flatten().cumsum(0) - 1).clamp(min=0).view(pairs, 2 * width)
+        places = torch.cat(places.split(width, dim=1))  # (2B, W)
+        places = torch.where(torch.cat([torch.zeros_like(shared), shared]), places[:pairs].repeat(2, 1), places)
+        places = torch.where(prefix, places[0], places)
+        of_prompt, of_answers = (
+            mask & part for part in (shared.repeat(2, 1) & ~prefix, ~shared.repeat(2, 1) & ~prefix)
+        )
+        lengths = torch.stack([of_prompt[:pairs].sum(dim=1), *of_answers.sum(dim=1).chunk(2)], dim=1)
+        prefix_length, *flat = torch.cat([(prefix & mask[0]).sum()[None], lengths.flatten()]).tolist()
+        total, multiple = prefix_length + sum(flat), pad_to_multiple_of or 1
+        padding = -total % multiple
         return cls(
-            input_ids=torch.cat([chosen, rejected], dim=1).gather(1, order),
-            position_ids=order % width,
-            parts=parts.gather(1, order),
-            places=torch.cat([chosen_places, torch.where(shared, chosen_places, rejected_places)]),
+            input_ids=nn.functional.pad(ids[tokens], (0, padding))[None],
+            position_ids=nn.functional.pad(columns[tokens], (0, padding))[None],
+            places=places,
+            prefix=prefix_length,
+            lengths=list(zip(*[iter(flat)] * 3, strict=True)),
+            padding=padding,
         )
 
-    def model_inputs(self, backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """
+        The sequence as runs of tokens, each of which sees itself causally: its length, and how much of the sequence's begin and
+        of the begin of the run before it sees.
+        """
+        first = self.prefix  # the first pair's prompt follows the prefix
+        for prompt, chosen, rejected in self.lengths:
+            yield first + prompt + chosen, self.prefix - first, 0
+            yield rejected, self.prefix - first, first + prompt
+            first = 0
+        yield self.padding, 0, 0
+
+    def model_inputs(self, backbone: PreTrainedModel) -> dict:
         """What the model without its head takes, the mask in the form that its attention takes."""
-        parts = self.parts
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
+        if is_flash_attention_requested(backbone.config):
+            lengths = [length for length, *_ in self.runs() if length > 0]
+            ends = torch.tensor([0, *lengths], device=self.input_ids.device).cumsum(0, dtype=torch.int32)
+            both = {"cu_seq_lens": ends, "max_length": max(lengths)}
+            return {**inputs, "attention_mask": None, **{f"{k}_{of}": v for k, v in both.items() for of in "qk"}}
+        config = backbone.config.get_text_config()
+        is_sliding = DynamicCache(config=config).is_sliding
+        masks = {kind: self._mask(backbone, config.sliding_window if kind else None) for kind in set(is_sliding)}
+        if len(masks) == 1:
+            return {**inputs, "attention_mask": masks.popitem()[1]}
+        return {**inputs, "attention_mask": {"full_attention": masks[False], "sliding_attention": masks[True]}}
+
+    def _mask(self, backbone: PreTrainedModel, window: int | None) -> torch.Tensor:
+        if backbone.config._attn_implementation == PACKED_SDPA:
+            return torch.tensor([[[[*run, window or 0] for run in self.runs()]]]).as_subclass(RunMask)
+        device, positions = self.input_ids.device, self.position_ids[0]
+        # The prefix is 0, and each pair's parts have three numbers
+        lengths = torch.tensor(
+            [self.prefix, *(part for pair in self.lengths for part in pair), self.padding], device=device
+        )
+        parts = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # (S,)
+        prompts = (parts - 1) // 3 * 3 + 1  # (S,): the number of the prompt before each token
 
         def visible(batch, head, query, key):
-            return (parts[batch, key] == SHARED) | (parts[batch, key] == parts[batch, query])
+            seen = (parts[key] == parts[query]) | (parts[key] == prompts[query]) | (parts[key] == 0)
+            return seen if window is None else seen & (positions[query] - positions[key] < window)
 
-        mask = create_causal_mask(
+        return create_causal_mask(
             config=backbone.config,
             # Of which only the shape, the type and the device are looked at
-            inputs_embeds=torch.empty(*parts.shape, 0, dtype=backbone.dtype, device=parts.device),
+            inputs_embeds=torch.empty(*self.input_ids.shape, 0, dtype=backbone.dtype, device=device),
             attention_mask=None,
             past_key_values=None,
             and_mask_function=visible,
         )
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": mask,
-            "position_ids": self.position_ids,
-            "use_cache": False,
-        }
 
     def take(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
         The states of some tokens of the batch.
 
         Args:
-            states (`torch.Tensor` of shape `(B, S, ...)`):
-                Of the packed sequences.
+            states (`torch.Tensor` of shape `(1, S, ...)`):
+                Of the packed sequence.
             mask (`torch.Tensor` of shape `(2B, T)`):
                 Set for the N tokens, in the batch's first T columns.
 
         Returns:
             `torch.Tensor` of shape `(N, ...)`: as `states_of_the_batch[:, :T][mask]`.
         """
-        row, column = mask.nonzero(as_tuple=True)
-        return states[row % states.size(0), self.places.to(row.device)[row, column]]
+        return states[0, self.places[:, : mask.size(1)].to(mask.device)[mask]]
 
     def take_router_logits(
         self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Those of the experts' routers, `(B · S, E)` for each layer, as `(N, E)` of the batch's N tokens."""
+        """Those of the experts' routers, `(S, E)` for each layer, as `(N, E)` of the batch's N tokens."""
         mask = attention_mask.bool()
-        return tuple(self.take(logits.view(*self.parts.shape, -1), mask.to(logits.device)) for logits in router_logits)
+        return tuple(self.take(logits[None], mask.to(logits.device)) for logits in router_logits)
 
 
 def why_not_packed(
-    model: str | PreTrainedModel | PeftModel, args: DPOConfig, peft_config: PeftConfig | None = None
+    model: str | PreTrainedModel | PeftModel,
+    args: DPOConfig,
+    peft_config: PeftConfig | None = None,
+    *,
+    share_prompt: bool = False,
 ) -> str | None:
     """
-    The reason why a model's answers cannot stand beside each other in one sequence, and the way out; `None` where they can.
+    The reason why a model's pairs cannot stand beside each other in one sequence, and what to change; `None` if they can.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -127,6 +275,8 @@ def why_not_packed(
             For a path: `model_init_kwargs` and `trust_remote_code`.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Of an adapter that the model is going to have.
+        share_prompt (`bool`, *optional*, defaults to `False`):
+            Whether both answers of a pair stand behind one prompt.
     """
     adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
     if any(isinstance(adapter, PromptLearningConfig) for adapter in adapters):
@@ -146,19 +296,16 @@ def why_not_packed(
         return f"this {name} has modelling code of its own, whose positions and masks are not known."
     cache = DynamicCache(config=config.get_text_config())
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
-        return (
-            f"{name} has recurrent, convolutional or linear-attention layers, which would carry chosen into rejected."
-        )
-    if any(cache.is_sliding):
-        return (
-            f"this {name} attends in sliding windows or chunks, and between rejected and its prompt stands chosen. Where the "
-            'window is longer than your sequences, switch it off with `model_init_kwargs={"sliding_window": None}`.'
-        )
+        return f"{name} has recurrent, convolutional or linear-attention layers, which would carry one answer into the next."
     if name not in EXACT_MODEL_TYPES:
         return f"it is not known to be exact for {name}, only for {', '.join(sorted(EXACT_MODEL_TYPES))}."
-    if attention not in (None, *ATTENTION):  # None: a path, and transformers takes SDPA
+    if attention in (None, *ATTENTION):  # None: a path, and transformers takes SDPA
+        return None
+    if not is_flash_attention_requested(requested_attention_implementation=attention):
+        return f"`attn_implementation={attention!r}` is not known to keep packed sequences apart. Load the model with 'sdpa' or 'flex_attention'."
+    if share_prompt:
         return (
-            f"`attn_implementation={attention!r}` takes no other mask than a causal one. Load the model with "
-            f"{' or '.join(map(repr, ATTENTION))}."
+            f"`attn_implementation={attention!r}` cannot put two answers behind one prompt. Load the model with 'sdpa' or "
+            "'flex_attention', or take `padding_free` alone."
         )
     return None

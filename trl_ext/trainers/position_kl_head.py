@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -22,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..kernels.position_kl import log_probs, position_kl
 from .packed_pairs import PackedPairs
+from .upstream import gathered_parameter
 
 
 @dataclass
@@ -146,15 +146,6 @@ def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     return 1.0, softcap
 
 
-def gather(parameter: DTensor) -> torch.Tensor:
-    """
-    The whole of a parameter that FSDP2 has sharded, where its own hooks do not gather it: where the head is a unit of its
-    own, whose forward is never called.
-    """
-    # By default, the gradient is taken to be the same in all processes, and each would train its part on its own pairs
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-
-
 def add_position_kl_head(model: PreTrainedModel) -> None:
     """
     Add three flags to `model.forward`. Without one of them the forward is unchanged.
@@ -211,9 +202,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
             backbone_outputs = backbone(*args, **{**kwargs, "use_cache": False})
             hidden, labels = backbone_outputs.last_hidden_state[:, :-1], labels[:, 1:]  # (2B, T, H), (2B, T)
         head = self.get_output_embeddings()
-        weight, bias = head.weight, head.bias
-        if isinstance(weight, DTensor):  # FSDP2
-            weight, bias = gather(weight), None if bias is None else gather(bias)
+        weight, bias = gathered_parameter(head.weight), gathered_parameter(head.bias)
         labels, hidden = labels.to(weight.device), hidden.to(weight.device)
         mask = labels != -100  # (2B, T)
         hidden = hidden[mask] if packed_pairs is None else packed_pairs.take(hidden, mask)  # (N, H)

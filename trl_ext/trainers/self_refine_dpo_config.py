@@ -39,9 +39,14 @@ class SelfRefineDPOConfig(DPOConfig):
         alpha (`float`, *optional*, defaults to `0.5`):
             TDPO2's α, as in [`TDPOConfig`]. Only used with `variant="tdpo2"`.
         share_prompt (`bool`, *optional*, defaults to `False`):
-            Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R tokens
-            in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are refused.
+            Whether to compute the prompt of a pair once, with chosen and rejected behind it, and what all prompts of a batch begin with once
+            for all. The batch is packed as with `padding_free`, for the same loss and gradients. Models for which it is not exact are
+            refused.
             The augmented prompts are computed once in any case.
+        max_batch_tokens (`int`, *optional*):
+            With `padding_free` or `share_prompt`: the largest number of tokens that a device computes at a time. The pairs of
+            `per_device_train_batch_size` are computed in as many parts as that takes, with the gradient of all of them. One pair may have
+            more.
 
     Raises:
         `ValueError`: a negative `refinement_weight` or `alpha`, an unknown `refinement_prompt_role` or `variant`.
@@ -87,9 +92,16 @@ class SelfRefineDPOConfig(DPOConfig):
     share_prompt: bool = field(
         default=False,
         metadata={
-            "help": "Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R "
-            "tokens in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are "
-            "refused."
+            "help": "Whether to compute the prompt of a pair once, with chosen and rejected behind it, and what all prompts of a batch "
+            "begin with once for all. The batch is packed as with `padding_free`, for the same loss and gradients. Models for which "
+            "it is not exact are refused."
+        },
+    )
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `padding_free` or `share_prompt`: the largest number of tokens that a device computes at a time. The pairs of "
+            "`per_device_train_batch_size` are computed in as many parts as that takes, with the gradient of all of them."
         },
     )
 

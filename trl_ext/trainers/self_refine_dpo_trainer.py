@@ -1,30 +1,28 @@
 import copy
+import dataclasses
 import json
 import os
 import textwrap
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
-from peft import PeftModel, PromptLearningConfig
 from torch import nn
+from transformers.utils.generic import is_flash_attention_requested
 from trl import DPOConfig
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
 
-from ..losses.self_refine import LOSS_TYPES, self_refine_dpo_loss
-from ..losses.tdpo import sequential_kl_difference
-from .pairwise_trainer import PairBatch, PairLogps, PairwiseTrainer
+from ..losses.shifts import self_refine_shifts
 from .position_kl_head import SharedPrompts, takes_shared_prompts
 from .self_refine_dpo_config import SelfRefineDPOConfig
+from .tdpo_trainer import TokenLevelTrainer, learns_prompt
 
 
-SMOOTHED_LOSS_TYPES = {"exo_pair", "robust"}  # those that read `label_smoothing`
 # What the collator adds for the refinement function
 AUGMENTED_TENSORS = (
     "augmented_prefix_ids",
@@ -115,11 +113,11 @@ class DataCollatorForSelfRefinement(DataCollatorForPreference):
         return batch
 
 
-class SelfRefineDPOTrainer(PairwiseTrainer):
+class SelfRefineDPOTrainer(TokenLevelTrainer):
     """
     Trainer for quality-aware self-refined DPO and IPO (Sr-DPO, Sr-IPO, https://huggingface.co/papers/2405.21040).
 
-    The only change w.r.t. [`~trl.DPOTrainer`] is the loss: the margin of each pair is lowered by `λ Δ`, where Δ (Eq. 12)
+    The only change w.r.t. [`~trl.DPOTrainer`] is that the margin of each pair is lowered by `λ Δ` before TRL's loss sees it, where Δ (Eq. 12)
     is DPO's own margin under a prompt that asks for the best answer, without gradient. Arguments, datasets, PEFT and the
     reference model are [`~trl.DPOTrainer`]'s; `args` may be a plain [`~trl.DPOConfig`], which takes the defaults of
     [`SelfRefineDPOConfig`].
@@ -130,10 +128,9 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     nats).
 
     Raises:
-        `ValueError`: an option that has no meaning here (`ld_alpha`, `use_weighting`, `f_divergence_type`,
-        `truncation_mode="keep_end"`, `label_smoothing` without a loss that reads it, losses that are no functions of the
-        margin, `variant` with precomputed references or prompt-learning PEFT), or a model that cannot do with `share_prompt`,
-        before any model is loaded; a vision dataset.
+        `ValueError`: an option that has no meaning here (`ld_alpha`, `f_divergence_type`, `label_smoothing` without a loss that reads it,
+        `loss_type="sft"` alone, `variant` with `use_weighting` or prompt-learning PEFT), or a model that cannot do with
+        `share_prompt`, before any model is loaded; a vision dataset.
 
     Example:
 
@@ -149,7 +146,7 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     ```
     """
 
-    _tag_names = ["trl", "trl-ext", "self-refine-dpo"]
+    _tag_names = ["trl", "trl-ext", "dpo", "self-refine-dpo"]
     _name = "Self-Refine DPO"
     _paper = {
         "title": "Direct Alignment of Language Models via Quality-Aware Self-Refinement",
@@ -165,13 +162,8 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
     }
 
     takes_rendered = False
-    _pair_loss_types = LOSS_TYPES
-    _refused_options = PairwiseTrainer._refused_options | {
-        "truncation_mode": (
-            "keep_start",
-            "the plain and the augmented sample must keep the same completion tokens. Use 'keep_start' (the default).",
-        ),
-    }
+    _own_columns = (*TokenLevelTrainer._own_columns, "augmented_prompt_ids", *REF_AUGMENTED_LOGPS)
+    _own_inputs = (*TokenLevelTrainer._own_inputs, *AUGMENTED_TENSORS, *REF_AUGMENTED_LOGPS)
 
     def __init__(
         self,
@@ -192,18 +184,11 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         self.refinement_prompt = config.refinement_prompt
         self.refinement_prompt_role = config.refinement_prompt_role
         self.ipo_length_normalization = config.ipo_length_normalization
-        self._set_token_level(config.variant, config.alpha, args)
-        adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
-        self._learns_prompt = any(isinstance(adapter, PromptLearningConfig) for adapter in adapters)
-        if self._learns_prompt and self.variant is not None:
-            raise ValueError(
-                f"`variant={self.variant!r}` is not supported with prompt-learning PEFT (prompt, prefix or p-tuning): its "
-                "virtual tokens shift the positions at which the two distributions are compared. Use LoRA."
-            )
-        # λ = 0 is DPOTrainer, to the last bit
-        self._own_head = self.refinement_weight > 0 and not self._learns_prompt
-        if config.share_prompt:
-            self._set_share_prompt(args, peft_config, model, ref_model)
+        self._learns_prompt = learns_prompt(model, peft_config)
+        self._set_token_level(config, args, model, peft_config)
+        # λ = 0 is DPOTrainer, to the last bit; WPO's weights come from TRL's head
+        self._own_head = self.refinement_weight > 0 and not self._learns_prompt and not args.use_weighting
+        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
         self._precomputes_augmented = False
 
         super().__init__(model, ref_model, args, data_collator, *pos, peft_config=peft_config, **kwargs)
@@ -215,23 +200,19 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
             )
 
     @classmethod
-    def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
-        if set(args.loss_type) & SMOOTHED_LOSS_TYPES:
-            honoured = {*honoured, "label_smoothing"}
+    def _refuse_options(cls, args, honoured=()):
         super()._refuse_options(args, honoured)
-        variant = args.variant if isinstance(args, SelfRefineDPOConfig) else None
-        if variant is not None and (not set(args.loss_type) <= {"sigmoid", "sft"} or args.precompute_ref_log_probs):
+        config = args if isinstance(args, SelfRefineDPOConfig) else SelfRefineDPOConfig
+        if args.use_weighting and config.variant is not None:
             raise ValueError(
-                f"`variant={variant!r}` needs `loss_type='sigmoid'` (and \"sft\" beside it, if you like) and "
-                "`precompute_ref_log_probs=False`: TDPO is defined for DPO's loss, and takes the reference's whole next-token "
-                f"distribution at each step. Got `loss_type={args.loss_type!r}` and "
-                f"`precompute_ref_log_probs={args.precompute_ref_log_probs}`; change these, or leave `variant` out."
+                f"`use_weighting=True` is not supported by {cls.__name__} with `variant`: its head has no such weights. "
+                "Leave one of them out."
             )
 
-    def _prepare_models(self) -> None:
-        super()._prepare_models()
+    def _prepare(self):
         if type(self.data_collator) is DataCollatorForPreference:  # TRL's own; one of the user's stays
             self.data_collator = DataCollatorForSelfRefinement(**vars(self.data_collator))
+        super()._prepare()
 
     @property
     def _shares_prompts(self) -> bool:
@@ -271,75 +252,60 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
         with global_then_local_main_first():
             return dataset.map(tokenize_augmented_prompt, fn_kwargs=fn_kwargs, **map_kwargs)
 
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        ours = ("augmented_prompt_ids", *REF_AUGMENTED_LOGPS)
-        self._signature_columns += [column for column in ours if column not in self._signature_columns]
-
     # Precomputed references: a second pass, over the augmented prompts
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        self._prepare_models()
         plain = super()._precompute_ref_logps(dataset, name, batch_size)
         model_hash = self._precompute_model_hash
         self._precomputes_augmented, self._precompute_model_hash = True, f"{model_hash}-augmented"
         try:
-            augmented = super()._precompute_ref_logps(dataset, f"augmented {name}", batch_size)
+            # Log-probabilities are enough here, with a `variant` too
+            augmented = super(TokenLevelTrainer, self)._precompute_ref_logps(dataset, f"augmented {name}", batch_size)
         finally:
             self._precomputes_augmented, self._precompute_model_hash = False, model_hash
         columns = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), REF_AUGMENTED_LOGPS, strict=True))
         return concatenate_datasets([plain, augmented.select_columns(list(columns)).rename_columns(columns)], axis=1)
 
     def compute_ref_log_probs(self, model, inputs):
-        plain, refinement = self._split(inputs)
         if not self._precomputes_augmented:
-            return super().compute_ref_log_probs(model, plain)
-        with self._reference_model():
-            return self._augmented_logps(model, refinement)
+            return super().compute_ref_log_probs(model, inputs)
+        return self._with_reference(inputs, lambda **_: self._augmented_logps(model, inputs))
 
     # Loss
 
-    @staticmethod
-    def _split(inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """A collated batch as TRL's part and ours."""
-        ours = {key: value for key, value in inputs.items() if key in (*AUGMENTED_TENSORS, *REF_AUGMENTED_LOGPS)}
-        return {key: value for key, value in inputs.items() if key not in ours}, ours
-
-    def _compute_loss(self, model, inputs, return_outputs):
-        plain, refinement = self._split(inputs)
-        if not set(AUGMENTED_TENSORS) <= refinement.keys():
+    def _reference_forward(self, inputs):
+        if missing := set(AUGMENTED_TENSORS) - inputs.keys():
             raise ValueError(
-                f"The batch has no {', '.join(sorted(set(AUGMENTED_TENSORS) - refinement.keys()))}: a custom `data_collator` "
-                "must collate `augmented_prompt_ids` too. Derive it from "
-                "`trl_ext.trainers.self_refine_dpo_trainer.DataCollatorForSelfRefinement`."
+                f"The batch has no {', '.join(sorted(missing))}: a custom `data_collator` must collate `augmented_prompt_ids` too. Derive "
+                "it from `trl_ext.trainers.self_refine_dpo_trainer.DataCollatorForSelfRefinement`."
             )
-        self._augmented_logratios = self._augmented_forward(model, refinement)
-        return super()._compute_loss(model, plain, return_outputs)
+        if self.precompute_ref_logps:
+            self._augmented_ref_logps = torch.stack([inputs[name] for name in REF_AUGMENTED_LOGPS])
+        else:
+            model = self.ref_model or self.model
+            self._augmented_ref_logps = torch.stack(
+                self._with_reference(inputs, lambda **_: self._augmented_logps(model, inputs))
+            )
+        return super()._reference_forward(inputs)
 
-    def _augmented_forward(
-        self, model: nn.Module, refinement: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-ratios of chosen and rejected given `p ⊕ x`, each `(B,)`, without gradient (Eq. 12)."""
+    def _policy_forward(self, model, inputs, reference, kwargs):
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self.accelerator.autocast(),
         ):
-            chosen, rejected = self._augmented_logps(model, refinement)
-        if self.precompute_ref_logps:
-            ref_chosen, ref_rejected = (refinement[name] for name in REF_AUGMENTED_LOGPS)
-        else:
-            with self._reference_model() as ref_model:
-                ref_chosen, ref_rejected = self._augmented_logps(ref_model, refinement)
-        return chosen - ref_chosen, rejected - ref_rejected
+            logps = torch.stack(self._augmented_logps(model, inputs))
+        # Log-ratios of chosen and rejected given p ⊕ x, (2, B), without gradient (Eq. 12)
+        self._augmented_logratios = logps - self._augmented_ref_logps
+        return super()._policy_forward(model, inputs, reference, kwargs)
 
-    def _augmented_logps(
-        self, model: nn.Module, refinement: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _augmented_logps(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of chosen and rejected given `p ⊕ x`, each `(B,)`."""
-        prefix_ids, prompt_ids, prompt_mask, ids, mask = (refinement[name] for name in AUGMENTED_TENSORS)
+        prefix_ids, prompt_ids, prompt_mask, ids, mask = (inputs[name] for name in AUGMENTED_TENSORS)
         labels = ids.masked_fill(mask == 0, -100)
-        if self._shares_prompts:
+        # FlashAttention takes no two answers behind one prompt
+        packs = self._packs and not is_flash_attention_requested(self.model.config)
+        if self._shares_prompts and not packs:
             prompts = SharedPrompts(prefix_ids, prompt_ids, prompt_mask)
             batch = {"input_ids": ids, "attention_mask": mask, "shared_prompts": prompts, "completion_log_probs": True}
         else:
@@ -352,48 +318,46 @@ class SelfRefineDPOTrainer(PairwiseTrainer):
             # All padding to the right, as in the plain sequences
             order = mask.argsort(dim=1, descending=True, stable=True)
             ids, mask, labels = (x.gather(1, order) for x in (ids, mask, labels))
-            batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "fused_lm_head": True}
+            batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            if packs:
+                batch = {**self._model_kwargs(batch, share_prompt=True), "completion_log_probs": True}
+            else:
+                batch["fused_lm_head"] = True
         return model(**batch, labels=labels).log_probs.sum(dim=1).chunk(2, dim=0)
 
-    def _pair_losses(self, loss_type, batch: PairBatch, policy, logps: PairLogps) -> torch.Tensor:
-        chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
-        augmented_chosen, augmented_rejected = self._augmented_logratios
-        if loss_type == "sigmoid_norm" or (loss_type == "ipo" and self.ipo_length_normalization):
-            # TRL takes means over the response's tokens; Δ must be in the same unit
-            chosen_length, rejected_length = (batch.labels != -100).sum(dim=1).clamp(min=1.0).chunk(2, dim=0)
-            chosen, augmented_chosen = chosen / chosen_length, augmented_chosen / chosen_length
-            rejected, augmented_rejected = rejected / rejected_length, augmented_rejected / rejected_length
-        # Eq. 12
-        refinement_margin = self.beta * (augmented_chosen - augmented_rejected)  # (B,)
-        kl_difference = 0.0
-        if self.variant is not None:
-            position_kls = self._position_kls(batch, policy)
-            kl_difference = sequential_kl_difference(*position_kls, alpha=self.alpha, variant=self.variant)
-        losses, _, _ = self_refine_dpo_loss(
-            chosen,
-            rejected,
-            refinement_margin,
+    def _terms(self):
+        return [
+            dataclasses.replace(term, of_sums=term.loss_type == "ipo" and not self.ipo_length_normalization)
+            for term in super()._terms()
+        ]
+
+    def logratio_shifts(self, pairs, term):
+        chosen, rejected = super().logratio_shifts(pairs, term)
+        takes_means = term.loss_type in ("ipo", "sigmoid_norm") and not term.of_sums
+        chosen_refinement, rejected_refinement = self_refine_shifts(
+            *self._augmented_logratios,
             beta=self.beta,
             refinement_weight=self.refinement_weight,
-            loss_type=loss_type,
-            label_smoothing=self.label_smoothing,
-            discopop_tau=self.args.discopop_tau,
-            kl_difference=kl_difference,
+            loss_type=term.loss_type,
+            lengths=pairs.lengths if takes_means else None,
         )
-        return losses
+        return chosen + chosen_refinement, rejected + rejected_refinement
 
-    def _record_metrics(self, batch: PairBatch, policy, logps: PairLogps) -> None:
-        super()._record_metrics(batch, policy, logps)
+    def pair_metrics(self, pairs):
         augmented_chosen, augmented_rejected = self._augmented_logratios
-        refinement_margin = self.beta * (augmented_chosen - augmented_rejected)
-        marginal = logps.chosen_logratios - logps.rejected_logratios
-        gathered = self.accelerator.gather(refinement_margin.detach())
-        shift, margin = (
-            x.abs().mean().item()
-            for x in (self.refinement_weight * gathered, self.beta * self.accelerator.gather(marginal.detach()))
-        )
-        self._record("refinement/margin", gathered.mean().item())
-        self._record("refinement/margin_std", gathered.std(correction=0).item())
+        chosen, rejected = pairs.logratios
+        return {
+            **super().pair_metrics(pairs),
+            "refinement/margin": self.beta * (augmented_chosen - augmented_rejected),
+            "refinement/accuracies": (augmented_chosen > augmented_rejected).float(),
+            "refinement/marginal": chosen - rejected,
+        }
+
+    def _record_metrics(self, pairs):
+        super()._record_metrics(pairs)
+        metrics = self.pair_metrics(pairs)
+        deltas = self.accelerator.gather(metrics["refinement/margin"])
+        marginals = self.accelerator.gather(metrics["refinement/marginal"])
+        shift, margin = (x.abs().mean().item() for x in (self.refinement_weight * deltas, self.beta * marginals))
+        self._record("refinement/margin_std", deltas.std(correction=0).item())
         self._record("refinement/share", shift / margin if margin > 0 else 0.0)
-        self._record_mean("refinement/accuracies", (refinement_margin > 0).float())
-        self._record_mean("refinement/marginal", marginal)

@@ -8,39 +8,19 @@ take the same loss, the trainers themselves will do.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from trl import DPOConfig
 
-from ..losses.aries import aries_loss, row_weights, squared_refinement_loss
-from .pairwise_trainer import PairBatch, PairLogps, PairwiseTrainer
+from ..losses.aries import row_weights
 from .self_refine_dpo_trainer import SelfRefineDPOTrainer
-from .tdpo_trainer import TDPOTrainer
-
-
-@dataclass
-class DataCollatorWithTurns:
-    """
-    Adds `turn` (`torch.Tensor` of shape `(B,)`) to the batches of another collator.
-
-    Args:
-        collator (`Callable`):
-            The trainer's own.
-    """
-
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.collator(examples), "turn": torch.tensor([example["turn"] for example in examples])}
+from .shifted_dpo_trainer import Term
+from .tdpo_trainer import TDPOTrainer, TokenLevelTrainer
 
 
 class SquaredRefinement:
     """
-    Mixin for a [`PairwiseTrainer`]. The only change is the loss of the rows whose `turn` is 1.
+    Mixin for a [`TokenLevelTrainer`]. The only change is the loss of the rows whose `turn` is 1: with the log-ratios' sums and without a
+    shift, `(½ − β [r(y_w) − r(y_l)])²`, which is β² times IPO's loss as its paper writes it.
 
     Logged besides: `objective/direct` and `objective/refinement`, the mean loss of a batch's rows of either kind, without weights.
 
@@ -51,78 +31,65 @@ class SquaredRefinement:
             The trainer's own.
 
     Raises:
-        `ValueError`: several preference losses in `loss_type`; a dataset without rows of both kinds.
+        `ValueError`: several preference losses in `loss_type`, or one without a loss for each row; `use_weighting`; a dataset without
+        rows of both kinds.
     """
+
+    columns = ("turn",)
 
     def __init__(self, *pos, objective_alpha: float, **kwargs):
         super().__init__(*pos, **kwargs)
-        self.data_collator = DataCollatorWithTurns(self.data_collator)
         # TRL has dropped the rows whose prompt alone fills `max_length`
         counts = Counter(self.train_dataset["turn"])
-        self._direct_weight, self._refinement_weight = row_weights(counts[0], counts[1], alpha=objective_alpha)
+        self._row_weights = row_weights(counts[0], counts[1], alpha=objective_alpha)
+        [self._weight] = [term.weight for term in super()._terms() if term.loss_type != "sft"]
+        self._square = Term("ipo", self._weight * self.beta**2, of_sums=True)
+        self._direct_kl_weight = self._kl_weight
 
     @classmethod
-    def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
+    def _refuse_options(cls, args, honoured=()):
         super()._refuse_options(args, honoured)
+        if args.use_weighting:
+            raise ValueError(
+                f"`use_weighting=True` is not supported by {cls.__name__}: the rows have weights. Leave it `False`."
+            )
         if len(set(args.loss_type) - {"sft"}) > 1:
             raise ValueError(
                 f"`loss_type={args.loss_type!r}` has several preference losses, and the squared objective has one L_direct. "
                 'Name one, and "sft" beside it if you like.'
             )
 
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if "turn" not in self._signature_columns:
-            self._signature_columns.append("turn")
+    def _terms(self):
+        return [*super()._terms(), self._square]
 
-    def _set_token_level(self, variant: str | None, alpha: float, args: DPOConfig) -> None:
-        super()._set_token_level(variant, alpha, args)
-        self._direct_kl_weight = self._kl_weight
+    def logratio_shifts(self, pairs, term):
+        return (0.0, 0.0) if term is self._square else super().logratio_shifts(pairs, term)
 
-    def _compute_loss(self, model, inputs, return_outputs):
-        inputs = dict(inputs)
-        self._turns = inputs.pop("turn")
+    def pair_weights(self, pairs, term):
+        turn = int(term is self._square)
+        return self._row_weights[turn] * (pairs.inputs["turn"] == turn).float()
+
+    def _policy_forward(self, model, inputs, reference, kwargs):
         if self.variant is not None:
             # TDPO's gradient of the KL is taken beside the log-probability's, in the head; the square has no KL
-            kl_weight = torch.tensor(self._direct_kl_weight, device=self._turns.device)
-            self._kl_weight = torch.outer(kl_weight, (self._turns == 0).float())  # (2, B)
-        return super()._compute_loss(model, inputs, return_outputs)
+            direct = (inputs["turn"] == 0).float()
+            self._kl_weight = torch.outer(torch.tensor(self._direct_kl_weight, device=direct.device), direct)  # (2, B)
+        return super()._policy_forward(model, inputs, reference, kwargs)
 
-    def _pair_losses(self, loss_type: str, batch: PairBatch, policy, logps: PairLogps) -> torch.Tensor:
-        direct_losses = super()._pair_losses(loss_type, batch, policy, logps)
-        squares, _, _ = squared_refinement_loss(logps.chosen_logratios, logps.rejected_logratios, beta=self.beta)
-        self._record_part("objective/direct", direct_losses, self._turns == 0)
-        self._record_part("objective/refinement", squares, self._turns == 1)
-        return aries_loss(
-            direct_losses,
-            squares,
-            self._turns,
-            direct_weight=self._direct_weight,
-            refinement_weight=self._refinement_weight,
-        )
-
-    def _record_part(self, name: str, losses: torch.Tensor, rows: torch.Tensor) -> None:
-        """Record the mean over the rows of one kind, nothing for a batch without any."""
-        sums = torch.stack([losses.detach()[rows].sum(), rows.sum()]).unsqueeze(0)
-        total, count = self.accelerator.gather(sums).sum(dim=0).tolist()
-        if count > 0:
-            self._record(name, total / count)
+    def _term_loss(self, pairs, term, loss):
+        if term.loss_type == "sft":
+            return loss
+        turn = int(term is self._square)
+        rows, weight = (pairs.inputs["turn"] == turn).float(), self._weight * self._row_weights[turn]
+        if weight > 0:
+            parts = torch.stack([loss.detach() * rows.numel() / weight, rows.sum()]).unsqueeze(0)
+            total, count = self.accelerator.gather(parts).sum(dim=0).tolist()
+            if count > 0:  # nothing for a batch without any
+                self._record(("objective/direct", "objective/refinement")[turn], total / count)
+        return loss
 
 
-class SigmoidDPOTrainer(PairwiseTrainer):
-    """DPO itself in the steps of [`PairwiseTrainer`], for the mixin to change one of them."""
-
-    _pair_loss_types = ("sigmoid",)
-
-    def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *pos, **kwargs):
-        self._refuse_options(args)
-        super().__init__(model, ref_model, args, *pos, **kwargs)
-
-    def _pair_losses(self, loss_type: str, batch: PairBatch, policy, logps: PairLogps) -> torch.Tensor:
-        return -F.logsigmoid(self.beta * (logps.chosen_logratios - logps.rejected_logratios))
-
-
-class SquaredRefinementDPOTrainer(SquaredRefinement, SigmoidDPOTrainer):
+class SquaredRefinementDPOTrainer(SquaredRefinement, TokenLevelTrainer):
     """DPO's loss for direct answering, the squares for refining."""
 
 

@@ -18,8 +18,13 @@ class TDPOConfig(DPOConfig):
             Weight α of the difference of the sequential KLs in TDPO2, at least 0; 0.5 is the paper's default. Larger
             values keep the policy closer to the reference; `0` is DPO. TDPO1 does not use it.
         share_prompt (`bool`, *optional*, defaults to `False`):
-            Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R tokens
-            in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are refused.
+            Whether to compute the prompt of a pair once, with chosen and rejected behind it, and what all prompts of a batch begin with once
+            for all. The batch is packed as with `padding_free`, for the same loss and gradients. Models for which it is not exact are
+            refused.
+        max_batch_tokens (`int`, *optional*):
+            With `padding_free` or `share_prompt`: the largest number of tokens that a device computes at a time. The pairs of
+            `per_device_train_batch_size` are computed in as many parts as that takes, with the gradient of all of them. One pair may have
+            more.
 
     Raises:
         `ValueError`: unknown `variant`, or a negative `alpha`.
@@ -43,9 +48,16 @@ class TDPOConfig(DPOConfig):
     share_prompt: bool = field(
         default=False,
         metadata={
-            "help": "Whether to compute the prompt of a pair once, with chosen and rejected behind it in one sequence: P + 2R "
-            "tokens in the place of 2 (P + R), for the same loss and gradients. Models for which it is not exact are "
-            "refused."
+            "help": "Whether to compute the prompt of a pair once, with chosen and rejected behind it, and what all prompts of a batch "
+            "begin with once for all. The batch is packed as with `padding_free`, for the same loss and gradients. Models for which "
+            "it is not exact are refused."
+        },
+    )
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `padding_free` or `share_prompt`: the largest number of tokens that a device computes at a time. The pairs of "
+            "`per_device_train_batch_size` are computed in as many parts as that takes, with the gradient of all of them."
         },
     )
 

@@ -1,22 +1,210 @@
+import dataclasses
+import os
 import textwrap
 
 import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 from peft import PeftModel, PromptLearningConfig
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
-from ..losses.tdpo import tdpo_loss
-from .pairwise_trainer import PairBatch, PairLogps, PairwiseTrainer
-from .position_kl_head import PositionKLOutput
+from ..losses.shifts import tdpo_shifts
+from .position_kl_head import CompletionStates
+from .reference_states import COLUMNS as STATE_COLUMNS
+from .reference_states import DataCollatorWithStates, as_rows, check_room, write
+from .shifted_dpo_trainer import Pairs, ShiftedDPOTrainer
 from .tdpo_config import TDPOConfig
 
 
-class TDPOTrainer(PairwiseTrainer):
+# The losses of TRL that are functions of shifted log-ratios; a new one is refused until somebody has looked at it
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
+)
+READ_LABEL_SMOOTHING = ("exo_pair", "robust", "aot", "aot_unpaired")
+
+
+def learns_prompt(model, peft_config) -> bool:
+    """Whether an adapter, of a loaded model or to be made, puts virtual tokens before each sequence."""
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
+    return any(isinstance(adapter, PromptLearningConfig) for adapter in adapters)
+
+
+class TokenLevelTrainer(ShiftedDPOTrainer):
+    """
+    Base of the two trainers of this package: log-ratios shifted by the KL at each position, `Σ_t KL(π_ref(·|s_t) ‖ π(·|s_t))`, if there is
+    a `variant` of TDPO.
+    """
+
+    variant: str | None = None
+    _kl_weight: tuple[float, float] | torch.Tensor | None = None
+    _separate_sft = False
+    _ref_head: CompletionStates | None = None
+    _own_columns = STATE_COLUMNS
+    _own_inputs = ("ref_states",)
+    _refused_options = {
+        "ld_alpha": (
+            None,
+            "it reweights the tokens of DPO's own log-ratios. Leave it unset, or use `trl.DPOTrainer`.",
+        ),
+        "f_divergence_type": (
+            "reverse_kl",
+            "the loss is derived for the reverse KL. Leave it at 'reverse_kl', or use `trl.DPOTrainer`.",
+        ),
+    }
+
+    @classmethod
+    def _refuse_options(cls, args, honoured=()):
+        super()._refuse_options(args, honoured)
+        for loss_type in args.loss_type:
+            if loss_type not in (*LOSS_TYPES, "sft"):
+                raise ValueError(
+                    f"`loss_type={loss_type!r}` is not supported by {cls.__name__}, which knows {[*LOSS_TYPES, 'sft']}. Use "
+                    "one of these, or `trl.DPOTrainer` for the other losses."
+                )
+        if set(args.loss_type) == {"sft"}:
+            raise ValueError(
+                f"`loss_type={args.loss_type!r}` has no preference loss, so {cls.__name__} would be plain SFT on the "
+                "chosen answers. Add one, such as 'sigmoid', or use `trl.SFTTrainer`."
+            )
+        if args.label_smoothing != 0 and not set(args.loss_type) & set(READ_LABEL_SMOOTHING):
+            raise ValueError(
+                f"`label_smoothing={args.label_smoothing}` is not supported by {cls.__name__} with `loss_type={args.loss_type!r}`: only "
+                f"{', '.join(READ_LABEL_SMOOTHING)} read it. Leave it at 0, or use 'robust'."
+            )
+
+    def _set_token_level(self, config, args: DPOConfig, model, peft_config) -> None:
+        """Ask for the KL at each position and the gradient that `config.variant` takes from it. Before `super().__init__`."""
+        self.variant, self.alpha = config.variant, config.alpha
+        if self.variant is not None and learns_prompt(model, peft_config):
+            raise ValueError(
+                f"`variant={self.variant!r}` is not supported with prompt-learning PEFT (prompt, prefix or p-tuning): its "
+                "virtual tokens shift the positions at which the two distributions are compared. Use LoRA."
+            )
+        # Share of the KL of chosen and of rejected in the gradient: with it one Jacobian is enough. SFT on the chosen answers needs
+        # the log-probability's alone, which TDPO1 does not leave there.
+        self._kl_weight = {None: None, "tdpo1": (1.0, 1.0), "tdpo2": (0.0, self.alpha)}[self.variant]
+        self._separate_sft = self.variant == "tdpo1" and "sft" in args.loss_type
+
+    def logratio_shifts(self, pairs, term):
+        if self.variant is None:
+            return 0.0, 0.0
+        return tdpo_shifts(*pairs.sums(pairs.outputs.position_kl), alpha=self.alpha, variant=self.variant)
+
+    def pair_metrics(self, pairs):
+        if self.variant is None:
+            return {}
+        (chosen, rejected), kls = self.beta * pairs.logratios, pairs.sums(pairs.outputs.position_kl)
+        return {
+            "position_kl/chosen": kls[0],
+            "position_kl/rejected": kls[1],
+            "position_kl/margin": kls[0] - kls[1],
+            # The paper's rewards, β (logratio + SeqKL)
+            "rewards_tdpo/chosen": chosen + self.beta * kls[0],
+            "rewards_tdpo/rejected": rejected + self.beta * kls[1],
+        }
+
+    def _shifted(self, pairs, term):
+        outputs, ref_logps = super()._shifted(pairs, term)
+        if term.loss_type == "sft" and self._separate_sft:
+            outputs = dataclasses.replace(outputs, log_probs=outputs.sft_log_probs)
+        return outputs, ref_logps
+
+    def _reference_states(self, inputs) -> CompletionStates:
+        model = self.ref_model or self.model
+        return self._with_reference(
+            inputs, lambda **kwargs: model(**self._model_kwargs(kwargs), completion_states=True)
+        )
+
+    def _reference_forward(self, inputs):
+        """With a `variant`, the reference's states: its log-probabilities are computed beside the KL, in the policy's forward."""
+        if self.variant is None:
+            return super()._reference_forward(inputs)
+        if self.precompute_ref_logps:
+            hidden = inputs["ref_states"].view(self._ref_head.hidden.dtype).view(-1, self._ref_head.weight.size(1))
+            return dataclasses.replace(self._ref_head, hidden=hidden)
+        return self._reference_states(inputs)
+
+    def _pairs_of(self, inputs, pairs):
+        if "ref_states" not in inputs:
+            return super()._pairs_of(inputs, pairs)
+        states, lengths = inputs["ref_states"], inputs["completion_mask"][:, 1:].sum(dim=1)
+        parts = states.split((lengths * (states.numel() // lengths.sum())).tolist())
+        rows = torch.cat([pairs, pairs + len(parts) // 2]).tolist()
+        others = {name: x for name, x in inputs.items() if name != "ref_states"}
+        return {**super()._pairs_of(others, pairs), "ref_states": torch.cat([parts[row] for row in rows])}
+
+    def _prepare(self):
+        if self.variant is not None and self.args.precompute_ref_log_probs and not self._is_prepared:
+            self.data_collator = DataCollatorWithStates(self.data_collator)
+        super()._prepare()
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """
+        With a `variant`, the reference's states at the responses instead of log-probabilities, and a copy of its head if that is trained.
+        Rounding depends on a batch's padding, so that the KL of a policy that is the reference is 0 but for rounding.
+        """
+        if self.variant is None or isinstance(dataset, IterableDataset):  # which TRL refuses
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` is not supported by {type(self).__name__} under FSDP or DeepSpeed, which part the reference's "
+                "head. Leave it `False`; with LoRA the reference costs no memory, since it is the model without adapter."
+            )
+        self._prepare()
+        head = self._reference_states(self._prepare_inputs(self.data_collator([dataset[0]])))
+        if self._ref_head is None:
+            trained = self.ref_model is None and (
+                head.weight.requires_grad or head.bias is not None and head.bias.requires_grad
+            )
+            weight, bias = (x.detach().clone() if trained and x is not None else x for x in (head.weight, head.bias))
+            self._ref_head = dataclasses.replace(head, weight=weight, bias=bias)
+        batches = (self.args.max_length, self.args.truncation_mode, str(head.hidden.dtype))
+        key = [Hasher.hash((dataset._fingerprint, self._precompute_model_hash, batches, "states"))]
+        broadcast_object_list(key, from_process=0)
+        file = dataset._get_cache_file_path(key[0])
+        if not os.path.exists(file):
+            check_room(dataset, head.hidden[:1].nbytes, file)
+            loader = DataLoader(dataset, batch_size, collate_fn=self.data_collator)
+            rows = (
+                self.accelerator.gather_for_metrics(
+                    as_rows(self._reference_states(batch).hidden, batch["completion_mask"][:, 1:]),
+                    use_gather_object=True,
+                )
+                for batch in tqdm(
+                    self.accelerator.prepare(loader), desc=f"Keeping the reference's states for {name} dataset"
+                )
+            )
+            if self.accelerator.is_main_process:
+                write(file, rows)
+            else:
+                list(rows)
+            self.accelerator.wait_for_everyone()
+        return concatenate_datasets([dataset, Dataset.from_file(file)], axis=1)
+
+    def _policy_forward(self, model, inputs, reference, kwargs):
+        """
+        With a `variant`, `log_probs` have the value of the log-probabilities and the gradient of `log π + κ KL`; the value of the shift is
+        taken from the reference's.
+        """
+        if self.variant is None:
+            return super()._policy_forward(model, inputs, reference, kwargs)
+        token_level = {"reference": reference, "kl_weight": self._kl_weight, "separate_sft": self._separate_sft}
+        pairs = Pairs(inputs, model(**self._model_kwargs(kwargs), **token_level), None)
+        pairs.ref_logps = pairs.sums(pairs.outputs.ref_log_probs)
+        return pairs
+
+
+class TDPOTrainer(TokenLevelTrainer):
     """
     Trainer for Token-level Direct Preference Optimization (TDPO, https://huggingface.co/papers/2404.11999).
 
-    The only change w.r.t. [`~trl.DPOTrainer`] is the loss: TDPO adds the difference of the two responses' sequential KLs
-    to DPO's margin. Arguments, datasets, PEFT and the reference model are [`~trl.DPOTrainer`]'s; `args` may be a plain
+    The only change w.r.t. [`~trl.DPOTrainer`] is that the log-ratios of both responses are raised by their sequential KLs, before TRL's
+    loss sees them. Arguments, datasets, PEFT and the reference model are [`~trl.DPOTrainer`]'s; `args` may be a plain
     [`~trl.DPOConfig`], which trains TDPO2 with the paper's α.
 
     Logged besides DPOTrainer's metrics: `position_kl/chosen`, `position_kl/rejected` (sequence sums in nats),
@@ -24,9 +212,9 @@ class TDPOTrainer(PairwiseTrainer):
     and `rewards_tdpo/rejected`.
 
     Raises:
-        `ValueError`: an option that has no meaning for TDPO (`precompute_ref_log_probs`, `ld_alpha`, `use_weighting`,
-        `f_divergence_type`, `label_smoothing`, other loss types than "sigmoid" and "sft", prompt-learning PEFT), or a model
-        that cannot do with `share_prompt`, before any model is loaded.
+        `ValueError`: an option that has no meaning for TDPO (`ld_alpha`, `use_weighting`, `f_divergence_type`, `label_smoothing` without a
+        loss that reads it, `loss_type="sft"` alone, prompt-learning PEFT), or a model that cannot do with `share_prompt`, before any
+        model is loaded.
 
     Example:
 
@@ -42,7 +230,7 @@ class TDPOTrainer(PairwiseTrainer):
     ```
     """
 
-    _tag_names = ["trl", "trl-ext", "tdpo"]
+    _tag_names = ["trl", "trl-ext", "dpo", "tdpo"]
     _name = "TDPO"
     _paper = {
         "title": "Token-level Direct Preference Optimization",
@@ -57,13 +245,11 @@ class TDPOTrainer(PairwiseTrainer):
                 eprint       = {arXiv:2404.11999},
             }"""),
     }
-
-    _pair_loss_types = ("sigmoid",)
-    _refused_options = PairwiseTrainer._refused_options | {
-        "precompute_ref_log_probs": (
+    _refused_options = TokenLevelTrainer._refused_options | {
+        "use_weighting": (
             False,
-            "TDPO needs the reference's whole next-token distribution at each step, not only the log-probability of the "
-            "answer. Set it to `False`; with LoRA the reference costs no memory, since it is the model without adapter.",
+            "WPO weighs a pair by the policy's probabilities alone, and the head that computes the KL has no such weights. Leave it "
+            "`False`, or use `trl.DPOTrainer`.",
         ),
     }
 
@@ -72,26 +258,8 @@ class TDPOTrainer(PairwiseTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = TDPOConfig(f"{model_name.split('/')[-1]}-TDPO")
         self._refuse_options(args)
-        adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
-        if any(isinstance(adapter, PromptLearningConfig) for adapter in adapters):
-            raise ValueError(
-                "Prompt-learning PEFT (prompt, prefix or p-tuning) is not supported by TDPOTrainer: its virtual tokens "
-                "shift the positions at which the two distributions are compared. Use LoRA."
-            )
         config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
-        self._set_token_level(config.variant, config.alpha, args)
-        if config.share_prompt:
-            self._set_share_prompt(args, peft_config, model, ref_model)
+        self._set_token_level(config, args, model, peft_config)
+        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
 
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
-
-    def _pair_losses(self, loss_type, batch: PairBatch, policy: PositionKLOutput, logps: PairLogps) -> torch.Tensor:
-        losses, _, _ = tdpo_loss(
-            logps.chosen_logratios,
-            logps.rejected_logratios,
-            *self._position_kls(batch, policy),
-            beta=self.beta,
-            alpha=self.alpha,
-            variant=self.variant,
-        )
-        return losses

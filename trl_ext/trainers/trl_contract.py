@@ -1,10 +1,14 @@
 """
-What this package relies on in TRL beyond its documented API: the names and signatures, in one place for the test
-(`tests/test_trl_contract.py`, which adds the behaviour) and for `trl-ext doctor`. As of TRL 1.16.
+What this package, and any subclass of [`ShiftedDPOTrainer`], relies on in TRL beyond its documented API: the names and their parameters, and
+what `DPOTrainer._compute_loss` does with what it is given. For `trl-ext doctor`, and for `make try-trl` by `tests/test_trl_contract.py`.
+As of TRL 1.16. A parameter more, with a default, breaks nothing.
 """
 
+import contextlib
 import importlib
 import inspect
+import tempfile
+from collections.abc import Iterator
 
 
 # Names TRL does not export -> their parameters. For an autograd function, those of `forward` after `ctx`.
@@ -36,7 +40,6 @@ NOT_EXPORTED = {
     ("trl.trainer.utils", "global_then_local_main_first"): (),
     ("trl.trainer.utils", "maybe_gather_lm_head_ctx"): ("params",),
     ("trl.trainer.utils", "pad"): ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
-    ("trl.trainer.utils", "use_adapter"): ("model", "adapter_name"),
 }
 
 # Methods of DPOTrainer that are overridden or called -> their parameters
@@ -57,32 +60,142 @@ METHODS = {
 }
 
 
-def parameters(function) -> tuple[str, ...]:
-    """The names of a function's parameters; of an autograd function's `forward`, those after `ctx`."""
+def parameters(function) -> tuple[inspect.Parameter, ...]:
+    """A function's parameters; of an autograd function's `forward`, those after `ctx`."""
     import torch
 
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
-        return tuple(inspect.signature(function.forward).parameters)[1:]
-    return tuple(inspect.signature(function).parameters)
+        return tuple(inspect.signature(function.forward).parameters.values())[1:]
+    return tuple(inspect.signature(function).parameters.values())
+
+
+def missing(found: tuple[inspect.Parameter, ...], expected: tuple[str, ...]) -> str | None:
+    """What a signature lacks to be called with `expected` parameters, in this order; `None` if nothing."""
+    names = tuple(parameter.name for parameter in found)
+    if tuple(name for name in names if name in expected) != expected:
+        return f"takes {names}, not {expected}"
+    catching = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in found if p.default is p.empty and p.kind not in catching and p.name not in expected]
+    return f"needs {needed} too" if needed else None
 
 
 def broken() -> list[str]:
-    """What the installed TRL has otherwise, one line each; empty where the contract holds."""
+    """What the installed TRL has otherwise, one line each; empty if the contract holds."""
     from trl import DPOTrainer
 
     problems = []
     for (module, name), expected in NOT_EXPORTED.items():
         try:
-            found = parameters(getattr(importlib.import_module(module), name))
+            problem = missing(parameters(getattr(importlib.import_module(module), name)), expected)
         except (ImportError, AttributeError) as error:
-            problems.append(f"{module}.{name} is gone ({error})")
-            continue
-        if found != expected:
-            problems.append(f"{module}.{name} takes {found}, not {expected}")
+            problem = f"is gone ({error})"
+        problems += [f"{module}.{name} {problem}"] * (problem is not None)
     for name, expected in METHODS.items():
         method = inspect.getattr_static(DPOTrainer, name, None)
-        if method is None:
-            problems.append(f"DPOTrainer.{name} is gone")
-        elif parameters(method) != expected:
-            problems.append(f"DPOTrainer.{name} takes {parameters(method)}, not {expected}")
-    return problems
+        problem = "is gone" if method is None else missing(parameters(method), expected)
+        problems += [f"DPOTrainer.{name} {problem}"] * (problem is not None)
+    try:
+        return problems or behaviour()
+    except Exception as error:  # whatever another TRL raises
+        return [f"DPOTrainer._compute_loss raises {type(error).__name__}: {error}"]
+
+
+# What `_compute_loss` does with a callable, buffers and outputs that it is given
+
+
+@contextlib.contextmanager
+def tiny_trainer() -> Iterator:
+    """A `DPOTrainer` on two pairs and a Llama of one layer, made in memory."""
+    from datasets import Dataset
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}, unk_token="c"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(
+        vocab_size=5, max_position_embeddings=16, pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes
+    )
+    rows = [
+        {"prompt": "a b", "chosen": " c a", "rejected": " b"},
+        {"prompt": "b", "chosen": " a", "rejected": " c c a"},
+    ]
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory() as output_dir:
+        yield DPOTrainer(
+            model=LlamaForCausalLM(config),
+            ref_model=LlamaForCausalLM(config),
+            args=DPOConfig(output_dir, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"),
+        )
+    if not silent:
+        enable_progress_bars()
+
+
+def behaviour() -> list[str]:
+    """
+    Call `DPOTrainer._compute_loss` as [`ShiftedDPOTrainer`] does, with made-up log-probabilities, and compare the loss, its gradient and the
+    rewards with DPO's equations.
+    """
+    import torch
+    import torch.nn.functional as F
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    with tiny_trainer() as trainer:
+        batch = trainer.data_collator(
+            list(trainer.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]))
+        )
+        mask = batch["completion_mask"][:, 1:]
+        generator = torch.Generator().manual_seed(0)
+        log_probs = (torch.randn(mask.shape, generator=generator) * mask).requires_grad_()
+        ref_logps, weights = torch.randn(2, 2, generator=generator), torch.rand(mask.shape, generator=generator)
+        outputs = FusedCausalLMOutput(
+            log_probs=log_probs,
+            log_sum_sq_probs=log_probs.detach() - weights,
+            entropy=torch.zeros(mask.shape),
+            mean_logits=torch.zeros(mask.shape),
+            is_top1=mask.bool(),
+        )
+        calls = []
+
+        def policy(**kwargs):
+            calls.append(kwargs)
+            if not kwargs.get("fused_lm_head"):
+                return "logits"
+            for buffer, values in zip(buffers.values(), ref_logps, strict=True):
+                buffer.copy_(values)
+            return outputs
+
+        def called(return_outputs=False, **attributes):
+            nonlocal buffers
+            calls.clear()
+            buffers = {f"ref_{side}_logps": torch.zeros(2) for side in ("chosen", "rejected")}
+            vars(trainer).update(attributes, precompute_ref_logps=True)
+            return trainer._compute_loss(policy, {**batch, **buffers}, return_outputs)
+
+        buffers = {}
+        logratios = log_probs.sum(dim=1).view(2, 2) - ref_logps
+        losses = -F.logsigmoid(trainer.beta * (logratios[0] - logratios[1]))
+        pair_weights = ((weights * mask).sum(dim=1) / mask.sum(dim=1)).exp().view(2, 2).prod(dim=0)
+        loss = called()
+        if len(calls) != 1 or not {"input_ids", "attention_mask", "labels", "fused_lm_head"} <= calls[0].keys():
+            return ["DPOTrainer._compute_loss calls another model than the one it is given, or with something else"]
+        gradient, expected = (torch.autograd.grad(x, log_probs, retain_graph=True)[0] for x in (loss, losses.mean()))
+        summed = "does not sum `log_probs`, or does not read the reference's log-probabilities after the call"
+        found = {
+            summed: torch.allclose(loss, losses.mean()),
+            "has another gradient than DPO's": torch.allclose(gradient, expected),
+        }
+        rewards = trainer.beta * logratios.mean(dim=1)
+        recorded = [trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected")]
+        found["has other rewards than β times the log-ratios"] = torch.allclose(torch.tensor(recorded), rewards)
+        weighted = called(use_weighting=True)
+        found["does not weigh a pair by the mean of `log_probs − log_sum_sq_probs`"] = torch.allclose(
+            weighted, (losses * pair_weights).mean()
+        )
+        found["has a loss without a loss type"] = called(loss_types=[], loss_weights=[], use_weighting=False) == 0.0
+        return [f"DPOTrainer._compute_loss {problem}" for problem, holds in found.items() if not holds]

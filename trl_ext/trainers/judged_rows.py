@@ -1,0 +1,100 @@
+"""
+Rows of any known shape for a [`~trl.DPOTrainer`], judged before it trains on them; `trl_ext/rows` says how.
+"""
+
+import numpy as np
+import pyarrow.compute as pc
+from accelerate.logging import get_logger
+from datasets import Dataset
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from ..rows.judge import TOKENS
+from ..rows.pairs import prepare_pairs
+from ..rows.processing import load_processing_class
+
+
+logger = get_logger(__name__)
+
+
+def model_config(model: str | nn.Module, args: DPOConfig | None) -> PreTrainedConfig:
+    """The configuration of a model that is given as such or by its name."""
+    if isinstance(model, nn.Module):
+        return model.config
+    options = (None if args is None else args.model_init_kwargs) or {}
+    trust = options.get("trust_remote_code", args is not None and args.trust_remote_code)
+    return AutoConfig.from_pretrained(model, revision=options.get("revision"), trust_remote_code=trust)
+
+
+def count_truncated(dataset: Dataset, max_length: int) -> tuple[int, int]:
+    """
+    What `max_length` cuts off a tokenized preference dataset.
+
+    Returns:
+        `tuple[int, int]`: rows with a sequence that is longer, and the tokens beyond, of chosen and rejected together.
+    """
+    rows = tokens = 0
+    for table in dataset.select_columns(list(TOKENS)).with_format("arrow").iter(batch_size=1000):
+        prompt, chosen, rejected = (pc.list_value_length(table[column]).to_numpy() for column in TOKENS)
+        beyond = np.maximum(prompt + chosen - max_length, 0) + np.maximum(prompt + rejected - max_length, 0)
+        rows, tokens = rows + int((beyond > 0).sum()), tokens + int(beyond.sum())
+    return rows, tokens
+
+
+class JudgedRows:
+    """
+    Mixin for a [`~trl.DPOTrainer`]: datasets may have any known shape, what cannot be trained on is left out and counted, and the tokenizer
+    of a text-only model is loaded without an image processor that it names.
+
+    Raises:
+        [`RecipeError`], a `ValueError`: data of another kind, nothing that can be trained on, or more than half that cannot.
+    """
+
+    # Whether text that was rendered with the chat template before can be trained on
+    takes_rendered = True
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args: DPOConfig | None = None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *pos,
+        **kwargs,
+    ):
+        config = model_config(model, args)
+        self._vocabulary = config.get_text_config().vocab_size
+        if processing_class is None:
+            revision = (args.model_init_kwargs or {}).get("revision") if args and isinstance(model, str) else None
+            trust = args is not None and args.trust_remote_code
+            processing_class = load_processing_class(get_config_model_id(config), config, revision, trust)
+        super().__init__(
+            model, ref_model, args, data_collator, train_dataset, eval_dataset, processing_class, *pos, **kwargs
+        )
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        def tokenize(rows, args):
+            return super(JudgedRows, self)._prepare_dataset(rows, processing_class, args, dataset_name)
+
+        prepared, account = prepare_pairs(
+            dataset, processing_class, args, dataset_name, tokenize, self._vocabulary, self.takes_rendered
+        )
+        for line in account.lines:
+            logger.warning(line)
+        if isinstance(prepared, Dataset) and args.max_length is not None:
+            rows, tokens = count_truncated(prepared, args.max_length)
+            if rows > 0:
+                logger.warning(
+                    f"{rows} of {len(prepared)} rows of the {dataset_name} dataset are longer than "
+                    f"`max_length={args.max_length}`: {tokens} tokens are cut off."
+                )
+        return prepared
+
+
+class JudgedDPOTrainer(JudgedRows, DPOTrainer):
+    """[`~trl.DPOTrainer`] with [`JudgedRows`]."""
