@@ -3,12 +3,15 @@ Rows on their way into a trainer. Oracle: TRL's own preparation of the same rows
 left out, the number of the row.
 """
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, disable_progress_bars
 from tests.rows.shapes import CONVERTED, MESSAGES, ODD, REFUSED, TEXT, assistant, user
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -206,3 +209,49 @@ class TestFiles:
         files = [write(tmp_path / "a.jsonl", TEXT * 3), write(tmp_path / "b.jsonl", TEXT)]
         train = self.load(datasets=[{"path": file, "fraction": 0.5} for file in files])
         assert train.to_list() == TEXT * 2
+
+
+CONTENT = st.one_of(
+    st.none(),
+    st.text(max_size=4),
+    st.integers(),
+    st.lists(st.text(max_size=3), max_size=2),
+    st.just([{"type": "image"}]),
+)
+MESSAGE = st.one_of(
+    st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls", "name"]), CONTENT, max_size=3),
+    st.builds(
+        lambda role, content: {"role": role, "content": content},
+        st.sampled_from(["user", "assistant", "gpt", "x"]),
+        CONTENT,
+    ),
+)
+VALUE = st.one_of(
+    CONTENT, MESSAGE, st.lists(MESSAGE, max_size=3), st.lists(st.one_of(MESSAGE, st.text(max_size=3)), max_size=2)
+)
+
+
+@hypothesis.given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"chosen": VALUE, "rejected": VALUE},
+            optional={"prompt": VALUE, "system": VALUE, "tools": VALUE, "chat_template_kwargs": VALUE},
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+@hypothesis.settings(
+    max_examples=100, phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck)
+)
+def test_no_row_ends_in_a_foreign_error(tokenizer, args, rows):
+    """Whatever is in the columns: it trains, or a `RecipeError` says why not."""
+    try:
+        dataset = Dataset.from_list(rows, on_mixed_types="use_json")
+    except (TypeError, ValueError, OverflowError):
+        return  # no dataset
+    disable_progress_bars()
+    with contextlib.suppress(RecipeError):
+        prepared, account = prepared_pairs(dataset, tokenizer, args, vocabulary=len(tokenizer))
+        assert len(prepared) + account.findings.dropped.total() == len(rows)
+        assert all(row["chosen_ids"] and row["rejected_ids"] for row in prepared)

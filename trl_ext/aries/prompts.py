@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data_files import BUILDERS, builder_arguments, is_data_file
 from ..recipe import RecipeError
-from ..rows.formats import is_filled, looks_like_messages, read_text
+from ..rows.formats import has_system, is_filled, looks_like_messages, read_text
 from .config import DatasetConfig
 from .dataset_rows import ROWS_AT_ONCE, ArrowRows, DatasetRows, JsonLines
 from .records import blocks
@@ -138,9 +138,17 @@ def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
 
 
 def read_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its prompt in TRL's form: ShareGPT's turns, JSON in text and parts of text are read as messages."""
+    """
+    The row with its prompt in TRL's form: ShareGPT's turns, JSON in text and parts of text are read as messages, and a column `system` beside
+    them as their system message.
+    """
     prompt = row.get("prompt")
-    return {**row, "prompt": read_text(prompt, [])} if isinstance(prompt, (str, list)) else row
+    if not isinstance(prompt, (str, list)):
+        return row
+    prompt = read_text(prompt, [])
+    if is_messages(prompt) and prompt and is_filled(row.get("system")) and not has_system(prompt):
+        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+    return {**row, "prompt": prompt}
 
 
 def prompt_problem(row: dict[str, Any]) -> str | None:

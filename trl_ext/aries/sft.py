@@ -10,7 +10,7 @@ from jinja2 import Template
 
 from ..recipe import RecipeError
 from ..rows.formats import read_text
-from .prompts import is_messages, prompt_problem
+from .prompts import is_messages, prompt_problem, read_row
 from .refinements import refinement_prompt
 
 
@@ -31,7 +31,9 @@ def usable_sft_rows(rows: list[dict[str, Any]], dataset: str) -> tuple[list[dict
     """
     usable, dropped = [], Counter()
     for number, row in enumerate(rows, start=1):
-        row = {key: read_text(value, []) if key in ("prompt", "completion") else value for key, value in row.items()}
+        row = read_row(row)
+        if "completion" in row:
+            row["completion"] = read_text(row["completion"], [])
         problem = prompt_problem(row) or target_problem(row)
         if problem:
             raise RecipeError(f"`sft.dataset`: {dataset}, row {number}: {problem}")

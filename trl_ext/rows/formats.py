@@ -253,14 +253,15 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
         prompt = f"{prompt}\n{row[columns.input]}"
         done.append("input")
     system = None if columns.system is None else row.get(columns.system)
+    system = system if isinstance(system, str) and system.strip() else None
     history = read_history(row.get(columns.history)) if columns.history is not None else []
     if history:
         done.append("history")
     pair = Pair(prompt, chosen, rejected, done)
     if not (chosen and rejected):
         return pair
-    if pair.is_conversational or as_messages or is_filled(system) or history:
-        _read_messages(pair, system if is_filled(system) else None, history)
+    if pair.is_conversational or as_messages or system or history:
+        _read_messages(pair, system, history)
     else:
         _read_texts(pair, cut_prompt)
     return pair
@@ -270,12 +271,17 @@ def _fault(text: Any) -> str | None:
     """What keeps a value from being text or messages."""
     if isinstance(text, list) and text and all(isinstance(item, str) for item in text):
         return "several"
-    if text is not None and not isinstance(text, str) and not _are_messages(text):
+    if text is not None and not isinstance(text, str) and not are_messages(text):
         return "not text"
     return "unreadable" if looks_like_messages(text) else None
 
 
-def _are_messages(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value is a list of messages with roles."""
     return isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
 
 
@@ -316,7 +322,7 @@ def _read_messages(pair: Pair, system: str | None, history: Messages) -> None:
             pair.done.append("opening")
     prompt, chosen, rejected = [*prompt, *chosen[:opening]], chosen[opening:], rejected[opening:]
     prompt = [*history, *prompt]
-    if system is not None and not any(message.get("role") == "system" for message in prompt):
+    if system is not None and not has_system(prompt):
         prompt = [{"role": "system", "content": system}, *prompt]
         pair.done.append("system")
     pair.prompt, pair.chosen, pair.rejected = prompt, chosen, rejected
@@ -462,6 +468,10 @@ def read_history(value: Any) -> Messages:
 
 def is_answer(message: dict[str, Any]) -> bool:
     return message.get("role") == "assistant"
+
+
+def has_system(messages: Messages) -> bool:
+    return any(message.get("role") == "system" for message in messages)
 
 
 def is_filled(value: Any) -> bool:

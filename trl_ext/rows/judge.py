@@ -17,7 +17,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..recipe_values import RecipeError, show
-from .formats import Messages, Text, is_answer, is_filled, looks_like_messages
+from .formats import Messages, Text, are_messages, is_answer, is_filled, looks_like_messages
 from .processing import tokenizer_of
 
 
@@ -50,6 +50,10 @@ REASONS = {
     ),
     "not text": ("have `content` that is not text", "Make the content of every message text."),
     "no content": ("have a message whose `content` is null", "Fill it in, or remove the message."),
+    "options": (
+        "have `tools` or `chat_template_kwargs` that the chat template cannot be given",
+        "`tools` is a list of JSON schemas, `chat_template_kwargs` a mapping.",
+    ),
     "last role": (
         "have an answer that does not begin and end with the assistant's message",
         "Both answers to a prompt are messages of the role `assistant`; the user's belong in `prompt`.",
@@ -79,6 +83,10 @@ REASONS = {
 
 # The same for what is trained on all the same
 WARNINGS = {
+    "system column": (
+        "have a column `system`, which is not read beside a text prompt",
+        "Put it into the prompt, or make the prompt messages: the column is their system message then.",
+    ),
     "plain text": (
         "are plain text, and the tokenizer has a chat template, which is not applied to text",
         "If the model is to chat, make them messages: `prompt: [{'role': 'user', 'content': ...}]`.",
@@ -229,6 +237,8 @@ class Judge:
                 self.findings.warn("rendered", number, f"{own} in the prompt")
             elif self._template is not None:
                 self.findings.warn("plain text", number)
+            if is_filled(row.get("system")):
+                self.findings.warn("system column", number)
         return True
 
     def _fault(self, prompt: Text, answers: Sequence[Text], row: dict[str, Any]) -> tuple[str, str] | None:
@@ -241,7 +251,7 @@ class Judge:
         if odd is not None:
             return "unreadable", show(odd)
         kinds = {type(text) for text in texts}
-        if not kinds <= {str, list, type(None)} or any(not _are_messages(t) for t in texts if isinstance(t, list)):
+        if not kinds <= {str, list, type(None)} or any(not are_messages(t) for t in texts if isinstance(t, list)):
             return "not text", ", ".join(sorted(f"{type(text).__name__}" for text in texts))
         if len(answers) == 2 and answers[0] == answers[1]:
             return "identical", show(answers[0])
@@ -273,6 +283,10 @@ class Judge:
                 "the rows are messages, and the tokenizer has no chat template. Give it one (`trl.clone_chat_template`), or make the "
                 "rows plain text."
             )
+        try:
+            template_options(row)
+        except (TypeError, ValueError) as error:
+            return "options", str(error)
         for answer in answers or [[]]:
             problem = self._probe(prompt, answer, row)
             if problem is not None:
@@ -373,7 +387,7 @@ class Judge:
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
     """What a row's own columns pass to the chat template: tools and `chat_template_kwargs`."""
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    tools = json.loads(tools) if isinstance(tools, str) else tools
     return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
 
 
@@ -382,10 +396,6 @@ def is_empty(answer: Any) -> bool:
     if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
         answer = answer[-1].get("content") or answer[-1].get("tool_calls")
     return not is_filled(answer)
-
-
-def _are_messages(value: list) -> bool:
-    return all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in value)
 
 
 def _other_prompts(row: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig
 
 from ..recipe_values import RecipeError, show
-from .formats import CONVERSIONS, Columns, Pair, read_pair, repeats_prompt
+from .formats import CONVERSIONS, Columns, Pair, are_messages, is_text, read_pair, repeats_prompt
 from .judge import Findings, Judge
 
 
@@ -136,7 +136,9 @@ def standard_rows(
         pair = read_pair(row, columns, as_messages, cut_prompt)
         done.update(set(pair.done))
         usable.append(_judge(number, pair, columns, judge, row))
-    if any(usable) and as_messages and judge._template is None and not looked_at.messages:
+    if not any(usable):
+        return dataset, usable
+    if as_messages and judge._template is None and not looked_at.messages:
         raise RecipeError(
             f"`{columns.system}` holds a system message, and the tokenizer has no chat template to put it in. Put it into the prompt: "
             f"`dataset.map(lambda row: {{'prompt': row['{columns.system}'] + '\\n\\n' + row['{columns.prompt}']}})`, and remove "
@@ -152,9 +154,8 @@ def standard_rows(
     kind = List(Json()) if looked_at.messages or as_messages else Value("string")
     for column in ("prompt", "chosen", "rejected"):
         features[column] = kind
-    for column in ("tools", "chat_template_kwargs"):
-        if column in features and not isinstance(features[column], Value):
-            features[column] = Json()
+    if "chat_template_kwargs" in features:
+        features["chat_template_kwargs"] = Json()
     gone = [name for name in ("messages", "completion") if name in features]  # TRL would take them for the pairs
     for column in gone:
         del features[column]
@@ -162,14 +163,13 @@ def standard_rows(
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         pair = read_pair(row, columns, as_messages, cut_prompt)
         converted = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        empty = [] if kind != Value("string") else ""
-        converted = {
-            key: value if isinstance(value, list if empty == [] else str) else empty
-            for key, value in converted.items()
-        }
+        # What is left out anyway must fit into the columns too
+        fits, empty = (are_messages, []) if kind != Value("string") else (is_text, "")
+        converted = {key: value if fits(value) else empty for key, value in converted.items()}
         if "chat_template_kwargs" in row:
-            options = row["chat_template_kwargs"] or {}
-            converted["chat_template_kwargs"] = {k: v for k, v in options.items() if v is not None}
+            options = row["chat_template_kwargs"]
+            options = options.items() if isinstance(options, dict) else ()
+            converted["chat_template_kwargs"] = {key: value for key, value in options if value is not None}
         return converted
 
     return dataset.map(convert, features=features, remove_columns=gone, desc="Reading preference pairs"), usable
@@ -191,11 +191,9 @@ class _Dataset:
         self.systems += bool({"system", "history"} & set(pair.done))
         self.texts += isinstance(pair.prompt, str)
         self.repeated += repeats_prompt(pair)
-        options = row.get("chat_template_kwargs")
-        if "chat_template_kwargs" in row:
-            # Arrow gives every row all keys, as nulls
-            missing = options is None or any(value is None for value in options.values())
-            self.no_options += missing
+        options = row.get("chat_template_kwargs", {})
+        # Arrow gives every row all keys, as nulls
+        self.no_options += options is None or (isinstance(options, dict) and None in options.values())
         # Columns in which TRL would look for messages too, in an order that differs from process to process
         self.misleading |= any(name in row for name in ("messages", "completion"))
 
