@@ -133,7 +133,9 @@ class KilledRun:
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
         else:
-            for pid in children(process.pid, moment.stage):
+            while not (found := children(process.pid, moment.stage)) and process.poll() is None:
+                time.sleep(0.0002)  # its log may be there before it is
+            for pid in found:
                 os.kill(pid, signal.SIGKILL)
             if process.wait() == 0:  # the stage had ended just before
                 return False

@@ -82,7 +82,9 @@ def load_verifier(reference: str) -> Callable[..., Any]:
         ) from error
     if not is_verifier(vars(module).get(name)):
         others = [key for key, value in vars(module).items() if is_verifier(value) and key[0] != "_"]
-        own = [key for key in others if source_file(vars(module)[key]) in ("", str(path))]
+        own = [
+            k for k in others if not inspect.isroutine(vars(module)[k]) or source_file(vars(module)[k]) == str(path)
+        ]
         raise RecipeError(
             f"`scores.verifier`: {path} has no function `{name}`; it has {own}.{did_you_mean(name, own)}"
         )
