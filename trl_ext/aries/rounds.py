@@ -132,7 +132,7 @@ class Rounds:
             found = count_overlap(self.inputs.prompts, self.inputs.evaluation_prompts, self.inputs.sft_rows)
             write_json(self.dir.overlap, found)
             for line in overlap_lines(found):
-                self.note(f"{line}.", WARNING)
+                self.note(f"{line}.", WARNING if "also among" in line else None)
 
     # The stages
 
