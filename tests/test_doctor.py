@@ -304,7 +304,10 @@ class TestAriesRecipe:
         Path("eval.jsonl").write_text(text.replace("what is one", "What is one"))
         doctor(recipe)
         out = capsys.readouterr().out
-        assert "warning  overlap        8 of 8 evaluation prompts are also among the training prompts (7 of them exactly" in out
+        assert (
+            "warning  overlap        8 of 8 evaluation prompts are also among the training prompts (7 of them exactly"
+            in out
+        )
 
     def test_missing_column(self, recipe, capsys):
         Path("verifier.py").write_text(

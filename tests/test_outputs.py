@@ -20,6 +20,8 @@ def test_new_means_new():
     for name in ("file", "full", "dangling"):
         with pytest.raises(RecipeError, match=f"^--output: {name} is there already"):
             check_new(Path(name))
+    with pytest.raises(RecipeError, match="^--output: '.' is the working directory"):
+        check_new(Path(""))
     Path("empty").mkdir()
     check_new(Path("empty"))
     check_new(Path("new"))

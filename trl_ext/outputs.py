@@ -21,6 +21,8 @@ def check_new(output: Path, flag: str = "--output") -> None:
     Raises:
         [`RecipeError`]: there is something at the place of a new file or directory; an empty directory is nothing.
     """
+    if not output.name:
+        raise RecipeError(f"{flag}: {str(output)!r} is the working directory. Name a new one.")
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
