@@ -64,6 +64,9 @@ def test_where_a_trainer_may_save(output_dir, message):
     model = "around/model" if output_dir == "around" else "model"
     if message is None:
         check_trainer_output(output_dir, model)
+        if Path(output_dir).is_dir():
+            with pytest.raises(RecipeError, match="which `model_name_or_path` names as an input"):
+                check_trainer_output(output_dir, output_dir)  # an earlier training's, to start from
     else:
         with pytest.raises(RecipeError, match=message):
             check_trainer_output(output_dir, model)

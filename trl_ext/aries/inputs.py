@@ -95,8 +95,8 @@ def _source(entry: DatasetConfig) -> tuple:
     path = Path(entry.path).expanduser()
     if os.path.isfile(path):
         return "file", path.resolve()
-    where = path.resolve() if os.path.isdir(path) else entry.path
-    return "dataset", where, entry.name, entry.data_dir, str(entry.data_files), entry.split
+    others = [f"{key}={value}" for key, value in vars(entry).items() if key not in ("path", "columns", "fraction")]
+    return "dataset", path.resolve() if os.path.isdir(path) else entry.path, *others
 
 
 def make_scorer(config: ScorerConfig, generation: GenerationConfig) -> Scorer:
