@@ -10,6 +10,7 @@ from typing import Any
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.cost import round_cost
 from trl_ext.aries.evaluation import evaluation_metrics
+from trl_ext.aries.overlap import count_overlap
 from trl_ext.aries.records import Answer, Chain, write_json, write_jsonl
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.recipe import Recipe, parse_section
@@ -57,7 +58,7 @@ def make_run(
     }
     config = parse_section(Recipe(None, recipe, {}), AriesConfig)
     with run.opened(config, json.dumps(recipe), {"evaluation.dataset": "abc123"}):
-        pass
+        write_json(run.overlap, count_overlap([], [], []))
     count = len(texts[0])
     prompts = [
         {"prompt_id": f"eval-{i}", "prompt": [{"role": "user", "content": f"{prompt} {i}"}], **(columns or {})}

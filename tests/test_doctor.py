@@ -258,6 +258,8 @@ class TestAriesRecipe:
     def recipe(self, workdir, tiny_model_dir) -> dict:
         rows = [{"prompt": [{"role": "user", "content": x}], "solution": y} for x, y, _ in PAIRS]
         Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        held_out = [row | {"prompt": [{"role": "user", "content": f"what {i} ?"}]} for i, row in enumerate(rows)]
+        Path("eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
         Path("verifier.py").write_text(
             "def score(completions, solution, **kwargs):\n    return [1.0] * len(completions)\n"
         )
@@ -270,7 +272,7 @@ class TestAriesRecipe:
             "drafts": {"max_tokens": 10},
             "scores": {"verifier": "verifier.py:score"},
             "training": {"use_cpu": True, "bf16": False},
-            "evaluation": {"dataset": "prompts.jsonl"},
+            "evaluation": {"dataset": "eval.jsonl"},
         }
 
     def test_what_it_shows(self, recipe, capsys):
@@ -280,6 +282,7 @@ class TestAriesRecipe:
         assert "x.yaml, for trl-ext aries" in out
         assert "found prompt, solution; needed prompt, solution" in out
         assert "8 prompts (messages), 4 a round × 2 rounds, 8 for evaluation" in out
+        assert "ok       overlap        no evaluation prompt is trained on, and no row is there twice" in out
         assert "prompt, 9 tokens:\n           <user> what is one plus two ? </s> <assistant>\n" in out
         assert "refinement prompt, " in out
         assert "KV cache: 100 tokens × 128 B" in out
@@ -294,6 +297,17 @@ class TestAriesRecipe:
         out = capsys.readouterr().out
         assert f"{expected} of 8 ({expected / 8:.1%}) prompts are too long for `drafts.max_tokens`" in out
         assert "warning  refinements    8 of 8 (100.0%)" in out
+
+    def test_evaluation_prompts_that_are_trained_on(self, recipe, capsys):
+        """The files are two, and what they hold is one, but for the case of the first prompt."""
+        text = Path("prompts.jsonl").read_text()
+        Path("eval.jsonl").write_text(text.replace("what is one", "What is one"))
+        doctor(recipe)
+        out = capsys.readouterr().out
+        assert (
+            "warning  overlap        8 of 8 evaluation prompts are also among the training prompts (7 of them exactly"
+            in out
+        )
 
     def test_missing_column(self, recipe, capsys):
         Path("verifier.py").write_text(

@@ -20,6 +20,8 @@ def test_new_means_new():
     for name in ("file", "full", "dangling"):
         with pytest.raises(RecipeError, match=f"^--output: {name} is there already"):
             check_new(Path(name))
+    with pytest.raises(RecipeError, match="^--output: '.' is the working directory"):
+        check_new(Path(""))
     Path("empty").mkdir()
     check_new(Path("empty"))
     check_new(Path("new"))
@@ -62,6 +64,9 @@ def test_where_a_trainer_may_save(output_dir, message):
     model = "around/model" if output_dir == "around" else "model"
     if message is None:
         check_trainer_output(output_dir, model)
+        if Path(output_dir).is_dir():
+            with pytest.raises(RecipeError, match="which `model_name_or_path` names as an input"):
+                check_trainer_output(output_dir, output_dir)  # an earlier training's, to start from
     else:
         with pytest.raises(RecipeError, match=message):
             check_trainer_output(output_dir, model)

@@ -21,6 +21,8 @@ def check_new(output: Path, flag: str = "--output") -> None:
     Raises:
         [`RecipeError`]: there is something at the place of a new file or directory; an empty directory is nothing.
     """
+    if not output.name:
+        raise RecipeError(f"{flag}: {str(output)!r} is the working directory. Name a new one.")
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -69,10 +71,11 @@ def check_trainer_output(output_dir: str | None, model: str) -> None:
         return
     if not output_dir.strip():
         raise RecipeError("`output_dir` is empty. Name a directory for the model, such as out/my-model.")
-    output = Path(output_dir)
-    if not output.is_dir() or any(any(output.glob(pattern)) for pattern in TRAINED):
+    output, start = Path(output_dir), Path(model).expanduser()
+    trained = any(any(output.glob(pattern)) for pattern in TRAINED)
+    if not output.is_dir() or (trained and output.resolve() != start.resolve()):
         return
-    if Path(model).expanduser().is_dir():
+    if start.is_dir():
         check_apart(output, {"model_name_or_path": Path(model)})
     found = sorted({path.name for pattern in SAVED for path in output.glob(pattern)})
     if found:

@@ -46,9 +46,13 @@ METHODS = {
     "by reward model": {"scores": {"verifier": None, "reward_model": "REWARD_MODEL"}},
     "by rule": {"pairs": {"selection": "rule_based"}},
 }
-# What makes the loop degenerate. Here as everywhere the guard, which would end the run, only warns
+# What makes the loop degenerate. Here as everywhere the guard, which would end the run, only warns; so would the bound on KL
 DEGENERATE = {
-    "no NLL": {"training": {"loss_type": ["sigmoid"], "loss_weights": None}, "parity": {}},
+    "no NLL": {
+        "training": {"loss_type": ["sigmoid"], "loss_weights": None},
+        "parity": {},
+        "health": {"max_kl": None},
+    },
     "few pairs": {"prompts": {"per_round": 60}, "parity": {}},
     "150 prompts": {"prompts": {"dataset": "SAME_PROMPTS"}, "parity": {}},
 }

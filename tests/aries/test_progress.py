@@ -45,7 +45,7 @@ def test_four_turns_fit_on_100_columns(scale, wide, narrow):
     initial = [[0.0] * 4, [0.0] * 4, [scale] * 4, [scale] * 4]
     later = [[scale] * 4] * 4
     metrics = {0: metrics_of(initial), 10: metrics_of(later, initial)}
-    lines = printed(score_table(metrics, 4, has_sft=False), answers_table(metrics, has_sft=False))
+    lines = printed(score_table(metrics, 4, has_sft=False, kind="held-out"), answers_table(metrics, has_sft=False))
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
     assert text.count(wide) == 4 and text.count(narrow) == 4
@@ -69,7 +69,7 @@ def test_answers_of_the_last_round():
 def test_metrics_of_earlier_versions():
     turn = {"score": 0.5, "standard_error": 0.02, "scored": 9, "answers": 10, "tokens": 4.0, "truncated": 0}
     old = {"prompts": 10, "turns": [{"turn": 1, **turn}, {"turn": 2, **turn, "standard_error": None}]}
-    lines = printed(score_table({0: old}, 2, has_sft=True))
+    lines = printed(score_table({0: old}, 2, has_sft=True, kind="held-out"))
     assert lines[0].strip() == "Mean score of each answer on 10 held-out prompts"
     assert any("0.500 ± 0.020 (n=9)" in line and "0.500 (n=9)" in line for line in lines)
 
@@ -82,7 +82,7 @@ def ran(progress: RunProgress) -> str:
         update(12, 12)
     progress.say("look out", style="yellow")
     progress.say("by the way")
-    progress.results({0: metrics_of([[1.0], [0.0]])}, 1, has_sft=False)
+    progress.results({0: metrics_of([[1.0], [0.0]])}, 1, has_sft=False, kind="held-out")
     progress.end_round(1, 61.0)
     return progress.console.file.getvalue()
 

@@ -123,6 +123,18 @@ def test_a_policy_that_nobody_needs_may_be_deleted(run):
         check_made(run, config)
 
 
+@pytest.mark.parametrize(
+    ("action", "file"), [("pairs", "round_02/pairs.jsonl"), ("answers", "round_01/evaluation.jsonl")]
+)
+def test_what_is_handed_on_is_the_run_s_own(run, tmp_path, capsys, action, file):
+    run, _ = run
+    (run.path / file).write_text("of somebody else\n")
+    options = ["--config", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "new")]
+    assert main(["aries", action, *options]) == 2
+    assert f"{run.path / file} is not what the run made" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "new").exists()
+
+
 def test_another_adapter_of_the_same_shape_does_not_train_on(run, tmp_path, capsys):
     """As it is met: by the command line, before a model is loaded."""
     run, _ = run

@@ -14,7 +14,7 @@ from tests.benchmarks.scale import InstantEngine, loop_of, score, write_prompts,
 from trl_ext.aries import scores as scores_module
 from trl_ext.aries.chains import Task, answer_task
 from trl_ext.aries.config import PairsConfig, sampling_by_turn
-from trl_ext.aries.guard import bootstrap_interval
+from trl_ext.aries.guard import mean_interval
 from trl_ext.aries.pairs import preference_rows, select_pairs
 from trl_ext.aries.records import read_jsonl
 from trl_ext.aries.refinements import Strategy
@@ -118,8 +118,8 @@ def test_pairs_are_those_of_lists_in_memory(a_round):
     assert dropped, "some chains have no margin"
     guard = json.loads(round_dir.guard.read_text())
     differences = [pair.chosen_score - pair.rejected_score for pair in pairs]
-    assert guard["interval"] == bootstrap_interval(differences, [pair.chain.prompt_id for pair in pairs])
-    assert guard["interval"] == bootstrap_interval(array("d", differences), [p.chain.prompt_id for p in pairs])
+    assert guard["interval"] == mean_interval(differences, [pair.chain.prompt_id for pair in pairs])
+    assert guard["interval"] == mean_interval(array("d", differences), [p.chain.prompt_id for p in pairs])
     assert guard["length_ratio"] == 1.0 and guard["compared"] == len(pairs)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from trl_ext.aries.config import AriesConfig
-from trl_ext.aries.inputs import input_hashes, read_inputs
+from trl_ext.aries.inputs import input_hashes, local_inputs, read_inputs
 from trl_ext.aries.rounds import Rounds
 from trl_ext.recipe import export_env, load_yaml, parse_section
 
@@ -64,7 +64,7 @@ def measure(directory: Path, prompts: int) -> list[dict]:
     file.write_text(yaml.safe_dump(recipe(directory, prompts)), encoding="utf-8")
     config = parse_section(export_env(load_yaml(file)), AriesConfig)
     loop = TimedRounds(config, read_inputs(config))
-    with loop.dir.opened(config, file.read_text(encoding="utf-8"), input_hashes(config, launch=None)):
+    with loop.dir.opened(config, file.read_text(encoding="utf-8"), input_hashes(local_inputs(config, launch=None))):
         loop.sft()
         start = time.perf_counter()
         loop.round(1)

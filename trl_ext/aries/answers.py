@@ -13,6 +13,7 @@ from ..recipe import RecipeError
 from .config import AriesConfig
 from .disk import DiskError
 from .progress import RunProgress
+from .provenance import check_file
 from .records import Chain, Prompt, read_jsonl, write_json, write_jsonl
 from .run_dir import RunDir
 from .scores import load_chains
@@ -38,7 +39,8 @@ def export_answers(config: AriesConfig, number: int | None, turn: int, file_form
         `int`: exit code, 0.
 
     Raises:
-        [`RecipeError`]: there is no such round or turn, or the file is there already, or cannot be written.
+        [`RecipeError`]: there is no such round or turn, its answers are not what the run made, or the file is there already, or cannot be
+        written.
     """
     for path in (output, output.with_name(output.name + ".tmp")):  # what it is called while it is written
         check_new(path)
@@ -53,6 +55,7 @@ def export_answers(config: AriesConfig, number: int | None, turn: int, file_form
         raise RecipeError(
             f"`--turn` must be between 1, the direct answer, and {config.refinements.turns}; got {turn}."
         )
+    check_file(run, number, run.round(number).evaluation)
     prompts = read_jsonl(run.evaluation_prompts)
     chains = load_chains(prompts, run.round(number).evaluation)
     generator = f"{run.path.name}-round-{number}-y{turn}"

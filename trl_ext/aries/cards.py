@@ -13,6 +13,7 @@ from .. import __version__
 from ..data_files import BUILDERS
 from ..trainers.model_card import completed, trl_card
 from .config import AriesConfig
+from .overlap import prompts_kind
 from .records import read_json
 from .run_dir import RunDir
 
@@ -161,7 +162,7 @@ def evaluation_table(run: RunDir, number: int) -> str:
             for turn in turns
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "Mean scores over the held-out prompts, with 95 % intervals.\n\n" + "\n".join(rows)
+    return f"Mean scores over the {prompts_kind(run)} prompts, with 95 % intervals.\n\n" + "\n".join(rows)
 
 
 def pairs_card(run: RunDir, config: AriesConfig, name: str, repo: str, rounds: list[int], rows: int) -> str:

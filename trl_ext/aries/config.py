@@ -636,7 +636,7 @@ class PairsConfig:
 @dataclass
 class EvaluationConfig(_Source):
     """
-    Held-out prompts, answered by every round's policy, greedily, with the same chain of refinements.
+    Prompts that nothing is learned from, answered by every round's policy, greedily, with the same chain of refinements.
 
     Parameters:
         dataset (`str`, *optional*), datasets (`list[DatasetConfig]`, *optional*), split (`str`, *optional*, defaults to `"test"`):

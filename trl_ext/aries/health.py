@@ -86,8 +86,8 @@ def findings(measured: dict[str, Any], config: HealthConfig) -> list[str]:
     kl, length, diversity = (measured[key] for key in ("kl_per_token", "length_ratio", "diversity_ratio"))
     if config.max_kl is not None and kl is not None and not kl <= config.max_kl:  # NaN is beyond every bound
         found.append(
-            f"its KL to the initial policy is {kl:.3g} nats per token, more than `health.max_kl` ({config.max_kl:g}): what it "
-            "writes is nearly impossible under the policy it started from"
+            f"its KL to the initial policy is {kl:.3g} nats per token, more than `health.max_kl` ({config.max_kl:g}): it has gone "
+            "far from the policy it started from, as policies do that collapse"
         )
     if config.min_length is not None and length is not None and not length >= config.min_length:
         found.append(

@@ -3,6 +3,7 @@ Inputs: what a recipe names and a run reads. All of it is opened before any work
 hashes of local files keep a run that is continued to the same ones.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def read_inputs(config: AriesConfig) -> Inputs:
     Raises:
         [`RecipeError`]: something is missing, or cannot be used.
     """
+    check_sources(config)
     Strategy(config.refinements)  # a template that cannot be used shows before a million prompts are read
     for scorer in config.scores.each():
         if scorer.verifier is not None:
@@ -59,6 +61,39 @@ def read_inputs(config: AriesConfig) -> Inputs:
     evaluation_prompts = load_prompts(config.evaluation.entries(), "evaluation.dataset")[: config.evaluation.samples]
     sft_rows, sft_dropped = read_sft_rows(config) if config.sft else ([], {})
     return Inputs(prompts, round_size, evaluation_prompts, sft_rows, sft_dropped)
+
+
+def check_sources(config: AriesConfig) -> None:
+    """
+    Raises:
+        [`RecipeError`]: what is evaluated on is what is trained on: one file, which has no splits, or the same split of a dataset.
+    """
+    evaluated = [_source(entry) for entry in config.evaluation.entries()]
+    sections = {"prompts": config.prompts.entries(), "evaluation": config.evaluation.entries()}
+    if config.sft:
+        sections["sft"] = [DatasetConfig(config.sft["dataset"])]
+    for section, entries in sections.items():
+        for entry in entries:
+            if _source(entry)[0] == "file" and "[" in entry.split:
+                raise RecipeError(
+                    f"`{section}`: `split: {entry.split}` does nothing to {entry.path}, since a file has no splits. Make two files of it, or "
+                    "name a directory or a dataset on the Hub."
+                )
+            if section != "evaluation" and _source(entry) in evaluated:
+                raise RecipeError(
+                    f"`{section}` and `evaluation` both name {entry.path}"
+                    + (", and a file has no splits" if _source(entry)[0] == "file" else f", split {entry.split!r}")
+                    + ": the policy would be evaluated on what it learns from. Make two files of it, or name another split."
+                )
+
+
+def _source(entry: DatasetConfig) -> tuple:
+    """What rows an entry stands for."""
+    path = Path(entry.path).expanduser()
+    if os.path.isfile(path):
+        return "file", path.resolve()
+    others = [f"{key}={value}" for key, value in vars(entry).items() if key not in ("path", "columns", "fraction")]
+    return "dataset", path.resolve() if os.path.isdir(path) else entry.path, *others
 
 
 def read_sft_rows(config: AriesConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -60,6 +60,7 @@ def round_facts(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]
         "parent": {"round": number - 1, "manifest_sha256": sha256(parent.manifest)} if number > 0 else None,
         "trained_on_nf4_sampled_at_full_precision": config.trained_on_nf4_sampled_at_full_precision,
         "parity": parity or None,
+        "overlap": read_json(run.overlap),
     }
     for counts in (round_dir.sft_drops, round_dir.drops, round_dir.training / "rows.json"):
         facts |= read_json(counts) or {}

@@ -11,6 +11,7 @@ from .disk import writing
 from .hub import make_repo, upload
 from .policies import product
 from .progress import RunProgress
+from .provenance import check_file
 from .records import read_jsonl, write_jsonl
 from .run_dir import RunDir
 
@@ -31,7 +32,7 @@ def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, pri
         `int`: exit code, 0.
 
     Raises:
-        [`RecipeError`]: there are no pairs, `output` holds something, or the repository cannot be made.
+        [`RecipeError`]: there are no pairs, or they are not what the run made, `output` holds something, or the repository cannot be made.
         [`~aries.children.ChildError`]: the upload failed; `output` stays.
     """
     run, say = RunDir(Path(config.output_dir)), RunProgress(config.rounds).say
@@ -40,6 +41,8 @@ def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, pri
     if not rounds:
         raise RecipeError(f"{run.path} has no trained round, so no pairs that were learned from.")
     check_new(output)
+    for number in rounds:
+        check_file(run, number, run.round(number).pairs)
 
     from .cards import pairs_card  # torch and transformers: seconds, for what can be done
 

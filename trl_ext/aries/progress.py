@@ -202,9 +202,9 @@ class RunProgress:
             self.console.width = max(self.console.width, TABLE_WIDTH)
         self.console.print(table)
 
-    def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> None:
+    def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> None:
         """The round × turn table, and what else is known of the last round's answers; arguments as of [`score_table`]."""
-        self.show(score_table(metrics, turns, has_sft))
+        self.show(score_table(metrics, turns, has_sft, kind))
         if "correct_score" in metrics[max(metrics)]:  # not in the metrics of earlier versions
             self.show(answers_table(metrics, has_sft))
 
@@ -262,7 +262,7 @@ class JsonProgress(RunProgress):
             yield update
         self.log("end", round=number, stage=name, seconds=round(self.clock() - start, 3), **last)
 
-    def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> None:
+    def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> None:
         for number, of_round in metrics.items():
             self.log("metrics", round=number, **of_round)
 
@@ -307,7 +307,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -> Table:
+def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> Table:
     """
     Rounds down, answers y1..y_turns across: mean score on the evaluation prompts, and below it its 95 % interval, so that
     four turns fit on 100 columns.
@@ -319,12 +319,14 @@ def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool) -
             Answers per chain.
         has_sft (`bool`):
             Whether round 0 is the policy after SFT or the model as it came.
+        kind (`str`):
+            Of the prompts, from [`~aries.overlap.prompts_kind`].
     """
     prompts = max((m["prompts"] for m in metrics.values()), default=0)
     interval = (
         ", with 95 % interval" if any("interval" in turn for m in metrics.values() for turn in m["turns"]) else ""
     )
-    table = Table(title=f"Mean score of each answer on {prompts} held-out prompts{interval}", title_justify="left")
+    table = Table(title=f"Mean score of each answer on {prompts} {kind} prompts{interval}", title_justify="left")
     table.add_column("policy")
     for turn in range(1, turns + 1):
         table.add_column(f"y{turn}" + (" (direct)" if turn == 1 else ""), justify="right")

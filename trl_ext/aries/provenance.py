@@ -77,10 +77,19 @@ def check_policy(run: RunDir, config: AriesConfig, number: int) -> None:
     """
     path = _path(run, config, number)
     for n in range(number, -1, -1):  # a round that was left untrained has an earlier one's
-        noted = (read_json(run.round(n).manifest) or {}).get("sha256") or read_json(run.round(n).made) or {}
         for file in (run.round(n).model, run.round(n).adapter):
-            if str(file) == path and file.name in noted:
-                _compare(run, n, file, noted[file.name])
+            if str(file) == path:
+                check_file(run, n, file)
+
+
+def check_file(run: RunDir, number: int, path: Path) -> None:
+    """
+    Raises:
+        [`RecipeError`]: a file of a round, which is about to be used outside of the run, is not what the run made.
+    """
+    noted = (read_json(run.round(number).manifest) or {}).get("sha256") or read_json(run.round(number).made) or {}
+    if path.name in noted:
+        _compare(run, number, path, noted[path.name])
 
 
 def _path(run: RunDir, config: AriesConfig, number: int) -> str:

@@ -19,6 +19,7 @@ import trl_ext
 
 from ..recipe import RecipeError
 from .children import child_main
+from .overlap import prompts_kind
 from .progress import duration
 from .records import read_json, write_atomically
 from .report_data import (
@@ -141,6 +142,7 @@ def view(run: RunRecord) -> dict[str, Any]:
     return {
         "name": run.path.resolve().name,
         "run": run,
+        "kind": prompts_kind(RunDir(run.path)),
         "label": label,
         "metrics": metrics,
         "changes": compared,

@@ -26,6 +26,7 @@ from .guard import Examination, decide, report, stop_message
 from .inputs import Inputs, input_hashes, local_inputs, read_inputs
 from .jobs import first_row, generation_job, parity_job, preflight_job, probe_job, scoring_job, training_job
 from .manifest import write_manifest
+from .overlap import count_overlap, overlap_lines
 from .pairs import FAULTS, Selection, preference_rows
 from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
 from .progress import WARNING, JsonProgress, RunProgress, duration
@@ -73,6 +74,7 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
             check_made(loop.dir, config)
             note_made(loop.dir, config.rounds)  # what is gone, and will be made again, will be another
             loop.check(recipe)
+            loop.look_for_overlap()
         loop.sft()
         for number in range(1, config.rounds + 1):
             loop.round(number)
@@ -126,6 +128,14 @@ class Rounds:
         wanted = Wanted(self.config.model["model_name_or_path"], self.config.generation.max_model_len)
         for note in check_servers(self.config.generation, wanted):
             self.note(note, WARNING)
+
+    def look_for_overlap(self) -> None:
+        """Count evaluation prompts that are trained on, and repeats, once a run."""
+        if not self.dir.overlap.exists():
+            found = count_overlap(self.inputs.prompts, self.inputs.evaluation_prompts, self.inputs.sft_rows)
+            write_json(self.dir.overlap, found)
+            for line in overlap_lines(found):
+                self.note(f"{line}.", WARNING if "also among" in line else None)
 
     # The stages
 

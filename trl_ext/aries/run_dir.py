@@ -113,6 +113,7 @@ class RunDir:
         self.resolved = path / "resolved.json"
         self.events = path / "events.jsonl"
         self.evaluation_prompts = path / "evaluation_prompts.jsonl"
+        self.overlap = path / "overlap.json"
         self.score_cache = path / "score_cache.jsonl"
         self.tracking = path / "tracking.json"
         self.progress = path / "progress.json"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .config import AriesConfig
+from .overlap import prompts_kind
 from .policies import is_skipped, policy_after, product
 from .progress import RunProgress
 from .records import read_json
@@ -72,7 +73,7 @@ def print_results(run: RunDir, config: AriesConfig, progress: RunProgress) -> No
     found = {number: read_json(run.round(number).metrics) for number in range(config.rounds + 1)}
     metrics = {number: of_round for number, of_round in found.items() if of_round is not None}
     if metrics:
-        progress.results(metrics, config.refinements.turns, config.sft is not None)
+        progress.results(metrics, config.refinements.turns, config.sft is not None, prompts_kind(run))
 
 
 def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, recipe: Path, elapsed: str) -> None:

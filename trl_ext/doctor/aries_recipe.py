@@ -18,6 +18,7 @@ from ..aries.children import ChildError
 from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
 from ..aries.drafts import encode_prompt, render_row
 from ..aries.inputs import Inputs, local_inputs, read_inputs
+from ..aries.overlap import count_overlap, overlap_lines
 from ..aries.refinements import Strategy, refinement_prompt
 from ..aries.rounds import Rounds
 from ..aries.run_dir import RunDir
@@ -82,6 +83,9 @@ def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
     found = f"{len(inputs.prompts):,} prompts ({kind}), {inputs.round_size:,} a round × {config.rounds} rounds, "
     found += f"{len(inputs.evaluation_prompts):,} for evaluation"
     report.add(Check("ok", "rows", found + (f", {len(inputs.sft_rows):,} for SFT" if inputs.sft_rows else "")))
+    lines = overlap_lines(count_overlap(inputs.prompts, inputs.evaluation_prompts, inputs.sft_rows))
+    for line in lines or ["no evaluation prompt is trained on, and no row is there twice"]:
+        report.add(Check("warning" if lines else "ok", "overlap", line))
 
 
 def columns_of(scorer: ScorerConfig) -> set[str]:
