@@ -119,8 +119,15 @@ class DataCollatorWithColumns:
     columns: tuple[str, ...]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        columns = {name: torch.tensor([example[name] for example in examples]) for name in self.columns}
-        return {**columns, **self.collator(examples)}
+        batch = self.collator(examples)
+        for name in self.columns:
+            if name not in batch:
+                if any(name not in example for example in examples):
+                    raise ValueError(
+                        f"A row has no `{name}`, which the trainer reads of each; it has {', '.join(examples[0])}."
+                    )
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
 
 
 @contextlib.contextmanager
