@@ -521,6 +521,7 @@ def test_saved_tensors_may_be_carried_away(make, lora_config, method, adapter):
             trainer.maybe_activation_offload_context = hooks
         batch = first_batch(trainer)
         trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1  # as the training loop sets it
         loss = trainer.training_step(trainer.model, dict(batch))
         steps.append((loss, trained_gradients(trainer)))
     positions = int(batch["completion_mask"][:, 1:].sum())

@@ -21,10 +21,10 @@ from tests.trainers.test_losses import LOSSES
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext import ShiftedDPOTrainer
+from trl_ext.trainers.shifted_dpo_trainer import WITHOUT_WEIGHTS
 
 
 MARGINS, WEIGHTS = [0.5, -1.0, 2.0, 0.0], [1.0, 0.0, 2.5, 0.5]
-SORTING = {"aot", "aot_unpaired"}
 
 
 class MarginTrainer(ShiftedDPOTrainer):
@@ -73,8 +73,8 @@ def paper_of(trainer, tiny_model_dir, batch) -> Paper:
 @pytest.mark.parametrize("trainer_class", [MarginTrainer, WeightedMarginTrainer, LearnedShiftTrainer])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_shift_and_weights(make_trainer, tiny_model_dir, rows, loss, trainer_class):
-    if trainer_class is WeightedMarginTrainer and loss in SORTING:
-        with pytest.raises(ValueError, match=rf"`loss_type=\['{loss}'\]` is not supported by WeightedMarginTrainer"):
+    if trainer_class is WeightedMarginTrainer and loss in WITHOUT_WEIGHTS:
+        with pytest.raises(ValueError, match=f"`loss_type='{loss}'` is not supported by WeightedMarginTrainer"):
             step(make_trainer, trainer_class, rows, **LOSSES[loss])
         return
     trainer, batch, actual = step(make_trainer, trainer_class, rows, **LOSSES[loss])

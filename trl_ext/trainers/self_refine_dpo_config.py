@@ -17,7 +17,8 @@ class SelfRefineDPOConfig(DPOConfig):
     Configuration class for the [`SelfRefineDPOTrainer`].
 
     [`SelfRefineDPOConfig`] inherits every parameter from [`~trl.DPOConfig`] and adds those of Sr-DPO and Sr-IPO
-    (https://huggingface.co/papers/2405.21040). `loss_type="sigmoid"` is Sr-DPO, `"ipo"` is Sr-IPO; TRL's other preference losses see the chosen log-ratio lowered in the same way.
+    (https://huggingface.co/papers/2405.21040). `loss_type="sigmoid"` is Sr-DPO, `"ipo"` is Sr-IPO; TRL's other preference
+    losses see the chosen log-ratio lowered in the same way.
 
     Parameters:
         refinement_weight (`float`, *optional*, defaults to `0.3`):

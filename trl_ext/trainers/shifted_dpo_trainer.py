@@ -38,6 +38,13 @@ from .upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_ref
 
 logger = get_logger(__name__)
 
+# Losses that cannot be multiplied by weights of the pairs -> why
+WITHOUT_WEIGHTS = {
+    "aot": "it sorts the pairs, and each would have the weight of another",
+    "aot_unpaired": "it sorts the pairs, and each would have the weight of another",
+    "hinge": "TRL multiplies it in place, which its gradient does not survive (`tests/trainers/test_upstream.py`)",
+}
+
 
 @dataclass(frozen=True)
 class Term:
@@ -167,7 +174,8 @@ class ShiftedDPOTrainer(DPOTrainer):
     dataset's columns, of numbers, that these find in `pairs.inputs`.
 
     Raises:
-        `ValueError`: the first row of `train_dataset` has not all of `columns`; `loss_type="aot"` with `ld_alpha`.
+        `ValueError`: the first row of `train_dataset` has not all of `columns`; `loss_type="aot"` with `ld_alpha`; [`pair_weights`] with a
+        loss that has none for each pair, or with "hinge".
 
     Example:
 
@@ -239,9 +247,9 @@ class ShiftedDPOTrainer(DPOTrainer):
                 f"`loss_type='aot'` with `ld_alpha={args.ld_alpha}` is not supported by {cls.__name__}: AOT sorts the policy's log-"
                 "probabilities apart from the reference's, and a shift among tokens that are reweighted is not one. Use one of the two."
             )
-        if cls._weighs_pairs() and (sorting := {"aot", "aot_unpaired"} & set(args.loss_type)):
+        if cls._weighs_pairs() and (unweighed := [name for name in args.loss_type if name in WITHOUT_WEIGHTS]):
             raise ValueError(
-                f"`loss_type={sorted(sorting)}` is not supported by {cls.__name__}: it sorts the pairs, and then their weights are not theirs."
+                f"`loss_type={unweighed[0]!r}` is not supported by {cls.__name__}, which weighs pairs: {WITHOUT_WEIGHTS[unweighed[0]]}."
             )
 
     def _set_share_prompt(self, args: DPOConfig, peft_config: PeftConfig | None, *models) -> None:
@@ -277,7 +285,7 @@ class ShiftedDPOTrainer(DPOTrainer):
     def pair_weights(self, pairs: Pairs, term: Term) -> torch.Tensor | None:
         """
         What the losses of the pairs are multiplied by, `(B,)`, each at least 0 and without gradient; `None` for 1. The batch's loss is
-        the mean of the products. `"sft"` is not asked for; `"aot"` and `"aot_unpaired"` have no loss for each pair.
+        the mean of the products. `"sft"` is not asked for; `"aot"`, `"aot_unpaired"` and `"hinge"` are refused.
         """
         return None
 
