@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -234,13 +234,10 @@ class ShiftedDPOTrainer(DPOTrainer):
             self.data_collator = DataCollatorWithColumns(self.data_collator, self.columns)
 
     @classmethod
-    def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
-        """
-        Raise a `ValueError` that names the option, the reason and what to do, before any model is loaded. Options that are
-        `honoured`, beside others of `args`, are let through.
-        """
+    def _refuse_options(cls, args: DPOConfig) -> None:
+        """Raise a `ValueError` that names the option, the reason and what to do, before any model is loaded."""
         for name, (accepted, reason) in cls._refused_options.items():
-            if name not in honoured and getattr(args, name) != accepted:
+            if getattr(args, name) != accepted:
                 raise ValueError(f"`{name}={getattr(args, name)!r}` is not supported by {cls.__name__}: {reason}")
         if "aot" in args.loss_type and args.ld_alpha is not None:
             raise ValueError(
@@ -349,12 +346,10 @@ class ShiftedDPOTrainer(DPOTrainer):
         shifts = [torch.as_tensor(shift).to(ref_logps) for shift in self.logratio_shifts(pairs, term)]
         shifts = torch.stack([shift.expand(ref_logps.size(1)) for shift in shifts])  # (2, B)
         changes = {}
-        if (
-            term.loss_type == "aot"
-        ):  # which sorts the policy's log-probabilities apart from the reference's: they take it
-            changes["log_probs"] = torch.cat(
-                [outputs.log_probs[:, :-1], outputs.log_probs[:, -1:] + shifts.reshape(-1, 1)], dim=1
-            )
+        if term.loss_type == "aot":
+            # Sorts the policy's log-probabilities apart from the reference's, so that those take the shift
+            *first, last = outputs.log_probs.split([outputs.log_probs.size(1) - 1, 1], dim=1)
+            changes["log_probs"] = torch.cat([*first, last + shifts.reshape(-1, 1)], dim=1)
         elif term.of_sums:  # TRL divides by the lengths
             logps = pairs.logps
             ref_logps = logps - pairs.lengths * (logps - ref_logps + shifts)
