@@ -91,6 +91,7 @@ bench: $(STAMP) ## Measure steps of the trainers and the loop's schedule; writes
 	$(BIN)/python -m tests.benchmarks.orchestrator $(ARGS)
 	$(BIN)/python -m tests.benchmarks.scale $(ARGS)
 	$(BIN)/python -m tests.benchmarks.shared_prompt $(ARGS)
+	$(BIN)/python -m tests.benchmarks.padding_free $(ARGS)
 
 bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)

@@ -54,7 +54,7 @@ def real_shape(hidden: int, layers: int, batches: int, pairs: int = 8, vocabular
     return Shape(vocabulary, hidden, layers, pairs, batches=batches, lengths=lengths)
 
 
-SHAPE = real_shape(768, 1, batches=2)
+SHAPE = real_shape(512, 1, batches=2)
 # Of so many batches, on a narrower model, whose products are counted: what takes part in them is the same
 COUNTED = real_shape(64, 1, batches=16)
 

@@ -40,7 +40,8 @@ def step_flop(contestant: Contestant, shape: Shape, *, lora: bool) -> float:
         return times * 2 * weights * tokens + attention_times * 4 * hidden * layers * seen
 
     if contestant.options:
-        tokens, seen = prompt + 2 * answer, (prompt + 2 * answer) ** 2  # with a mask, SDPA computes the whole square
+        # SDPA computes the half of a causal square, and all of a mask, which the rejected answer has
+        tokens, seen = prompt + 2 * answer, (prompt + answer) ** 2 / 2 + answer * (prompt + answer)
     else:
         tokens, seen = 2 * (prompt + answer), (prompt + answer) ** 2  # two causal halves
     # The reference, the policy, its layers once more for the backward, and the gradients of activations and weights. Attention's

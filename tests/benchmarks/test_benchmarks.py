@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks import gpu, self_refine_dpo, shared_prompt, tdpo
+from tests.benchmarks import gpu, padding_free, self_refine_dpo, shared_prompt, tdpo
 from tests.benchmarks.steps import Shape
 
 
@@ -109,3 +109,37 @@ def test_shared_prompt(monkeypatch, tmp_path):
         for name in ("TDPOTrainer, share_prompt", "TDPOTrainer")
     ]
     assert flop[0] / flop[1] == pytest.approx(12 / 16, rel=1e-2)
+
+
+def needed(lengths: list[tuple[int, int, int, int]], pairs: int) -> tuple[float, float]:
+    """Tokens of TRL's batches of so many pairs, and of sequences without padding, to those without second prompts, by arithmetic."""
+    padded = apart = once = 0
+    for start in range(0, len(lengths) - pairs + 1, pairs):
+        batch = lengths[start : start + pairs]
+        padded += 2 * pairs * max(prompt + max(chosen, rejected) for prompt, chosen, rejected, _ in batch)
+        apart += sum(2 * prompt + chosen + rejected for prompt, chosen, rejected, _ in batch)
+        once += sum(prompt + chosen + rejected - alike for prompt, chosen, rejected, alike in batch)
+    return padded / once, apart / once
+
+
+def test_real_lengths():
+    """docs/shared_prompt.md: 2.4, 3.9 and 4.8 tokens for each one that is needed, at 2, 8 and 16 pairs a device."""
+    lengths = padding_free.real_lengths(10_000)
+    assert len(lengths) == 2308 and all(
+        0 < alike + 1 <= min(chosen, rejected) for _, chosen, rejected, alike in lengths
+    )
+    for pairs, expected in ((2, 2.4), (8, 3.9), (16, 4.8)):
+        assert needed(lengths, pairs)[0] == pytest.approx(expected, rel=0.02)
+
+
+def test_padding_free(monkeypatch, tmp_path):
+    """The layers' products are those of the tokens: counted, and by arithmetic on the lengths."""
+    shape = padding_free.real_shape(64, 1, batches=2, pairs=3, vocabulary=256)
+    monkeypatch.setattr(padding_free, "SHAPE", shape)
+    monkeypatch.setattr(padding_free, "COUNTED", shape)
+    run(padding_free, monkeypatch, tmp_path)
+    found = {row["trainer"]: float(row["linear FLOP"]) for row in rows(tmp_path / "padding_free")}
+    padded, apart = needed(padding_free.real_lengths(6), 3)
+    assert found["DPOTrainer"] == 1
+    assert found["TDPOTrainer, padding_free"] == pytest.approx(apart / padded, rel=5e-3)
+    assert found["TDPOTrainer, padding_free, share_prompt"] == pytest.approx(1 / padded, rel=5e-3)

@@ -466,6 +466,20 @@ def test_logits_for_compute_metrics(make_both, lora_config, adapter):
     torch.testing.assert_close(*logits)
 
 
+def test_the_model_afterwards(make_trainer, tiny_model_dir, tmp_path):
+    """It generates as before, from padded prompts, and its files do not say how it was trained."""
+    trainer = make_trainer(TDPOTrainer, TDPOConfig, padding_free=True)
+    inputs = {
+        "input_ids": torch.tensor([[0, 0, 9, 10], [11, 12, 13, 14]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
+    }
+    untouched = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(trainer.model.eval().generate(**inputs, **options), untouched.generate(**inputs, **options))
+    trainer.save_model(tmp_path / "saved")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
+
+
 # What is computed
 
 

@@ -17,8 +17,9 @@ from tests.conftest import (
     train_step,
 )
 from tests.oracles import aries as oracle
+from tests.oracles.losses import losses
 from tests.oracles.self_refine import refinement_margin_from_logits, self_refine_loss_from_logits
-from tests.oracles.tdpo import sft_loss_from_logits, tdpo_loss_from_logits
+from tests.oracles.tdpo import logratio, sft_loss_from_logits, tdpo_loss_from_logits
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext import SelfRefineDPOConfig, TDPOConfig
@@ -37,6 +38,7 @@ SELF_REFINE = {"refinement_weight": 0.5, "refinement_prompt": "Be useful . Query
 # Trainer, config and options; what is left of the objective is the oracle's, in `direct_losses`
 TRAINERS = {
     "dpo": (SquaredRefinementDPOTrainer, DPOConfig, {}),
+    "ipo": (SquaredRefinementDPOTrainer, DPOConfig, {"loss_type": "ipo"}),
     "tdpo1": (SquaredRefinementTDPOTrainer, TDPOConfig, {"variant": "tdpo1", **TDPO}),
     "tdpo2": (SquaredRefinementTDPOTrainer, TDPOConfig, {"variant": "tdpo2", **TDPO}),
     "sr-dpo": (SquaredRefinementSelfRefineDPOTrainer, SelfRefineDPOConfig, SELF_REFINE),
@@ -70,6 +72,10 @@ def read(policy: FullLogits, ref: FullLogits, batch: dict) -> dict:
 
 def direct_losses(name: str, make_trainer, policy: FullLogits, ref: FullLogits, batch: dict, rows: Dataset):
     """DPO's, TDPO's or Sr-DPO's losses, `(B,)`, of the direct part of a batch; `rows` are the same pairs."""
+    if name == "ipo":  # TRL's, of means
+        lengths, sides = labels_and_mask(batch)[1].sum(dim=1).view(2, -1), read(policy, ref, batch)
+        ref_margins = torch.zeros(lengths.size(1))  # which IPO does not look at
+        return losses("ipo", *logratio(**sides).view(2, -1), lengths=lengths, ref_margins=ref_margins, beta=BETA)
     if name != "sr-dpo":
         variant = {"dpo": "tdpo2"}.get(name, name)
         alpha = 0.0 if name == "dpo" else 0.6  # TDPO2 at α = 0 is DPO
@@ -95,7 +101,8 @@ def test_loss_and_gradients_match_the_objective(make_trainer, tiny_model_dir, na
     Three pairs in one batch, their direct rows twice: (1 − α) mean L_direct + α mean L_refine, whatever the repetition, and
     the gradient of every parameter. TRL's SFT term over all rows is added with its weight.
     """
-    sft = {} if sft_weight is None else {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, sft_weight]}
+    preference = TRAINERS[name][2].get("loss_type", "sigmoid")
+    sft = {} if sft_weight is None else {"loss_type": [preference, "sft"], "loss_weights": [0.5, sft_weight]}
     dataset = rows()
     trainer = make_squared(make_trainer, name, dataset, **sft)
     perturb(trainer.model)
@@ -146,7 +153,7 @@ def test_weights_are_those_of_the_rows_that_trl_leaves(make_trainer):
     assert trainer._row_weights == pytest.approx((0.3 * 7 / 3, 2 * 0.7 * 7 / 4))
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", [name for name in TRAINERS if name != "ipo"])
 def test_a_training_starts_at_ln_2_and_a_quarter(make_trainer, name):
     """
     Through the training loop, with its columns and its collator. Policy = reference: ln 2 for each direct row, (1/2)² for each
@@ -168,7 +175,9 @@ def test_a_training_starts_at_ln_2_and_a_quarter(make_trainer, name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dpo", {"loss_type": "ipo"}, r"`loss_type='ipo'` is not supported by SquaredRefinementDPOTrainer"),
+        ("dpo", {"loss_type": "aot"}, "`loss_type='aot'` is not supported by SquaredRefinementDPOTrainer"),
+        ("dpo", {"loss_type": "hinge"}, "`loss_type='hinge'` is not supported by SquaredRefinementDPOTrainer"),
+        ("dpo", {"use_weighting": True}, "the rows have weights"),
         ("dpo", {"ld_alpha": 0.5}, "`ld_alpha=0.5` is not supported"),
         ("sr-dpo", {"loss_type": ["sigmoid", "ipo"]}, "several preference losses"),
     ],

@@ -23,34 +23,9 @@ from trl import DPOConfig
 
 # Architectures whose packed sequences the tests compare with the sequences themselves
 EXACT_MODEL_TYPES = {
-    *(
-        "cohere",
-        "cohere2",
-        "gemma",
-        "gemma3_text",
-        "glm4",
-        "gpt2",
-        "gpt_neox",
-        "granite",
-        "llama",
-        "ministral",
-        "mistral",
-    ),
-    *(
-        "mixtral",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "olmoe",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-    ),
-    *("stablelm", "starcoder2"),
+    *("cohere", "cohere2", "gemma", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite", "llama", "ministral"),
+    *("mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3"),
+    *("qwen3_moe", "smollm3", "stablelm", "starcoder2"),
 }
 PACKED_SDPA = "packed_sdpa"  # what SDPA is called where it takes packed sequences run by run
 ATTENTION = (PACKED_SDPA, "sdpa", "eager", "flex_attention")  # those that can leave one answer out
@@ -61,8 +36,8 @@ LEAST_PREFIX = 16
 class RunMask(torch.Tensor):
     """
     Who sees whom in a packed sequence, in the place of a mask of shape `(1, 1, S, S)`: integers of shape `(1, 1, N, 4)` on the CPU. A
-    row is a run of tokens, in the sequence's order: its length, how much of the sequence's begin it sees (the prefix), how much of the
-    begin of the run before it sees (the prompt), and the sliding window, `0` for none. Each token also sees those of its run before it.
+    row is a run of tokens, in the sequence's order: its length, how much of the sequence's start it sees (the prefix), how much of the
+    start of the run before it sees (the prompt), and the sliding window, `0` for none. Each token also sees those of its run before it.
     """
 
 
@@ -124,10 +99,8 @@ class PackedPairs:
     input_ids: torch.Tensor  # (1, S)
     position_ids: torch.Tensor  # (1, S), the columns of the batch
     places: torch.Tensor  # (2B, W), where the tokens of the batch are in the sequence; for padding anywhere
-    prefix: int  # tokens at the begin of the sequence that all pairs share
-    lengths: list[
-        tuple[int, int, int]
-    ]  # for each pair, the tokens of prompt, chosen and rejected, as far as not shared before
+    prefix: int  # the tokens at its start that all pairs share
+    lengths: list[tuple[int, int, int]]  # of each pair's prompt, without prefix, and of its chosen and rejected
     padding: int  # tokens at the end that are none of the batch's
 
     @classmethod
@@ -168,10 +141,8 @@ class PackedPairs:
         places = torch.cat(places.split(width, dim=1))  # (2B, W)
         places = torch.where(torch.cat([torch.zeros_like(shared), shared]), places[:pairs].repeat(2, 1), places)
         places = torch.where(prefix, places[0], places)
-        of_prompt, of_answers = (
-            mask & part for part in (shared.repeat(2, 1) & ~prefix, ~shared.repeat(2, 1) & ~prefix)
-        )
-        lengths = torch.stack([of_prompt[:pairs].sum(dim=1), *of_answers.sum(dim=1).chunk(2)], dim=1)
+        of_prompts, of_answers = mask[:pairs] & shared & ~prefix, mask & ~(shared | prefix).repeat(2, 1)
+        lengths = torch.stack([of_prompts.sum(dim=1), *of_answers.sum(dim=1).chunk(2)], dim=1)  # (B, 3)
         prefix_length, *flat = torch.cat([(prefix & mask[0]).sum()[None], lengths.flatten()]).tolist()
         total, multiple = prefix_length + sum(flat), pad_to_multiple_of or 1
         padding = -total % multiple
@@ -186,8 +157,8 @@ class PackedPairs:
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """
-        The sequence as runs of tokens, each of which sees itself causally: its length, and how much of the sequence's begin and
-        of the begin of the run before it sees.
+        The sequence as runs of tokens, each of which sees itself causally: its length, and how much of the sequence's start and
+        of the start of the run before it sees.
         """
         first = self.prefix  # the first pair's prompt follows the prefix
         for prompt, chosen, rejected in self.lengths:

@@ -17,8 +17,8 @@ class SelfRefineDPOConfig(DPOConfig):
     Configuration class for the [`SelfRefineDPOTrainer`].
 
     [`SelfRefineDPOConfig`] inherits every parameter from [`~trl.DPOConfig`] and adds those of Sr-DPO and Sr-IPO
-    (https://huggingface.co/papers/2405.21040). `loss_type="sigmoid"` is Sr-DPO, `"ipo"` is Sr-IPO; the other losses of the
-    margin (`"hinge"`, `"exo_pair"`, `"robust"`, `"discopop"`, `"sigmoid_norm"`) have theirs lowered in the same way.
+    (https://huggingface.co/papers/2405.21040). `loss_type="sigmoid"` is Sr-DPO, `"ipo"` is Sr-IPO; TRL's other preference
+    losses see the chosen log-ratio lowered in the same way.
 
     Parameters:
         refinement_weight (`float`, *optional*, defaults to `0.3`):
@@ -34,8 +34,8 @@ class SelfRefineDPOConfig(DPOConfig):
             For `loss_type="ipo"`: whether log-ratios are means over the response's tokens, as TRL's IPO does with the
             IPO authors' consent (`True`), or sums, as the paper writes it (`False`).
         variant (`str`, *optional*):
-            `"tdpo1"` or `"tdpo2"`: a TDPO loss (https://huggingface.co/papers/2404.11999) with the refinement margin,
-            `−log σ(u − TDPO's term − λ Δ)`. For `loss_type="sigmoid"`.
+            `"tdpo1"` or `"tdpo2"`: the log-ratios are raised by TDPO's KLs (https://huggingface.co/papers/2404.11999) as well. With
+            `loss_type="sigmoid"`, `−log σ(u − TDPO's term − λ Δ)`.
         alpha (`float`, *optional*, defaults to `0.5`):
             TDPO2's α, as in [`TDPOConfig`]. Only used with `variant="tdpo2"`.
         share_prompt (`bool`, *optional*, defaults to `False`):
@@ -81,7 +81,7 @@ class SelfRefineDPOConfig(DPOConfig):
     variant: str | None = field(
         default=None,
         metadata={
-            "help": "'tdpo1' or 'tdpo2': a TDPO loss with the refinement margin, for loss_type='sigmoid'.",
+            "help": "'tdpo1' or 'tdpo2': TDPO's KLs are added to the log-ratios as well.",
             "choices": ["tdpo1", "tdpo2"],
         },
     )

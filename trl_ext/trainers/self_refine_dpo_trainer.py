@@ -200,8 +200,8 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
             )
 
     @classmethod
-    def _refuse_options(cls, args, honoured=()):
-        super()._refuse_options(args, honoured)
+    def _refuse_options(cls, args):
+        super()._refuse_options(args)
         config = args if isinstance(args, SelfRefineDPOConfig) else SelfRefineDPOConfig
         if args.use_weighting and config.variant is not None:
             raise ValueError(

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +33,14 @@ from .packed_pairs import PackedPairs, take_packed_pairs, why_not_packed
 from .position_kl_head import add_position_kl_head
 from .token_batches import TokenBatches
 from .upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, unshard_head
+
+
+# Losses that cannot be multiplied by weights of the pairs -> why
+WITHOUT_WEIGHTS = {
+    "aot": "it sorts the pairs, and each would have the weight of another",
+    "aot_unpaired": "it sorts the pairs, and each would have the weight of another",
+    "hinge": "TRL multiplies it in place, which its gradient does not survive (`tests/trainers/test_upstream.py`)",
+}
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,15 @@ class DataCollatorWithColumns:
     columns: tuple[str, ...]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        columns = {name: torch.tensor([example[name] for example in examples]) for name in self.columns}
-        return {**columns, **self.collator(examples)}
+        batch = self.collator(examples)
+        for name in self.columns:
+            if name not in batch:
+                if any(name not in example for example in examples):
+                    raise ValueError(
+                        f"A row has no `{name}`, which the trainer reads of each; it has {', '.join(examples[0])}."
+                    )
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
 
 
 @contextlib.contextmanager
@@ -140,7 +155,8 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     dataset's columns, of numbers, that these find in `pairs.inputs`.
 
     Raises:
-        `ValueError`: the first row of `train_dataset` has not all of `columns`; `loss_type="aot"` with `ld_alpha`.
+        `ValueError`: the first row of `train_dataset` has not all of `columns`; `loss_type="aot"` with `ld_alpha`; [`pair_weights`] with a
+        loss that has none for each pair, or with "hinge".
 
     Example:
 
@@ -209,22 +225,19 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
             self.data_collator = DataCollatorWithColumns(self.data_collator, self.columns)
 
     @classmethod
-    def _refuse_options(cls, args: DPOConfig, honoured: Collection[str] = ()) -> None:
-        """
-        Raise a `ValueError` that names the option, the reason and what to do, before any model is loaded. Options that are
-        `honoured`, beside others of `args`, are let through.
-        """
+    def _refuse_options(cls, args: DPOConfig) -> None:
+        """Raise a `ValueError` that names the option, the reason and what to do, before any model is loaded."""
         for name, (accepted, reason) in cls._refused_options.items():
-            if name not in honoured and getattr(args, name) != accepted:
+            if getattr(args, name) != accepted:
                 raise ValueError(f"`{name}={getattr(args, name)!r}` is not supported by {cls.__name__}: {reason}")
         if "aot" in args.loss_type and args.ld_alpha is not None:
             raise ValueError(
                 f"`loss_type='aot'` with `ld_alpha={args.ld_alpha}` is not supported by {cls.__name__}: AOT sorts the policy's log-"
                 "probabilities apart from the reference's, and a shift among tokens that are reweighted is not one. Use one of the two."
             )
-        if cls._weighs_pairs() and (sorting := {"aot", "aot_unpaired"} & set(args.loss_type)):
+        if cls._weighs_pairs() and (unweighed := [name for name in args.loss_type if name in WITHOUT_WEIGHTS]):
             raise ValueError(
-                f"`loss_type={sorted(sorting)}` is not supported by {cls.__name__}: it sorts the pairs, and then their weights are not theirs."
+                f"`loss_type={unweighed[0]!r}` is not supported by {cls.__name__}, which weighs pairs: {WITHOUT_WEIGHTS[unweighed[0]]}."
             )
 
     def _set_packing(self, args: DPOConfig, peft_config: PeftConfig | None, *models) -> None:
@@ -275,7 +288,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     def pair_weights(self, pairs: Pairs, term: Term) -> torch.Tensor | None:
         """
         What the losses of the pairs are multiplied by, `(B,)`, each at least 0 and without gradient; `None` for 1. The batch's loss is
-        the mean of the products. `"sft"` is not asked for; `"aot"` and `"aot_unpaired"` have no loss for each pair.
+        the mean of the products. `"sft"` is not asked for; `"aot"`, `"aot_unpaired"` and `"hinge"` are refused.
         """
         return None
 
@@ -339,12 +352,10 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         shifts = [torch.as_tensor(shift).to(ref_logps) for shift in self.logratio_shifts(pairs, term)]
         shifts = torch.stack([shift.expand(ref_logps.size(1)) for shift in shifts])  # (2, B)
         changes = {}
-        if (
-            term.loss_type == "aot"
-        ):  # which sorts the policy's log-probabilities apart from the reference's: they take it
-            changes["log_probs"] = torch.cat(
-                [outputs.log_probs[:, :-1], outputs.log_probs[:, -1:] + shifts.reshape(-1, 1)], dim=1
-            )
+        if term.loss_type == "aot":
+            # Sorts the policy's log-probabilities apart from the reference's, so that those take the shift
+            *first, last = outputs.log_probs.split([outputs.log_probs.size(1) - 1, 1], dim=1)
+            changes["log_probs"] = torch.cat([*first, last + shifts.reshape(-1, 1)], dim=1)
         elif term.of_sums:  # TRL divides by the lengths
             logps = pairs.logps
             ref_logps = logps - pairs.lengths * (logps - ref_logps + shifts)

@@ -9,7 +9,8 @@ class TDPOConfig(DPOConfig):
     Configuration class for the [`TDPOTrainer`].
 
     [`TDPOConfig`] inherits every parameter from [`~trl.DPOConfig`] and adds the two of Token-level DPO
-    (https://huggingface.co/papers/2404.11999), and `share_prompt`. In `loss_type`, `"sigmoid"` stands for the TDPO loss.
+    (https://huggingface.co/papers/2404.11999), and `share_prompt`. Every preference loss in `loss_type` sees log-ratios raised by the
+    KLs; with `"sigmoid"` that is the paper's loss.
 
     Parameters:
         variant (`str`, *optional*, defaults to `"tdpo2"`):

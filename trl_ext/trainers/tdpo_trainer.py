@@ -58,8 +58,8 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
     }
 
     @classmethod
-    def _refuse_options(cls, args, honoured=()):
-        super()._refuse_options(args, honoured)
+    def _refuse_options(cls, args):
+        super()._refuse_options(args)
         for loss_type in args.loss_type:
             if loss_type not in (*LOSS_TYPES, "sft"):
                 raise ValueError(
