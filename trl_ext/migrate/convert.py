@@ -5,14 +5,19 @@ Values are judged by the dataclasses that a current recipe is parsed with, so th
 method refuses is a problem here already.
 """
 
+import copy
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..recipe import Recipe, RecipeError, check_keys
 from ..recipe_values import LAUNCH_KEYS, unknown_key
+from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
-from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, WANDB
+from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, USE, WANDB
+from .llama_factory import LLAMA_FACTORY
+from .projects import LEAST_MARKS, Project
+from .rlhflow import RLHFLOW
 
 
 @dataclass
@@ -27,12 +32,21 @@ class Migration:
             Keys that stayed as they were.
         changes, problems (`list[str]`):
             One line each: what and why; what was left out and the way out.
+        project ([`~projects.Project`], *optional*):
+            Whose recipe it is, if it is not TRL's or alignment-handbook's.
     """
 
     recipe: dict[str, Any] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    project: Project | None = None
+
+
+def recognise(recipe: Recipe) -> Project | None:
+    """The project whose own keys a recipe has, or `None`: TRL's, or one that keeps TRL's keys, such as alignment-handbook."""
+    found = max((AXOLOTL, LLAMA_FACTORY, RLHFLOW), key=lambda project: len(project.marks & recipe.mapping.keys()))
+    return found if len(found.marks & recipe.mapping.keys()) >= LEAST_MARKS else None
 
 
 def other_method(recipe: Recipe, text: str) -> tuple[str, str] | None:
@@ -47,6 +61,38 @@ def other_method(recipe: Recipe, text: str) -> tuple[str, str] | None:
                 return words[word.upper()], f"{recipe.path}: `{directory}` in its path"
     found = re.search(rf"^\s*#.*?\b({'|'.join(METHODS)})(?:Trainer|Config)\b", text, flags=re.MULTILINE)
     return (found[1], f"{recipe.path}: the comment `{found[0].strip()}`") if found else None
+
+
+def _refuse_other_methods(recipe: Recipe, text: str, project: Project | None) -> None:
+    mapping = recipe.mapping
+    if {"compute_environment", "distributed_type"} & mapping.keys():
+        raise RecipeError(
+            f"{recipe.where()}: this is a configuration of accelerate, which needs no migration: `accelerate_config: {recipe.path}` in a "
+            "recipe takes it."
+        )
+    if project is None and "model_class" in mapping and "train_dataset" in mapping:
+        raise RecipeError(
+            f"{recipe.where('model_class')}: this is a recipe of LLaMA-Factory's v1 (`model_class`, `train_dataset`), whose method is an "
+            "argument of its command. `trl-ext migrate` knows those with `stage:`; write this one anew from recipes/README.md."
+        )
+    if project is None:
+        found, program = other_method(recipe, text), "what it was written for"
+    else:
+        found, program = project.method(mapping), project.name
+    if found is None:
+        return
+    name, shown = found
+    use = USE.get(name, f"{program}; TRL has no trainer of it")
+    if project is None:
+        shown, more = (
+            f"{shown}: this is a recipe of {name}",
+            "; if it is a DPO recipe all the same, remove the key or rename the file",
+        )
+    else:
+        shown, more = f"{recipe.where()}: this is a recipe of {project.name} for {name} ({shown})", ""
+    raise RecipeError(
+        f"{shown}, and trl-ext trains with preference pairs against a reference (DPO's family). Use {use}{more}."
+    )
 
 
 def classes(method: str) -> tuple[type, tuple[type, ...]]:
@@ -73,23 +119,24 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
     Raises:
         [`RecipeError`]: the recipe of another method.
     """
-    found = other_method(recipe, text)
-    if found is not None:
-        name, shown = found
-        raise RecipeError(
-            f"{shown}: this is a recipe of {name}, and trl-ext trains with preference pairs against a reference (DPO's "
-            f"family). Use TRL's own trainer for {name}; if it is a DPO recipe all the same, remove the key or rename the file."
-        )
+    project = recognise(recipe)
+    _refuse_other_methods(recipe, text, project)
     if isinstance(recipe.mapping.get("prompts"), dict):
         raise RecipeError(f"{recipe.where('prompts')}: this is an ARIES recipe, which is current. Nothing to migrate.")
     trainer, config_classes = classes(method)
-    migration, old = Migration(), dict(recipe.mapping)
+    migration, old = Migration(project=project), copy.deepcopy(recipe.mapping)
+    if project is not None:
+        project.translate(old, migration)
     for step in (_data, _precision, _lengths, _loss, _model):
         step(old, migration)
     for key, value in list(old.items()):
         _key(key, value, old, migration)
+    if project is not None:
+        project.add_defaults(migration)
     _keep_defaults(recipe.mapping, migration)
     _check(migration, config_classes, trainer)
+    migration.kept = [key for key in migration.kept if key in recipe.mapping]
+    migration.changes = _grouped(migration.changes)
     script, _, model, mixture = config_classes  # the model first, then the data, then the rest in the old order
     first = [name for cls in (model, script, mixture) for name in cls.__dataclass_fields__ if name in migration.recipe]
     migration.recipe = {key: migration.recipe[key] for key in dict.fromkeys([*first, *migration.recipe])}
@@ -207,6 +254,9 @@ def _model(old: dict[str, Any], migration: Migration) -> None:
 
 def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> None:
     """One key that no step has taken."""
+    project = migration.project
+    gone, neutral = (GONE, NEUTRAL) if project is None else (GONE | project.gone, NEUTRAL | project.neutral)
+    prefixes = [name for name in gone if name.endswith("*") and key.startswith(name[:-1])]
     if key == "warmup_ratio":
         if old.get("warmup_steps"):
             migration.changes.append("`warmup_ratio` left out: `warmup_steps` went before it")
@@ -225,14 +275,16 @@ def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> Non
         if value:
             migration.recipe["optim"] = "adafactor"
         migration.changes.append("`adafactor` -> `optim`: transformers' name")
-    elif key in GONE:
-        migration.changes.append(f"`{key}: {value}` left out: {GONE[key]}")
-    elif key in NEUTRAL:
-        neutral, way_out = NEUTRAL[key]
-        if value in (neutral, None):
+    elif key in gone:
+        migration.changes.append(f"{_shown(key, value)} left out: {gone[key]}")
+    elif key in neutral:
+        default, way_out = neutral[key]
+        if value in (default, None):
             migration.changes.append(f"`{key}` left out: it said nothing")
         else:
-            migration.problems.append(f"`{key}: {value!r}`: {way_out}.")
+            migration.problems.append(f"{_shown(key, value)}: {way_out}.")
+    elif prefixes:
+        migration.changes.append(f"{_shown(key, value)} left out: {gone[prefixes[0]]}")
     elif key in RENAMED:
         new, why = RENAMED[key]
         if new in old:
@@ -243,6 +295,21 @@ def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> Non
     else:
         migration.recipe[key] = value
         migration.kept.append(key)
+
+
+def _shown(key: str, value: Any) -> str:
+    """A key with its value, on one line."""
+    text = " ".join(str(value).split())
+    return f"`{key}: {text if len(text) <= 60 else text[:57] + '...'}`"
+
+
+def _grouped(changes: list[str]) -> list[str]:
+    """Keys that were left out for the same reason, in one line."""
+    lines: dict[str, list[str]] = {}
+    for change in changes:
+        key, left_out, reason = change.partition(" left out: ")
+        lines.setdefault(left_out + reason if left_out else change, []).append(key)
+    return [", ".join(keys) + reason if reason.startswith(" left out: ") else reason for reason, keys in lines.items()]
 
 
 def _keep_defaults(old: dict[str, Any], migration: Migration) -> None:
@@ -266,7 +333,14 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
             continue
         value = migration.recipe[key]
         if key not in known:
-            _leave_out(migration, key, f"{unknown_key(key, known)} Nothing takes its place.")
+            if migration.project is None:
+                _leave_out(migration, key, f"{unknown_key(key, known)} Nothing takes its place.")
+            elif value is False:
+                _leave_out(migration, key)
+                migration.changes.append(f"{_shown(key, value)} left out: it was off")
+            else:
+                way_out = "has no counterpart here. docs/recipe_keys.md lists what there is"
+                _leave_out(migration, key, f"{_shown(key, value)}: a key of {migration.project.name} that {way_out}.")
             continue
         problem = _problem(config_classes, key, value)
         if problem and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
@@ -301,8 +375,9 @@ def _problem(config_classes: tuple[type, ...], key: str, value: Any) -> str | No
     return None
 
 
-def _leave_out(migration: Migration, key: str, problem: str) -> None:
+def _leave_out(migration: Migration, key: str, problem: str | None = None) -> None:
     del migration.recipe[key]
     if key in migration.kept:
         migration.kept.remove(key)
-    migration.problems.append(problem)
+    if problem is not None:
+        migration.problems.append(problem)

@@ -65,6 +65,10 @@ WANDB = {
     "wandb_project": "WANDB_PROJECT",
     "wandb_entity": "WANDB_ENTITY",
     "wandb_run_group": "WANDB_RUN_GROUP",
+    "wandb_run_id": "WANDB_RUN_ID",
+    "wandb_mode": "WANDB_MODE",
+    "wandb_watch": "WANDB_WATCH",
+    "wandb_log_model": "WANDB_LOG_MODEL",
 }
 
 # Values of `loss_type` that TRL renamed
@@ -88,3 +92,23 @@ MARKS = {
 }
 # Names of methods in directories, comments and output names
 METHODS = ("SFT", "ORPO", "KTO", "CPO", "PPO", "RLOO", "GRPO", "Reward", "BCO", "PRM", "GKD", "CPT")
+
+# What trains by another method, or does what a recipe is for; methods that are not here have no trainer in TRL
+USE = {
+    "SFT": "`trl sft`; an ARIES recipe can begin with it, `sft:`",
+    "pretraining": "`trl sft` on a column `text`",
+    "CPT": "`trl sft` on a column `text`",
+    "Reward": "`trl reward`",
+    "KTO": "`trl kto`",
+    "GRPO": "`trl grpo`",
+    "GDPO": "`trl grpo`, with `multi_objective_aggregation`",
+    "RLOO": "`trl rloo`",
+    "ORPO": "`trl.experimental.orpo`",
+    "CPO": "`trl.experimental.cpo`",
+    "SimPO": "`trl.experimental.cpo`, with `loss_type: simpo`",
+    "GKD": "`trl.experimental.gkd`",
+    "generation": "`trl-ext aries run`, which generates, scores, makes pairs and trains on them, with one recipe",
+    "generative reward models": "axolotl for it; an ARIES recipe takes the model as a judge, `scores.judge`",
+    "exporting a model": "`merge_and_unload` of `peft`, or `trl-ext aries export` after ARIES",
+    "inference": "vLLM or transformers",
+}
