@@ -266,6 +266,15 @@ class TestOldTrl:
         assert (migration.recipe, migration.changes, migration.problems) == (mapping, [], [])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("dataset_splits", 7), ("rpo_alpha", "x"), ("env", [1]), ("loss_type", [{}])]
+)
+def test_wrong_values_are_problems(key, value):
+    mapping = OLD_TRL | {"wandb_project": "mine", "dataset_splits": ["train"], "truncation_mode": "keep_start"}
+    (problem,) = migrated(mapping | {key: value}).problems
+    assert problem.startswith(f"`{key}` must be")
+
+
 @pytest.mark.parametrize(("weight", "expected"), [(1, "train"), (0.5, "train[:50%]"), (0.29, "train[:29%]")])
 def test_slices(weight, expected):
     assert sliced("train", weight, "w") == expected

@@ -249,8 +249,8 @@ def schedule(old: dict[str, Any], migration: "Migration") -> None:
 
 def data(old: dict[str, Any], migration: "Migration") -> None:
     given = old.pop("datasets", None)
-    if not isinstance(given, list) or not all(isinstance(entry, dict) and entry.get("path") for entry in given):
-        migration.problems.append("`datasets` is not a list of entries with `path`. Set `dataset_name`.")
+    if not given or not all(entry.get("path") for entry in given):
+        migration.problems.append("`datasets` is no list of entries that all have a `path`. Set `dataset_name`.")
         given = []
     entries = [_entry(f"`datasets[{index}]", dict(entry), migration) for index, entry in enumerate(given)]
     tests = old.pop("test_datasets", None) or []
@@ -262,12 +262,7 @@ def data(old: dict[str, Any], migration: "Migration") -> None:
     elif entries:
         migration.recipe["datasets"] = entries
         migration.changes.append("`datasets` -> `datasets`: TRL's form, with `path`, `name`, `split` and `data_files`")
-    if (
-        len(tests) == 1
-        and isinstance(tests[0], dict)
-        and tests[0].get("path") == migration.recipe.get("dataset_name")
-        and tests[0].get("split")
-    ):
+    if len(tests) == 1 and tests[0].get("path") == migration.recipe.get("dataset_name") and tests[0].get("split"):
         migration.recipe["dataset_test_split"] = tests[0]["split"]
         migration.changes.append(f"`test_datasets` -> `dataset_test_split: {tests[0]['split']}`: TRL's name")
     elif tests:
@@ -372,12 +367,12 @@ AXOLOTL = Project(
         "adapter": str,
         "lr_scheduler": str,
         "optimizer": str,
-        "trl": dict,
-        "special_tokens": dict,
-        "datasets": list,
-        "test_datasets": list,
-        "num_epochs": (int, float),
-        "val_set_size": (int, float),
+        "trl": dict[str, Any],
+        "special_tokens": dict[str, Any],
+        "datasets": list[dict[str, Any]],
+        "test_datasets": list[dict[str, Any]],
+        "num_epochs": float,
+        "val_set_size": float,
         "evals_per_epoch": int,
         "saves_per_epoch": int,
         "batch_size": int,

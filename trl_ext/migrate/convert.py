@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..recipe import Recipe, RecipeError, check_keys
-from ..recipe_values import LAUNCH_KEYS, unknown_key
+from ..recipe_values import LAUNCH_KEYS, check_value, unknown_key
 from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
-from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, USE, WANDB
+from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, WANDB
 from .llama_factory import LLAMA_FACTORY
 from .projects import LEAST_MARKS, Project
 from .rlhflow import RLHFLOW
@@ -125,6 +125,7 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
         raise RecipeError(f"{recipe.where('prompts')}: this is an ARIES recipe, which is current. Nothing to migrate.")
     trainer, config_classes = classes(method)
     migration, old = Migration(project=project), copy.deepcopy(recipe.mapping)
+    _check_types(old, TYPES | (project.types if project else {}), migration)
     if project is not None:
         project.translate(old, migration)
     for step in (_data, _precision, _lengths, _loss, _model):
@@ -144,6 +145,16 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
 
 
 # Steps. Each takes its keys out of `old`
+
+
+def _check_types(old: dict[str, Any], types: dict[str, Any], migration: Migration) -> None:
+    """Move values that no step could read to the problems."""
+    for key in [key for key in types if old.get(key) is not None]:
+        try:
+            check_value(old[key], types[key])
+        except RecipeError as error:
+            del old[key]
+            migration.problems.append(f"`{key}` {error}")
 
 
 def _data(old: dict[str, Any], migration: Migration) -> None:
@@ -202,8 +213,8 @@ def _lengths(old: dict[str, Any], migration: Migration) -> None:
 
 def _loss(old: dict[str, Any], migration: Migration) -> None:
     names = old.pop("loss_type", None)
+    names = [names] if isinstance(names, str) else names
     if names is not None:
-        names = [names] if isinstance(names, str) else list(names)
         renamed = [LOSS_TYPES.get(name, name) for name in names]
         if renamed != names:
             migration.changes.append(f"`loss_type: {names}` -> `{renamed}`: TRL renamed it")

@@ -3,6 +3,9 @@ Keys of older recipes and what became of them. Facts of alignment-handbook's rec
 history; what a current recipe takes is asked of the dataclasses themselves, in `convert.py`.
 """
 
+from typing import Any
+
+
 # Old key -> (new key, why); the value stays
 RENAMED = {
     "torch_dtype": ("dtype", "transformers renamed it"),
@@ -69,6 +72,15 @@ WANDB = {
     "wandb_mode": "WANDB_MODE",
     "wandb_watch": "WANDB_WATCH",
     "wandb_log_model": "WANDB_LOG_MODEL",
+}
+
+# Key -> the type of its values, for the steps to rely on
+TYPES = {
+    "loss_type": str | list[str],
+    "rpo_alpha": float,
+    "dataset_splits": str | list[str],
+    "dataset_configs": str | list[str],
+    "env": dict[str, Any],
 }
 
 # Values of `loss_type` that TRL renamed

@@ -39,7 +39,7 @@ def loss(old: dict[str, Any], migration: "Migration") -> None:
         losses = [old.pop("pref_loss", "sigmoid"), "sft"]
         old |= {"loss_type": losses, "loss_weights": [1.0, float(weight)]}
         migration.changes.append(
-            f"`pref_ftx: {weight}` -> `loss_type: {losses}`, `loss_weights: [1.0, {float(weight)}]`: TRL's form of the NLL term, a mean "
+            f"`pref_loss`, `pref_ftx: {weight}` -> `loss_type: {losses}`, `loss_weights: [1.0, {float(weight)}]`: TRL's form of the NLL term, a mean "
             "over all tokens where LLaMA-Factory's is over each answer's first"
         )
     elif weight is not None:
@@ -125,12 +125,14 @@ def precision(old: dict[str, Any], migration: "Migration") -> None:
 def data(old: dict[str, Any], migration: "Migration") -> None:
     """Names of dataset_info.json, which only LLaMA-Factory reads."""
     names = old.pop("dataset", None)
-    names = (
-        [name.strip() for name in names.split(",")] if isinstance(names, str) else [str(name) for name in names or ()]
-    )
+    names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names or []
     directory, rows = old.pop("dataset_dir", "data"), old.pop("max_samples", None)
     part = f"train[:{rows}]" if rows else None
-    if directory == "ONLINE":
+    if not names:
+        migration.problems.append(
+            "`dataset` is missing, and with it what `dataset_dir` and `max_samples` are of. Set `dataset_name`."
+        )
+    elif directory == "ONLINE":
         if len(names) == 1 and part is None:
             migration.recipe["dataset_name"] = names[0]
             migration.changes.append(
@@ -142,18 +144,16 @@ def data(old: dict[str, Any], migration: "Migration") -> None:
             migration.changes.append(
                 "`dataset`, `dataset_dir: ONLINE` and `max_samples` -> `datasets`: TRL's form, with a slice of the split"
             )
-    elif names:
+    else:
         slices = f", split: '{part}'" if part else ""
         entries = ", ".join(f"{{path: ...{slices}}}" for _ in names)
         key = "dataset_name: ..." if len(names) == 1 and part is None else f"datasets: [{entries}]"
         keep = f"`max_samples: {rows}` is the slice `{part}`. " if rows else ""
         migration.problems.append(
-            f"`dataset: {', '.join(names)}`: names of LLaMA-Factory's {directory}/dataset_info.json. {keep}Write `{key}` with what the entry "
+            f"`dataset: {', '.join(names)}`: names of LLaMA-Factory's {directory}/dataset_info.json (`dataset_dir`). {keep}Write `{key}` with what the entry "
             f"there names: its `hf_hub_url` (`subset` is TRL's `name`, or `dataset_config`), or the file {directory}/<file_name>. Rows in its "
             "two formats are read as they are; a column that the entry gives another name must be renamed in the data."
         )
-    else:
-        migration.problems.append("`dataset` is missing. Set `dataset_name`.")
     test = old.pop("eval_dataset", None)
     if test:
         migration.problems.append(
@@ -206,12 +206,12 @@ LLAMA_FACTORY = Project(
         "finetuning_type": str,
         "flash_attn": str,
         "pref_loss": str,
-        "dataset": (str, list),
-        "lora_target": (str, list),
-        "additional_target": (str, list),
+        "dataset": str | list[str],
+        "lora_target": str | list[str],
+        "additional_target": str | list[str],
         "dataset_dir": str,
-        "pref_ftx": (int, float),
-        "val_size": (int, float),
+        "pref_ftx": float,
+        "val_size": float,
         "max_samples": int,
         "quantization_bit": int,
     },

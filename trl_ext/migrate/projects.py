@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..recipe_values import show
-
 
 if TYPE_CHECKING:
     from .convert import Migration
@@ -57,7 +55,7 @@ class Project:
         renamed, gone, neutral (`dict`):
             As in `keys.py`. A name `prefix_*` in `gone` stands for all keys with that prefix.
         types (`dict`):
-            Key -> what its value must be for the steps to read it, as `isinstance` takes it.
+            Key -> the type of its values, for the steps to rely on.
         defaults (`dict`):
             Key of TRL -> the project's default, where TRL's is another.
     """
@@ -78,10 +76,6 @@ class Project:
         for key in empty:
             del old[key]
         migration.changes += [f"`{key}` left out: empty" for key in empty]
-        for key in [key for key, kind in self.types.items() if key in old and not isinstance(old[key], kind)]:
-            migration.problems.append(
-                f"`{key}`: {self.name} has no such value of it, {show(old.pop(key))}. Correct it first."
-            )
         for step in self.steps:
             step(old, migration)
         for key, (new, why) in self.renamed.items():

@@ -62,7 +62,9 @@ def data(old: dict[str, Any], migration: "Migration") -> None:
             )
         migration.problems.append(f"{what}. `trl-ext aries run` generates, scores, pairs and trains in one. {how}")
     else:
-        migration.problems.append("`train_dir` is missing. Set `dataset_name` to preference pairs.")
+        migration.problems.append(
+            "`train_dir`, from which `choose_type` takes pairs, is missing. Set `dataset_name` to preference pairs."
+        )
     if test and test == source:
         migration.recipe["test_split_size"] = 100
         migration.changes.append(
