@@ -239,6 +239,8 @@ class TestAxolotl:
             ({"saves_per_epoch": None, "save_steps": 50}, {"save_strategy": "steps", "save_steps": 50}),
             ({"trl": {"beta": 0.5}}, {"beta": 0.5}),
             ({"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.1]}, {"loss_weights": [1.0, 0.1]}),
+            ({"fp16": False, "sdp_attention": False, "use_mlflow": False}, {"bf16": True, "report_to": ["wandb"]}),
+            ({"num_epochs": 0.25, "evals_per_epoch": 2}, {"eval_strategy": None, "eval_steps": None}),
             ({"hub_model_id": "me/it"}, {"hub_model_id": "me/it", "push_to_hub": True}),
             ({"gradient_checkpointing": "offload"}, {"gradient_checkpointing": True}),
             ({"lora_target_linear": None, "lora_target_modules": ["q_proj"]}, {"lora_target_modules": ["q_proj"]}),
@@ -288,6 +290,7 @@ class TestAxolotl:
             ({"type": {"field_prompt": "q", "field_chosen": "chosen"}}, "rename_columns({'q': 'prompt'})"),
             ({"type": {"prompt_format": "[INST] {prompt} [/INST]"}}, "is written around the text here"),
             ({"roles": {"user": ["customer"]}}, "rename the roles in the data to `system`, `user` and `assistant`"),
+            ({"message_property_mappings": {"role": "speaker"}}, "rename these fields of the messages in the data"),
             ({"revision": "v2"}, "`datasets[0].revision: v2`: has no counterpart"),
             ({"shards": 4}, "`datasets[0].shards: 4`: has no counterpart"),
         ],
@@ -578,7 +581,7 @@ class TestRlhflow:
 
 
 @pytest.mark.parametrize("mapping", [AXOLOTL, LLAMA, RLHFLOW], ids=["axolotl", "llama-factory", "rlhflow"])
-@pytest.mark.parametrize("value", [7, "x", [{}], {"a": 1}, True, None], ids=repr)
+@pytest.mark.parametrize("value", [7, "x", [{}], {"a": 1}, False, None], ids=repr)
 def test_wrong_values_are_problems_too(mapping, value):
     """Any value of another type at any key: a recipe that parses, or a refusal, and no other error."""
     for key in mapping:
@@ -593,6 +596,14 @@ def test_wrong_values_are_problems_too(mapping, value):
     for key in AXOLOTL["datasets"][0]:
         entry = AXOLOTL["datasets"][0] | {key: value}
         convert(Recipe(Path("a/b.yaml"), AXOLOTL | {"datasets": [entry]}, {}), "", "tdpo")
+
+
+@pytest.mark.parametrize("key", ["hf_hub_token", "swanlab_api_key", "hub_token", "push_to_hub_token"])
+def test_secrets_are_neither_carried_over_nor_shown(key):
+    mapping = LLAMA | {key: "not-to-be-seen"}
+    migration = migrated(mapping)
+    assert "not-to-be-seen" not in f"{migration.recipe} {migration.changes} {migration.problems}"
+    assert accounted(mapping, migration) == []
 
 
 def test_one_key_alone_is_a_slip():

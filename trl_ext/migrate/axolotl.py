@@ -19,6 +19,15 @@ ATTENTION = {
     "eager_attention": "eager",
     "flex_attention": "flex_attention",
 }
+TRACKERS = {
+    "use_wandb": "wandb",
+    "use_tensorboard": "tensorboard",
+    "use_mlflow": "mlflow",
+    "use_comet": "comet_ml",
+    "use_trackio": "trackio",
+    "use_swanlab": "swanlab",
+}
+PRECISIONS = ("bf16", "bfloat16", "fp16", "float16", "float32")
 # Optimizers of axolotl's own, which transformers does not know
 OPTIMIZERS = (
     *("optimi_adamw", "ao_adamw_fp8", "adopt_adamw", "came_pytorch", "muon", "dion", "sinkgd", "q_galore_adamw8bit"),
@@ -45,13 +54,13 @@ FIELDS = {
 }
 ROLES = {"user": {"user", "human"}, "assistant": {"assistant", "gpt", "model"}, "system": {"system"}, "tool": {"tool"}}
 NO_EVALUATION = "without `val_set_size` and `test_datasets` axolotl evaluates nothing"
-LEFT_TO_LOADER = (
-    "message_property_mappings",
-    "message_field_role",
-    "message_field_content",
-    "ds_type",
-    "trust_remote_code",
-)
+# Names of a message's fields that the loader knows
+CONTENTS = {
+    "message_property_mappings": ("role", "content", "from", "value"),
+    "message_field_role": ("role", "from"),
+    "message_field_content": ("content", "value"),
+}
+LEFT_TO_LOADER = (*CONTENTS, "ds_type", "trust_remote_code")
 
 
 def method(old: dict[str, Any]) -> tuple[str, str] | None:
@@ -142,15 +151,13 @@ def model(old: dict[str, Any], migration: "Migration") -> None:
 
 def precision(old: dict[str, Any], migration: "Migration") -> None:
     """axolotl loads the weights in the precision that it trains with."""
-    bf16 = old.pop("bf16", None) or old.pop("bfloat16", None) or False
-    fp16 = old.pop("fp16", None) or old.pop("float16", None) or False
-    shown = "`bf16`" if bf16 else "`fp16`" if fp16 else "no `bf16` and no `fp16`"
+    given = {key: old.pop(key) for key in PRECISIONS if key in old}
+    shown = ", ".join(f"`{key}: {value}`" for key, value in given.items()) or "no `bf16` and no `fp16`"
+    bf16, fp16 = (given.get(short) or given.get(long) for short, long in (("bf16", "bfloat16"), ("fp16", "float16")))
+    if bf16 == "auto":
+        shown += ", on a GPU that has bf16,"
     if bf16:
-        dtype, trained = "bfloat16", {"bf16": bf16 != "full"}
-        if bf16 == "auto":
-            shown = "`bf16: auto`, on a GPU that has bf16"
-        if bf16 == "full":
-            shown, trained = "`bf16: full`", {"bf16": False, "bf16_full_eval": True}
+        dtype, trained = "bfloat16", {"bf16": False, "bf16_full_eval": True} if bf16 == "full" else {"bf16": True}
     elif fp16:
         dtype, trained = "float16", {"bf16": False, "fp16": True}
     else:
@@ -158,7 +165,6 @@ def precision(old: dict[str, Any], migration: "Migration") -> None:
     migration.recipe |= {"dtype": dtype, **trained}
     named = ", ".join(f"`{key}: {str(value).lower()}`" for key, value in {"dtype": dtype, **trained}.items())
     migration.changes.append(f"{shown} -> {named}: axolotl loads the weights as it trains them")
-    old.pop("float32", None)
     tf32 = old.pop("tf32", None)
     if isinstance(tf32, bool):
         migration.recipe["tf32"] = tf32
@@ -196,6 +202,8 @@ def schedule(old: dict[str, Any], migration: "Migration") -> None:
             migration.changes.append(f"`{key}` left out: it said nothing")
         elif strategy == "eval_strategy" and not evaluates:
             migration.changes.append(f"`{key}` left out: {NO_EVALUATION}")
+        elif times != 1 and times * epochs <= 1:
+            migration.changes.append(f"`{key}` left out: that is at the end alone")
         elif times == 1:
             migration.recipe[strategy] = "epoch"
             migration.changes.append(f"`{key}: 1` -> `{strategy}: epoch`: transformers' name")
@@ -224,13 +232,11 @@ def schedule(old: dict[str, Any], migration: "Migration") -> None:
         migration.changes.append(
             f"`per_device_eval_batch_size: {micro}` added: axolotl evaluates with `micro_batch_size`"
         )
-    names = {"use_wandb": "wandb", "use_tensorboard": "tensorboard", "use_mlflow": "mlflow", "use_comet": "comet_ml"}
-    names |= {"use_trackio": "trackio", "use_swanlab": "swanlab"}
-    if old.get("wandb_project"):
-        old.setdefault("use_wandb", True)
-    given = [key for key in names if old.pop(key, False)]
+    given = {key: name for key, name in TRACKERS.items() if old.pop(key, False)}
+    if old.get("wandb_project") and "use_wandb" not in given:
+        given["wandb_project"] = "wandb"
     if given:
-        migration.recipe["report_to"] = [names[key] for key in given]
+        migration.recipe["report_to"] = list(given.values())
         shown = ", ".join(f"`{key}`" for key in given)
         migration.changes.append(f"{shown} -> `report_to: {migration.recipe['report_to']}`: transformers' name")
     if old.get("hub_model_id"):
@@ -327,6 +333,12 @@ def _entry(where: str, given: dict[str, Any], migration: "Migration") -> dict[st
         migration.problems.append(
             f"{where}.roles`: {roles}: rename the roles in the data to `system`, `user` and `assistant`."
         )
+    for key in [key for key in CONTENTS if key in given]:
+        named = given[key].values() if isinstance(given[key], dict) else [given[key]]
+        if any(name not in CONTENTS[key] for name in named if name is not None):
+            migration.problems.append(
+                f"{where}.{key}: {given.pop(key)}`: rename these fields of the messages in the data to `role` and `content`."
+            )
     left = [key for key in LEFT_TO_LOADER if given.pop(key, None) is not None] + (["roles"] if roles and known else [])
     if left:
         migration.changes.append(
@@ -346,22 +358,14 @@ AXOLOTL = Project(
     name="axolotl",
     marks=frozenset(
         {
-            *(
-                "base_model",
-                "micro_batch_size",
-                "num_epochs",
-                "sequence_len",
-                "sample_packing",
-                "val_set_size",
-                "rl",
-                "rl_beta",
-            ),
+            *("base_model", "micro_batch_size", "num_epochs", "sequence_len", "sample_packing", "val_set_size", "rl"),
             *("dataset_prepared_path", "lora_target_linear", "lora_model_dir", "evals_per_epoch", "saves_per_epoch"),
             *("pad_to_sequence_len", "tokenizer_type", "special_tokens", "adapter", "optimizer", "lr_scheduler"),
         }
     ),
     method=method,
     steps=(loss, schedule, data, model, precision),
+    switches=(*ATTENTION, *TRACKERS, *PRECISIONS, "lora_target_linear"),
     types={
         "rl": str,
         "adapter": str,

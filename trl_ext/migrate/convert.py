@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..recipe import Recipe, RecipeError, check_keys
-from ..recipe_values import LAUNCH_KEYS, check_value, unknown_key
+from ..recipe_values import LAUNCH_KEYS, check_value, is_secret, unknown_key
 from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
 from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, WANDB
@@ -309,8 +309,10 @@ def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> Non
 
 
 def _shown(key: str, value: Any) -> str:
-    """A key with its value, on one line."""
+    """A key with its value, on one line; a secret is not repeated."""
     text = " ".join(str(value).split())
+    if is_secret((key,), text):
+        return f"`{key}`"
     return f"`{key}: {text if len(text) <= 60 else text[:57] + '...'}`"
 
 
@@ -343,6 +345,13 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
         if key in LAUNCH_KEYS or key == "env":
             continue
         value = migration.recipe[key]
+        if isinstance(value, str) and is_secret((key,), value):
+            _leave_out(
+                migration,
+                key,
+                f"`{key}`: a secret, and recipes are shared. Run `hf auth login`, or set HF_TOKEN in the environment.",
+            )
+            continue
         if key not in known:
             if migration.project is None:
                 _leave_out(migration, key, f"{unknown_key(key, known)} Nothing takes its place.")

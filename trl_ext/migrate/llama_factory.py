@@ -202,6 +202,7 @@ LLAMA_FACTORY = Project(
     ),
     method=method,
     steps=(loss, model, precision, data),
+    switches=("pure_bf16", "disable_gradient_checkpointing", "disable_shuffling"),
     types={
         "finetuning_type": str,
         "flash_attn": str,

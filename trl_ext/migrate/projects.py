@@ -54,6 +54,8 @@ class Project:
             What no table can say. Each takes its keys out of the old recipe, or gives them TRL's names.
         renamed, gone, neutral (`dict`):
             As in `keys.py`. A name `prefix_*` in `gone` stands for all keys with that prefix.
+        switches (`tuple[str, ...]`):
+            Keys that say nothing when they are off.
         types (`dict`):
             Key -> the type of its values, for the steps to rely on.
         defaults (`dict`):
@@ -67,15 +69,15 @@ class Project:
     renamed: dict[str, tuple[str, str]] = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
     neutral: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    switches: tuple[str, ...] = ()
     types: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def translate(self, old: dict[str, Any], migration: "Migration") -> None:
         """Give what is in `old` TRL's names, or take it out; what stays is judged as any older recipe's key."""
-        empty = [key for key, value in old.items() if value is None]
-        for key in empty:
-            del old[key]
-        migration.changes += [f"`{key}` left out: empty" for key in empty]
+        for key in [key for key, value in old.items() if value is None or (value is False and key in self.switches)]:
+            what = "empty" if old.pop(key) is None else "it was off"
+            migration.changes.append(f"`{key}` left out: {what}")
         for step in self.steps:
             step(old, migration)
         for key, (new, why) in self.renamed.items():

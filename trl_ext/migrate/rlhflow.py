@@ -116,7 +116,7 @@ RLHFLOW = Project(
     ),
     method=method,
     steps=(data, model),
-    types={"train_dir": str, "eval_dir": str, "choose_type": str, "max_training_samples": int},
+    types={"ref_model": str, "train_dir": str, "eval_dir": str, "choose_type": str, "max_training_samples": int},
     gone={
         "margin_scale": "it scales a column that DPO's loss does not read",
         "len_penalty": "it belongs to `choose_type: max_min_p`",
