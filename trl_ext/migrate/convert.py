@@ -7,7 +7,7 @@ method refuses is a problem here already.
 
 import copy
 import re
-from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..recipe import Recipe, RecipeError, check_keys
@@ -16,31 +16,8 @@ from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
 from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, WANDB
 from .llama_factory import LLAMA_FACTORY
-from .projects import LEAST_MARKS, Project
+from .projects import ADVICE, GENERIC_TEMPLATES, LEAST_MARKS, Migration, Project, shown
 from .rlhflow import RLHFLOW
-
-
-@dataclass
-class Migration:
-    """
-    A recipe on its way.
-
-    Args:
-        recipe (`dict`):
-            The new recipe.
-        kept (`list[str]`):
-            Keys that stayed as they were.
-        changes, problems (`list[str]`):
-            One line each: what and why; what was left out and the way out.
-        project ([`~projects.Project`], *optional*):
-            Whose recipe it is, if it is not TRL's or alignment-handbook's.
-    """
-
-    recipe: dict[str, Any] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    project: Project | None = None
 
 
 def recognise(recipe: Recipe) -> Project | None:
@@ -61,38 +38,6 @@ def other_method(recipe: Recipe, text: str) -> tuple[str, str] | None:
                 return words[word.upper()], f"{recipe.path}: `{directory}` in its path"
     found = re.search(rf"^\s*#.*?\b({'|'.join(METHODS)})(?:Trainer|Config)\b", text, flags=re.MULTILINE)
     return (found[1], f"{recipe.path}: the comment `{found[0].strip()}`") if found else None
-
-
-def _refuse_other_methods(recipe: Recipe, text: str, project: Project | None) -> None:
-    mapping = recipe.mapping
-    if {"compute_environment", "distributed_type"} & mapping.keys():
-        raise RecipeError(
-            f"{recipe.where()}: this is a configuration of accelerate, which needs no migration: `accelerate_config: {recipe.path}` in a "
-            "recipe takes it."
-        )
-    if project is None and "model_class" in mapping and "train_dataset" in mapping:
-        raise RecipeError(
-            f"{recipe.where('model_class')}: this is a recipe of LLaMA-Factory's v1 (`model_class`, `train_dataset`), whose method is an "
-            "argument of its command. `trl-ext migrate` knows those with `stage:`; write this one anew from recipes/README.md."
-        )
-    if project is None:
-        found, program = other_method(recipe, text), "what it was written for"
-    else:
-        found, program = project.method(mapping), project.name
-    if found is None:
-        return
-    name, shown = found
-    use = USE.get(name, f"{program}; TRL has no trainer of it")
-    if project is None:
-        shown, more = (
-            f"{shown}: this is a recipe of {name}",
-            "; if it is a DPO recipe all the same, remove the key or rename the file",
-        )
-    else:
-        shown, more = f"{recipe.where()}: this is a recipe of {project.name} for {name} ({shown})", ""
-    raise RecipeError(
-        f"{shown}, and trl-ext trains with preference pairs against a reference (DPO's family). Use {use}{more}."
-    )
 
 
 def classes(method: str) -> tuple[type, tuple[type, ...]]:
@@ -120,24 +65,35 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
         [`RecipeError`]: the recipe of another method.
     """
     project = recognise(recipe)
-    _refuse_other_methods(recipe, text, project)
+    found = other_method(recipe, text) if project is None else project.method(recipe.mapping)
+    if found is not None:
+        name, reason = found
+        whose, more = f"{reason}: this is a recipe of {name}", ""
+        if project is None:
+            more = "; if it is a DPO recipe all the same, remove the key or rename the file"
+        else:
+            whose = f"{recipe.where()}: this is a recipe of {project.name} for {name} ({reason})"
+        raise RecipeError(
+            f"{whose}, and trl-ext trains with preference pairs against a reference (DPO's family). Use "
+            f"{USE.get(name, 'what it was written for; TRL has no trainer of it')}{more}."
+        )
     if isinstance(recipe.mapping.get("prompts"), dict):
         raise RecipeError(f"{recipe.where('prompts')}: this is an ARIES recipe, which is current. Nothing to migrate.")
     trainer, config_classes = classes(method)
-    migration, old = Migration(project=project), copy.deepcopy(recipe.mapping)
+    migration = Migration(project=project)
+    old = {str(key): copy.deepcopy(value) for key, value in recipe.mapping.items()}
     _check_types(old, TYPES | (project.types if project else {}), migration)
     if project is not None:
         project.translate(old, migration)
-    for step in (_data, _precision, _lengths, _loss, _model):
+    for step in (_precision, _names, _data, _lengths, _loss, _model):
         step(old, migration)
     for key, value in list(old.items()):
         _key(key, value, old, migration)
     if project is not None:
-        project.add_defaults(migration)
+        project.finish(migration)
     _keep_defaults(recipe.mapping, migration)
     _check(migration, config_classes, trainer)
-    migration.kept = [key for key in migration.kept if key in recipe.mapping]
-    migration.changes = _grouped(migration.changes)
+    migration.kept = [key for key in migration.kept if key in recipe.mapping and key in migration.recipe]
     script, _, model, mixture = config_classes  # the model first, then the data, then the rest in the old order
     first = [name for cls in (model, script, mixture) for name in cls.__dataclass_fields__ if name in migration.recipe]
     migration.recipe = {key: migration.recipe[key] for key in dict.fromkeys([*first, *migration.recipe])}
@@ -155,6 +111,22 @@ def _check_types(old: dict[str, Any], types: dict[str, Any], migration: Migratio
         except RecipeError as error:
             del old[key]
             migration.problems.append(f"`{key}` {error}")
+
+
+def _names(old: dict[str, Any], migration: Migration) -> None:
+    """Today's names in the places of the old ones."""
+    known = RENAMED | (migration.project.keys if migration.project else {})
+    given = dict(old)
+    old.clear()
+    for key, value in given.items():
+        new, why = next((known[name] for name in known if fnmatchcase(key, name)), (key, ""))
+        if new is None:
+            migration.changes.append(f"{shown(key, value)} left out: {why}")
+        elif new != key and (new in given or new in old or new in migration.recipe):
+            migration.problems.append(f"`{key}` is an old name of `{new}`, and both are given. `{new}` is kept.")
+        else:
+            old[new] = value
+            migration.changes += [f"`{key}` -> `{new}`: {why}"] if why else []
 
 
 def _data(old: dict[str, Any], migration: Migration) -> None:
@@ -246,7 +218,12 @@ def _model(old: dict[str, Any], migration: Migration) -> None:
                 f"`tokenizer_name_or_path: {tokenizer}`: the tokenizer is the one beside the model. Save it there: "
                 f"`AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained(model_directory)`."
             )
-    if old.pop("chat_template", None) is not None:
+    template = old.pop("chat_template", None)
+    if migration.project and isinstance(template, str) and template not in GENERIC_TEMPLATES:
+        migration.changes.append(
+            f"`chat_template: {template}` left out: the tokenizer's own is used; `trl-ext doctor` shows two rows rendered with it"
+        )
+    elif template is not None:
         migration.problems.append(
             "`chat_template`: the template is the tokenizer's. If the model has none, set `tokenizer.chat_template`, save "
             "tokenizer and model in one directory, and name it in `model_name_or_path`; if it has its own, remove the key."
@@ -265,9 +242,8 @@ def _model(old: dict[str, Any], migration: Migration) -> None:
 
 def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> None:
     """One key that no step has taken."""
-    project = migration.project
-    gone, neutral = (GONE, NEUTRAL) if project is None else (GONE | project.gone, NEUTRAL | project.neutral)
-    prefixes = [name for name in gone if name.endswith("*") and key.startswith(name[:-1])]
+    advice = {} if migration.project is None else ADVICE | migration.project.advice
+    neutral = NEUTRAL | {name: (False, what) for name, what in advice.items()}
     if key == "warmup_ratio":
         if old.get("warmup_steps"):
             migration.changes.append("`warmup_ratio` left out: `warmup_steps` went before it")
@@ -286,43 +262,17 @@ def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> Non
         if value:
             migration.recipe["optim"] = "adafactor"
         migration.changes.append("`adafactor` -> `optim`: transformers' name")
-    elif key in gone:
-        migration.changes.append(f"{_shown(key, value)} left out: {gone[key]}")
+    elif key in GONE:
+        migration.changes.append(f"{shown(key, value)} left out: {GONE[key]}")
     elif key in neutral:
-        default, way_out = neutral[key]
+        default, what = neutral[key]
         if value in (default, None):
             migration.changes.append(f"`{key}` left out: it said nothing")
         else:
-            migration.problems.append(f"{_shown(key, value)}: {way_out}.")
-    elif prefixes:
-        migration.changes.append(f"{_shown(key, value)} left out: {gone[prefixes[0]]}")
-    elif key in RENAMED:
-        new, why = RENAMED[key]
-        if new in old:
-            migration.problems.append(f"`{key}` is an old name of `{new}`, and both are given. `{new}` is kept.")
-        else:
-            migration.recipe[new] = value
-            migration.changes.append(f"`{key}` -> `{new}`: {why}")
+            migration.problems.append(f"{shown(key, value)}: {what}.")
     else:
         migration.recipe[key] = value
         migration.kept.append(key)
-
-
-def _shown(key: str, value: Any) -> str:
-    """A key with its value, on one line; a secret is not repeated."""
-    text = " ".join(str(value).split())
-    if is_secret((key,), text):
-        return f"`{key}`"
-    return f"`{key}: {text if len(text) <= 60 else text[:57] + '...'}`"
-
-
-def _grouped(changes: list[str]) -> list[str]:
-    """Keys that were left out for the same reason, in one line."""
-    lines: dict[str, list[str]] = {}
-    for change in changes:
-        key, left_out, reason = change.partition(" left out: ")
-        lines.setdefault(left_out + reason if left_out else change, []).append(key)
-    return [", ".join(keys) + reason if reason.startswith(" left out: ") else reason for reason, keys in lines.items()]
 
 
 def _keep_defaults(old: dict[str, Any], migration: Migration) -> None:
@@ -346,21 +296,20 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
             continue
         value = migration.recipe[key]
         if isinstance(value, str) and is_secret((key,), value):
-            _leave_out(
-                migration,
-                key,
-                f"`{key}`: a secret, and recipes are shared. Run `hf auth login`, or set HF_TOKEN in the environment.",
-            )
+            how = "a secret, and recipes are shared. Run `hf auth login`, or set HF_TOKEN in the environment."
+            _leave_out(migration, key, f"`{key}`: {how}")
+            continue
+        if key not in known and migration.project is not None and not value:
+            del migration.recipe[key]
+            migration.changes.append(f"{shown(key, value)} left out: it was off")
             continue
         if key not in known:
-            if migration.project is None:
-                _leave_out(migration, key, f"{unknown_key(key, known)} Nothing takes its place.")
-            elif value is False:
-                _leave_out(migration, key)
-                migration.changes.append(f"{_shown(key, value)} left out: it was off")
-            else:
-                way_out = "has no counterpart here. docs/recipe_keys.md lists what there is"
-                _leave_out(migration, key, f"{_shown(key, value)}: a key of {migration.project.name} that {way_out}.")
+            problem = f"{unknown_key(key, known)} Nothing takes its place."
+            if migration.project is not None:
+                problem = (
+                    f"{shown(key, value)}: a key of {migration.project.name} that has no counterpart here. Remove it."
+                )
+            _leave_out(migration, key, problem)
             continue
         problem = _problem(config_classes, key, value)
         if problem and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
@@ -395,9 +344,8 @@ def _problem(config_classes: tuple[type, ...], key: str, value: Any) -> str | No
     return None
 
 
-def _leave_out(migration: Migration, key: str, problem: str | None = None) -> None:
+def _leave_out(migration: Migration, key: str, problem: str) -> None:
     del migration.recipe[key]
     if key in migration.kept:
         migration.kept.remove(key)
-    if problem is not None:
-        migration.problems.append(problem)
+    migration.problems.append(problem)
