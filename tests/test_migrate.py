@@ -1,5 +1,6 @@
 """
-`trl-ext migrate` on the keys of alignment-handbook's recipes and of `trl dpo` before TRL 1.
+`trl-ext migrate` on the keys of alignment-handbook's recipes and of `trl dpo` before TRL 1. Those of axolotl, LLaMA-Factory and RLHFlow are
+in `test_migrate_projects.py`.
 
 Oracle: what a key meant, from the old code, and that the result parses strictly with the dataclasses of a current recipe.
 """
@@ -190,10 +191,15 @@ class TestHandbook:
             ({}, "", "recipes/mistral/orpo/config_full.yaml", "ORPO"),
             ({}, "# ORPOTrainer arguments\nbeta: 0.05\n", "a/b.yaml", "ORPO"),
             ({"desirable_weight": 1.0}, "", "a/b.yaml", "KTO"),
+            ({"num_ppo_epochs": 4}, "", "a/b.yaml", "PPO"),
         ],
     )
     def test_recipes_of_other_methods_are_refused_by_name(self, mapping, text, path, method):
-        with pytest.raises(RecipeError, match=f"a recipe of {method}, .* Use TRL's own trainer for {method}"):
+        use = {"SFT": "`trl sft`", "ORPO": "`trl.experimental.orpo`", "KTO": "`trl kto`"}
+        expected = (
+            f"a recipe of {method}, .* Use {use.get(method, 'what it was written for; TRL has no trainer of it')}"
+        )
+        with pytest.raises(RecipeError, match=expected):
             convert(Recipe(Path(path), {"beta": 0.1} | mapping, {}), text, "tdpo")
 
 
@@ -258,6 +264,15 @@ class TestOldTrl:
         mapping = yaml.safe_load(path.read_text())
         migration = migrated(mapping)
         assert (migration.recipe, migration.changes, migration.problems) == (mapping, [], [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dataset_splits", 7), ("rpo_alpha", "x"), ("env", [1]), ("loss_type", [{}])]
+)
+def test_wrong_values_are_problems(key, value):
+    mapping = OLD_TRL | {"wandb_project": "mine", "dataset_splits": ["train"], "truncation_mode": "keep_start"}
+    (problem,) = migrated(mapping | {key: value}).problems
+    assert problem.startswith(f"`{key}` must be")
 
 
 @pytest.mark.parametrize(("weight", "expected"), [(1, "train"), (0.5, "train[:50%]"), (0.29, "train[:29%]")])

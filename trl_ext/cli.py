@@ -139,8 +139,9 @@ def add_doctor_and_migrate(commands: "argparse._SubParsersAction") -> None:
     doctor.add_argument("--probe", action="store_true", help="run a little of the recipe, and estimate its time")
     migrate = commands.add_parser(
         "migrate",
-        help="turn an older DPO recipe into a current one",
-        description="turn an alignment-handbook or older TRL DPO recipe into a current one, and list every change",
+        help="turn a DPO recipe of another project, or an older one, into a current one",
+        description="turn a DPO recipe of alignment-handbook, axolotl, LLaMA-Factory, RLHFlow or older TRL into a current one, and list every "
+        "change",
         allow_abbrev=False,
     )
     migrate.add_argument("old", type=Path, metavar="OLD_RECIPE", help="a YAML file")

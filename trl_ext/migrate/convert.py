@@ -5,34 +5,25 @@ Values are judged by the dataclasses that a current recipe is parsed with, so th
 method refuses is a problem here already.
 """
 
+import copy
 import re
-from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..recipe import Recipe, RecipeError, check_keys
-from ..recipe_values import LAUNCH_KEYS, unknown_key
+from ..recipe_values import LAUNCH_KEYS, check_value, is_secret, unknown_key
+from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
-from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, WANDB
+from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, WANDB
+from .llama_factory import LLAMA_FACTORY
+from .projects import ADVICE, GENERIC_TEMPLATES, LEAST_MARKS, Migration, Project, shown
+from .rlhflow import RLHFLOW
 
 
-@dataclass
-class Migration:
-    """
-    A recipe on its way.
-
-    Args:
-        recipe (`dict`):
-            The new recipe.
-        kept (`list[str]`):
-            Keys that stayed as they were.
-        changes, problems (`list[str]`):
-            One line each: what and why; what was left out and the way out.
-    """
-
-    recipe: dict[str, Any] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+def recognise(recipe: Recipe) -> Project | None:
+    """The project whose own keys a recipe has, or `None`: TRL's, or one that keeps TRL's keys, such as alignment-handbook."""
+    found = max((AXOLOTL, LLAMA_FACTORY, RLHFLOW), key=lambda project: len(project.marks & recipe.mapping.keys()))
+    return found if len(found.marks & recipe.mapping.keys()) >= LEAST_MARKS else None
 
 
 def other_method(recipe: Recipe, text: str) -> tuple[str, str] | None:
@@ -73,23 +64,36 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
     Raises:
         [`RecipeError`]: the recipe of another method.
     """
-    found = other_method(recipe, text)
+    project = recognise(recipe)
+    found = other_method(recipe, text) if project is None else project.method(recipe.mapping)
     if found is not None:
-        name, shown = found
+        name, reason = found
+        whose, more = f"{reason}: this is a recipe of {name}", ""
+        if project is None:
+            more = "; if it is a DPO recipe all the same, remove the key or rename the file"
+        else:
+            whose = f"{recipe.where()}: this is a recipe of {project.name} for {name} ({reason})"
         raise RecipeError(
-            f"{shown}: this is a recipe of {name}, and trl-ext trains with preference pairs against a reference (DPO's "
-            f"family). Use TRL's own trainer for {name}; if it is a DPO recipe all the same, remove the key or rename the file."
+            f"{whose}, and trl-ext trains with preference pairs against a reference (DPO's family). Use "
+            f"{USE.get(name, 'what it was written for; TRL has no trainer of it')}{more}."
         )
     if isinstance(recipe.mapping.get("prompts"), dict):
         raise RecipeError(f"{recipe.where('prompts')}: this is an ARIES recipe, which is current. Nothing to migrate.")
     trainer, config_classes = classes(method)
-    migration, old = Migration(), dict(recipe.mapping)
-    for step in (_data, _precision, _lengths, _loss, _model):
+    migration = Migration(project=project)
+    old = {str(key): copy.deepcopy(value) for key, value in recipe.mapping.items()}
+    _check_types(old, TYPES | (project.types if project else {}), migration)
+    if project is not None:
+        project.translate(old, migration)
+    for step in (_precision, _names, _data, _lengths, _loss, _model):
         step(old, migration)
     for key, value in list(old.items()):
         _key(key, value, old, migration)
+    if project is not None:
+        project.finish(migration)
     _keep_defaults(recipe.mapping, migration)
     _check(migration, config_classes, trainer)
+    migration.kept = [key for key in migration.kept if key in recipe.mapping and key in migration.recipe]
     script, _, model, mixture = config_classes  # the model first, then the data, then the rest in the old order
     first = [name for cls in (model, script, mixture) for name in cls.__dataclass_fields__ if name in migration.recipe]
     migration.recipe = {key: migration.recipe[key] for key in dict.fromkeys([*first, *migration.recipe])}
@@ -97,6 +101,32 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
 
 
 # Steps. Each takes its keys out of `old`
+
+
+def _check_types(old: dict[str, Any], types: dict[str, Any], migration: Migration) -> None:
+    """Move values that no step could read to the problems."""
+    for key in [key for key in types if old.get(key) is not None]:
+        try:
+            check_value(old[key], types[key])
+        except RecipeError as error:
+            del old[key]
+            migration.problems.append(f"`{key}` {error}")
+
+
+def _names(old: dict[str, Any], migration: Migration) -> None:
+    """Today's names in the places of the old ones."""
+    known = RENAMED | (migration.project.keys if migration.project else {})
+    given = dict(old)
+    old.clear()
+    for key, value in given.items():
+        new, why = next((known[name] for name in known if fnmatchcase(key, name)), (key, ""))
+        if new is None:
+            migration.changes.append(f"{shown(key, value)} left out: {why}")
+        elif new != key and (new in given or new in old or new in migration.recipe):
+            migration.problems.append(f"`{key}` is an old name of `{new}`, and both are given. `{new}` is kept.")
+        else:
+            old[new] = value
+            migration.changes += [f"`{key}` -> `{new}`: {why}"] if why else []
 
 
 def _data(old: dict[str, Any], migration: Migration) -> None:
@@ -155,8 +185,8 @@ def _lengths(old: dict[str, Any], migration: Migration) -> None:
 
 def _loss(old: dict[str, Any], migration: Migration) -> None:
     names = old.pop("loss_type", None)
+    names = [names] if isinstance(names, str) else names
     if names is not None:
-        names = [names] if isinstance(names, str) else list(names)
         renamed = [LOSS_TYPES.get(name, name) for name in names]
         if renamed != names:
             migration.changes.append(f"`loss_type: {names}` -> `{renamed}`: TRL renamed it")
@@ -188,7 +218,12 @@ def _model(old: dict[str, Any], migration: Migration) -> None:
                 f"`tokenizer_name_or_path: {tokenizer}`: the tokenizer is the one beside the model. Save it there: "
                 f"`AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained(model_directory)`."
             )
-    if old.pop("chat_template", None) is not None:
+    template = old.pop("chat_template", None)
+    if migration.project and isinstance(template, str) and template not in GENERIC_TEMPLATES:
+        migration.changes.append(
+            f"`chat_template: {template}` left out: the tokenizer's own is used; `trl-ext doctor` shows two rows rendered with it"
+        )
+    elif template is not None:
         migration.problems.append(
             "`chat_template`: the template is the tokenizer's. If the model has none, set `tokenizer.chat_template`, save "
             "tokenizer and model in one directory, and name it in `model_name_or_path`; if it has its own, remove the key."
@@ -207,6 +242,8 @@ def _model(old: dict[str, Any], migration: Migration) -> None:
 
 def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> None:
     """One key that no step has taken."""
+    advice = {} if migration.project is None else ADVICE | migration.project.advice
+    neutral = NEUTRAL | {name: (False, what) for name, what in advice.items()}
     if key == "warmup_ratio":
         if old.get("warmup_steps"):
             migration.changes.append("`warmup_ratio` left out: `warmup_steps` went before it")
@@ -226,20 +263,13 @@ def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> Non
             migration.recipe["optim"] = "adafactor"
         migration.changes.append("`adafactor` -> `optim`: transformers' name")
     elif key in GONE:
-        migration.changes.append(f"`{key}: {value}` left out: {GONE[key]}")
-    elif key in NEUTRAL:
-        neutral, way_out = NEUTRAL[key]
-        if value in (neutral, None):
+        migration.changes.append(f"{shown(key, value)} left out: {GONE[key]}")
+    elif key in neutral:
+        default, what = neutral[key]
+        if value in (default, None):
             migration.changes.append(f"`{key}` left out: it said nothing")
         else:
-            migration.problems.append(f"`{key}: {value!r}`: {way_out}.")
-    elif key in RENAMED:
-        new, why = RENAMED[key]
-        if new in old:
-            migration.problems.append(f"`{key}` is an old name of `{new}`, and both are given. `{new}` is kept.")
-        else:
-            migration.recipe[new] = value
-            migration.changes.append(f"`{key}` -> `{new}`: {why}")
+            migration.problems.append(f"{shown(key, value)}: {what}.")
     else:
         migration.recipe[key] = value
         migration.kept.append(key)
@@ -265,8 +295,21 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
         if key in LAUNCH_KEYS or key == "env":
             continue
         value = migration.recipe[key]
+        if isinstance(value, str) and is_secret((key,), value):
+            how = "a secret, and recipes are shared. Run `hf auth login`, or set HF_TOKEN in the environment."
+            _leave_out(migration, key, f"`{key}`: {how}")
+            continue
+        if key not in known and migration.project is not None and not value:
+            del migration.recipe[key]
+            migration.changes.append(f"{shown(key, value)} left out: it was off")
+            continue
         if key not in known:
-            _leave_out(migration, key, f"{unknown_key(key, known)} Nothing takes its place.")
+            problem = f"{unknown_key(key, known)} Nothing takes its place."
+            if migration.project is not None:
+                problem = (
+                    f"{shown(key, value)}: a key of {migration.project.name} that has no counterpart here. Remove it."
+                )
+            _leave_out(migration, key, problem)
             continue
         problem = _problem(config_classes, key, value)
         if problem and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):

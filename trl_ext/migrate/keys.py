@@ -3,6 +3,9 @@ Keys of older recipes and what became of them. Facts of alignment-handbook's rec
 history; what a current recipe takes is asked of the dataclasses themselves, in `convert.py`.
 """
 
+from typing import Any
+
+
 # Old key -> (new key, why); the value stays
 RENAMED = {
     "torch_dtype": ("dtype", "transformers renamed it"),
@@ -65,6 +68,19 @@ WANDB = {
     "wandb_project": "WANDB_PROJECT",
     "wandb_entity": "WANDB_ENTITY",
     "wandb_run_group": "WANDB_RUN_GROUP",
+    "wandb_run_id": "WANDB_RUN_ID",
+    "wandb_mode": "WANDB_MODE",
+    "wandb_watch": "WANDB_WATCH",
+    "wandb_log_model": "WANDB_LOG_MODEL",
+}
+
+# Key -> the type of its values, for the steps to rely on
+TYPES = {
+    "loss_type": str | list[str],
+    "rpo_alpha": float,
+    "dataset_splits": str | list[str],
+    "dataset_configs": str | list[str],
+    "env": dict[str, Any],
 }
 
 # Values of `loss_type` that TRL renamed
@@ -88,3 +104,21 @@ MARKS = {
 }
 # Names of methods in directories, comments and output names
 METHODS = ("SFT", "ORPO", "KTO", "CPO", "PPO", "RLOO", "GRPO", "Reward", "BCO", "PRM", "GKD", "CPT")
+
+# What trains by another method, or does what a recipe is for; methods that are not here have no trainer in TRL
+USE = {
+    "SFT": "`trl sft`; an ARIES recipe can begin with it, `sft:`",
+    "pretraining": "`trl sft` on a column `text`",
+    "CPT": "`trl sft` on a column `text`",
+    "Reward": "`trl reward`",
+    "KTO": "`trl kto`",
+    "GRPO": "`trl grpo`",
+    "RLOO": "`trl rloo`",
+    "ORPO": "`trl.experimental.orpo`",
+    "CPO": "`trl.experimental.cpo`",
+    "SimPO": "`trl.experimental.cpo`, with `loss_type: simpo`",
+    "GKD": "`trl.experimental.gkd`",
+    "generation": "`trl-ext aries run`, which generates, scores, makes pairs and trains on them, with one recipe",
+    "exporting a model": "`merge_and_unload` of `peft`, or `trl-ext aries export` after ARIES",
+    "inference": "vLLM or transformers",
+}
