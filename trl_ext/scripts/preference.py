@@ -107,7 +107,8 @@ def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Se
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            # As it was when the rows were looked at: the cache of `datasets` knows it by its state, which use changes
+            processing_class=load_tokenizer(model_args, config, training_args.trust_remote_code),
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
@@ -188,13 +189,17 @@ def load_tokenizer(
     Raises:
         [`RecipeError`]: there is none, or it cannot be read.
     """
-    from ..rows.processing import load_processing_class
+    from ..rows.processing import load_processing_class, tokenizer_of
 
     name = model_args.model_name_or_path
     try:
-        return load_processing_class(name, config, model_args.model_revision, trust_remote_code)
+        processing_class = load_processing_class(name, config, model_args.model_revision, trust_remote_code)
     except Exception as error:  # of a broken file each library raises its own
         raise RecipeError(f"`model_name_or_path`: the tokenizer of {name} cannot be read: {error}") from error
+    tokenizer = tokenizer_of(processing_class)
+    if tokenizer.pad_token is None:  # as DPOTrainer does
+        tokenizer.pad_token = tokenizer.eos_token
+    return processing_class
 
 
 def data_name(script_args: "ScriptArguments", dataset_args: "DatasetMixtureConfig") -> str:
