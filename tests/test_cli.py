@@ -129,7 +129,7 @@ class TestErrors:
             ({"learning_rate": "5e-7"}, [], ["x.yaml:", "`learning_rate` must be a number", "write `5.0e-7`"]),
             ({"alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"ld_alpha": 0.5}, [], ["`ld_alpha=0.5` is not supported by TDPOTrainer"]),
-            ({"precompute_ref_log_probs": True}, [], ["`precompute_ref_log_probs=True` is not supported"]),
+            ({"use_weighting": True}, [], ["`use_weighting=True` is not supported by TDPOTrainer"]),
             (
                 {"accelerate_config": "dpp"},
                 [],

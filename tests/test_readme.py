@@ -66,7 +66,8 @@ def ran(tmp_path_factory, tiny_model_dir, conversational_pairs) -> dict[str, lis
     shutil.copytree(tiny_model_dir, path / "Qwen" / "Qwen2.5-0.5B-Instruct")
     dataset = path / "trl-lib" / "ultrafeedback_binarized"
     dataset.mkdir(parents=True)
-    conversational_pairs.to_json(dataset / "train.jsonl")
+    scored = conversational_pairs.add_column("score_chosen", [8.0] * 8).add_column("score_rejected", [7.0] * 8)
+    scored.to_json(dataset / "train.jsonl")
     pairs = path / "runs" / "quickstart" / "round_01" / "pairs.jsonl"
     pairs.parent.mkdir(parents=True)
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "turn": 0, "draft": null, "weight": 2}\n')
@@ -90,6 +91,7 @@ def test_python_blocks_run_as_written(ran):
     assert {page: found for page, found in ran.items() if found} == {
         "README.md": [tdpo_ran, self_refine_ran],
         "docs/aries.md": ["None", "None"],
+        "docs/custom_losses.md": [str(("MarginDPOTrainer", 3))],
         "docs/migration.md": [tdpo_ran],
         "docs/paper_index.md": ["None", "None"],
         "docs/self_refine_dpo.md": [self_refine_ran],

@@ -177,6 +177,12 @@ def test_a_prompt_that_cannot_be_shared(sorting, tmp_path):
     refused(sorting, tmp_path, {"model": model, "training": training}, message)
 
 
+def test_a_batch_that_cannot_be_parted(sorting, tmp_path):
+    training = {"trainer": "tdpo", "max_batch_tokens": 100, "loss_type": ["sigmoid", "sft"], **ON_CPU}
+    message = r"r\.yaml:\d+: `training`: `max_batch_tokens=100` is not supported with `loss_type=\['sft'\]`"
+    refused(sorting, tmp_path, {"training": training}, message)
+
+
 def refused(sorting, tmp_path, changes, message):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))

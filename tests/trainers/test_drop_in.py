@@ -20,7 +20,7 @@ from tests.conftest import (
     train_step,
 )
 from tests.invariant import record
-from tests.trainers.methods import LIMITS, LN_2, METHODS, SR, TDPO2, TRAINERS, Method, Paper
+from tests.trainers.methods import LIMITS, LN_2, METHODS, SR, TDPO2, TRAINERS, Method, Paper, augmented_sequences
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 from trl import DPOConfig, DPOTrainer
@@ -468,9 +468,22 @@ def test_precomputed_columns_match_the_paper(make, tiny_model_dir):
     trainer = make(SR, precompute_ref_log_probs=True)
     for row in trainer.train_dataset:
         paper = Paper(SR, FullLogits(tiny_model_dir), FullLogits(tiny_model_dir), trainer.data_collator([row]))
-        assert [row[f"ref_{side}_logps"] for side in ("chosen", "rejected")] == pytest.approx(
-            paper.ref_logps.flatten().tolist(), rel=1e-5
-        )
+        augmented = response_logps(paper.ref, augmented_sequences(paper.batch))
+        for prefix, expected in [("ref", paper.ref_logps), ("ref_augmented", augmented)]:
+            found = [row[f"{prefix}_{side}_logps"] for side in ("chosen", "rejected")]
+            assert found == pytest.approx(expected.flatten().tolist(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+def test_kept_states_know_their_truncation(make, stored_pairs):
+    """With "keep_end" no row is dropped, so that nothing of the dataset says at which length it was cut."""
+    losses = []
+    for max_length, precompute in [(10, True), (12, True), (12, False)]:
+        options = {"max_length": max_length, "truncation_mode": "keep_end", "precompute_ref_log_probs": precompute}
+        trainer = make(TDPO2, dataset=stored_pairs, **options)
+        perturb(trainer.model)
+        losses.append(train_step(trainer, first_batch(trainer)).item())
+    assert losses[1] == pytest.approx(losses[2], rel=1e-6)
 
 
 def test_a_disk_that_is_too_small_is_said_before(make, monkeypatch):

@@ -137,6 +137,18 @@ def test_refused(make_trainer, rows):
         make_trainer(MarginTrainer, DPOConfig, model="/no/such/model", dataset=rows, loss_type="aot", ld_alpha=0.5)
 
 
+def test_the_model_sees_no_column(make_trainer, rows):
+    """Some models take any argument, and pass it on."""
+    trainer = make_trainer(WeightedMarginTrainer, DPOConfig, dataset=rows, precompute_ref_log_probs=True)
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    batch = first_batch(trainer)
+    train_step(trainer, batch)
+    trainer.compute_ref_log_probs(trainer.model, batch)
+    expected = {"input_ids", "attention_mask", "labels", "use_cache", "fused_lm_head"}
+    assert seen == [expected, expected] and {"margin", "weight"} <= batch.keys()
+
+
 def test_a_collator_of_ones_own(make_trainer, rows):
     """It is called as it is, and what it makes of a column stays; rows without it are named."""
 

@@ -121,14 +121,8 @@ def test_refused(make_trainer, case):
 
 
 def test_an_auxiliary_loss_is_refused(make_trainer, tiny_moe_dir):
-    trainer = make_trainer(
-        TDPOTrainer,
-        TDPOConfig,
-        model=str(tiny_moe_dir),
-        padding_free=True,
-        max_batch_tokens=60,
-        router_aux_loss_coef=0.1,
-    )
-    assert torch.isfinite(train_step(trainer, first_batch(trainer)))  # what is evaluated has no parts
-    with pytest.raises(ValueError, match="set `router_aux_loss_coef=0`"):
-        trainer.training_step(trainer.model, first_batch(trainer))
+    options = {"model": str(tiny_moe_dir), "padding_free": True, "max_batch_tokens": 60}
+    with pytest.raises(ValueError, match="no mean over pairs. Set `router_aux_loss_coef=0`"):
+        make_trainer(TDPOTrainer, TDPOConfig, router_aux_loss_coef=0.1, **options)
+    trainer = make_trainer(TDPOTrainer, TDPOConfig, router_aux_loss_coef=0.0, **options)
+    assert torch.isfinite(train_step(trainer, first_batch(trainer)))

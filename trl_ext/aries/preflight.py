@@ -105,9 +105,16 @@ def main(job: dict[str, Any], progress: Reporter) -> None:
             if issubclass(trainer_class, ShiftedDPOTrainer):
                 trainer_class._refuse_options(args)
                 # If a recipe leaves these out, the model decides
-                for option in ("padding_free", "share_prompt"):
-                    if settings["config"].get(option):
-                        check_packing(args, recipe, option)
+                said = settings["config"]
+                most = said.get("max_batch_tokens")
+                wanted = {
+                    "share_prompt": said.get("share_prompt"),
+                    "padding_free": said.get("padding_free", most is not None),
+                }
+                for option in filter(wanted.get, wanted):
+                    check_packing(args, recipe, option)
+                if most is not None:
+                    trainer_class._check_token_batches(most, any(wanted.values()), args)
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
 

@@ -204,6 +204,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         with having(args, padding_free=False) if padding_free else contextlib.nullcontext():
             super().__init__(model, ref_model, args, *pos, **kwargs)
         self.padding_free = padding_free
+        self._check_parts()
         self._prepare()
 
     def _prepare(self) -> None:

@@ -79,21 +79,24 @@ class TokenBatches:
                 "add up to it. Leave one of the two out."
             )
 
+    def _check_parts(self) -> None:
+        """
+        Raises:
+            `ValueError`: DeepSpeed, or an auxiliary loss of experts, with `max_batch_tokens`.
+        """
+        if self.max_batch_tokens is not None and (self.is_deepspeed_enabled or self.aux_loss_enabled):
+            why = (
+                "under DeepSpeed, which steps after each backward. Leave it out."
+                if self.is_deepspeed_enabled
+                else "with an auxiliary loss, which is no mean over pairs. Set `router_aux_loss_coef=0`, or leave it out."
+            )
+            raise ValueError(f"`max_batch_tokens={self.max_batch_tokens}` is not supported {why}")
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None
     ) -> torch.Tensor:
         if self.max_batch_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self.is_deepspeed_enabled or self.aux_loss_enabled:
-            cause = (
-                "under DeepSpeed, which steps after each backward"
-                if self.is_deepspeed_enabled
-                else "with an auxiliary loss"
-            )
-            raise ValueError(
-                f"`max_batch_tokens={self.max_batch_tokens}` is not supported {cause}. Leave it out"
-                f"{'.' if self.is_deepspeed_enabled else ', or set `router_aux_loss_coef=0`: that loss is no mean over pairs.'}"
-            )
         inputs = self._prepare_inputs(inputs)
         tokens = pair_tokens(inputs["input_ids"], inputs["attention_mask"], self.share_prompt)
         tokens, order = tokens.sort(descending=True, stable=True)
@@ -105,9 +108,11 @@ class TokenBatches:
         for i, pairs in enumerate(order.split(sizes)):
             is_last = i == len(sizes) - 1
             self._share = len(pairs) / len(order)
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, self._pairs_of(inputs, pairs), num_items_in_batch))
-        self._share = 1.0
+            try:
+                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, self._pairs_of(inputs, pairs), num_items_in_batch))
+            finally:  # after an error too: `auto_find_batch_size` goes on
+                self._share = 1.0
         for name, values in metrics.items():  # of the parts, to those of the batch
             of_parts = values[before.get(name, 0) :]
             if len(of_parts) == len(sizes):
