@@ -220,7 +220,8 @@ class Verifier(AnswerScorer):
         return [[cache[key] for key in of_chain] for of_chain in keys]
 
     def _call(self, answers: list[Scored]) -> list[float | None]:
-        what = f"{self._what}, called with {len(answers)} answers, of which the first is {described(answers[0])}"
+        several = "" if len(answers) == 1 else f"{len(answers)} answers, of which the first is "
+        what = f"{self._what}, called with {several}{described(answers[0])}"
         return self._watched(what, call_verifier, self._function, answers, self._encode)
 
     def _watched(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
