@@ -20,7 +20,18 @@ from tests.conftest import (
     train_step,
 )
 from tests.invariant import record
-from tests.trainers.methods import LIMITS, LN_2, METHODS, SR, TDPO2, TRAINERS, Method, Paper, augmented_sequences
+from tests.trainers.methods import (
+    LIMITS,
+    LN_2,
+    METHODS,
+    SR,
+    TDPO2,
+    TRAINERS,
+    Method,
+    Paper,
+    augmented_sequences,
+    response_logps,
+)
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments
 from trl import DPOConfig, DPOTrainer
