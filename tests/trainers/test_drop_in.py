@@ -766,8 +766,8 @@ HONOURED = {
     *("label_smoothing", "max_length", "model_init_kwargs", "pad_to_multiple_of", "pad_token", "trust_remote_code"),
     *("precompute_ref_batch_size", "precompute_ref_log_probs", "ref_model_mixup_alpha", "ref_model_sync_steps"),
     *("router_aux_loss_coef", "sync_ref_model", "truncation_mode"),
-    "padding_free",  # disabled with a warning in TRL 1.16, for every preference trainer
-    "use_weighting",  # by Sr-DPO without a variant
+    "padding_free",
+    "use_weighting",  # by Sr-DPO without a variant and without packing
 }
 REFUSED = {"f_divergence_type": "js_divergence", "ld_alpha": 0.5}
 WITHOUT_EFFECT = {"f_alpha_divergence_coef": "f_divergence_type"}  # read only together with a refused option

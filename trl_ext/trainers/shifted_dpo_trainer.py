@@ -255,16 +255,16 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         advice = (
             f"Or leave out `{names}`: the sequences of a batch are then padded, and each prompt is computed twice."
         )
+        if args.use_weighting:
+            raise ValueError(
+                f"`use_weighting=True` is not supported with `{names}`: the head that takes packed sequences has no such weights. {advice}"
+            )
         for model in models:
             reason = (
                 None if model is None else why_not_packed(model, args, peft_config, share_prompt=self.share_prompt)
             )
             if reason is not None:
                 raise ValueError(f"`{names}` is not supported here: {reason} {advice}")
-        if args.use_weighting:
-            raise ValueError(
-                f"`{names}` is not supported with `use_weighting=True`: the head that takes packed sequences has no such weights. {advice}"
-            )
         self._packs = self._own_head = True
 
     # What a subclass says
