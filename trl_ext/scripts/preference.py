@@ -197,7 +197,9 @@ def load_tokenizer(
     except Exception as error:  # of a broken file each library raises its own
         raise RecipeError(f"`model_name_or_path`: the tokenizer of {name} cannot be read: {error}") from error
     tokenizer = tokenizer_of(processing_class)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as DPOTrainer does, which changes its state in any case
+    tokenizer.pad_token = (
+        tokenizer.pad_token or tokenizer.eos_token
+    )  # as DPOTrainer does, which changes its state in any case
     return processing_class
 
 
