@@ -379,13 +379,14 @@ def test_a_card_stops_no_training(make, tmp_path, monkeypatch, caplog):
 
 
 @each_method
-def test_resume(make, lora_config, tmp_path, method):
+def test_resume(make, tiny_model_dir, lora_config, tmp_path, method):
     """Three steps and three more from the checkpoint give the losses and weights of six; a trained adapter beside its "ref" copy."""
     options = {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
     options |= {"train_sampling_strategy": "sequential", "max_steps": 6}
     runs = []
     for resumed in (False, True):
-        trainer = make(method, output_dir=str(tmp_path / "run"), trainer={"peft_config": lora_config}, **options)
+        model = trained_adapter(tiny_model_dir, lora_config)
+        trainer = make(method, model=model, output_dir=str(tmp_path / "run"), **options)
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3") if resumed else None)
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
         runs.append((losses, [p.clone() for p in trainer.model.parameters() if p.requires_grad]))
