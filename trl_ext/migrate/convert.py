@@ -82,10 +82,10 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
     trainer, config_classes = classes(method)
     migration = Migration(project=project)
     old = {str(key): copy.deepcopy(value) for key, value in recipe.mapping.items()}
-    _check_types(old, TYPES | (project.types if project else {}), migration)
     if project is not None:
+        _check_types(old, migration, project.types)
         project.translate(old, migration)
-    for step in (_precision, _names, _data, _lengths, _loss, _model):
+    for step in (_precision, _names, _check_types, _data, _lengths, _loss, _model):
         step(old, migration)
     for key, value in list(old.items()):
         _key(key, value, old, migration)
@@ -103,7 +103,7 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
 # Steps. Each takes its keys out of `old`
 
 
-def _check_types(old: dict[str, Any], types: dict[str, Any], migration: Migration) -> None:
+def _check_types(old: dict[str, Any], migration: Migration, types: dict[str, Any] = TYPES) -> None:
     """Move values that no step could read to the problems."""
     for key in [key for key in types if old.get(key) is not None]:
         try:
