@@ -495,8 +495,8 @@ def test_a_loss_that_is_no_number_is_logged_as_such():
 
 
 def test_training_on_what_max_length_left_is_refused(job):
-    """TRL leaves out rows whose prompt fills `max_length`: of 8 pairs, all the refinement rows, whose prompts are longer."""
+    """Rows whose prompt fills `max_length`: of 8 pairs, all the refinement rows, whose prompts are longer."""
     with pytest.raises(
-        RecipeError, match=r"of 32 training rows cannot be used \(.* prompt fills max_length\).*which is 8"
+        RecipeError, match=r"of 32 rows of the train dataset have a prompt that alone fills `max_length`"
     ):
         train(job("left_out", max_length=8))

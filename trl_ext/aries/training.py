@@ -40,9 +40,7 @@ from ..trainers.tdpo_trainer import TDPOTrainer
 from ..trainers.upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from .checkpoints import RestoreAdapter, last_whole_checkpoint
 from .children import child_main
-from .config import HealthConfig
 from .disk import writing
-from .health import share_finding
 from .launch_check import check_launched
 from .records import read_jsonl, write_json
 
@@ -202,8 +200,12 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    if job["trainer"] == "sft":  # `check` has counted those that are left out
-        rows, _ = judge_completions(rows, tokenizer, "rows for SFT", max_length=args.max_length)
+    max_dropped = job["health"]["max_dropped"]
+    if job["trainer"] == "sft":  # `check` has said which are left out
+        rows, findings = judge_completions(rows, tokenizer, "rows for SFT", max_length=args.max_length)
+        findings.check(max_dropped)
+    else:
+        kwargs["max_dropped"] = max_dropped
     trainer = trainer_class(
         model=model,
         args=args,
@@ -285,10 +287,6 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     check_launched(accelerator)
     rows = len(repeat_by_weight(read_jsonl(Path(job["rows"]))))
     counts = {"rows": rows, "trained_rows": len(trainer.train_dataset)}
-    left_out = {"left out by the trainer (its log says why)": rows - counts["trained_rows"]}
-    finding = share_finding("training rows", left_out, rows, HealthConfig(**job["health"]))
-    if finding:
-        raise RecipeError(f"{finding}. Raise `max_length` in the section, which is {job['config'].get('max_length')}.")
     if job["trainer"] != "sft" and job["reference"]["is_policy"]:
         trainer.add_callback(CheckStep0(trainer))
     output_dir = Path(job["config"]["output_dir"])

@@ -19,7 +19,7 @@ from trl import DPOConfig
 
 from ..recipe_values import RecipeError, show
 from .formats import CONVERSIONS, Columns, Pair, are_messages, is_text, read_pair, repeats_prompt
-from .judge import Findings, Judge
+from .judge import MOST_DROPPED, Findings, Judge
 
 
 logger = get_logger(__name__)
@@ -71,6 +71,7 @@ def prepare_pairs(
     tokenize: Callable[[Rows, DPOConfig], Rows],
     vocabulary: int | None = None,
     takes_rendered: bool = True,
+    max_dropped: float | None = MOST_DROPPED,
 ) -> tuple[Rows, Account]:
     """
     Rows that can be trained on, tokenized as DPOTrainer does.
@@ -90,22 +91,24 @@ def prepare_pairs(
             Rows of the model's embeddings. Default: not looked at.
         takes_rendered (`bool`, *optional*, defaults to `True`):
             Whether text that was rendered before can be trained on: not by Sr-DPO, which puts its prompt into the user's turn.
+        max_dropped (`float`, *optional*, defaults to `0.5`):
+            Largest share of the rows that may be left out; `None` for any, as long as a row is left.
 
     Returns:
         `tuple`: the rows, and the [`Account`] of them. Of a stream, only the first 1,000 rows are in the account; of the others,
         those that cannot be used are left out as they come.
 
     Raises:
-        [`RecipeError`]: another kind of data, nothing that can be trained on, or more than half that cannot.
+        [`RecipeError`]: another kind of data, nothing that can be trained on, or too much that cannot.
     """
     account = Account(Findings(f"rows of the {name} dataset"))
     judge = Judge(processing_class, account.findings, vocabulary, takes_rendered)
     if isinstance(dataset, IterableDataset):
-        return _prepare_stream(dataset, judge, args, account, tokenize), account
+        return _prepare_stream(dataset, judge, args, account, tokenize, max_dropped), account
     if len(dataset) == 0:
         raise RecipeError(f"the {name} dataset has no rows. A preference dataset has one pair per row.")
     rows, usable = standard_rows(dataset, judge, account)
-    account.findings.check()
+    account.findings.check(max_dropped)
     numbers = [index + 1 for index, can in enumerate(usable) if can]
     if len(numbers) < len(rows):
         rows = rows.select([number - 1 for number in numbers])
@@ -117,7 +120,7 @@ def prepare_pairs(
         raise _named(error, rows, numbers, lambda row: tokenize(row, uncut)) from error
     cut = args.max_length if args.truncation_mode == "keep_start" else None
     can = judge.ids(prepared, numbers, cut)
-    account.findings.check()
+    account.findings.check(max_dropped)
     return (prepared if can.all() else prepared.select(can.nonzero()[0])), account
 
 
@@ -246,6 +249,7 @@ def _prepare_stream(
     args: DPOConfig,
     account: Account,
     tokenize: Callable[[Rows, DPOConfig], Rows],
+    max_dropped: float | None,
 ) -> IterableDataset:
     """Decide by the first rows, and leave out later ones that cannot be used as they come."""
     head = list(dataset.take(STREAMED_ROWS))
@@ -254,7 +258,7 @@ def _prepare_stream(
     account.findings.what += f" among the first {len(head):,}"
     sample = Dataset.from_list(head, on_mixed_types="use_json")
     _, usable = standard_rows(sample, judge, account)
-    account.findings.check()
+    account.findings.check(max_dropped)
     columns, looked_at = Columns.of(sample.column_names), _Dataset(Columns.of(sample.column_names))
     for row in sample:
         looked_at.add(row)

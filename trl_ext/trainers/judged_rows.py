@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..rows.judge import TOKENS
+from ..rows.judge import MOST_DROPPED, TOKENS
 from ..rows.pairs import prepare_pairs
 from ..rows.processing import load_processing_class
 
@@ -48,8 +48,12 @@ class JudgedRows:
     Mixin for a [`~trl.DPOTrainer`]: datasets may have any known shape, what cannot be trained on is left out and counted, and the tokenizer
     of a text-only model is loaded without an image processor that it names.
 
+    Args:
+        max_dropped (`float`, *optional*, defaults to `0.5`):
+            Largest share of a dataset's rows that may be left out; `None` for any, as long as a row is left.
+
     Raises:
-        [`RecipeError`], a `ValueError`: data of another kind, nothing that can be trained on, or more than half that cannot.
+        [`RecipeError`], a `ValueError`: data of another kind, nothing that can be trained on, or too much that cannot.
     """
 
     # Whether text that was rendered with the chat template before can be trained on
@@ -65,8 +69,10 @@ class JudgedRows:
         eval_dataset=None,
         processing_class=None,
         *pos,
+        max_dropped: float | None = MOST_DROPPED,
         **kwargs,
     ):
+        self._max_dropped = max_dropped
         config = model_config(model, args)
         self._vocabulary = config.get_text_config().vocab_size
         if processing_class is None:
@@ -82,7 +88,14 @@ class JudgedRows:
             return super(JudgedRows, self)._prepare_dataset(rows, processing_class, args, dataset_name)
 
         prepared, account = prepare_pairs(
-            dataset, processing_class, args, dataset_name, tokenize, self._vocabulary, self.takes_rendered
+            dataset,
+            processing_class,
+            args,
+            dataset_name,
+            tokenize,
+            vocabulary=self._vocabulary,
+            takes_rendered=self.takes_rendered,
+            max_dropped=self._max_dropped,
         )
         for line in account.lines:
             logger.warning(line)
