@@ -45,7 +45,7 @@ def main(job: dict) -> None:
     def progress(done: int) -> None:
         nonlocal second
         used.update(place.number for place in engine._places if place.sent)
-        if done == job["kill_after"] and second is not None:
+        if done >= job["kill_after"] and second is not None:
             cluster.remove_node(second, allow_graceful=False)
             second = None
 

@@ -135,8 +135,8 @@ def test_a_round_that_the_guard_stops_and_then_leaves_out(sorting, tmp_path):
             r"r\.yaml:\d+: `training`: `ld_alpha=0.5` is not",
         ),
         (
-            {"training": {"trainer": "dpo", "objective": "squared", "loss_type": "ipo", **ON_CPU}},
-            r"r\.yaml:\d+: `training`: `loss_type='ipo'` is not supported by SquaredRefinementDPOTrainer",
+            {"training": {"trainer": "dpo", "objective": "squared", "use_weighting": True, **ON_CPU}},
+            r"r\.yaml:\d+: `training`: `use_weighting=True` is not supported by SquaredRefinementDPOTrainer",
         ),
         ({"training": {"output_dir": "x"}}, r"r\.yaml:\d+: `training.output_dir` belongs to the loop"),
         ({"training": {"trainer": "ppo"}}, "`training.trainer` must be one of dpo, tdpo, self_refine_dpo; got 'ppo'"),

@@ -26,6 +26,7 @@ from trl_ext.aries.records import Answer, Chain, to_line
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.training import check_step_0, main, make_trainer, repeat_by_weight
 from trl_ext.recipe import RecipeError
+from trl_ext.trainers.judged_rows import JudgedDPOTrainer
 from trl_ext.trainers.upstream import keep_nf4_trainable
 
 
@@ -146,7 +147,9 @@ def test_a_round_saves_its_adapter_alone_and_the_next_one_starts_from_it(job, ti
 
 
 def test_the_logistic_objective_of_dpo_is_trls_own_trainer(job):
-    assert type(make_trainer(job("first"), silent)) is DPOTrainer
+    """With the rows judged, and nothing else: its loss is DPOTrainer's."""
+    trainer = make_trainer(job("first"), silent)
+    assert type(trainer) is JudgedDPOTrainer and type(trainer)._compute_loss is DPOTrainer._compute_loss
 
 
 @pytest.mark.parametrize("model_args", [LORA, FULL], ids=["LoRA", "full"])

@@ -12,10 +12,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 from datasets import Dataset, IterableDataset, disable_progress_bars
-from tests.rows.shapes import CONVERTED, MESSAGES, ODD, REFUSED, TEXT, assistant, user
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from tests.rows.shapes import CONVERTED, MESSAGES, ODD, REFUSED, TEXT, assistant, user
 from trl_ext import SelfRefineDPOTrainer
 from trl_ext.recipe import RecipeError
 from trl_ext.rows.judge import TOKENS

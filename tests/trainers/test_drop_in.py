@@ -139,9 +139,11 @@ def test_dropped_and_cut_rows_are_counted(make, conversational_pairs, caplog, me
     trainer = make(method, max_length=9, trainer={"eval_dataset": {"other": conversational_pairs}})
     assert len(trainer.train_dataset) == len(trainer.eval_dataset["other"]) == 4
     for name in ("train", "other"):
-        assert f"4 of 8 rows of the {name} dataset were dropped" in caplog.text
+        assert (
+            f"Left out: 4 of 8 rows of the {name} dataset have a prompt that alone fills `max_length`" in caplog.text
+        )
         assert f"4 of 4 rows of the {name} dataset are longer than `max_length=9`" in caplog.text
-    with pytest.raises(ValueError, match="max_length=6"):
+    with pytest.raises(ValueError, match="8 of 8 rows .* fills `max_length` .*nothing is left"):
         make(method, max_length=6)
 
 

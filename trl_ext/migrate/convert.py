@@ -321,18 +321,16 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
     for key, (accepted, reason) in trainer._refused_options.items():
         if migration.recipe.get(key, accepted) != accepted:
             _leave_out(migration, key, f"`{key}: {migration.recipe[key]}` is not supported: {reason}")
-    from .. import SelfRefineDPOTrainer
+    from ..trainers.tdpo_trainer import LOSS_TYPES as TRAINED_LOSSES
 
-    pair_losses, margin_losses = trainer._pair_loss_types, SelfRefineDPOTrainer._pair_loss_types
-    refused = [name for name in migration.recipe.get("loss_type", ()) if name not in (*pair_losses, "sft")]
+    known_losses = (*TRAINED_LOSSES, "sft")
+    refused = [name for name in migration.recipe.get("loss_type", ()) if name not in known_losses]
     if refused:
-        others = "`--method self-refine-dpo` knows it; " if set(refused) <= set(margin_losses) else ""
         migration.recipe.pop("loss_weights", None)
         _leave_out(
             migration,
             "loss_type",
-            f"`loss_type`: {', '.join(refused)} is not among {', '.join((*pair_losses, 'sft'))} of "
-            f"{trainer.__name__}. {others}`trl.DPOTrainer` has TRL's others.",
+            f"`loss_type`: {', '.join(refused)} is not among {', '.join(known_losses)} of {trainer.__name__}.",
         )
 
 

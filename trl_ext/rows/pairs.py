@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig
 
@@ -121,7 +122,10 @@ def prepare_pairs(
     cut = args.max_length if args.truncation_mode == "keep_start" else None
     can = judge.ids(prepared, numbers, cut)
     account.findings.check(max_dropped)
-    return (prepared if can.all() else prepared.select(can.nonzero()[0])), account
+    # TRL caches precomputed references by the fingerprint, of which the length is a part where TRL itself leaves rows out
+    fingerprint = Hasher.hash((prepared._fingerprint, args.max_length, args.truncation_mode, can.tolist()))
+    kept = range(len(prepared)) if can.all() else can.nonzero()[0]
+    return prepared.select(kept, new_fingerprint=fingerprint), account
 
 
 def standard_rows(
