@@ -234,10 +234,13 @@ class TestOldTrl:
     @pytest.mark.parametrize(
         ("keys", "method", "part"),
         [
-            ({"loss_type": "ipo"}, "tdpo", "`--method self-refine-dpo` knows it"),
-            ({"loss_type": "aot_pair"}, "tdpo", "aot is not among sigmoid, sft of TDPOTrainer"),
-            ({"precompute_ref_log_probs": True}, "tdpo", "is not supported: TDPO needs the reference's whole"),
-            ({"truncation_mode": "keep_end"}, "self-refine-dpo", "must keep the same completion tokens"),
+            ({"loss_type": "nll"}, "tdpo", "nll is not among sigmoid, "),
+            ({"ld_alpha": 0.5}, "tdpo", "is not supported: it reweights the tokens"),
+            (
+                {"f_divergence_type": "js_divergence"},
+                "self-refine-dpo",
+                "is not supported: the loss is derived for the reverse KL",
+            ),
             ({"reference_free": True}, "tdpo", "`reference_free: True`: there is no training without a reference"),
             ({"warmup_ratio": 2}, "tdpo", "is no fraction below 1"),
             ({"foo_bar": 1}, "tdpo", "unknown key `foo_bar`"),

@@ -122,7 +122,7 @@ CHANGES = [
     (AXOLOTL, {"trl": {"num_generations": 4}}, {}, ["`trl.num_generations: 4`"]),
     (AXOLOTL, {"dpo_loss_type": ["sigmoid", "sft"], "dpo_loss_weights": [1.0, 0.1]}, {"loss_weights": [1.0, 0.1]}, []),
     (AXOLOTL, {"dpo_loss_type": 3}, {"loss_type": None}, ["`loss_type` must be"]),
-    (AXOLOTL, {"rl": "ipo"}, {"loss_type": None}, ["`loss_type`: ipo is not among"]),
+    (AXOLOTL, {"rl": "ipo"}, {"loss_type": ["ipo"]}, []),
     (AXOLOTL, {"flash_attention": False, "sdp_attention": True}, {"attn_implementation": "sdpa"}, []),
     (AXOLOTL, {"hub_model_id": "me/it"}, {"hub_model_id": "me/it", "push_to_hub": True}, []),
     (AXOLOTL, {"datasets": [FILES[0] | {"type": "x"}, FILES[1]]}, {"datasets": FILES, "dataset_name": None}, []),

@@ -10,9 +10,10 @@ process of its own, as in a run, since Ray keeps threads and files open.
 import json
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
+import psutil
 from ray.cluster_utils import Cluster
 
 from trl_ext.aries.chains import EngineSettings, Task, answer_task
@@ -46,8 +47,14 @@ def main(job: dict) -> None:
         nonlocal second
         used.update(place.number for place in engine._places if place.sent)
         if done >= job["kill_after"] and second is not None:
-            cluster.remove_node(second, allow_graceful=False)
-            second = None
+            cluster_node, second = second, None
+            # As a machine that fails: its workers too, which would otherwise go on until they miss their raylet
+            raylets = cluster_node.all_processes["raylet"]
+            workers = [w for raylet in raylets for w in psutil.Process(raylet.process.pid).children(recursive=True)]
+            cluster.remove_node(cluster_node, allow_graceful=False)
+            for worker in workers:
+                with suppress(psutil.NoSuchProcess):
+                    worker.kill()
 
     start = time.monotonic()
     with closing(engine):
