@@ -74,7 +74,7 @@ def test_a_small_round_of_aries(gemma, tmp_path, monkeypatch):
             "refinements": {"turns": 2, "template": "{{ question }}{{ draft }}\nA shorter answer:"},
             "scores": {"verifier": "verifier.py:words"},
             "pairs": {"selection": "best_over_worst"},
-            "health": {"max_dropped": 1.0},
+            "health": {"max_dropped": None},
             "training": {"trainer": "tdpo", **ON_CPU, "max_steps": 2, "max_length": 128},
             "evaluation": {"dataset": write_rows("eval.jsonl", [{"prompt": f"{q}\nAnswer:"} for q in questions[8:]])},
         }
