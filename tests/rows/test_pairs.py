@@ -89,6 +89,17 @@ def test_odd_rows_are_left_out_and_counted(kind, tokenizer, args):
         prepared_pairs(Dataset.from_list([row], on_mixed_types="use_json"), tokenizer, args)
 
 
+def test_a_prompt_that_texts_share(tokenizer, args):
+    """Plain texts without a prompt column: what both begin with, as TRL has it, whatever else becomes of the rows."""
+    shared = [{key: f"{row['prompt']}{row[key]}" for key in ("chosen", "rejected")} for row in TEXT]
+    expected = ids(shared, tokenizer, args)
+    assert [len(prompt) for prompt in expected["prompt_ids"]] == [6, 7]  # "because" is the beginning of both answers
+    listed = [{key: [text] for key, text in row.items()} for row in shared]
+    for rows in (shared, listed, [*shared, {"chosen": "a", "rejected": None}]):
+        prepared, _ = prepared_pairs(Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer, args)
+        assert {name: prepared[name][:] for name in TOKENS} == expected
+
+
 def test_roles_that_the_template_drops_or_refuses(tokenizer, args):
     """Templates made for it: one knows two roles only, one wants them to alternate."""
     two_users = {"prompt": [user("a"), user("b")], "chosen": [assistant("c")], "rejected": [assistant("d")]}

@@ -195,13 +195,13 @@ class Judge:
         self.findings = findings
         self._takes_rendered = takes_rendered
         self._vocabulary = vocabulary
-        self._processing_class = processing_class
-        self._template = processing_class.chat_template
+        self.processing_class = processing_class
+        self.template = processing_class.chat_template
         self._tokenizer = tokenizer_of(processing_class)
         self._takes_parts = isinstance(processing_class, ProcessorMixin)
         self._probed: dict[str, str | None] = {}
         special = {token for token in self._tokenizer.all_special_tokens if len(token) > 1}
-        template = self._template if isinstance(self._template, str) else str(self._template or "")
+        template = self.template if isinstance(self.template, str) else str(self.template or "")
         self._own_tokens = [token for token in special if token in template]
         self._beyond = []  # tokens without an embedding
         if vocabulary is not None and len(self._tokenizer) > vocabulary:
@@ -235,7 +235,7 @@ class Judge:
                 return False
             if own is not None:
                 self.findings.warn("rendered", number, f"{own} in the prompt")
-            elif self._template is not None:
+            elif self.template is not None:
                 self.findings.warn("plain text", number)
             if is_filled(row.get("system")):
                 self.findings.warn("system column", number)
@@ -278,7 +278,7 @@ class Judge:
         for answer in answers:
             if not (is_answer(answer[0]) and is_answer(answer[-1])):
                 return "last role", f"roles {_roles(prompt)} | {_roles(answer)}"
-        if self._template is None:
+        if self.template is None:
             raise RecipeError(
                 "the rows are messages, and the tokenizer has no chat template. Give it one (`trl.clone_chat_template`), or make the "
                 "rows plain text."

@@ -16,7 +16,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from trl import DPOConfig
+from trl import DPOConfig, extract_prompt
 
 from ..recipe_values import RecipeError, show
 from .formats import CONVERSIONS, Columns, Pair, are_messages, is_text, read_pair, repeats_prompt
@@ -145,7 +145,7 @@ def standard_rows(
         usable.append(_judge(number, pair, columns, judge, row))
     if not any(usable):
         return dataset, usable
-    if as_messages and judge._template is None and not looked_at.messages:
+    if as_messages and judge.template is None and not looked_at.messages:
         raise RecipeError(
             f"`{columns.system}` holds a system message, and the tokenizer has no chat template to put it in. Put it into the prompt: "
             f"`dataset.map(lambda row: {{'prompt': row['{columns.system}'] + '\\n\\n' + row['{columns.prompt}']}})`, and remove "
@@ -154,8 +154,9 @@ def standard_rows(
     if looked_at.no_options:
         done["kwargs"] = looked_at.no_options
     account.converted.update(done)
-    implicit = columns.prompt != "prompt"
-    if not always and not done and not looked_at.misleading and not (implicit and not all(usable)):
+    # TRL would look into these for messages too, in an order that differs from process to process
+    gone = [name for name in ("messages", "completion") if name in dataset.column_names]
+    if not (always or done or gone):
         return dataset, usable
     features = Features(dataset.features)
     kind = List(Json()) if looked_at.messages or as_messages else Value("string")
@@ -163,13 +164,11 @@ def standard_rows(
         features[column] = kind
     if "chat_template_kwargs" in features:
         features["chat_template_kwargs"] = Json()
-    gone = [name for name in ("messages", "completion") if name in features]  # TRL would take them for the pairs
     for column in gone:
         del features[column]
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        pair = read_pair(row, columns, as_messages, cut_prompt)
-        converted = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        converted = _columns(read_pair(row, columns, as_messages, cut_prompt), columns)
         # What is left out anyway must fit into the columns too
         fits, empty = (are_messages, []) if kind != Value("string") else (is_text, "")
         converted = {key: value if fits(value) else empty for key, value in converted.items()}
@@ -187,13 +186,10 @@ class _Dataset:
 
     def __init__(self, columns: Columns):
         self._columns = columns
-        self.rows = self.texts = self.messages = self.repeated = self.systems = self.no_options = 0
-        self._with_options = 0
-        self.misleading = False
+        self.texts = self.messages = self.repeated = self.systems = self.no_options = 0
 
     def add(self, row: dict[str, Any]) -> None:
         pair = read_pair(row, self._columns)
-        self.rows += 1
         self.messages += pair.is_conversational and not {"system", "history"} & set(pair.done)
         self.systems += bool({"system", "history"} & set(pair.done))
         self.texts += isinstance(pair.prompt, str)
@@ -201,8 +197,6 @@ class _Dataset:
         options = row.get("chat_template_kwargs", {})
         # Arrow gives every row all keys, as nulls
         self.no_options += options is None or (isinstance(options, dict) and None in options.values())
-        # Columns in which TRL would look for messages too, in an order that differs from process to process
-        self.misleading |= any(name in row for name in ("messages", "completion"))
 
     @property
     def as_messages(self) -> bool:
@@ -218,6 +212,14 @@ def _read(dataset: Dataset, columns: Columns):
     others = ("question", "instruction", "query", "input", "system", "messages", "conversations", "completion")
     names = [*columns.read, *others, "tools", "chat_template_kwargs"]
     return dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names])
+
+
+def _columns(pair: Pair, columns: Columns) -> dict[str, Any]:
+    """The pair as TRL's columns; of texts without a prompt, it is what both begin with, as TRL has it."""
+    texts = {"chosen": pair.chosen, "rejected": pair.rejected}
+    if pair.prompt is None and columns.prompt is None and all(map(is_text, texts.values())):
+        return extract_prompt(texts)
+    return {"prompt": pair.prompt, **texts}
 
 
 def _judge(number: int, pair: Pair, columns: Columns, judge: Judge, row: dict[str, Any]) -> bool:
@@ -274,7 +276,7 @@ def _prepare_stream(
         row = {key: value for key, value in row.items() if key not in ("messages", "completion")}
         if row.get("chat_template_kwargs", {}) is None:
             row["chat_template_kwargs"] = {}
-        return {**row, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        return {**row, **_columns(pair, columns)}
 
     def can_use(row: dict[str, Any]) -> bool:
         return _judge(0, read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt), columns, quiet, row)
