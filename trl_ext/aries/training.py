@@ -40,6 +40,7 @@ from ..trainers.tdpo_trainer import TDPOTrainer
 from ..trainers.upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
 from .checkpoints import RestoreAdapter, last_whole_checkpoint
 from .children import child_main
+from .config import HealthConfig
 from .disk import writing
 from .launch_check import check_launched
 from .records import read_jsonl, write_json
@@ -200,7 +201,7 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    max_dropped = job["health"]["max_dropped"]
+    max_dropped = HealthConfig(**job["health"]).max_dropped
     if job["trainer"] == "sft":  # `check` has said which are left out
         rows, findings = judge_completions(rows, tokenizer, "rows for SFT", max_length=args.max_length)
         findings.check(max_dropped)
