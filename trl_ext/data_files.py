@@ -7,14 +7,17 @@ from typing import Any
 from .recipe import RecipeError
 
 
+# An answer may be "None" or "N/A": only an empty cell is nothing
+AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
+
 # Suffix of a local data file -> builder of `datasets`, and what it needs to know
 BUILDERS = {
     ".jsonl": {"path": "json"},
     ".ndjson": {"path": "json"},
     ".json": {"path": "json"},
     ".parquet": {"path": "parquet"},
-    ".csv": {"path": "csv"},
-    ".tsv": {"path": "csv", "sep": "\t"},
+    ".csv": {"path": "csv", **AS_WRITTEN},
+    ".tsv": {"path": "csv", "sep": "\t", **AS_WRITTEN},
     ".arrow": {"path": "arrow"},
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")

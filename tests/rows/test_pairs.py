@@ -15,9 +15,11 @@ from datasets import Dataset, IterableDataset, disable_progress_bars
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from tests.rows.shapes import CONVERTED, MESSAGES, ODD, REFUSED, TEXT, assistant, user
+from tests.rows.shapes import CONVERTED, MESSAGES, ODD, REFUSED, TEXT, assistant, system, user
 from trl_ext import SelfRefineDPOTrainer
 from trl_ext.recipe import RecipeError
+from trl_ext.rows import pairs
+from trl_ext.rows.formats import Columns, read_pair
 from trl_ext.rows.judge import TOKENS
 from trl_ext.trainers.prepared import _Preparing, prepared_pairs
 
@@ -220,6 +222,127 @@ class TestFiles:
         files = [write(tmp_path / "a.jsonl", TEXT * 3), write(tmp_path / "b.jsonl", TEXT)]
         train = self.load(datasets=[{"path": file, "fraction": 0.5} for file in files])
         assert train.to_list() == TEXT * 2
+
+
+JSON_ANSWER = {"prompt": "what runs ?", "chosen": '{"role": "fox", "company": "two"}', "rejected": '{"value": 3}'}
+SET_NOTATION = {"prompt": "what runs ?", "chosen": "{{1,2},{3}}", "rejected": " no"}
+
+
+@pytest.mark.parametrize(
+    "row", [JSON_ANSWER, SET_NOTATION, {**TEXT[0], "chosen": ["a", "b"]}], ids=["JSON", "set", "list"]
+)
+def test_no_row_makes_messages_of_the_others(row, tokenizer, args):
+    """Answers that are JSON but no messages, and a row that is left out anyway: the others stay plain text, as TRL has them."""
+    rows = [*TEXT, *TEXT, row]
+    prepared, account = prepared_pairs(Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer, args)
+    kept = rows[: len(prepared)]
+    assert {name: prepared[name][:] for name in TOKENS} == ids(kept, tokenizer, args)
+    assert account.findings.dropped.total() == len(rows) - len(kept) == isinstance(row["chosen"], list)
+
+
+def test_a_text_that_begins_as_the_prompt_by_chance():
+    rows = [
+        {"prompt": "one", "chosen": "oneself", "rejected": "ones"},
+        {"prompt": "two", "chosen": "twofold", "rejected": "twos"},
+    ]
+    assert not any(read_pair(row, Columns.of(list(row)), cut_prompt=True).done for row in rows)
+
+
+DOUBLED = {
+    "system in the answers": (
+        [user("what runs ?")],
+        [system("brief"), user("what runs ?"), assistant("red")],
+        [system("brief"), user("what runs ?"), assistant("blue")],
+    ),
+    "system in the prompt": (
+        [system("brief"), user("what runs ?")],
+        [user("what runs ?"), assistant("red")],
+        [user("what runs ?"), assistant("blue")],
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", DOUBLED)
+def test_a_prompt_is_not_doubled(shape, tokenizer, args):
+    """By hand: the system's message once, the question once."""
+    prompt, chosen, rejected = DOUBLED[shape]
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    standard = {
+        "prompt": [system("brief"), user("what runs ?")],
+        "chosen": [assistant("red")],
+        "rejected": [assistant("blue")],
+    }
+    prepared, _ = prepared_pairs(Dataset.from_list([row]), tokenizer, args)
+    assert {name: prepared[name][:] for name in TOKENS} == ids([standard], tokenizer, args)
+
+
+UNUSABLE = {
+    "the answer in the prompt": {
+        "messages": [user("what runs ?"), assistant("brief")],
+        "chosen": [assistant("brief")],
+        "rejected": [assistant("red")],
+    },
+    "another question": {
+        "prompt": [user("what runs ?")],
+        "chosen": [user("brief"), assistant("red")],
+        "rejected": [user("brief"), assistant("blue")],
+    },
+    "a word of the system's": {
+        "prompt": "red",
+        "chosen": [system("redder"), assistant("brief")],
+        "rejected": [system("redder"), assistant("red")],
+    },
+    "a prompt beside dialogues": {
+        "prompt": "You are red .",
+        "chosen": "\n\nHuman: what runs ?\n\nAssistant: red",
+        "rejected": "\n\nHuman: what runs ?\n\nAssistant: blue",
+    },
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_what_would_train_on_something_else_is_left_out(kind, tokenizer, args):
+    with pytest.raises(RecipeError, match="do not begin with|ends with the assistant's message"):
+        prepared_pairs(Dataset.from_list([UNUSABLE[kind]]), tokenizer, args)
+
+
+def test_questions_that_are_not_read_are_named(tokenizer, args):
+    _, account = prepared_pairs(Dataset.from_list([{**MESSAGES[0], "input": "dog"}, MESSAGES[1]]), tokenizer, args)
+    assert account.findings.warned == {"unread": 1} and "first: row 1: `input`" in account.findings.warnings[0]
+    repeated = [
+        {
+            **MESSAGES[0],
+            **{
+                k: [assistant("what is one plus two ? " + word)]
+                for k, word in (("chosen", "red"), ("rejected", "blue"))
+            },
+        }
+    ]
+    _, account = prepared_pairs(Dataset.from_list(repeated), tokenizer, args)
+    assert account.findings.warned == {"repeated": 1}
+
+
+def test_later_rows_of_a_stream(tokenizer, args, monkeypatch):
+    """Beyond the rows that are looked at, what cannot be used is left out, and what can is converted."""
+    monkeypatch.setattr(pairs, "STREAMED_ROWS", 2)
+    sharegpt = CONVERTED["ShareGPT"][0]
+    later = [
+        {**MESSAGES[0], "chosen": [assistant(" ")]},
+        {**MESSAGES[0], "chosen": None},
+        {"prompt": None, **sharegpt[0]},
+    ]
+    stream = IterableDataset.from_generator(lambda: iter([*MESSAGES, *later]))
+    rows = list(prepared_pairs(stream, tokenizer, args)[0])
+    assert {name: [row[name] for row in rows] for name in TOKENS} == ids([*MESSAGES, MESSAGES[0]], tokenizer, args)
+
+
+def test_formats_of_a_dataset(tokenizer, args):
+    """A view in NumPy's or pandas' types is read as the rows it shows; a transform would be applied to the tokens again."""
+    for kind in ("numpy", "pandas", "arrow"):
+        prepared, _ = prepared_pairs(Dataset.from_list(TEXT).with_format(kind), tokenizer, args)
+        assert {name: prepared[name][:] for name in TOKENS} == ids(TEXT, tokenizer, args)
+    with pytest.raises(RecipeError, match="has a transform"):
+        prepared_pairs(Dataset.from_list(TEXT).with_transform(lambda batch: batch), tokenizer, args)
 
 
 CONTENT = st.one_of(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data_files import BUILDERS, builder_arguments, is_data_file
 from ..recipe import RecipeError
-from ..rows.formats import has_system, is_filled, looks_like_messages, read_text
+from ..rows.formats import SYSTEM, has_system, is_filled, looks_like_messages, read_text
 from .config import DatasetConfig
 from .dataset_rows import ROWS_AT_ONCE, ArrowRows, DatasetRows, JsonLines
 from .records import blocks
@@ -146,8 +146,9 @@ def read_row(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(prompt, (str, list)):
         return row
     prompt = read_text(prompt, [])
-    if is_messages(prompt) and prompt and is_filled(row.get("system")) and not has_system(prompt):
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+    system = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), None)
+    if is_messages(prompt) and prompt and system and not has_system(prompt):
+        prompt = [{"role": "system", "content": system}, *prompt]
     return {**row, "prompt": prompt}
 
 

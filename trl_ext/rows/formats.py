@@ -239,7 +239,7 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
     done: list[str] = []
     chosen, rejected = (read_text(row.get(name), done) for name in (columns.chosen, columns.rejected))
     prompt = None if columns.prompt is None else read_text(row.get(columns.prompt), done)
-    fault = next(filter(None, map(_fault, (prompt, chosen, rejected))), None)
+    fault = next(filter(None, map(form_fault, (prompt, chosen, rejected))), None)
     if fault is not None:
         return Pair(prompt, chosen, rejected, fault=fault)
     whole = all(isinstance(answer, list) and answer and not is_answer(answer[0]) for answer in (chosen, rejected))
@@ -250,7 +250,7 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
     if (columns.chosen, columns.rejected) != ("chosen", "rejected"):
         done.append("column")
     if columns.input is not None and isinstance(prompt, str) and is_filled(row.get(columns.input)):
-        prompt = f"{prompt}\n{row[columns.input]}"
+        prompt = f"{prompt}\n{row[columns.input]}" if prompt.strip() else row[columns.input]
         done.append("input")
     system = None if columns.system is None else row.get(columns.system)
     system = system if isinstance(system, str) and system.strip() else None
@@ -267,7 +267,7 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
     return pair
 
 
-def _fault(text: Any) -> str | None:
+def form_fault(text: Any) -> str | None:
     """What keeps a value from being text or messages."""
     if isinstance(text, list) and text and all(isinstance(item, str) for item in text):
         return "several"
@@ -301,17 +301,23 @@ def _read_messages(pair: Pair, system: str | None, history: Messages) -> None:
         elif is_answer(chosen[0]) and is_answer(rejected[0]):
             prompt = [{"role": "user", "content": prompt}]
             pair.done.append("question")
-        elif any(prompt.strip() in str(message.get("content")) for message in shared):
+        elif any(prompt.strip() in str(m.get("content")) for m in shared if m.get("role") == "user"):
             prompt = []
             pair.done.append("beginning")
         else:
             pair.fault = "another prompt"
             return
     prompt = prompt or []
-    count = len(prompt)
-    if count and shared[:count] == prompt:
+    head, asked = split_system(prompt)
+    own, rest = split_system(shared)
+    if asked and rest[: len(asked)] == asked and (not (head and own) or head == own):
+        count = len(own) + len(asked)
+        prompt = [*(head or own), *asked]
         chosen, rejected, shared = chosen[count:], rejected[count:], shared[count:]
         pair.done.append("repeated")
+    elif asked and not (is_answer(chosen[0]) and is_answer(rejected[0])):
+        pair.fault = "another prompt"
+        return
     if not prompt:  # what chosen and rejected share, as in TRL's `extract_prompt`
         opening = len(shared)
         if opening == min(len(chosen), len(rejected)):  # nothing would be left of one: its last answer is
@@ -339,6 +345,9 @@ def _read_texts(pair: Pair, cut_prompt: bool) -> None:
         shared = chosen[: shared_length(chosen, rejected)]
         end = shared.rfind(_ANSWER)
         rest = [answer[end + len(_ANSWER) :] for answer in (chosen, rejected)]
+        if prompt and prompt.strip() not in shared:
+            pair.fault = "another prompt"
+            return
         if end < 0 or any(_TURN.search(answer) for answer in rest):
             pair.fault = "parted dialogues"
             return
@@ -355,9 +364,15 @@ def repeats_prompt(pair: Pair) -> bool:
     return (
         all(isinstance(text, str) for text in texts)
         and bool(pair.prompt.strip())
-        and pair.chosen.startswith(pair.prompt)
-        and pair.rejected.startswith(pair.prompt)
+        and begins_with(pair.chosen, pair.prompt)
+        and begins_with(pair.rejected, pair.prompt)
     )
+
+
+def begins_with(text: str, prompt: str) -> bool:
+    """Whether a text begins with a prompt, and then with another word: not "11" with "1"."""
+    rest = text[len(prompt) :]
+    return text.startswith(prompt) and not (prompt[-1:].isalnum() and rest[:1].isalnum())
 
 
 def is_dialogue(text: str) -> bool:
@@ -395,12 +410,17 @@ def read_text(value: Any, done: list[str]) -> Text:
 
 def parsed_messages(text: str) -> Messages | None:
     """Messages that are written as JSON or as a Python literal (pandas' CSV), or `None` for any other text."""
+    if text.lstrip().startswith('"[{'):  # JSON in JSON
+        try:
+            text = json.loads(text)
+        except ValueError:
+            return None
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     for parse in (json.loads, ast.literal_eval):
         try:
             parsed = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         listed = [parsed] if isinstance(parsed, dict) else parsed
         if isinstance(listed, list) and listed and all(is_message(message) for message in listed):
@@ -410,14 +430,28 @@ def parsed_messages(text: str) -> Messages | None:
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value is a message, in TRL's form or in ShareGPT's."""
-    return isinstance(value, dict) and ("role" in value or {"from", "value"} <= value.keys())
+    """Whether a value that was written as text is a message, in TRL's form or in ShareGPT's, rather than any other JSON."""
+    if not isinstance(value, dict):
+        return False
+    role = (
+        value.get("role")
+        if {"content", "tool_calls"} & value.keys()
+        else value.get("from")
+        if "value" in value
+        else None
+    )
+    return isinstance(role, str) and (role.strip().lower() in ROLES or role.strip().lower() in STANDARD_ROLES)
+
+
+_ROLE = re.compile(rf"['\"](role|from)['\"]\s*:\s*['\"]({'|'.join((*STANDARD_ROLES, *ROLES))})['\"]", re.IGNORECASE)
 
 
 def looks_like_messages(text: Any) -> bool:
     """Whether a text was messages once, in a form that nothing reads: an array printed by NumPy, JSON that was cut off."""
     return (
-        isinstance(text, str) and re.match(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text) is not None
+        isinstance(text, str)
+        and re.match(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text) is not None
+        and _ROLE.search(text) is not None
     )
 
 
@@ -468,6 +502,12 @@ def read_history(value: Any) -> Messages:
 
 def is_answer(message: dict[str, Any]) -> bool:
     return message.get("role") == "assistant"
+
+
+def split_system(messages: Messages) -> tuple[Messages, Messages]:
+    """The system's messages at the beginning, and the others."""
+    count = next((i for i, m in enumerate(messages) if m.get("role") not in ("system", "developer")), len(messages))
+    return messages[:count], messages[count:]
 
 
 def has_system(messages: Messages) -> bool:

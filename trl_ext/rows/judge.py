@@ -17,7 +17,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..recipe_values import RecipeError, show
-from .formats import Messages, Text, are_messages, is_answer, is_filled, looks_like_messages
+from .formats import Messages, Text, are_messages, begins_with, is_answer, is_filled, looks_like_messages
 from .processing import tokenizer_of
 
 
@@ -32,8 +32,12 @@ REASONS = {
     "no prompt": ("have no prompt", "Fill in `prompt`, or rename the column that holds the question to it."),
     "identical": ("have identical answers", "There is nothing to prefer: remove them."),
     "another prompt": (
-        "have a text `prompt` that their conversations do not begin with",
+        "have a `prompt` that their conversations do not begin with",
         "Make the prompt messages too: `[{'role': 'user', 'content': ...}]`.",
+    ),
+    "answered": (
+        "have a prompt that ends with the assistant's message, after which the answer would be a second one",
+        "End the prompt before the answer: `dataset.map(lambda row: {'prompt': row['prompt'][:-1]})`.",
     ),
     "parted dialogues": (
         "have dialogues of `Human:` and `Assistant:` that part before their last answer",
@@ -48,7 +52,10 @@ REASONS = {
         "have several answers in a list",
         "Choose one of them for each side: `dataset.map(lambda row: {'chosen': row['chosen'][0], 'rejected': row['rejected'][0]})`.",
     ),
-    "not text": ("have `content` that is not text", "Make the content of every message text."),
+    "not text": (
+        "have a prompt, an answer or a `content` that is not text",
+        "Make it text: `dataset.cast_column('chosen', datasets.Value('string'))` for a column of numbers.",
+    ),
     "no content": ("have a message whose `content` is null", "Fill it in, or remove the message."),
     "options": (
         "have `tools` or `chat_template_kwargs` that the chat template cannot be given",
@@ -60,7 +67,7 @@ REASONS = {
     ),
     "role": (
         "have roles that the chat template drops or refuses",
-        "Use `system`, `user` and `assistant` in the order that the template takes: `dataset.map(...)`.",
+        "Use `system`, `user` and `assistant` in the order that the template takes, and give each message a `content`.",
     ),
     "rendered turn": (
         "are text that already holds the chat template's own tokens, so that Sr-DPO's prompt would stand outside of the turn",
@@ -83,6 +90,14 @@ REASONS = {
 
 # The same for what is trained on all the same
 WARNINGS = {
+    "repeated": (
+        "begin both answers with the whole question",
+        "If it is not meant to be learned, take it off: `dataset.map(lambda row: {'chosen': row['chosen'][len(row['prompt']):]})`.",
+    ),
+    "unread": (
+        "have something in another column that may hold the question, which is not read",
+        "If it belongs to the prompt, put it there.",
+    ),
     "system column": (
         "have a column `system`, which is not read beside a text prompt",
         "Put it into the prompt, or make the prompt messages: the column is their system message then.",
@@ -239,6 +254,8 @@ class Judge:
                 self.findings.warn("plain text", number)
             if is_filled(row.get("system")):
                 self.findings.warn("system column", number)
+        if len(answers) == 2 and all(_repeats(prompt, answer) for answer in answers):
+            self.findings.warn("repeated", number)
         return True
 
     def _fault(self, prompt: Text, answers: Sequence[Text], row: dict[str, Any]) -> tuple[str, str] | None:
@@ -275,6 +292,8 @@ class Judge:
                 return "no content", f"role {show(message.get('role'))}"
             if not isinstance(content, str | None) and not (self._takes_parts and isinstance(content, list)):
                 return "not text", f"{type(content).__name__} in a message of the role {show(message.get('role'))}"
+        if is_answer(prompt[-1]):
+            return "answered", f"roles {_roles(prompt)}"
         for answer in answers:
             if not (is_answer(answer[0]) and is_answer(answer[-1])):
                 return "last role", f"roles {_roles(prompt)} | {_roles(answer)}"
@@ -309,7 +328,7 @@ class Judge:
     def _ask(self, prompt: Messages, answer: Messages, options: dict[str, Any]) -> str | None:
         messages, marks = [], []
         for index, message in enumerate([*prompt, *answer]):
-            if set(message) <= {"role", "content", "name"}:
+            if isinstance(message.get("content"), str) and not message.get("tool_calls"):
                 marks.append((message["role"], f"text{index}mark"))
                 message = {**message, "content": marks[-1][1]}
             messages.append(message)
@@ -387,7 +406,7 @@ class Judge:
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
     """What a row's own columns pass to the chat template: tools and `chat_template_kwargs`."""
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = json.loads(tools) if is_filled(tools) and isinstance(tools, str) else tools
     return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
 
 
@@ -404,14 +423,23 @@ def _other_prompts(row: dict[str, Any]) -> list[str]:
     return [name for name in names if is_filled(row.get(name))]
 
 
+def _repeats(prompt: Text, answer: Text) -> bool:
+    """Whether an answer begins with the question."""
+    question = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+    text = answer if isinstance(answer, str) else answer[0].get("content")
+    texts = isinstance(question, str) and isinstance(text, str)
+    return texts and bool(question.strip()) and begins_with(text.lstrip(), question.strip())
+
+
 def _roles(messages: Messages) -> str:
     return ", ".join(str(message.get("role")) for message in messages) or "none"
 
 
 def _kind(message: dict[str, Any]) -> list[str]:
     """What tells a message from others of the same role: its keys, and all of one that holds more than a text."""
-    plain = set(message) <= {"role", "content", "name"}
-    return [message["role"], "" if plain else json.dumps(message, default=str)]
+    if message.get("tool_calls"):
+        return [message["role"], json.dumps(message, default=str)]
+    return [message["role"], *sorted(message)]
 
 
 def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

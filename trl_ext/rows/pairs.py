@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.fingerprint import Hasher
@@ -19,11 +20,24 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, extract_prompt
 
 from ..recipe_values import RecipeError, show
-from .formats import CONVERSIONS, Columns, Pair, are_messages, is_text, read_pair, repeats_prompt
-from .judge import MOST_DROPPED, Findings, Judge
+from .formats import (
+    CONVERSIONS,
+    Columns,
+    Pair,
+    are_messages,
+    form_fault,
+    is_filled,
+    is_text,
+    read_pair,
+    repeats_prompt,
+)
+from .judge import MOST_DROPPED, TOKENS, Findings, Judge
 
 
 logger = get_logger(__name__)
+
+# Columns that may hold a part of the question
+QUESTIONS = ("question", "instruction", "query", "input", "history")
 
 # Rows of a stream that are looked at before the training
 STREAMED_ROWS = 1000
@@ -108,6 +122,13 @@ def prepare_pairs(
         return _prepare_stream(dataset, judge, args, account, tokenize, max_dropped), account
     if len(dataset) == 0:
         raise RecipeError(f"the {name} dataset has no rows. A preference dataset has one pair per row.")
+    if dataset.format["type"] == "custom":
+        raise RecipeError(
+            f"the {name} dataset has a transform, which would be applied again to the tokens. Apply it once, with `dataset.map(...)` "
+            "instead of `dataset.set_transform(...)`."
+        )
+    if dataset.format["type"] is not None:  # of NumPy, pandas ...: its values would not be Python's
+        dataset = dataset.with_format(None)
     rows, usable = standard_rows(dataset, judge, account)
     account.findings.check(max_dropped)
     numbers = [index + 1 for index, can in enumerate(usable) if can]
@@ -176,9 +197,15 @@ def standard_rows(
             options = row["chat_template_kwargs"]
             options = options.items() if isinstance(options, dict) else ()
             converted["chat_template_kwargs"] = {key: value for key, value in options if value is not None}
+        if "tools" in row:
+            converted["tools"] = row["tools"] or None
         return converted
 
-    return dataset.map(convert, features=features, remove_columns=gone, desc="Reading preference pairs"), usable
+    try:
+        rows = dataset.map(convert, features=features, remove_columns=gone, desc="Reading preference pairs")
+    except Exception as error:  # half a character, and what else no file can hold
+        raise RecipeError(f"the rows cannot be brought into TRL's form: {type(error).__name__}: {error}") from error
+    return rows, usable
 
 
 class _Dataset:
@@ -190,13 +217,14 @@ class _Dataset:
 
     def add(self, row: dict[str, Any]) -> None:
         pair = read_pair(row, self._columns)
-        self.messages += pair.is_conversational and not {"system", "history"} & set(pair.done)
+        self.messages += pair.fault is None and pair.is_conversational and not {"system", "history"} & set(pair.done)
         self.systems += bool({"system", "history"} & set(pair.done))
         self.texts += isinstance(pair.prompt, str)
         self.repeated += repeats_prompt(pair)
         options = row.get("chat_template_kwargs", {})
         # Arrow gives every row all keys, as nulls
-        self.no_options += options is None or (isinstance(options, dict) and None in options.values())
+        missing = options is None or (isinstance(options, dict) and None in options.values())
+        self.no_options += missing or row.get("tools") == ""
 
     @property
     def as_messages(self) -> bool:
@@ -209,8 +237,8 @@ class _Dataset:
 
 def _read(dataset: Dataset, columns: Columns):
     """The columns that decide anything, as Python objects."""
-    others = ("question", "instruction", "query", "input", "system", "messages", "conversations", "completion")
-    names = [*columns.read, *others, "tools", "chat_template_kwargs"]
+    others = ("system", "messages", "conversations", "completion", "tools", "chat_template_kwargs")
+    names = [*columns.read, *QUESTIONS, *others]
     return dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names])
 
 
@@ -227,9 +255,15 @@ def _judge(number: int, pair: Pair, columns: Columns, judge: Judge, row: dict[st
         prompt = pair.prompt
         if prompt is None and columns.prompt is None and not pair.is_conversational:
             prompt = ""  # TRL takes what both share at their beginning
-        return judge.row(number, prompt, [pair.chosen, pair.rejected], row)
+        usable = judge.row(number, prompt, [pair.chosen, pair.rejected], row)
+        unread = [name for name in QUESTIONS if name not in columns.read and is_filled(row.get(name))]
+        if usable and unread and columns.prompt is not None:
+            judge.findings.warn("unread", number, f"`{unread[0]}`")
+        return usable
+    values = (pair.prompt, pair.chosen, pair.rejected)
+    shown = next((value for value in values if form_fault(value) == pair.fault), pair.prompt or pair.chosen)
     judge.findings.total += 1
-    judge.findings.drop(pair.fault, number, show(pair.prompt if pair.prompt else pair.chosen))
+    judge.findings.drop(pair.fault, number, show(shown))
     return False
 
 
@@ -279,11 +313,11 @@ def _prepare_stream(
         return {**row, **_columns(pair, columns)}
 
     def can_use(row: dict[str, Any]) -> bool:
-        return _judge(0, read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt), columns, quiet, row)
+        pair = read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt)
+        # TRL decides by the first row whether it is messages
+        return pair.is_conversational == looked_at.as_messages and _judge(0, pair, columns, quiet, row)
 
-    if account.converted or not all(usable):
-        dataset = dataset.filter(can_use)
-        dataset = dataset.map(convert) if account.converted else dataset
+    dataset = dataset.filter(can_use).map(convert)
     try:
         prepared = tokenize(dataset, args)
         next(iter(prepared))
@@ -291,4 +325,10 @@ def _prepare_stream(
         raise RecipeError("every row of the stream has a prompt that alone fills `max_length`. Raise it.") from None
     except Exception as error:
         raise RecipeError(f"the stream cannot be prepared: {type(error).__name__}: {error}") from error
-    return prepared.filter(lambda row: bool(row["chosen_ids"]) and row["chosen_ids"] != row["rejected_ids"])
+    cut = args.max_length if args.truncation_mode == "keep_start" else None
+
+    def can_train(row: dict[str, Any]) -> bool:
+        prompt, *answers = (np.array(row[name], dtype=np.int64) for name in TOKENS)
+        return quiet.row_ids(0, prompt, answers, cut)
+
+    return prepared.filter(can_train)

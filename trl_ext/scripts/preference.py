@@ -343,6 +343,10 @@ def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Da
             )
         names = [entry.path for entry in dataset_args.datasets]
         parts = [_standard(part, name, processing_class) for part, name in zip(parts, names, strict=True)]
+        kinds = {name: part.features["prompt"] for part, name in zip(parts, names, strict=True)}
+        text = [name for name, kind in kinds.items() if kind == datasets.Value("string")]
+        if 0 < len(text) < len(kinds):
+            raise RecipeError(f"{' and '.join(text)} hold text, and the others messages. Make all of them one kind.")
     return datasets.concatenate_datasets(parts)
 
 
