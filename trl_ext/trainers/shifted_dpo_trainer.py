@@ -324,7 +324,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         with having(self, loss_types=[], loss_weights=[], precompute_ref_logps=True):
             result = super()._compute_loss(policy, {**batch, **buffers}, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
-        for term in self._terms():  # noqa: B007: `policy` reads it
+        for term in self._terms():  # noqa: B007  (`policy` reads it)
             buffers = self._reference_buffers(batch)
             only = {"loss_types": [term.loss_type], "loss_weights": [term.weight], "precompute_ref_logps": True}
             weighs = (self.use_weighting or self._weighs_pairs()) and term.loss_type != "sft"
