@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trl_ext.aries.checks.overlap import count_overlap
 from trl_ext.aries.config import AriesConfig
-from trl_ext.aries.cost import round_cost
-from trl_ext.aries.evaluation import evaluation_metrics
-from trl_ext.aries.overlap import count_overlap
-from trl_ext.aries.records import Answer, Chain, write_json, write_jsonl
+from trl_ext.aries.data.records import Answer, Chain, write_json, write_jsonl
+from trl_ext.aries.results.cost import round_cost
 from trl_ext.aries.run_dir import RunDir
+from trl_ext.aries.scoring.evaluation import evaluation_metrics
 from trl_ext.recipe import Recipe, parse_section
 
 

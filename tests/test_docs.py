@@ -16,6 +16,7 @@ import yaml
 
 from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries import config as aries_config
+from trl_ext.aries.checks.gates import DECISIONS, measure_pairs
 from trl_ext.aries.config import (
     LOOP_KEYS,
     AriesConfig,
@@ -25,12 +26,11 @@ from trl_ext.aries.config import (
     ScorerConfig,
     ScoresConfig,
 )
-from trl_ext.aries.evaluation import evaluation_metrics
-from trl_ext.aries.guard import DECISIONS, examine
-from trl_ext.aries.pairs import Pair, preference_rows
-from trl_ext.aries.records import Answer, Chain
-from trl_ext.aries.refinements import compile_template
+from trl_ext.aries.data.pairs import Pair, preference_rows
+from trl_ext.aries.data.records import Answer, Chain
+from trl_ext.aries.data.templates import compile_template
 from trl_ext.aries.run_dir import RoundDir, RunDir
+from trl_ext.aries.scoring.evaluation import evaluation_metrics
 from trl_ext.aries.templates import REFINEMENT_TEMPLATE
 from trl_ext.recipe import Recipe, check_keys, parse_section
 from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES
@@ -208,7 +208,7 @@ def test_rows_are_described():
     template = compile_template(REFINEMENT_TEMPLATE)
     [row, *_] = preference_rows(Pair(chain, answer, answer, 1.0, 0.0), template, PairsConfig())
     metrics = evaluation_metrics([chain], [[1.0, 0.0]], turns=2)
-    guard = examine([Pair(chain, answer, answer, 1.0, 0.0)])
+    guard = measure_pairs([Pair(chain, answer, answer, 1.0, 0.0)])
     described = {
         "`answers.jsonl`": [*chain.to_row(), *dataclasses.asdict(answer)],
         "`pairs.jsonl`": list(row),

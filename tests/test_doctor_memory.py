@@ -10,14 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, L
 from trl import DPOConfig, ModelConfig, get_peft_config
 
 from trl_ext.aries.config import GenerationConfig
-from trl_ext.doctor.memory import (
-    OVERHEAD,
-    concurrency,
-    engine_dtype,
-    engine_memory,
-    kv_bytes,
-    training_memory,
-)
+from trl_ext.doctor.memory import OVERHEAD, concurrency, engine_dtype, engine_memory, kv_bytes, training_memory
 from trl_ext.doctor.shape import model_shape, saved_bytes
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests.aries.tiny_run import MINIMAL
 from trl_ext.aries.config import AriesConfig, DatasetConfig
-from trl_ext.aries.prompts import load_prompts
-from trl_ext.aries.records import read_jsonl, recover_jsonl, to_line, write_jsonl
-from trl_ext.aries.refinements import compile_template, find_answer, refinement_prompt
+from trl_ext.aries.data.prompts import load_prompts
+from trl_ext.aries.data.records import read_jsonl, recover_jsonl, to_line, write_jsonl
+from trl_ext.aries.data.templates import compile_template, refinement_prompt
+from trl_ext.aries.generation.refinements import find_answer
 from trl_ext.recipe import Recipe, RecipeError, apply_overrides, load_yaml, parse_section
 
 

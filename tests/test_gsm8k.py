@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from trl_ext.aries.config import DatasetConfig, ScorerConfig
-from trl_ext.aries.prompts import load_prompts
-from trl_ext.aries.verifier import Verifier, load_verifier
+from trl_ext.aries.data.prompts import load_prompts
+from trl_ext.aries.scoring.verifier import Verifier, load_verifier
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -141,8 +141,8 @@ def test_losses_import_torch_and_nothing_else(module):
 def test_vllm_is_imported_by_the_engine_and_the_reward_model_only():
     """vLLM's two runners, each in a child process of its own: generation, and pooling, which shares no code with it."""
     assert [m for m in modules() if any(source.split(".")[0] == "vllm" for source, _ in imports(m))] == [
-        "aries/engine.py",
-        "aries/reward_model.py",
+        "aries/generation/embedded_engine.py",
+        "aries/scoring/reward_model.py",
     ]
 
 
@@ -167,3 +167,25 @@ def test_importing_trl_ext_is_cheap():
 def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="GRPOTrainer"):
         _ = trl_ext.GRPOTrainer
+
+
+# The rooms of `aries`, in the order in which they may import one another: what a round reads and writes, then what it does
+ROOMS = [
+    *("children", "templates", "config", "data", "run_dir", "generation", "training", "scoring", "checks", "inputs"),
+    *("policies", "provenance", "jobs", "manifest", "results", "rounds"),
+]
+
+
+@pytest.mark.parametrize("module", [module for module in modules() if module.startswith("aries/")])
+def test_rooms_of_aries_import_the_rooms_before_them(module):
+    """Each module imports from its own room and from those before it in [`ROOMS`], so there is no circle."""
+    room = Path(module).parts[1].removesuffix(".py")
+    if room == "__init__":
+        return
+    found = [".".join([source, *([name] if source == "trl_ext.aries" else [])]) for source, name in imports(module)]
+    others = {source.split(".")[2] for source in found if source.startswith("trl_ext.aries.")} - {room}
+    assert others <= set(ROOMS[: ROOMS.index(room)]), f"{module} imports {sorted(others)}"
+
+
+def test_few_files_are_at_the_top_of_aries():
+    assert len(list((PACKAGE / "aries").glob("*.py"))) <= 11

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from trl_ext.aries import training
 from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.training import train as training
 from trl_ext.cli import TRAINERS, make_parser, split_launch_args, split_passed_args
 from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import apply_overrides, check_keys, export_env, load_yaml, parse_section, take_flag

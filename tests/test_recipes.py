@@ -9,11 +9,11 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.aries import preflight
+from trl_ext.aries.checks import preflight
 from trl_ext.aries.config import LOOP_KEYS, AriesConfig
-from trl_ext.aries.refinements import compile_template
-from trl_ext.aries.training import trainer_classes
-from trl_ext.aries.verifier import load_verifier
+from trl_ext.aries.data.templates import compile_template
+from trl_ext.aries.scoring.verifier import load_verifier
+from trl_ext.aries.training.train import trainer_classes
 from trl_ext.cli import TRAINERS
 from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import Recipe, check_keys, export_env, load_yaml, parse_flat, parse_section
@@ -91,7 +91,7 @@ class TestAriesRecipe:
             load_verifier(config.scores.verifier)
 
     def test_sections_of_trls_keys(self, path):
-        """As `aries.preflight` looks at them, except that nothing is loaded."""
+        """As `aries.checks.preflight` looks at them, except that nothing is loaded."""
         recipe = export_env(load_yaml(path))
         model_args = ModelConfig(**check_keys(recipe, [ModelConfig], ("model",)))
         sections = {"training": recipe.at("training", "trainer") or "dpo", "sft": "sft"}

@@ -18,12 +18,12 @@ import trl_ext
 from tests.aries.tiny_run import MINIMAL
 from trl_ext.aries.children import run_child
 from trl_ext.aries.config import AriesConfig, JudgeConfig, ScorerConfig
-from trl_ext.aries.judge import Judge, JudgeError
+from trl_ext.aries.data.records import Answer, Chain, write_jsonl
 from trl_ext.aries.manifest import write_manifest
-from trl_ext.aries.records import Answer, Chain, write_jsonl
 from trl_ext.aries.run_dir import RunDir
-from trl_ext.aries.scores import ScoreCache, ScoreTask
-from trl_ext.aries.verifier import load_verifier
+from trl_ext.aries.scoring.judge import Judge, JudgeError
+from trl_ext.aries.scoring.scores import ScoreCache, ScoreTask
+from trl_ext.aries.scoring.verifier import load_verifier
 from trl_ext.recipe import Recipe, RecipeError, apply_overrides, export_env, load_yaml, parse_section
 
 
@@ -212,7 +212,7 @@ def test_weights_are_loaded_from_safetensors_everywhere():
     """Oracle: every call of `from_pretrained` on a model class in the ARIES modules says so."""
     package = Path(trl_ext.__file__).parent / "aries"
     loads = []
-    for path in sorted(package.glob("*.py")):
+    for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("AutoModel"):
                 if node.func.attr == "from_pretrained":

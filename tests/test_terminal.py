@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from trl_ext import cli
-from trl_ext.aries.progress import RunProgress
+from trl_ext.aries.results.progress import RunProgress
 from trl_ext.terminal import printable
 
 

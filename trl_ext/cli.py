@@ -255,13 +255,13 @@ def look_at_runs(args: argparse.Namespace, unknown: Sequence[str]) -> int:
             f"command line: unexpected argument `{unknown[0]}`. Overrides belong to a recipe, `--config`."
         )
     if args.action == "compare":
-        from .aries.compare import compare
+        from .aries.results.compare import compare
 
         return compare(*args.runs)
     if args.run is None:
         raise RecipeError("`aries report` needs a run directory, or a recipe: `--config RECIPE`.")
 
-    from .aries.report import report
+    from .aries.results.report import report
 
     return report(args.run)
 
@@ -281,19 +281,19 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
 
     config = parse_section(recipe, AriesConfig)
     if args.action == "status":
-        from .aries.status import status
+        from .aries.results.status import status
 
         return status(config)
     if args.action == "report":
-        from .aries.report import report
+        from .aries.results.report import report
 
         return report(Path(config.output_dir))
     if args.action == "answers":
-        from .aries.answers import export_answers
+        from .aries.results.answers import export_answers
 
         return export_answers(config, args.round, args.turn, args.format, args.output)
     if args.action == "lm-eval":
-        from .aries.harness import lm_eval
+        from .aries.results.harness import lm_eval
 
         return lm_eval(config, args.round, args.tasks, passed)
 
@@ -301,11 +301,11 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
 
     try:
         if args.action == "export":
-            from .aries.export import export
+            from .aries.results.export import export
 
             return export(config, args.round, args.output, args.form, args.push_to_hub, args.private)
         if args.action == "pairs":
-            from .aries.pairs_dataset import export_pairs
+            from .aries.results.pairs_dataset import export_pairs
 
             return export_pairs(config, args.output, args.push_to_hub, args.private)
         return run(config, recipe, log_format=args.log_format, quiet=args.quiet)

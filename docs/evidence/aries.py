@@ -24,8 +24,8 @@ import yaml
 from quickstart_task import QUICKSTART, Answers, prepare
 from tables import write
 
-from trl_ext.aries.evaluation import lost_turns
-from trl_ext.aries.records import read_json, read_jsonl
+from trl_ext.aries.data.records import read_json, read_jsonl
+from trl_ext.aries.scoring.evaluation import lost_turns
 
 
 HERE = Path(__file__).parent

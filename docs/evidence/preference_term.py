@@ -22,9 +22,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.aries.config import PairsConfig
-from trl_ext.aries.pairs import preference_rows, select_pairs
-from trl_ext.aries.records import Answer, Chain, read_jsonl
-from trl_ext.aries.sft import sft_row
+from trl_ext.aries.data.pairs import preference_rows, select_pairs
+from trl_ext.aries.data.records import Answer, Chain, read_jsonl
+from trl_ext.aries.data.sft import sft_row
 
 
 HERE = Path(__file__).parent

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_ext.aries.records import read_jsonl
-from trl_ext.aries.refinements import compile_template, refinement_prompt
+from trl_ext.aries.data.records import read_jsonl
+from trl_ext.aries.data.templates import compile_template, refinement_prompt
 
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"

@@ -11,10 +11,10 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from trl_ext.aries import ray_engine
-from trl_ext.aries.chains import EngineSettings, Finished, Task, answer_task
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
-from trl_ext.aries.refinements import Strategy
+from trl_ext.aries.generation import ray_engine
+from trl_ext.aries.generation.chains import EngineSettings, Finished, Task, answer_task
+from trl_ext.aries.generation.refinements import Strategy
 
 
 def main(job: dict) -> None:

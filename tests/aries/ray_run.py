@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
-from trl_ext.aries.chains import EngineSettings, Task, answer_task
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
-from trl_ext.aries.ray_engine import RayEngine
-from trl_ext.aries.refinements import Strategy
+from trl_ext.aries.generation.chains import EngineSettings, Task, answer_task
+from trl_ext.aries.generation.ray_engine import RayEngine
+from trl_ext.aries.generation.refinements import Strategy
 
 
 def main(job: dict) -> None:

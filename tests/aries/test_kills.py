@@ -18,7 +18,7 @@ import pytest
 import yaml
 from tests.aries.tiny_run import EVALUATION_PROMPTS, MAX_TOKENS, PROMPTS, SLOTS, TURNS, command, recipe, results, run
 
-from trl_ext.aries.records import read_jsonl
+from trl_ext.aries.data.records import read_jsonl
 
 
 SECONDS = 300  # until a moment must have come
@@ -77,7 +77,7 @@ def torn_checkpoint(pattern: str):
 # In the order of the run
 SFT = [
     Moment("SFT, a checkpoint is written", torn_checkpoint("round_00/training/checkpoint-*")),
-    Moment("SFT, a step", soon_after("round_00/training/checkpoint-4", 0.05), "trl_ext.aries.training"),
+    Moment("SFT, a step", soon_after("round_00/training/checkpoint-4", 0.05), "trl_ext.aries.training.train"),
     Moment("SFT, its adapter is written", is_there("round_00/adapter.tmp")),
 ]
 ANSWERS, EVALUATIONS = PROMPTS * TURNS, EVALUATION_PROMPTS * TURNS
@@ -89,14 +89,20 @@ def moments_of_round(number: int) -> list[Moment]:
         Moment("generation, evaluation prompts", lines_in(f"{before}/evaluation.jsonl.part", EVALUATIONS)),
         Moment("generation", lines_in(f"{this}/answers.jsonl.part", ANSWERS)),
         Moment(
-            "generation, the engine alone", lines_in(f"{this}/answers.jsonl.part", ANSWERS), "trl_ext.aries.engine"
+            "generation, the engine alone",
+            lines_in(f"{this}/answers.jsonl.part", ANSWERS),
+            "trl_ext.aries.generation.embedded_engine",
         ),
         Moment("parity", soon_after(f"{this}/answers.jsonl", 8.0)),
         Moment("scores", soon_after(f"{before}/parity.json", 3.0)),
-        Moment("scores, their process alone", soon_after(f"{this}/logs/scores.log", 1.0), "trl_ext.aries.scoring"),
+        Moment(
+            "scores, their process alone", soon_after(f"{this}/logs/scores.log", 1.0), "trl_ext.aries.scoring.scoring"
+        ),
         Moment("a manifest is written", is_there(f"{before}/manifest.json.tmp")),
         Moment("pairs", soon_after(f"{before}/manifest.json", 0.05)),
-        Moment("training, before its first step", soon_after(f"{this}/pairs.jsonl", 8.0), "trl_ext.aries.training"),
+        Moment(
+            "training, before its first step", soon_after(f"{this}/pairs.jsonl", 8.0), "trl_ext.aries.training.train"
+        ),
         Moment("training, a checkpoint is written", torn_checkpoint(f"{this}/training/checkpoint-*")),
         Moment("training, a step", soon_after(f"{this}/training/checkpoint-2", 0.05)),
         Moment("training, the adapter is written", is_there(f"{this}/adapter.tmp")),

@@ -11,10 +11,10 @@ import yaml
 from tests.aries.tiny_run import recipe
 
 from trl_ext.aries.config import AriesConfig
-from trl_ext.aries.export import finished_policy
+from trl_ext.aries.data.records import read_json, sha256, write_json
 from trl_ext.aries.manifest import write_manifest
 from trl_ext.aries.provenance import check_made, note_made
-from trl_ext.aries.records import read_json, sha256, write_json
+from trl_ext.aries.results.export import finished_policy
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.cli import main
 from trl_ext.recipe import RecipeError, load_yaml, parse_section

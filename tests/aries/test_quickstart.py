@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_ext.aries.records import read_jsonl
+from trl_ext.aries.data.records import read_jsonl
 
 
 QUICKSTART = Path("recipes/quickstart")

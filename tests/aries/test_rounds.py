@@ -11,7 +11,7 @@ import yaml
 from datasets import load_dataset
 from tests.aries.tiny_run import ON_CPU, command, recipe, run
 
-from trl_ext.aries.records import read_jsonl
+from trl_ext.aries.data.records import read_jsonl
 
 
 @pytest.mark.vllm

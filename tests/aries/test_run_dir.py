@@ -16,8 +16,8 @@ from trl_ext.aries.config import (
     ScorerConfig,
     ScoresConfig,
 )
+from trl_ext.aries.data.records import sha256
 from trl_ext.aries.manifest import write_manifest
-from trl_ext.aries.records import sha256
 from trl_ext.aries.run_dir import RunDir, is_locked
 from trl_ext.recipe import RecipeError
 

@@ -11,15 +11,15 @@ from array import array
 import pytest
 from tests.benchmarks.scale import InstantEngine, loop_of, score, write_prompts, write_rounds_prompts
 
-from trl_ext.aries import scores as scores_module
-from trl_ext.aries.chains import Task, answer_task
+from trl_ext.aries.checks.gates import mean_interval
 from trl_ext.aries.config import PairsConfig, sampling_by_turn
-from trl_ext.aries.guard import mean_interval
-from trl_ext.aries.pairs import preference_rows, select_pairs
-from trl_ext.aries.records import read_jsonl
-from trl_ext.aries.refinements import Strategy
+from trl_ext.aries.data.pairs import preference_rows, select_pairs
+from trl_ext.aries.data.records import read_jsonl
+from trl_ext.aries.generation.chains import Task, answer_task
+from trl_ext.aries.generation.refinements import Strategy
 from trl_ext.aries.rounds import Rounds
-from trl_ext.aries.scores import load_chains
+from trl_ext.aries.scoring import scores as scores_module
+from trl_ext.aries.scoring.scores import load_chains
 
 
 @pytest.fixture

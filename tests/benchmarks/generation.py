@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import LlamaForCausalLM
 
-from trl_ext.aries.chains import EngineSettings, Task, run_chains
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
-from trl_ext.aries.drafts import encode_prompt
-from trl_ext.aries.engine import EmbeddedEngine
-from trl_ext.aries.records import Chain
-from trl_ext.aries.refinements import Strategy
+from trl_ext.aries.data.records import Chain
+from trl_ext.aries.generation.chains import EngineSettings, Task, run_chains
+from trl_ext.aries.generation.drafts import encode_prompt
+from trl_ext.aries.generation.embedded_engine import EmbeddedEngine
+from trl_ext.aries.generation.refinements import Strategy
 
 from .steps import Shape, argument_parser, environment, write
 
@@ -186,7 +186,7 @@ def main() -> None:
     args = parser.parse_args()
     text = (
         "`make bench` measures this: the same requests on one engine in three schedules, which take turns. Chain driver: "
-        "`trl_ext.aries.chains.run_chains`. Turn by turn: a loop over the four turns that renders and tokenizes all prompts of a turn, as the "
+        "`trl_ext.aries.generation.chains.run_chains`. Turn by turn: a loop over the four turns that renders and tokenizes all prompts of a turn, as the "
         "driver does one by one, and has them answered by a call of `LLM.generate`. One call: all requests at once, tokenized before, as if no "
         f"answer had to be waited for. Answers have seeded lengths, log-normal with a median of {Workload.median} tokens; `question` is the "
         "tokens of a prompt without its template and draft; `slots` requests are decoded together. `step ratio` and `speed ratio` are to turn by "

@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trl_ext.aries import scoring
 from trl_ext.aries.children import Reporter
 from trl_ext.aries.config import AriesConfig, sampling_by_turn
+from trl_ext.aries.data.prompts import select_prompts
+from trl_ext.aries.data.records import Chain, to_line, write_jsonl
+from trl_ext.aries.generation.refinements import Request, Strategy
 from trl_ext.aries.inputs import read_inputs
 from trl_ext.aries.jobs import scoring_job
-from trl_ext.aries.prompts import select_prompts
-from trl_ext.aries.records import Chain, to_line, write_jsonl
-from trl_ext.aries.refinements import Request, Strategy
 from trl_ext.aries.rounds import Rounds
+from trl_ext.aries.scoring import scoring
 from trl_ext.recipe import Recipe, parse_section
 
 
@@ -34,7 +34,7 @@ STAGES = ("prompts", "answers", "scores", "pairs")
 
 
 class InstantEngine:
-    """Answers every request in the next step, with one of a few short texts: an [`~aries.chains.Engine`] without a model."""
+    """Answers every request in the next step, with one of a few short texts: an [`~aries.generation.chains.Engine`] without a model."""
 
     prompt_tokens = cached_tokens = 0
     window = WINDOW
@@ -91,7 +91,7 @@ def loop_of(directory: Path, count: int) -> Rounds:
 def run_stage(stage: str, directory: Path, count: int) -> dict:
     """One stage in this process; what it took, and the most that was ever resident, imports and the prompts' index included."""
     if stage == "answers":  # transformers with it, which the loop's own process never imports
-        from trl_ext.aries import chains
+        from trl_ext.aries.generation import chains
     if stage == "prompts":
         start, cpu = time.perf_counter(), time.process_time()
     loop = loop_of(directory, count)

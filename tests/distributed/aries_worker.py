@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from tests.distributed.worker import STRATEGIES, held_share
-from trl_ext.aries import training
+from trl_ext.aries.training import train as training
 
 
 class Stopped(Exception):

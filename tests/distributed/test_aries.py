@@ -20,7 +20,7 @@ from tests.distributed.aries_worker import run
 from tests.distributed.launch import ROOT, torchrun
 from trl_ext.aries.children import run_child
 from trl_ext.aries.config import HealthConfig
-from trl_ext.aries.records import to_line
+from trl_ext.aries.data.records import to_line
 from trl_ext.launch import Launch
 
 
@@ -217,9 +217,11 @@ def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypa
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_child("trl_ext.aries.training", job, tmp_path / "training.log", stop, launch=launch)
+        run_child("trl_ext.aries.training.train", job, tmp_path / "training.log", stop, launch=launch)
     assert not (tmp_path / name).exists()
-    run_child("trl_ext.aries.training", job, tmp_path / "training.log", lambda *at: reports.append(at), launch=launch)
+    run_child(
+        "trl_ext.aries.training.train", job, tmp_path / "training.log", lambda *at: reports.append(at), launch=launch
+    )
     assert reports == [(2, STEPS), (3, STEPS), (4, STEPS)]
     assert json.loads((tmp_path / f"{name}-training" / "rows.json").read_text())["processes"] == 2
     check_product(tmp_path, one_process, name, tiny_model_dir)

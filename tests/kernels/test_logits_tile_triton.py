@@ -11,16 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.kernels.test_logits_tile import (
-    TILES,
-    assert_close,
-    check_series,
-    check_small_kl,
-    in_float64,
-)
-from tests.kernels.test_logits_tile import (
-    TOLERANCES as TILE_TOLERANCES,
-)
+from tests.kernels.test_logits_tile import TILES, assert_close, check_series, check_small_kl, in_float64
+from tests.kernels.test_logits_tile import TOLERANCES as TILE_TOLERANCES
 from tests.kernels.test_position_kl import ALL_DIFFERENT, TOLERANCES, Heads, check
 
 from trl_ext.kernels import logits_tile

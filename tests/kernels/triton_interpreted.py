@@ -8,16 +8,8 @@ imported. By hand: `TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_int
 import pytest
 import torch
 import triton
-from tests.kernels.test_logits_tile import (
-    TILES,
-    Tile,
-    assert_close,
-    check_series,
-    check_small_kl,
-)
-from tests.kernels.test_logits_tile import (
-    TOLERANCES as TILE_TOLERANCES,
-)
+from tests.kernels.test_logits_tile import TILES, Tile, assert_close, check_series, check_small_kl
+from tests.kernels.test_logits_tile import TOLERANCES as TILE_TOLERANCES
 from tests.kernels.test_position_kl import ALL_DIFFERENT, Heads, check
 from tests.kernels.test_position_kl import TOLERANCES as POSITION_KL_TOLERANCES
 

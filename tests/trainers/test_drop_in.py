@@ -11,14 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tests.conftest import (
-    FullLogits,
-    assert_gradients_close,
-    first_batch,
-    perturb,
-    step_metrics,
-    train_step,
-)
+from tests.conftest import FullLogits, assert_gradients_close, first_batch, perturb, step_metrics, train_step
 from tests.invariant import record
 from tests.trainers.methods import (
     LIMITS,

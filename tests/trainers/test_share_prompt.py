@@ -25,13 +25,7 @@ from transformers import (
 from trl import DPOConfig
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.trainers.packed_pairs import (
-    EXACT_MODEL_TYPES,
-    PackedPairs,
-    RunMask,
-    attention_by_runs,
-    why_not_packed,
-)
+from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES, PackedPairs, RunMask, attention_by_runs, why_not_packed
 from trl_ext.trainers.squared_refinement import SquaredRefinementTDPOTrainer
 
 

@@ -1,6 +1,6 @@
 """
 The faults below that `trl_ext/trainers/upstream.py` works around, and one that is refused, each reproduced with the libraries alone: a test that
-fails says that the fault is mended, and that its work-around can go. FSDP2's are in `tests/distributed`, bitsandbytes' in `tests/aries/test_training.py`.
+fails says that the fault is mended, and that its work-around can go. FSDP2's are in `tests/distributed`, bitsandbytes' in `tests/aries/training/test_train.py`.
 """
 
 import pytest

@@ -12,19 +12,19 @@ from ..launch import Launch
 from ..model_files import model_files
 from ..recipe import RecipeError
 from .config import AriesConfig, DatasetConfig
-from .health import share_finding
-from .prompts import Prompts, load_prompts, load_rows, prompts_per_round
-from .records import sha256
-from .refinements import Strategy
-from .sft import usable_sft_rows
-from .verifier import verifier_file
+from .data.faults import share_finding
+from .data.prompts import Prompts, load_prompts, load_rows, prompts_per_round
+from .data.records import sha256
+from .data.sft import usable_sft_rows
+from .generation.refinements import Strategy
+from .scoring.verifier import verifier_file
 
 
 @dataclass
 class Inputs:
     """
     Args:
-        prompts ([`~aries.prompts.Prompts`]), round_size (`int`):
+        prompts ([`~aries.data.prompts.Prompts`]), round_size (`int`):
             The prompts of all rounds, and how many of them a round takes.
         evaluation_prompts (`list[dict]`):
             The held-out ones.

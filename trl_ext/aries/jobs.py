@@ -14,10 +14,10 @@ from typing import Any
 from ..launch import Launch
 from ..recipe import Recipe
 from .config import AriesConfig, ScorerConfig, sampling_by_turn, sft_settings, trainer_settings
+from .data.records import encode
 from .policies import Policy, policy_after, product
-from .records import encode
 from .run_dir import RunDir
-from .scores import other_columns
+from .scoring.scores import other_columns
 
 
 # vLLM accepts these as the largest LoRA rank

@@ -13,9 +13,9 @@ from typing import Any
 import trl_ext
 
 from .config import AriesConfig
+from .data.records import read_json, sha256, write_json
 from .policies import policy_after
 from .provenance import made
-from .records import read_json, sha256, write_json
 from .run_dir import RunDir
 
 

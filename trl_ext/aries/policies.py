@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..recipe import RecipeError
+from .checks.gates import policy_findings, policy_stop_message
 from .config import AriesConfig
-from .health import findings, stop_message
-from .records import read_json
+from .data.records import read_json
 from .run_dir import RoundDir, RunDir
 
 
@@ -71,7 +71,7 @@ def take_back(run: RunDir, config: AriesConfig, number: int) -> bool:
     aside = _aside(round_dir, config)
     if not aside.exists():
         return False
-    found = findings(read_json(round_dir.health), config.health)
+    found = policy_findings(read_json(round_dir.health), config.health)
     if found:
         raise degenerate(run, config, number, found)
     aside.rename(product(round_dir, config))
@@ -82,7 +82,7 @@ def degenerate(run: RunDir, config: AriesConfig, number: int, found: list[str]) 
     """The error that ends a run whose policy has been set aside."""
     last_good = policy_after(run, config, number - 1)
     aside = str(_aside(run.round(number), config))
-    return RecipeError(stop_message(number, found, aside, last_good.adapter or last_good.model))
+    return RecipeError(policy_stop_message(number, found, aside, last_good.adapter or last_good.model))
 
 
 def _aside(round_dir: RoundDir, config: AriesConfig) -> Path:

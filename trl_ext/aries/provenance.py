@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..recipe import RecipeError
 from .config import AriesConfig
+from .data.records import read_json, sha256, write_json
 from .policies import policy_after
-from .records import read_json, sha256, write_json
 from .run_dir import RunDir
 
 

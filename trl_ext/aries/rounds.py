@@ -17,31 +17,31 @@ import yaml
 
 from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
-from . import health
+from .checks.gates import PairsMeasure, decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
+from .checks.overlap import count_overlap, overlap_lines
 from .children import ChildError, one_gpu, run_child
 from .config import AriesConfig
-from .cost import round_cost
-from .evaluation import evaluation_metrics, setbacks
-from .guard import Examination, decide, report, stop_message
+from .data.faults import FAULTS, share_finding
+from .data.pairs import Selection, preference_rows
+from .data.prompts import select_prompts
+from .data.records import read_json, read_jsonl, read_rows, write_json, write_jsonl
+from .data.sft import sft_row
+from .generation.refinements import Strategy
 from .inputs import Inputs, input_hashes, local_inputs, read_inputs
 from .jobs import first_row, generation_job, parity_job, preflight_job, probe_job, scoring_job, training_job
 from .manifest import write_manifest
-from .overlap import count_overlap, overlap_lines
-from .pairs import FAULTS, Selection, preference_rows
 from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
-from .progress import WARNING, JsonProgress, RunProgress, duration
-from .prompts import select_prompts
 from .provenance import check_made, note_made
-from .records import read_json, read_jsonl, read_rows, write_json, write_jsonl
-from .refinements import Strategy
-from .report import NEEDS_MATPLOTLIB
+from .results.cost import round_cost
+from .results.progress import WARNING, JsonProgress, RunProgress, duration
+from .results.report import NEEDS_MATPLOTLIB
+from .results.state import recorded
+from .results.status import print_next, print_results
+from .results.tracking import track, tracked_training
 from .run_dir import RoundDir, RunDir
-from .scores import load_chains, read_chains
-from .scoring import run_scoring
-from .sft import sft_row
-from .state import recorded
-from .status import print_next, print_results
-from .tracking import track, tracked_training
+from .scoring.evaluation import evaluation_metrics, setbacks
+from .scoring.scores import load_chains, read_chains
+from .scoring.scoring import run_scoring
 
 
 def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
@@ -120,10 +120,10 @@ class Rounds:
                 rows = [first_row(self.inputs.prompts), first_row(self.inputs.evaluation_prompts)]
                 scoring = scoring_job(self.dir, self.config) | {"check": rows}
                 run_scoring(scoring, logs / "check_scores.log", update, self.note)
-            run_child("trl_ext.aries.preflight", job, logs / "check.log", update, on_note=self.note)
+            run_child("trl_ext.aries.checks.preflight", job, logs / "check.log", update, on_note=self.note)
 
     def check_servers(self) -> None:
-        from .servers import Wanted, check_servers  # an HTTP client, which other runs do not need
+        from .generation.servers import Wanted, check_servers  # an HTTP client, which other runs do not need
 
         wanted = Wanted(self.config.model["model_name_or_path"], self.config.generation.max_model_len)
         for note in check_servers(self.config.generation, wanted):
@@ -191,7 +191,7 @@ class Rounds:
             self.probe(number)
         with self.stage(self.under(number), "drafts and refinements") as update:
             log = self.dir.round(self.under(number)).logs / "engine.log"
-            run_child("trl_ext.aries.engine", job, log, update, on_note=self.note)
+            run_child("trl_ext.aries.generation.embedded_engine", job, log, update, on_note=self.note)
 
     def probe(self, number: int) -> None:
         """What servers are compared with: the previous round's policy on a few prompts, by the trainer's libraries."""
@@ -200,7 +200,7 @@ class Rounds:
         job = probe_job(self.dir, self.config, number)
         with self.stage(self.under(number), "probe") as update:
             log = self.dir.round(self.under(number)).logs / "probe.log"
-            run_child("trl_ext.aries.probe", job, log, update, env=one_gpu())
+            run_child("trl_ext.aries.checks.probe", job, log, update, env=one_gpu())
 
     def check_parity(self, number: int) -> None:
         """Are the answers of `generate` from the previous round's policy? With its KL to the initial one."""
@@ -209,7 +209,7 @@ class Rounds:
         job = parity_job(self.dir, self.config, number)
         with self.stage(self.under(number), "parity") as update:
             log = self.dir.round(self.under(number)).logs / "parity.log"
-            run_child("trl_ext.aries.parity", job, log, update, env=one_gpu())
+            run_child("trl_ext.aries.checks.parity", job, log, update, env=one_gpu())
 
     def check_health(self, number: int) -> None:
         """
@@ -222,8 +222,8 @@ class Rounds:
         prompts = read_jsonl(self.dir.evaluation_prompts)
         chains, initial = (load_chains(prompts, self.dir.round(n).evaluation) for n in (number, 0))
         kl_to_initial = (read_json(round_dir.parity) or {}).get("kl_to_initial") or {}
-        measured = health.examine(chains, initial, kl_to_initial.get("per_token"))
-        found = health.findings(measured, self.config.health)
+        measured = measure_policy(chains, initial, kl_to_initial.get("per_token"))
+        found = policy_findings(measured, self.config.health)
         write_json(round_dir.health, {"decision": "set_aside" if found else "kept", "findings": found, **measured})
         if found:
             set_aside(round_dir, self.config)
@@ -300,15 +300,15 @@ class Rounds:
         Raises:
             [`RecipeError`]: there are no pairs, or too many chains had faults.
         """
-        round_dir, examination = self.dir.round(number), Examination()
+        round_dir, measure = self.dir.round(number), PairsMeasure()
         for pair in selection:
-            examination.add(pair)
+            measure.add(pair)
             yield from preference_rows(pair, self.template, self.config.pairs)
         chains, dropped = selection.chains, selection.dropped
         write_json(round_dir.drops, {"chains": chains, "pairs": selection.pairs, "dropped": dropped})
         faults = {reason: count for reason, count in dropped.items() if reason in FAULTS}
         possible = chains * self.config.pairs.pairs_per_prompt
-        finding = health.share_finding("possible pairs", faults, possible, self.config.health)
+        finding = share_finding("possible pairs", faults, possible, self.config.health)
         if finding:
             raise RecipeError(
                 f"round {number} would train on what is left: {finding}. Look at {round_dir.answers} and {round_dir.scores}, and "
@@ -320,7 +320,7 @@ class Rounds:
                 f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs "
                 "(under another `output_dir`)."
             )
-        measured = examination.measured()
+        measured = measure.measured()
         by_construction = self.config.pairs.selection == "best_over_worst"
         decision = decide(measured, self.config.pairs.guard)
         write_json(round_dir.guard, {"decision": decision, "by_construction": by_construction, **measured})
@@ -336,10 +336,10 @@ class Rounds:
         if found["decision"] == "stopped" and self.config.pairs.guard != "stop":
             found["decision"] = decide(found, self.config.pairs.guard)
             write_json(round_dir.guard, found)
-        for line in report(found, found["decision"]):
+        for line in pair_lines(found, found["decision"]):
             self.progress.say(f"round {number}/{self.config.rounds}  {line}", style=WARNING)
         if found["decision"] == "stopped":
-            raise RecipeError(stop_message(number, found, self.config.pairs.selection))
+            raise RecipeError(pairs_stop_message(number, found, self.config.pairs.selection))
 
     def train(self, number: int) -> None:
         """Preference training of the round's policy, unless the guard left the round out."""
@@ -354,7 +354,7 @@ class Rounds:
         """The SFT, or a round's training, in one process or as the recipe launches it."""
         env = {} if self.launch else one_gpu()
         env |= tracked_training(job, self.dir, self.config, number)
-        run_child("trl_ext.aries.training", job, log, update, env=env, launch=self.launch)
+        run_child("trl_ext.aries.training.train", job, log, update, env=env, launch=self.launch)
 
     def evaluate_last(self) -> None:
         """Answer the evaluation prompts with the last round's policy."""
@@ -413,7 +413,7 @@ class Rounds:
             return
         job, log = {"run": str(self.dir.path), "running": running}, self.dir.path / "logs" / "report.log"
         try:
-            run_child("trl_ext.aries.report", job, log, lambda done, total: None)
+            run_child("trl_ext.aries.results.report", job, log, lambda done, total: None)
         except (RecipeError, ChildError, OSError) as error:
             lines = str(error).splitlines()
             why = " ".join(dict.fromkeys([lines[0], lines[-1]]))

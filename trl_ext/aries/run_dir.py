@@ -18,8 +18,8 @@ from ..outputs import check_apart
 from ..recipe import RecipeError
 from ..recipe_values import union_members
 from .config import AriesConfig
-from .disk import writing
-from .records import append_lines, write_atomically, write_json
+from .data.disk import writing
+from .data.records import append_lines, write_atomically, write_json
 
 
 # Settings that may change while a run goes on: where it is, how the engine uses the machine, how results are described, and
@@ -136,7 +136,7 @@ class RunDir:
 
         Raises:
             [`RecipeError`]: it belongs to another recipe or holds other files, another process is using it, or it cannot be written.
-            [`~aries.disk.DiskError`]: the disk is full, then or while the run goes on.
+            [`~aries.data.disk.DiskError`]: the disk is full, then or while the run goes on.
         """
         self.check_free({})
         try:

@@ -14,16 +14,17 @@ from jinja2.meta import find_undeclared_variables
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from ..aries.checks.overlap import count_overlap, overlap_lines
 from ..aries.children import ChildError
 from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
-from ..aries.drafts import encode_prompt, render_row
+from ..aries.data.templates import refinement_prompt
+from ..aries.generation.drafts import encode_prompt, render_row
+from ..aries.generation.refinements import Strategy
 from ..aries.inputs import Inputs, local_inputs, read_inputs
-from ..aries.overlap import count_overlap, overlap_lines
-from ..aries.refinements import Strategy, refinement_prompt
 from ..aries.rounds import Rounds
 from ..aries.run_dir import RunDir
-from ..aries.training import trainer_classes
-from ..aries.verifier import load_verifier, needed_columns
+from ..aries.scoring.verifier import load_verifier, needed_columns
+from ..aries.training.train import trainer_classes
 from ..launch import Launch, recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
 from ..rows.processing import tokenizer_of

@@ -221,7 +221,7 @@ def engine_command(directory: Path) -> list[str]:
         ],
     }
     (directory / "job.json").write_text(json.dumps(job))
-    return launcher_command("trl_ext.aries.engine", str(directory / "job.json"))
+    return launcher_command("trl_ext.aries.generation.embedded_engine", str(directory / "job.json"))
 
 
 def check_bitsandbytes() -> Check:

@@ -20,13 +20,13 @@ from trl import DPOConfig
 
 from ..aries.children import ENVIRONMENT, ChildError, one_gpu
 from ..aries.config import AriesConfig, PairsConfig
+from ..aries.data.pairs import Pair, preference_rows
+from ..aries.data.records import write_jsonl
 from ..aries.inputs import Inputs
 from ..aries.jobs import training_job
-from ..aries.pairs import Pair, preference_rows
-from ..aries.progress import duration
-from ..aries.records import write_jsonl
+from ..aries.results.progress import duration
 from ..aries.rounds import Rounds
-from ..aries.scores import load_chains
+from ..aries.scoring.scores import load_chains
 from ..launch import Launch
 from ..processes import launcher_command, process_group
 from ..recipe import Recipe

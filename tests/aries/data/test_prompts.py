@@ -1,0 +1,203 @@
+import json
+import random
+from dataclasses import fields
+
+import pytest
+
+from trl_ext.aries.config import DatasetConfig, PromptsConfig
+from trl_ext.aries.data.prompts import load_prompts, prompts_per_round, select_prompts
+from trl_ext.aries.data.records import write_jsonl
+from trl_ext.recipe import RecipeError
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rounds_see_different_prompts_in_an_order_the_seed_settles(tmp_path):
+    file = write(tmp_path / "p.jsonl", *({"prompt": f"p{i}"} for i in range(10)))
+    prompts = load_prompts([DatasetConfig(file)], "prompts.dataset")
+    rounds = [list(select_prompts(prompts, number, 3, seed=0)) for number in (1, 2, 3)]
+    ids = [row["prompt_id"] for a_round in rounds for row in a_round]
+    assert len(set(ids)) == 9
+    assert rounds[1] == list(select_prompts(prompts, 2, 3, seed=0))
+    assert rounds[0] != list(select_prompts(prompts, 1, 3, seed=1))
+
+
+def test_rows_are_read_from_their_files_as_if_all_were_in_memory(tmp_path):
+    """
+    Oracle: the mixture as a list, shuffled as a list. 3,000 rows are three blocks of Arrow's; the bytes of `prompts.jsonl` are
+    compared.
+    """
+    from datasets import Dataset
+
+    texts = [{"prompt": f"p{i} é\u2028", "prompt_id": f"own-{i}", "n": i / 7, "unused": i} for i in range(2000)]
+    write(tmp_path / "a.jsonl", *texts)
+    table = [{"prompt": f"q{i}", "n": None if i % 3 else i / 3, "tags": [f"t{i}"]} for i in range(3000)]
+    Dataset.from_list(table).to_parquet(tmp_path / "b.parquet")
+    entries = [
+        DatasetConfig(str(tmp_path / "a.jsonl"), columns=["prompt", "prompt_id", "n"], fraction=1.0),
+        DatasetConfig(str(tmp_path / "b.parquet"), fraction=2.0),
+    ]
+    expected = [
+        {"prompt_id": f"a-{i + 1:07d}", "prompt": row["prompt"], "dataset_prompt_id": row["prompt_id"], "n": row["n"]}
+        for i, row in enumerate(texts[:1500])
+    ]
+    expected += [{"prompt_id": f"b-{i + 1501:07d}", **row} for i, row in enumerate(table)]
+    prompts = load_prompts(entries, "prompts.datasets")
+    assert len(prompts) == 4500 and list(prompts) == expected
+    assert prompts[1499:1501] == expected[1499:1501] and prompts[-1] == expected[-1]
+    with pytest.raises(IndexError):
+        prompts[4500]
+
+    order = list(range(4500))
+    random.Random(3).shuffle(order)
+    write_jsonl(tmp_path / "prompts.jsonl", select_prompts(prompts, 2, 2000, seed=3))
+    lines = [json.dumps(expected[i], ensure_ascii=False) + "\n" for i in order[2000:4000]]
+    assert (tmp_path / "prompts.jsonl").read_text(encoding="utf-8") == "".join(lines)
+
+
+def test_a_file_that_changes_while_it_is_in_use_is_named(tmp_path):
+    file = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    prompts = load_prompts([DatasetConfig(file)], "prompts.dataset")
+    write(tmp_path / "p.jsonl", {"prompt": "aa"}, {"prompt": "b"})
+    with pytest.raises(RecipeError, match=r"p\.jsonl has changed since the run read it. Put back what it was"):
+        prompts[1]
+
+
+def test_ids_lead_back_to_the_row(tmp_path):
+    file = write(tmp_path / "train.jsonl", {"prompt": "a", "solution": 1}, {"prompt": "b", "solution": 2})
+    assert load_prompts([DatasetConfig(file)], "prompts.dataset")[1] == {
+        "prompt_id": "train-0000002",
+        "prompt": "b",
+        "solution": 2,
+    }
+
+
+def test_a_dataset_s_own_ids_are_kept_under_another_name(tmp_path):
+    file = write(tmp_path / "p.jsonl", {"prompt_id": "x", "prompt": "a"}, {"prompt_id": "x", "prompt": "b"})
+    rows = load_prompts([DatasetConfig(file)], "prompts.dataset")
+    assert [(row["prompt_id"], row["dataset_prompt_id"]) for row in rows] == [("p-0000001", "x"), ("p-0000002", "x")]
+
+
+def test_a_malformed_json_file_is_named(tmp_path):
+    (tmp_path / "p.json").write_text('{"prompt": ')
+    with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot load .*p.json.*JSON parse error"):
+        load_prompts([DatasetConfig(str(tmp_path / "p.json"))], "prompts.dataset")
+
+
+def test_parquet(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list([{"prompt": "a"}]).to_parquet(tmp_path / "p.parquet")
+    prompts = load_prompts([DatasetConfig(str(tmp_path / "p.parquet"))], "prompts.dataset")
+    assert list(prompts) == [{"prompt_id": "p-0000001", "prompt": "a"}]
+
+
+def test_a_mixture_is_trl_s(tmp_path):
+    """The same rows as TRL's `get_dataset`, fractions, columns and data files included."""
+    from datasets import Dataset
+    from trl import DatasetMixtureConfig, get_dataset
+    from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
+
+    write(tmp_path / "a.jsonl", *({"prompt": f"a{i}", "answer": i} for i in range(12)))
+    (tmp_path / "b").mkdir()
+    Dataset.from_list([{"prompt": f"b{i}", "answer": i, "other": 0} for i in range(9)]).to_parquet(
+        tmp_path / "b/train.parquet"
+    )
+    b = {"path": str(tmp_path / "b"), "columns": ["prompt", "answer"]}
+    for fractions in ((None, None), (1.0, 3.0), (0.75, 0.25)):
+        entries = [{"path": str(tmp_path / "a.jsonl"), "fraction": fractions[0]}, {**b, "fraction": fractions[1]}]
+        ours = load_prompts(
+            PromptsConfig(datasets=[DatasetConfig(**e) for e in entries]).entries(), "prompts.datasets"
+        )
+        entries[0] |= {"path": "json", "data_files": str(tmp_path / "a.jsonl")}
+        theirs = get_dataset(DatasetMixtureConfig(datasets=[TRLDatasetConfig(**entry) for entry in entries]))["train"]
+        assert [{"prompt": row["prompt"], "answer": row["answer"]} for row in ours] == theirs.to_list()
+        assert len({row["prompt_id"] for row in ours}) == len(ours) and ours[-1]["prompt_id"].startswith("b-0")
+
+
+def test_entries_have_trl_s_keys():
+    from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
+
+    def keys(cls):
+        return [(field.name, field.default) for field in fields(cls)]
+
+    assert keys(DatasetConfig) == keys(TRLDatasetConfig)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "`prompts.dataset` is missing: a file, or a dataset id on the Hub"),
+        ({"dataset": "a", "datasets": [DatasetConfig("b")]}, "are both given. Remove one"),
+        (
+            {"datasets": [DatasetConfig("a", fraction=0.5), DatasetConfig("b")]},
+            "a `fraction` to every dataset, or to none",
+        ),
+    ],
+)
+def test_one_dataset_or_a_whole_mixture(given, message):
+    with pytest.raises(ValueError, match=message):
+        PromptsConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "a"}], r"row 1: no column `prompt`; its columns are \['question'\]"),
+        ([{"prompt": "a"}, {"prompt": "  "}], "row 2: the prompt is empty"),
+        ([{"prompt": []}], "row 1: `prompt` must be text or a non-empty list of messages"),
+        ([{"prompt": [{"role": "user"}]}], "row 1: `prompt` must be text or"),
+        (
+            [{"prompt": [{"role": "assistant", "content": "a"}]}],
+            "must end with the user's, these end with the assistant's",
+        ),
+        ([{"prompt": "a"}, "{broken"], r"p\.jsonl:2: not valid JSON"),
+        ([{"prompt": "a"}, ""], r"p\.jsonl:2: the line is empty"),
+        (["[" * 100_000], r"p\.jsonl:1: not valid JSON \(maximum recursion"),
+        (['{"prompt": ' + "1" * 5000 + "}"], r"p\.jsonl:1: not valid JSON \(Exceeds the limit"),
+        (['{"prompt": "\\ud83d"}'], r"p\.jsonl:1: not UTF-8 text .*surrogates"),
+        (
+            [{"prompt": [{"role": "system", "content": 5}, {"role": "user", "content": "a"}]}],
+            "row 1: `prompt` must be",
+        ),
+        ([{"prompt": [{"role": 7, "content": "a"}, {"role": "user", "content": "a"}]}], "row 1: `prompt` must be"),
+        (["[1]"], r"p\.jsonl:1: expected a JSON object, found list"),
+        ([], "has no rows"),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "row 2: text and messages are mixed"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, rows, message):
+    with pytest.raises(RecipeError, match=message):
+        load_prompts([DatasetConfig(write(tmp_path / "p.jsonl", *rows))], "prompts.dataset")
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(RecipeError, match=r"p\.jsonl:2: not UTF-8 text .*byte 0xff.* Save the file as UTF-8"):
+        load_prompts([DatasetConfig(str(tmp_path / "p.jsonl"))], "prompts.dataset")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    """The kernel refuses to read this process's memory at address 0, for root too."""
+    (tmp_path / "p.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot read .*p\.jsonl: Input/output error"):
+        load_prompts([DatasetConfig(str(tmp_path / "p.jsonl"))], "prompts.dataset")
+
+
+@pytest.mark.parametrize("file", ["none.jsonl", "none.parquet", f"{'x' * 300}.jsonl", "./no_such_directory"])
+def test_a_missing_file_is_named_with_its_key(tmp_path, monkeypatch, file):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RecipeError, match="prompts.dataset.*no"):
+        load_prompts([DatasetConfig(str(tmp_path / file))], "prompts.dataset")
+
+
+def test_the_size_of_a_round():
+    assert prompts_per_round(10, None, 3) == 3
+    assert prompts_per_round(10, 2, 3) == 2
+    with pytest.raises(RecipeError, match="3 rounds of 4 fresh prompts need 12 rows, and the dataset has 10"):
+        prompts_per_round(10, 4, 3)
+    with pytest.raises(RecipeError, match="the dataset has 2"):
+        prompts_per_round(2, None, 3)

@@ -1,0 +1,373 @@
+"""
+The chain driver on a small engine of our own, and the embedded engine itself on the tiny model, against transformers.
+"""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from trl_ext.aries.children import run_child
+from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
+from trl_ext.aries.data.records import Answer, Chain, read_jsonl, to_line
+from trl_ext.aries.generation.chains import run_chains
+from trl_ext.aries.generation.drafts import request_seed, stop_token_ids
+
+
+class ScriptedEngine:
+    """Answers up to `slots` requests per step, each after as many steps as its (seeded) length says."""
+
+    def __init__(self, turns: int, seed: int = 0):
+        self.turns = turns
+        self.random = random.Random(seed)
+        self.running: dict[str, tuple[Chain, int]] = {}
+        self.most_running = 0
+        self.order: list[tuple[str, int]] = []
+
+    def submit(self, chain: Chain) -> bool:
+        if len(chain.answers) == self.turns or (chain.prompt == "too long"):
+            return False
+        assert chain.prompt_id not in self.running, "a chain has one request at a time"
+        self.running[chain.prompt_id] = (chain, self.random.choice([1, 1, 2, 9]))
+        self.most_running = max(self.most_running, len(self.running))
+        self.order.append((chain.prompt_id, len(chain.answers) + 1))
+        return True
+
+    def step(self) -> list[Chain]:
+        done = []
+        for prompt_id, (chain, left) in list(self.running.items()):
+            self.running[prompt_id] = (chain, left - 1)
+            if left == 1:
+                del self.running[prompt_id]
+                chain.answers.append(Answer(len(chain.answers) + 1, "text", 1, "stop"))
+                done.append(chain)
+        return done
+
+
+@pytest.mark.parametrize("window", [1, 3, 50])
+def test_every_chain_gets_every_turn_once_and_the_window_holds(window):
+    engine = ScriptedEngine(turns=4)
+    answers, finished = [], []
+    chains = (Chain(str(i), "x") for i in range(20))
+    run_chains(
+        engine,
+        chains,
+        window,
+        lambda advanced: answers.extend((chain.prompt_id, len(chain.answers)) for chain in advanced),
+        finished.append,
+    )
+    assert sorted(answers) == sorted((str(i), turn) for i in range(20) for turn in (1, 2, 3, 4))
+    assert sorted(int(chain.prompt_id) for chain in finished) == list(range(20))
+    assert all([a.turn for a in chain.answers] == [1, 2, 3, 4] for chain in finished)
+    assert engine.most_running == min(window, 20)
+
+
+def test_there_is_no_barrier_between_turns():
+    """Some chain asks for its last refinement before another has its draft."""
+    engine = ScriptedEngine(turns=3)
+    run_chains(engine, [Chain(str(i), "x") for i in range(8)], 4, lambda chains: None, lambda chain: None)
+    first_last_turn = next(i for i, (_, turn) in enumerate(engine.order) if turn == 3)
+    last_draft = max(i for i, (_, turn) in enumerate(engine.order) if turn == 1)
+    assert first_last_turn < last_draft
+
+
+def test_chains_that_cannot_start_are_finished_and_block_nothing():
+    engine = ScriptedEngine(turns=2)
+    chains = [Chain("a", "too long"), Chain("b", "x"), Chain("c", "too long"), Chain("d", "too long")]
+    finished = []
+    run_chains(engine, chains, 1, lambda chains: None, finished.append)
+    assert {chain.prompt_id: len(chain.answers) for chain in finished} == {"a": 0, "b": 2, "c": 0, "d": 0}
+
+
+def test_seeds_belong_to_the_request():
+    assert request_seed(0, 1, "p", 1) == request_seed(0, 1, "p", 1)
+    assert len({request_seed(seed, r, p, t) for seed in (0, 1) for r in (1, 2) for p in "ab" for t in (1, 2)}) == 16
+    assert 0 <= request_seed(0) < 2**31
+
+
+def test_answers_end_at_every_eos_there_is(tiny_model_path):
+    from transformers import AutoTokenizer
+    from transformers import GenerationConfig as HFGenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    assert stop_token_ids(tokenizer, None) == [tokenizer.eos_token_id]
+    assert set(stop_token_ids(tokenizer, HFGenerationConfig(eos_token_id=[7, 9]))) == {tokenizer.eos_token_id, 7, 9}
+    assert stop_token_ids(tokenizer, HFGenerationConfig(eos_token_id=None)) == [tokenizer.eos_token_id]
+
+
+def engine_job(model: str, directory: Path, prompts: list[dict], adapter: list | None = None, temperature=0.0) -> dict:
+    from dataclasses import asdict
+
+    file = directory / "prompts.jsonl"
+    file.write_text("".join(map(to_line, prompts)))
+    return {
+        "model": model,
+        "adapter": adapter,
+        "max_lora_rank": 8,
+        "revision": None,
+        "trust_remote_code": False,
+        "generation": asdict(GenerationConfig(max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1)),
+        "tasks": [
+            {
+                "prompts": str(file),
+                "answers": str(directory / "answers.jsonl"),
+                "refinements": asdict(RefinementsConfig(turns=2, template="{{ question }} {{ draft }}")),
+                "sampling": [asdict(DraftsConfig(temperature=temperature, max_tokens=8))] * 2,
+                "seed": [0, 1],
+            }
+        ],
+    }
+
+
+def generate(job: dict, directory: Path) -> list[dict]:
+    run_engine(job, directory)
+    return read_jsonl(directory / "answers.jsonl")
+
+
+def run_engine(job: dict, directory: Path) -> str:
+    """Run the job; what it logged."""
+    run_child("trl_ext.aries.generation.embedded_engine", job, directory / "engine.log", lambda done, total: None)
+    return (directory / "engine.log").read_text()
+
+
+def greedy(model, tokenizer, prompt, max_new_tokens: int = 8, **options) -> str:
+    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, **options)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def adapted(model: str, path: Path):
+    """The model with an adapter that changes what it says, which is saved too."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    policy = get_peft_model(
+        base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:  # zero at the start: an adapter that is not applied would go unnoticed
+            torch.nn.init.normal_(parameter, std=0.5)
+    policy.save_pretrained(path)
+    return policy
+
+
+@pytest.mark.vllm
+def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_model_path, tmp_path):
+    """
+    Oracle: transformers' greedy decoding of the same PEFT model, draft and refinement. A prompt too long for the engine
+    ends its chain with the reason. The job is run twice: the second continues from half of the answers and generates only
+    the other half.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer, policy = AutoTokenizer.from_pretrained(tiny_model_path), adapted(tiny_model_path, tmp_path / "adapter")
+
+    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
+    prompts.append({"prompt_id": "long", "prompt": user(" ".join(["1"] * 60))})
+    job = engine_job(tiny_model_path, tmp_path, prompts, adapter=["round_01", 1, str(tmp_path / "adapter")])
+    rows = generate(job, tmp_path)
+
+    assert [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in prompts]
+    assert rows[-1] == {"prompt_id": "long", "answers": [], "stopped": "prompt_too_long"}
+    for prompt, row in zip(prompts[:-1], rows[:-1], strict=True):
+        draft = greedy(policy, tokenizer, prompt["prompt"])
+        refined = greedy(policy, tokenizer, user(f"{prompt['prompt'][0]['content']} {draft}"))
+        assert [answer["text"] for answer in row["answers"]] == [draft, refined]
+    with policy.disable_adapter():
+        assert greedy(policy, tokenizer, prompts[0]["prompt"]) != rows[0]["answers"][0]["text"]
+
+    # Continue from two chains, the draft of a third, and a torn line
+    for row in rows[:2]:
+        row["answers"][0]["text"] = "kept as it was found"
+    rows[2]["answers"][0]["tokens"] = 99  # likewise
+    drafts = [row | {"answers": row["answers"][:1]} for row in rows[1:3]]
+    part = tmp_path / "answers.jsonl.part"
+    part.write_text("".join(map(to_line, [rows[0], *drafts, rows[1]])) + json.dumps(rows[3])[:20])
+    (tmp_path / "answers.jsonl").unlink()
+    assert generate(job, tmp_path) == rows
+    assert not part.exists()
+
+
+@pytest.mark.vllm
+def test_what_ends_and_shapes_an_answer(tiny_model_path, tmp_path):
+    """
+    Oracles: transformers' greedy decoding, cut before a word or a token of its own; with its own repetition penalty; and at temperature
+    1, if no token may be less likely than the likeliest, once more. Answers for the parity check end likewise.
+    """
+    from dataclasses import asdict
+
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model_path), adapted(tiny_model_path, tmp_path / "adapter")
+    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
+    drafts = [greedy(model, tokenizer, row["prompt"]) for row in prompts]
+    word = drafts[0].split()[-1]
+    token = tokenizer(word, add_special_tokens=False)["input_ids"][-1]
+    job = engine_job(tiny_model_path, tmp_path, prompts, adapter=["round_01", 1, str(tmp_path / "adapter")])
+    [task] = job["tasks"]
+    cases = {
+        "stop": {"temperature": 0.0, "stop": word},
+        "stop_token_ids": {"temperature": 0.0, "stop_token_ids": [token]},
+        "repetition_penalty": {"temperature": 0.0, "repetition_penalty": 1.5},
+        "min_p": {"temperature": 1.0, "min_p": 1.0},
+    }
+    job["tasks"] = [
+        task
+        | {
+            "answers": str(tmp_path / f"{name}.jsonl"),
+            "refinements": asdict(RefinementsConfig(strategy="parallel", turns=2)),
+            "sampling": [asdict(DraftsConfig(max_tokens=8, **case))] * 2,
+        }
+        for name, case in cases.items()
+    ]
+    job["parity"] = {"prompts": task["prompts"], "answers": str(tmp_path / "parity.jsonl"), "samples": 6, "seed": [0]}
+    job["parity"]["sampling"] = asdict(DraftsConfig(max_tokens=8, stop=[word]))
+    run_engine(job, tmp_path)
+    found = {name: [row["answers"] for row in read_jsonl(tmp_path / f"{name}.jsonl")] for name in cases}
+    texts = {name: [[answer["text"] for answer in row] for row in rows] for name, rows in found.items()}
+
+    cut = [draft.partition(word)[0].strip() for draft in drafts]
+    assert all(cut[:4]) and cut != drafts and texts["stop"] == texts["stop_token_ids"] == [[text] * 2 for text in cut]
+    for rows in (found["stop"], found["stop_token_ids"]):
+        for draft, row in zip(drafts, rows, strict=True):
+            assert row[0]["finish_reason"] == ("stop" if word in draft else "length")
+    assert texts["min_p"] == [[text] * 2 for text in drafts]
+    penalized = [greedy(model, tokenizer, row["prompt"], repetition_penalty=1.5) for row in prompts]
+    assert penalized != drafts and texts["repetition_penalty"] == [[text] * 2 for text in penalized]
+    for row in read_jsonl(tmp_path / "parity.jsonl"):
+        assert word not in tokenizer.decode(row["token_ids"][:-1]) and len(row["logps"]) == len(row["token_ids"])
+
+
+@pytest.mark.vllm
+def test_sampled_answers_depend_on_seed_and_prompt_only(tiny_model_path, tmp_path):
+    """The same requests in another order and batch give the same answers; equal prompts with other ids do not."""
+    prompts = [{"prompt_id": str(i), "prompt": user("Sort : 2 1")} for i in range(6)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    rows = generate(engine_job(tiny_model_path, tmp_path / "a", prompts, temperature=1.0), tmp_path / "a")
+    reverse = generate(engine_job(tiny_model_path, tmp_path / "b", prompts[::-1][:4], temperature=1.0), tmp_path / "b")
+    assert reverse[::-1] == rows[2:]
+    assert len({row["answers"][0]["text"] for row in rows}) > 1
+
+
+TEMPLATES = {
+    "chain": {
+        "template": ["{{ question }} Draft : {{ draft }} .", "{{ question }} {{ draft }} Write a better answer"]
+    },
+    "parallel": {},
+    "few_shot": {"template": "{{ question }} {% for draft in drafts %}Draft : {{ draft }} . {% endfor %}"},
+    "self_evaluation": {
+        "template": "{{ question }} {{ draft }} : {{ critique }} Write a better answer",
+        "evaluation_template": "{{ question }} Draft : {{ draft }}",
+    },
+}
+
+
+def with_strategies(job: dict, directory: Path, strategies, turns: int, sampling: list[dict]) -> dict[str, Path]:
+    """Have the job do its task with several strategies, and return where their answers go."""
+    from dataclasses import asdict
+
+    files = {name: directory / f"{name}.jsonl" for name in strategies}
+    [task] = job["tasks"]
+    job["tasks"] = [
+        task
+        | {
+            "answers": str(file),
+            "refinements": asdict(RefinementsConfig(strategy=name, turns=turns, **TEMPLATES[name])),
+            "sampling": sampling,
+        }
+        for name, file in files.items()
+    ]
+    return files
+
+
+@pytest.mark.vllm
+def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_model_path, tmp_path):
+    """
+    Oracle: transformers' greedy decoding, turn by turn, of prompts written out by hand. The four strategies share one
+    start of the engine. Of a conversation, the system message and the earlier turns stay; this one is long enough to fill
+    a block of the prefix cache, 128 tokens on a CPU, which every later request of it then finds there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    history = [
+        {"role": "system", "content": "Write . " * 64},
+        *user("Sort : 2 1"),
+        {"role": "assistant", "content": "1 2"},
+    ]
+    prompts = [{"prompt_id": f"{i}", "prompt": user(f"Sort : {i} {i + 1}")} for i in range(3)]
+    prompts.append({"prompt_id": "history", "prompt": [*history, *user("Sort : 7 6")]})
+    job = engine_job(tiny_model_path, tmp_path, prompts)
+    job["generation"]["max_model_len"] = 240
+    sampling = [{"temperature": 0.0, "max_tokens": tokens} for tokens in (8, 6, 7)]
+    files = with_strategies(job, tmp_path, TEMPLATES, 3, sampling)
+    log = run_engine(job, tmp_path)
+    found = re.findall(r"([\d.]+)% of (\d+) prompt tokens came from the prefix cache", log)
+    cached_tokens = [float(share) / 100 * int(total) for share, total in found]
+    later_requests = [2, 3, 3, 5]  # of the long conversation: all but the first one of the first task
+    assert all(cached > n * 127 for cached, n in zip(cached_tokens, later_requests, strict=True))
+
+    for index, prompt in enumerate(prompts):
+        before, question = prompt["prompt"][:-1], prompt["prompt"][-1]["content"]
+
+        def ask(text: str, tokens: int, before=before) -> str:
+            return greedy(model, tokenizer, [*before, *user(text)], tokens)
+
+        y1 = ask(question, 8)
+        chain2 = ask(f"{question} Draft : {y1} .", 6)
+        few2 = ask(f"{question} Draft : {y1} . ", 6)
+        c1 = ask(f"{question} Draft : {y1}", 6)
+        self2 = ask(f"{question} {y1} : {c1} Write a better answer", 6)
+        c2 = ask(f"{question} Draft : {self2}", 7)
+        expected = {
+            "chain": [y1, chain2, ask(f"{question} {chain2} Write a better answer", 7)],
+            "parallel": [y1, ask(question, 6), ask(question, 7)],
+            "few_shot": [y1, few2, ask(f"{question} Draft : {y1} . Draft : {few2} . ", 7)],
+            "self_evaluation": [y1, self2, ask(f"{question} {self2} : {c2} Write a better answer", 7)],
+        }
+        rows = {name: read_jsonl(file)[index] for name, file in files.items()}
+        assert {name: [a["text"] for a in row["answers"]] for name, row in rows.items()} == expected
+        assert [a.get("critique") for a in rows["self_evaluation"]["answers"]] == [c1, c2, None]
+        assert all(row["stopped"] is None and row["prompt_id"] == prompt["prompt_id"] for row in rows.values())
+
+
+@pytest.mark.vllm
+def test_sampled_chains_with_critiques_and_missing_answers_are_continued(tiny_model_path, tmp_path):
+    """A run that is cut off in the middle of both files, and continued, ends with the bytes of one that is not."""
+    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(9)]
+    job = engine_job(tiny_model_path, tmp_path, prompts)
+    job["generation"]["answer_pattern"] = r"^\s*\d(.*)"  # some texts of a random model begin so, and some do not
+    files = with_strategies(
+        job, tmp_path, ["parallel", "self_evaluation"], 3, [{"temperature": 1.0, "max_tokens": 6}] * 3
+    )
+    run_engine(job, tmp_path)
+    whole = {name: file.read_bytes() for name, file in files.items()}
+    chains = {name: [Chain.from_row(row, user("")) for row in read_jsonl(file)] for name, file in files.items()}
+    for chain in chains["parallel"]:
+        assert len(chain.answers) + len(chain.unanswered) == 3
+        assert all(answer.full_text.strip()[1:].strip() == answer.text for answer in chain.answers)
+    for chain in chains["self_evaluation"]:
+        assert (chain.stopped == "no_answer_found") == (len(chain.answers) < 3) == bool(chain.unanswered)
+        assert all(answer.critique is not None for answer in chain.answers[:2])
+    for name in files:
+        assert any(chain.answers for chain in chains[name]) and any(chain.unanswered for chain in chains[name])
+    assert any(len({answer.full_text for answer in chain.answers}) > 1 for chain in chains["parallel"])
+
+    for name, file in files.items():
+        lines = whole[name].splitlines(keepends=True)
+        file.with_name(file.name + ".part").write_bytes(b"".join(lines[2:5]) + lines[7][:30])
+        file.unlink()
+    run_engine(job, tmp_path)
+    assert {name: file.read_bytes() for name, file in files.items()} == whole

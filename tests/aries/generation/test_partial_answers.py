@@ -1,0 +1,143 @@
+"""
+`answers.jsonl.part`, by an engine that answers at once: what is in it when, and that any beginning of it is continued to the same file.
+"""
+
+import json
+import re
+
+import pytest
+
+from trl_ext.aries.config import RefinementsConfig
+from trl_ext.aries.data.records import Chain, read_jsonl, to_line, write_jsonl
+from trl_ext.aries.generation.chains import Task, answer_task
+from trl_ext.aries.generation.partial_answers import PartialAnswers
+from trl_ext.aries.generation.refinements import Strategy
+
+
+TURNS = 3
+STRATEGIES = {
+    "chain": {},
+    "parallel": {},
+    "self_evaluation": {
+        "evaluation_template": "{{ draft }} ?",
+        "template": "{{ question }} {{ draft }} {{ critique }}",
+    },
+}
+
+
+class TextOfTheRequest:
+    """
+    Answers each request with a text that is made from it, one chain earlier than the other: `steps` counts, and an odd step leaves half
+    of them waiting. In some texts there is no answer, and some chains stop before their second request.
+    """
+
+    prompt_tokens = cached_tokens = 0
+    window = 3
+
+    def __init__(self, part):
+        self._part = part
+        self._running = []
+        self._steps = 0
+        self.requests = []
+
+    def start(self, task):
+        self._strategy = task.strategy
+
+    def submit(self, chain: Chain) -> bool:
+        if chain.answers or chain.unanswered:  # what it has is on the disk before it goes on
+            last = [row for row in read_jsonl(self._part) if row["prompt_id"] == chain.prompt_id][-1]
+            assert last == chain.to_row() | {"stopped": last["stopped"]}
+        if chain.prompt_id == "long" and chain.answers:
+            chain.stopped = "prompt_too_long"
+            return False
+        request = self._strategy.next_request(chain)
+        if request is not None:
+            self._running.append((chain, request))
+        return request is not None
+
+    def step(self) -> list[Chain]:
+        self._steps += 1
+        half = len(self._running) // 2 if self._steps % 2 else 0
+        running, self._running = self._running[half:], self._running[:half]
+        for chain, request in running:
+            self.requests.append((chain.prompt_id, request.turn, request.is_critique))
+            found = "" if (chain.prompt_id, request.turn) == ("none", 2) else "A: "
+            text = f'{found}{request.turn} of "{request.prompt}" é\u2028]\n'
+            self._strategy.add(chain, request, text, len(text), "stop")
+        return [chain for chain, _ in running]
+
+
+@pytest.fixture(params=list(STRATEGIES))
+def task(request, tmp_path):
+    """Seven prompts, of which one has no second answer and one is too long for it."""
+    ids = ["a", 'b", "answers": []', "none", "c", "long", "é", "d"]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt_id": id_, "prompt": f"{i} ?"} for i, id_ in enumerate(ids)])
+    config = RefinementsConfig(strategy=request.param, turns=TURNS, **STRATEGIES[request.param])
+    strategy = Strategy(config, answer_pattern=r"(?s)A: (.*)")
+    return Task(tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl", strategy, [], (0,))
+
+
+@pytest.fixture
+def part(task):
+    return task.answers.with_name("answers.jsonl.part")
+
+
+class Kept(PartialAnswers):
+    """Leaves the `.part` file where it is, beside the final one."""
+
+    def close(self):
+        content = self.path.read_bytes()
+        super().close()
+        self.path.write_bytes(content)
+
+
+def run(task, part) -> TextOfTheRequest:
+    engine = TextOfTheRequest(part)
+    answer_task(engine, task, lambda done: None)
+    return engine
+
+
+def test_any_beginning_of_the_file_is_continued_to_the_same_answers(task, part, monkeypatch):
+    """
+    Cut around each end of a line and in many places between. Oracle: the run that nothing interrupted, byte for byte, and no request
+    whose answer is in a whole line is made again.
+    """
+    monkeypatch.setattr("trl_ext.aries.generation.chains.PartialAnswers", Kept)
+    requests = run(task, part).requests
+    expected, content = task.answers.read_bytes(), part.read_bytes()
+    monkeypatch.undo()
+
+    lines = content.splitlines(keepends=True)
+    assert len(lines) == len(requests) == len(set(requests))
+    ends = {match.end() for match in re.finditer(b"\n", content)}
+    cuts = {0, *(end + shift for end in ends for shift in (-2, -1, 0, 1)), *range(0, len(content), 29)}
+    for cut in sorted(cut for cut in cuts if cut <= len(content)):
+        task.answers.unlink()
+        part.write_bytes(content[:cut])
+        again = run(task, part)
+        assert task.answers.read_bytes() == expected, cut
+        whole = content[:cut].count(b"\n")
+        assert sorted(again.requests) == sorted(requests[whole:]), cut
+        assert not part.exists()
+
+
+def test_the_final_rows_are_those_of_the_chains(task, part, monkeypatch):
+    """Oracle: the chains in memory, encoded whole."""
+    finished = {}
+    finish = PartialAnswers.finish
+
+    def noted(self, chain):
+        finish(self, chain)
+        finished[chain.prompt_id] = to_line(chain.to_row())
+        assert len(self._encoded) < TextOfTheRequest.window  # nothing is held of a chain that is finished
+
+    monkeypatch.setattr(PartialAnswers, "finish", noted)
+    run(task, part)
+    assert task.answers.read_text(encoding="utf-8") == "".join(
+        finished[row["prompt_id"]] for row in read_jsonl(task.prompts)
+    )
+    rows = {row["prompt_id"]: row for row in map(json.loads, finished.values())}
+    assert rows["long"]["stopped"] == "prompt_too_long" and rows["none"]["stopped"] == "no_answer_found"
+    assert [entry["turn"] for entry in rows["none"]["unanswered"]] == [2]
+    has_critique = ["critique" in answer for answer in rows["a"]["answers"]]
+    assert has_critique == [task.strategy.name == "self_evaluation"] * (TURNS - 1) + [False]

@@ -1,0 +1,331 @@
+"""
+Preflight: every setting of a recipe is constructed once, in a process of its own, before any work is done.
+
+Constructing TRL's configs starts accelerate, and with it CUDA; the process that runs the loop stays free of both.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config
+
+from ...launch import Launch
+from ...model_files import load_problem
+from ...recipe import Recipe, RecipeError, check_keys, parse_section
+from ...rows.completions import judge_completions
+from ...rows.judge import Findings, Judge
+from ...trainers.packed_pairs import why_not_packed
+from ...trainers.shifted_dpo_trainer import ShiftedDPOTrainer
+from ...trainers.trackers import check_trackers
+from ..children import Reporter, child_main
+from ..config import LOOP_KEYS, AriesConfig, DatasetConfig, HealthConfig
+from ..data.faults import share_finding
+from ..data.prompts import load_prompts, load_rows
+from ..data.sft import sft_row, usable_sft_rows
+from ..generation.drafts import encode_prompt, full_text_problem
+from ..generation.embedded_engine import quantization_problem
+from ..generation.refinements import Strategy
+from ..scoring.reward_model import check_reward_model
+from ..training.launch_check import launch_problem
+from ..training.train import trainer_classes
+from .weights import adapter_problem, weights_problem
+
+
+# Keys of the trainers' configs that a recipe leaves to the loop
+OWNED_KEYS = {
+    "output_dir": "a round trains in its own directory, under the recipe's `output_dir`",
+    "resume_from_checkpoint": "a run continues by itself",
+    "push_to_hub": "`trl-ext aries export --push_to_hub REPO` uploads a finished policy, and `trl-ext aries pairs` its pairs",
+    "model_init_kwargs": "the section `model` says how models are loaded",
+    "eval_strategy": "the section `evaluation` says what is evaluated",
+    "load_best_model_at_end": "the section `evaluation` says what is evaluated",
+    "precompute_ref_log_probs": "the reference is chosen by `training.reference`, after TRL would have used it",
+}
+
+
+# Those that nobody looks at before the training
+POSITIVE_KEYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+# Of each file, evenly spaced: enough for a share, and seconds for any file
+PROBED_PROMPTS = 2000
+
+
+def main(job: dict[str, Any], progress: Reporter) -> None:
+    """
+    The child process: check the keys of the sections that are TRL's, construct their configs, and look at the tokenizer
+    and the reward model.
+
+    Raises:
+        [`RecipeError`]: an unknown key, a setting that its config, its trainer or the engine refuses, a tokenizer without
+        what the prompts need, or a reward model that is none.
+    """
+    recipe = Recipe(
+        Path(job["recipe"]["path"]),
+        job["recipe"]["mapping"],
+        {tuple(keys): where for keys, where in job["recipe"]["locations"]},
+    )
+    check_keys(recipe, [ModelConfig], ("model",))
+    if job["launch"] is not None:
+        sections = [job[section]["config"] for section in ("training", "sft") if job[section] is not None]
+        problem = launch_problem(Launch(**job["launch"]), recipe.mapping["model"], sections, torch.cuda.device_count())
+        if problem:
+            where = recipe.where("training", "accelerate_config")
+            raise RecipeError(f"{where}: `training.accelerate_config`: {problem}")
+    for key in ("use_dora", "lora_modules_to_save"):
+        if recipe.mapping["model"].get(key):
+            raise RecipeError(
+                f"{recipe.where('model', key)}: `model.{key}`: vLLM cannot serve such an adapter. Remove it."
+            )
+    for section, own_keys in {"sft": ("dataset",), "training": LOOP_KEYS}.items():
+        settings = job[section]
+        if settings is None:
+            continue
+        trainer_class, config_class = trainer_classes(settings)
+        for key, value in check_keys(recipe, [config_class], (section,), also=own_keys).items():
+            if key in POSITIVE_KEYS and not value > 0:
+                raise RecipeError(f"{recipe.where(section, key)}: `{section}.{key}` must be positive, got {value}.")
+            if key in OWNED_KEYS:
+                raise RecipeError(
+                    f"{recipe.where(section, key)}: `{section}.{key}` belongs to the loop: {OWNED_KEYS[key]}. Remove it."
+                )
+        try:
+            args = config_class(**settings["config"])
+            check_trackers(args)
+            if issubclass(trainer_class, ShiftedDPOTrainer):
+                trainer_class._refuse_options(args)
+                # If a recipe leaves these out, the model decides
+                said = settings["config"]
+                most = said.get("max_batch_tokens")
+                wanted = {
+                    "share_prompt": said.get("share_prompt"),
+                    "padding_free": said.get("padding_free", most is not None),
+                }
+                for option in filter(wanted.get, wanted):
+                    check_packing(args, recipe, option)
+                if most is not None:
+                    trainer_class._check_token_batches(most, any(wanted.values()), args)
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
+
+    quantization = recipe.at("generation", "quantization")
+    if quantization is not None and recipe.at("generation", "base_urls") is None:  # servers have their own
+        problem = quantization_problem(quantization)
+        if problem:
+            raise RecipeError(f"{recipe.where('generation', 'quantization')}: `generation.quantization`: {problem}")
+
+    tokenizer, vocabulary = check_model(recipe, job)
+    check_answers(tokenizer, recipe, job)
+    for file in job["prompts"]:
+        check_prompts(tokenizer, vocabulary, file, HealthConfig(**job["health"]), progress)
+    if job["sft"] is not None and job["prompts"]:
+        check_sft_rows(tokenizer, vocabulary, recipe, job, progress)
+
+    listed = recipe.at("scores", "scorers") or []
+    for keys in [("scores",), *(("scores", "scorers", i) for i in range(len(listed)))]:
+        name = recipe.at(*keys, "reward_model")
+        if name is not None:
+            try:
+                problem = weights_problem(name)
+                if problem:
+                    raise ValueError(problem)
+                check_reward_model(name, recipe.at(*keys, "reward_model_revision"), job["conversational"])
+            except ValueError as error:
+                where = recipe.where(*keys, "reward_model")
+                raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
+
+
+def check_model(recipe: Recipe, job: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, int]:
+    """
+    Look at the model's files, its config and its tokenizer, and at the adapters that the run has made of it. No weight is loaded.
+
+    Returns:
+        `tuple`: the tokenizer, and how many embeddings there are.
+
+    Raises:
+        [`RecipeError`]: with the model's line in the recipe.
+    """
+    settings, where = recipe.mapping["model"], recipe.where("model", "model_name_or_path")
+    name, revision = settings["model_name_or_path"], settings.get("model_revision", "main")
+    trust_remote_code = bool(job["training"]["config"].get("trust_remote_code", False))
+
+    def refuse(problem: str) -> None:
+        raise RecipeError(f"{where}: `model.model_name_or_path`: {problem}")
+
+    problem = weights_problem(name)
+    if problem:
+        refuse(problem)
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of a broken file each library raises its own
+        asked = "trust_remote_code" in str(error)
+        refuse(custom_code(name) if asked else load_problem(name, error))
+    text_config = config.get_text_config()
+    if tokenizer.eos_token is None:
+        refuse(f"the tokenizer of {name} has no EOS token to end answers.")
+    if job["conversational"] and tokenizer.chat_template is None:
+        refuse(
+            f"the prompts are messages, and the tokenizer of {name} has no chat template. Give it one "
+            "(`trl.clone_chat_template`), or make the prompts plain text."
+        )
+    check_context(recipe, text_config, job["max_model_len"])
+    if settings.get("use_peft"):
+        with torch.device("meta"):  # shapes without weights
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        check_adapters(recipe, base, [path for path in map(Path, job["adapters"]) if path.is_dir()])
+    return tokenizer, text_config.vocab_size
+
+
+def check_adapters(recipe: Recipe, base: PreTrainedModel, adapters: list[Path]) -> None:
+    """
+    Raises:
+        [`RecipeError`]: the model does not take the recipe's adapter, or one that the run has made.
+    """
+    model_args = ModelConfig(**recipe.mapping["model"])
+    shapes = {key: tuple(m.weight.shape) for key, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    for path in adapters:
+        problem = adapter_problem(path, shapes, model_args.lora_r)
+        if problem:
+            where = recipe.where("model", "model_name_or_path")
+            raise RecipeError(
+                f"{where}: `model.model_name_or_path`: {problem} Bring back the adapter that the run made, or set another `output_dir`."
+            )
+    try:
+        get_peft_model(base, get_peft_config(model_args))
+    except ValueError as error:
+        targets = model_args.lora_target_modules
+        hint = ""
+        if isinstance(targets, str) and targets != "all-linear":
+            hint = (
+                f" TRL takes a list of one as a pattern for the whole name: write `lora_target_modules: .*{targets}`."
+            )
+        raise RecipeError(f"{recipe.where('model')}: `model`: {error}{hint}") from error
+
+
+def custom_code(name: str) -> str:
+    return (
+        f"{name} brings Python code of its own, which is not run unless you ask for it. Read it, and then set "
+        "`trust_remote_code: true` in `training` and `sft`."
+    )
+
+
+def check_context(recipe: Recipe, config: PretrainedConfig, max_model_len: int) -> None:
+    """Refuse sequences longer than the model's positions, where no scaling stretches them: vLLM would, after the SFT."""
+    positions = getattr(config, "max_position_embeddings", None)  # some architectures have none
+    rope = getattr(config, "rope_parameters", None) or {}  # nor these
+    if positions is None or max_model_len <= positions or rope.get("rope_type", "default") != "default":
+        return
+    where = recipe.where("generation", "max_model_len")
+    raise RecipeError(
+        f"{where}: `generation.max_model_len` is {max_model_len:,}, and the model has {positions:,} positions. Lower it, and "
+        "`drafts.max_tokens` with it."
+    )
+
+
+def check_answers(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, job: dict[str, Any]) -> None:
+    """
+    Raises:
+        [`RecipeError`]: an answer cannot end at a token that is to end it, or a thought cannot be learned.
+    """
+    for section in ("drafts", "refinements"):
+        unknown = [i for i in recipe.at(section, "stop_token_ids") or () if i >= len(tokenizer)]
+        if unknown:
+            raise RecipeError(
+                f"{recipe.where(section, 'stop_token_ids')}: `{section}.stop_token_ids` has {unknown[0]}, and the tokenizer has the tokens 0 to "
+                f"{len(tokenizer) - 1:,}."
+            )
+    problem = full_text_problem(tokenizer) if job["learn"] == "full_text" and job["conversational"] else None
+    if problem:
+        where = recipe.where("pairs", "learn")
+        raise RecipeError(
+            f"{where}: `pairs.learn: full_text`: {problem}. Learn the answer, or make the prompts plain text."
+        )
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    file: dict[str, Any],
+    health: HealthConfig,
+    progress: Reporter,
+) -> None:
+    """
+    Judge all prompts, and render some of them as the engine will.
+
+    Raises:
+        [`RecipeError`]: the chat template refuses one, one has a token without embedding, or too many are too long.
+    """
+    rows = load_prompts([DatasetConfig(**entry) for entry in file["datasets"]], file["key"])
+    count = min(len(rows), file["samples"] or len(rows))
+    judge = Judge(tokenizer, Findings(f"prompts of `{file['key']}`"), vocabulary)
+    for number, row in enumerate(rows.take(range(count)), start=1):
+        judge.row(number, row["prompt"], [], row)
+    judge.findings.check(most=0)
+    # All of them if a token without embedding may be among them
+    step = 1 if len(tokenizer) > vocabulary else -(-count // PROBED_PROMPTS)
+    probed = range(0, count, step)
+    too_long = 0
+    for number, row in zip(probed, rows.take(probed), strict=True):
+        try:
+            ids = encode_prompt(tokenizer, row["prompt"])
+        except RecipeError as error:
+            raise RecipeError(f"`{file['key']}`: {row['prompt_id']}: {error}") from error
+        too_long += len(ids) > file["longest"]
+        judge.row_ids(number + 1, np.array(ids), [], None)
+    judge.findings.check(most=0)
+    for warning in judge.findings.warnings:
+        progress.note(warning)
+    finding = share_finding(f"prompts of `{file['key']}`", {"prompt_too_long": too_long}, len(probed), health)
+    if finding:
+        raise RecipeError(
+            f"{finding}: they have more than {file['longest']:,} tokens, which is `generation.max_model_len` less "
+            "`drafts.max_tokens`. Raise the one, lower the other, or leave long prompts out."
+        )
+
+
+def check_sft_rows(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: int, recipe: Recipe, job: dict[str, Any], progress: Reporter
+) -> None:
+    """
+    Judge the rows for SFT as they will be rendered.
+
+    Raises:
+        [`RecipeError`]: too many cannot be trained on.
+    """
+    config = parse_section(recipe, AriesConfig)
+    dataset = config.sft["dataset"]
+    rows, _ = usable_sft_rows(load_rows(DatasetConfig(dataset), "sft.dataset"), dataset)
+    template = Strategy(config.refinements).templates[0]
+    rows = (sft_row(row, template) for row in rows)
+    max_length = job["sft"]["config"].get("max_length", SFTConfig.max_length)
+    _, findings = judge_completions(rows, tokenizer, "rows of `sft.dataset`", vocabulary, max_length)
+    findings.check(config.health.max_dropped)
+    for line in [*findings.drops, *findings.warnings]:
+        progress.note(line)
+
+
+def check_packing(args: DPOConfig, recipe: Recipe, option: str) -> None:
+    """Raise a `ValueError` if the recipe's model cannot do with `padding_free` or `share_prompt`."""
+    model_args = ModelConfig(**recipe.mapping["model"])
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    reason = why_not_packed(model_args.model_name_or_path, args, share_prompt=option == "share_prompt")
+    if reason is not None:
+        raise ValueError(f"`{option}: true` is not supported here: {reason} Or leave it out.")
+
+
+if __name__ == "__main__":
+    child_main(main)

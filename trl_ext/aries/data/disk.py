@@ -1,0 +1,56 @@
+"""
+A disk that is full, or that may not be written to: an error that names the place and the way out.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...recipe import RecipeError
+from ..children import ChildError
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+# How libraries that write without Python say it: safetensors, torch, Arrow
+FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "File too large", "file write failed")
+
+
+class DiskError(ChildError):
+    """Nothing is lost: what was not written whole has no final name, and running again goes on from there."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """
+    Name what is being written in the error of a disk that does not take it.
+
+    Args:
+        path (`Path`):
+            The file or directory, for errors that do not name one themselves.
+
+    Raises:
+        [`DiskError`]: the disk is full, or may not be written to. Other errors pass as they are.
+    """
+    try:
+        yield
+    except (RecipeError, ChildError):
+        raise
+    except Exception as error:
+        way_out = refusal(error)
+        if way_out is None:
+            raise
+        where = error.filename if isinstance(error, OSError) and error.filename else path
+        what = (isinstance(error, OSError) and error.strerror) or error
+        raise DiskError(
+            f"cannot write {where}: {what}. {way_out}, and run the same command again: what is finished is kept."
+        ) from error
+
+
+def refusal(error: Exception) -> str | None:
+    """What to do about an error of the disk, `None` for any other."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in FULL or (number is None and any(words in str(error) for words in FULL_WORDS)):
+        return "Free space there"
+    return "Allow it" if number in READ_ONLY else None

@@ -1,0 +1,62 @@
+"""
+Faults: why rows and chains cannot be used, and whether too many cannot.
+"""
+
+from ..config import HealthConfig
+from .records import Chain
+
+
+# Reasons for which a chain gives no pair that are no choice of the recipe's: `health.max_dropped` bounds their share
+FAULTS = (
+    "prompt_too_long",
+    "no_answer_found",
+    "request_failed",
+    "fewer_than_two_scores",
+    "fewer_than_two_answers",
+    "all_answers_truncated",
+    "last_answer_truncated",
+    "empty_answer",
+)
+
+
+def fault(chain: Chain, selection: str) -> str | None:
+    """Which of the [`FAULTS`] keeps a finished chain from giving a pair, whatever the scores of its answers; `None` if it may give one."""
+    if len(chain.answers) < 2:
+        return chain.stopped or "fewer_than_two_answers"
+    last = chain.answers[-1]
+    if selection == "rule_based" and last.finish_reason != "stop":
+        return "last_answer_truncated"
+    if selection == "rule_based" and chain.stopped is not None:
+        return chain.stopped
+    eligible = [last] if selection == "rule_based" else [a for a in chain.answers if a.finish_reason == "stop"]
+    if not eligible:
+        return "all_answers_truncated"
+    return None if any(answer.text.strip() for answer in eligible) else "empty_answer"
+
+
+def share_finding(what: str, dropped: dict[str, int], total: int, config: HealthConfig) -> str | None:
+    """
+    Whether too much was left out.
+
+    Args:
+        what (`str`):
+            What the rows are, in the plural.
+        dropped (`dict[str, int]`):
+            Counts by reason, of the reasons that are faults.
+        total (`int`):
+            All rows.
+        config ([`~aries.config.HealthConfig`]):
+            Its `max_dropped`.
+
+    Example:
+
+    ```python
+    >>> share_finding("chains", {"prompt_too_long": 3}, 4, HealthConfig())
+    '3 of 4 chains cannot be used (3 prompt_too_long), more than `health.max_dropped` (0.5) allows'
+    ```
+    """
+    count = sum(dropped.values())
+    if config.max_dropped is None or count <= config.max_dropped * total:
+        return None
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(dropped.items()) if n)
+    return f"{count:,} of {total:,} {what} cannot be used ({reasons}), more than `health.max_dropped` ({config.max_dropped:g}) allows"

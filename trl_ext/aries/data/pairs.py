@@ -1,0 +1,212 @@
+"""
+Pairs: scored chains in, one TRL preference dataset out, and a count of everything dropped.
+
+A pair gives up to three rows: the direct one, and two refinement rows whose prompt is the refinement template around the
+rejected and around the chosen draft (https://huggingface.co/papers/2502.05605; each square of its refinement loss is a
+preference pair under such a prompt). So any pairwise trainer learns to answer and to refine from the same file.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from jinja2 import Template
+
+from ..config import PairsConfig
+from .records import Answer, Chain, as_completion
+from .templates import refinement_prompt
+
+
+@dataclass
+class Pair:
+    """A chosen and a rejected answer to the same prompt."""
+
+    chain: Chain
+    chosen: Answer
+    rejected: Answer
+    chosen_score: float | None
+    rejected_score: float | None
+
+
+def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
+    """
+    The paper's reward-model scoring: the best answer chosen, the worst rejected; with `pairs_per_prompt` above 1, then the
+    next best over the next worst, among the answers whose text is in no pair yet. [house]: an answer cut off by
+    `max_tokens` is never chosen; among equals the latest is chosen and the earliest rejected.
+
+    Returns:
+        `list[Pair | str]`: for each of the `pairs_per_prompt`, the pair or why there is none.
+    """
+    scored = [(answer, score) for answer, score in zip(chain.answers, scores, strict=True) if score is not None]
+    if len(scored) < 2:
+        return [chain.stopped or "fewer_than_two_scores"] * config.pairs_per_prompt
+    selected = []
+    for _ in range(config.pairs_per_prompt):
+        # The first pair has all the answers, and its drops name what is wrong with them
+        if selected and len({answer.text for answer, _ in scored}) < 2:
+            selected.append("no_more_distinct_answers")
+            continue
+        whole = [(answer, score) for answer, score in scored if answer.finish_reason == "stop"]
+        if not whole:
+            selected.append("all_answers_truncated")
+            continue
+        chosen, chosen_score = max(whole, key=lambda item: (item[1], item[0].turn))
+        rejected, rejected_score = min(scored, key=lambda item: (item[1], item[0].turn))
+        pair = Pair(chain, chosen, rejected, chosen_score, rejected_score)
+        selected.append(drop_reason(pair, config) or pair)
+        scored = [item for item in scored if item[0].text not in (chosen.text, rejected.text)]
+    return selected
+
+
+def drop_reason(pair: Pair, config: PairsConfig) -> str | None:
+    """Why a best-over-worst pair is dropped, `None` for one that is kept."""
+    if pair.chosen_score - pair.rejected_score <= config.min_margin:
+        return "no_margin"
+    if pair.chosen.text == pair.rejected.text:
+        return "identical_answers"
+    if not pair.chosen.text.strip():
+        return "empty_answer"
+    if config.min_chosen_score is not None and pair.chosen_score < config.min_chosen_score:
+        return "chosen_score_too_low"
+    if config.max_rejected_score is not None and pair.rejected_score > config.max_rejected_score:
+        return "rejected_score_too_high"
+    return length_drop_reason(pair, config)
+
+
+def length_drop_reason(pair: Pair, config: PairsConfig) -> str | None:
+    """
+    The length balance, of one side only: a chosen answer that is much shorter stays, since it teaches not to ramble.
+    """
+    # A product, since an answer may have no tokens
+    if config.max_length_ratio is not None and pair.chosen.tokens > config.max_length_ratio * pair.rejected.tokens:
+        return "chosen_too_long"
+    return None
+
+
+def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
+    """
+    Selection without a reward model. The paper does not spell its rule out; ours is [house]: the last refinement is
+    chosen and the draft rejected where the chain has settled (its last two answers are alike) and the two differ.
+
+    The scores take no part in it; where there are some, they are the guard's.
+
+    Returns:
+        `list[Pair | str]`: the pair, or why there is none.
+    """
+    if len(chain.answers) < 2:
+        return [chain.stopped or "fewer_than_two_answers"]
+    draft, (previous, last) = chain.answers[0], chain.answers[-2:]
+    if last.finish_reason != "stop":
+        return ["last_answer_truncated"]
+    if chain.stopped is not None:
+        return [chain.stopped]
+    # A chain of two has a draft and one refinement: nothing to settle
+    if len(chain.answers) > 2 and similarity(previous.text, last.text) < config.settled_similarity:
+        return ["not_settled"]
+    if last.text == draft.text:
+        return ["identical_answers"]
+    if not last.text.strip():
+        return ["empty_answer"]
+    pair = Pair(chain, last, draft, scores[-1], scores[0])
+    return [length_drop_reason(pair, config) or pair]
+
+
+def similarity(text: str, other: str) -> float:
+    """Similarity of two texts in [0, 1]: difflib's ratio over their words."""
+    return SequenceMatcher(None, text.split(), other.split(), autojunk=False).ratio()
+
+
+SELECTIONS = {"best_over_worst": best_over_worst, "rule_based": rule_based}
+
+
+class Selection:
+    """
+    Up to `pairs_per_prompt` pairs of each chain, one by one; what could not be made is counted.
+
+    Args:
+        scored (iterable of `tuple[Chain, list[float | None]]`):
+            Chains with the scores of their answers.
+        config ([`~aries.config.PairsConfig`]):
+            The recipe's section.
+
+    Attributes:
+        chains (`int`), pairs (`int`), dropped (`dict[str, int]`):
+            How many there were so far, and how many pairs could not be made, by reason. Pairs and drops together are
+            `pairs_per_prompt` for each chain.
+    """
+
+    def __init__(self, scored: Iterable[tuple[Chain, list[float | None]]], config: PairsConfig):
+        self._scored = scored
+        self._config = config
+        self._dropped: Counter[str] = Counter()
+        self.chains = self.pairs = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        return dict(sorted(self._dropped.items()))
+
+    def __iter__(self) -> Iterator[Pair]:
+        select = SELECTIONS[self._config.selection]
+        for chain, scores in self._scored:
+            self.chains += 1
+            for selected in select(chain, scores, self._config):
+                if isinstance(selected, Pair):
+                    self.pairs += 1
+                    yield selected
+                else:
+                    self._dropped[selected] += 1
+
+
+def select_pairs(
+    chains: list[Chain], scores: list[list[float | None]], config: PairsConfig
+) -> tuple[list[Pair], dict[str, int]]:
+    """All pairs of a [`Selection`], and its drops."""
+    selection = Selection(zip(chains, scores, strict=True), config)
+    return list(selection), selection.dropped
+
+
+def learned_text(answer: Answer, learn: str) -> str:
+    """What a training row has of an answer: its text, or with `learn="full_text"` all that was generated."""
+    return answer.full_text if learn == "full_text" and answer.full_text is not None else answer.text
+
+
+def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list[dict[str, Any]]:
+    """
+    The rows of a pair, each a row of a TRL preference dataset.
+
+    Returns:
+        `list[dict]`: rows with `prompt`, `chosen`, `rejected`; `turn` (0 for direct answering, 1 for refining), `draft`
+        (which answer is refined: "rejected", "chosen", or `None`), `weight` (how often an epoch shows the row), and
+        where they come from: `prompt_id`, `chosen_turn`, `rejected_turn`, `chosen_score`, `rejected_score`.
+    """
+    prompt = pair.chain.prompt
+    answers = {
+        "chosen": as_completion(prompt, learned_text(pair.chosen, config.learn)),
+        "rejected": as_completion(prompt, learned_text(pair.rejected, config.learn)),
+    }
+    sources = {
+        "prompt_id": pair.chain.prompt_id,
+        "chosen_turn": pair.chosen.turn,
+        "rejected_turn": pair.rejected.turn,
+        "chosen_score": pair.chosen_score,
+        "rejected_score": pair.rejected_score,
+    }
+    drafts = {None: config.direct_weight, "rejected": config.refinement_weight, "chosen": config.refinement_weight}
+    rows = []
+    for draft, weight in drafts.items():
+        if weight == 0:
+            continue
+        text = {None: None, "rejected": pair.rejected.text, "chosen": pair.chosen.text}[draft]
+        rows.append(
+            {
+                "prompt": prompt if draft is None else refinement_prompt(prompt, [text], template),
+                **answers,
+                "turn": 0 if draft is None else 1,
+                "draft": draft,
+                "weight": weight,
+                **sources,
+            }
+        )
+    return rows

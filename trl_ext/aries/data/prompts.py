@@ -1,0 +1,210 @@
+"""
+Prompts: a dataset in, the fresh prompts of one round out, each with an id that leads back to its row.
+"""
+
+import random
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...data_files import BUILDERS, builder_arguments, is_data_file
+from ...recipe import RecipeError
+from ...rows.formats import SYSTEM, has_system, is_filled, looks_like_messages, read_text
+from ..config import DatasetConfig
+from .dataset_rows import ROWS_AT_ONCE, ArrowRows, DatasetRows, JsonLines
+from .records import blocks
+
+
+def load_rows(entry: DatasetConfig, where: str) -> DatasetRows:
+    """
+    Rows of a local file, a local directory or a Hub dataset. They stay there: each is read when it is asked for.
+
+    Args:
+        entry ([`DatasetConfig`]):
+            What to load.
+        where (`str`):
+            The recipe key, for error messages.
+
+    Raises:
+        [`RecipeError`]: nothing there, or no rows.
+    """
+    try:
+        is_file = is_data_file(entry.path)
+        if is_file and Path(entry.path).suffix in (".jsonl", ".ndjson"):
+            rows = JsonLines(Path(entry.path).expanduser(), entry.columns)
+        else:
+            rows = ArrowRows(load_dataset(entry, is_file))
+    except RecipeError as error:
+        raise RecipeError(f"`{where}`: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"`{where}`: cannot read {entry.path}: {error.strerror}. Check the file.") from error
+    if not rows:
+        raise RecipeError(f"`{where}`: {entry.path} has no rows.")
+    return rows
+
+
+def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # noqa: F821
+    """What `datasets` makes of an entry."""
+    import datasets
+
+    if is_file:
+        source = builder_arguments(entry.path) | {"split": "train"}
+    else:
+        source = {key: getattr(entry, key) for key in ("path", "name", "data_dir", "data_files", "split")}
+    try:
+        loaded = datasets.load_dataset(**source)
+        return loaded if entry.columns is None else loaded.select_columns(entry.columns)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise RecipeError(
+            f"cannot load {entry.path!r}, split {entry.split!r}: {error}{cause}. Name a file "
+            f"({', '.join(BUILDERS)}), a directory of them, or a dataset id on the Hub."
+        ) from error
+
+
+def load_mixture(entries: list[DatasetConfig], where: str) -> list[tuple[str, DatasetRows, int]]:
+    """
+    Path and rows of each dataset, and how many of them are taken. Where they have a `fraction`, as many as TRL's `get_dataset`
+    takes: the first of each, in these proportions, as many as there can be.
+    """
+    loaded = [(entry, load_rows(entry, where)) for entry in entries]
+    if entries[0].fraction is None:
+        return [(entry.path, rows, len(rows)) for entry, rows in loaded]
+    whole = sum(entry.fraction for entry in entries)
+    total = min(len(rows) * whole / entry.fraction for entry, rows in loaded)
+    return [(entry.path, rows, round(total * entry.fraction / whole)) for entry, rows in loaded]
+
+
+class Prompts(Sequence):
+    """
+    Rows of a mixture, in the datasets' order, each with a `prompt_id` of its own (a column of this name moves to
+    `dataset_prompt_id`): the dataset's name, and the row's number in the mixture. A slice is a list.
+
+    Args:
+        mixture (`list[tuple]`):
+            From [`load_mixture`].
+    """
+
+    def __init__(self, mixture: list[tuple[str, DatasetRows, int]]):
+        self._mixture = mixture
+
+    def __len__(self) -> int:
+        return sum(count for _, _, count in self._mixture)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        numbers = range(len(self))[index]
+        return next(self.take([numbers])) if isinstance(index, int) else list(self.take(numbers))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.take(range(len(self)))
+
+    def take(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The rows with these numbers, from 0, in this order."""
+        for block in blocks(numbers, ROWS_AT_ONCE):
+            found = {}
+            first = 0
+            for path, rows, count in self._mixture:
+                own = [number for number in block if first <= number < first + count]
+                for number, row in zip(own, rows.take(number - first for number in own), strict=True):
+                    row = read_row(row)
+                    columns = {"dataset_prompt_id" if key == "prompt_id" else key: row[key] for key in row}
+                    found[number] = {"prompt_id": f"{Path(path).stem}-{number + 1:07d}", **columns}
+                first += count
+            yield from (found[number] for number in block)
+
+
+def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
+    """
+    Prompts that can be used, all of them looked at once.
+
+    Raises:
+        [`RecipeError`]: a row without `prompt`, with an empty one, with messages that do not end with the user's, or text
+        among messages.
+    """
+    mixture = load_mixture(entries, where)
+    kind = None
+    for path, rows, count in mixture:
+        for number, row in enumerate(map(read_row, rows.take(range(count))), start=1):
+            problem = prompt_problem(row)
+            if problem:
+                raise RecipeError(f"`{where}`: {path}, row {number}: {problem}")
+            kind = kind or type(row["prompt"])
+            if type(row["prompt"]) is not kind:
+                raise RecipeError(
+                    f"`{where}`: {path}, row {number}: text and messages are mixed. Make all prompts one kind."
+                )
+    return Prompts(mixture)
+
+
+def read_row(row: dict[str, Any]) -> dict[str, Any]:
+    """
+    The row with its prompt in TRL's form: ShareGPT's turns, JSON in text and parts of text are read as messages, and a column `system` beside
+    them as their system message.
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, (str, list)):
+        return row
+    prompt = read_text(prompt, [])
+    system = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), None)
+    if is_messages(prompt) and prompt and system and not has_system(prompt):
+        prompt = [{"role": "system", "content": system}, *prompt]
+    return {**row, "prompt": prompt}
+
+
+def prompt_problem(row: dict[str, Any]) -> str | None:
+    """What makes a row unusable as a prompt, or `None`."""
+    if "prompt" not in row:
+        return f"no column `prompt`; its columns are {sorted(row)}. Rename the column that holds the question."
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        if looks_like_messages(prompt):
+            return "the text was messages once, and is not JSON. Save the data as JSON lines or Parquet, which keep lists."
+        return None if prompt.strip() else f"the prompt is empty{_beside(row)}."
+    if not prompt or not is_messages(prompt):
+        return "`prompt` must be text or a non-empty list of messages with `role` and `content`."
+    if prompt[-1]["role"] != "user":
+        return f"the messages must end with the user's, these end with the {prompt[-1]['role']}'s."
+    if not isinstance(prompt[-1]["content"], str) or not prompt[-1]["content"].strip():
+        return "the last user message must be non-empty text."
+    return None
+
+
+def _beside(row: dict[str, Any]) -> str:
+    """Columns beside an empty prompt that look like one."""
+    names = [f"`{name}`" for name in ("question", "instruction", "query", "messages") if is_filled(row.get(name))]
+    return f", and {' and '.join(names)} holds text: rename it to `prompt`" if names else ""
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, in the form that chat templates take: content is text, parts, or nothing."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and "content" in message
+        and isinstance(message["content"], str | list | None)
+        for message in value
+    )
+
+
+def prompts_per_round(rows: int, per_round: int | None, rounds: int) -> int:
+    """
+    Size of a round.
+
+    Raises:
+        [`RecipeError`]: the dataset is too small for fresh prompts in every round.
+    """
+    size = rows // rounds if per_round is None else per_round
+    if size == 0 or size * rounds > rows:
+        raise RecipeError(
+            f"`prompts.per_round`: {rounds} rounds of {max(size, 1)} fresh prompts need {max(size, 1) * rounds} rows, and "
+            f"the dataset has {rows}. Lower `prompts.per_round` or `rounds`, or add prompts."
+        )
+    return size
+
+
+def select_prompts(prompts: Prompts, round_number: int, size: int, seed: int) -> Iterator[dict[str, Any]]:
+    """The prompts of a round (from 1): a slice of one seeded shuffle, so that no round sees another's."""
+    order = array("q", range(len(prompts)))  # a list would take five times the memory
+    random.Random(seed).shuffle(order)
+    return prompts.take(order[(round_number - 1) * size : round_number * size])

@@ -1,0 +1,333 @@
+"""
+Generation on servers: several vLLM servers in the place of one engine in this process.
+
+In: the same chains as for the embedded engine, in requests with the same token ids, sampling and seeds. Out: the same answers. A chain stays
+on the server that has its prompt in the prefix cache; where a server is lost, the requests that it had go to the others, and where it
+comes back, it gets requests again, once it has the round's adapter and gives a probe text the trainer's log-probabilities.
+"""
+
+import asyncio
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..children import ChildError
+from ..config import DraftsConfig
+from ..data.records import Chain, sha256
+from .chains import EngineSettings, TaskEngine
+from .policy_identity import POLICY_NAMES, compare
+from .refinements import Request
+from .servers import TOO_MANY, FailedRequest, RefusedRequest, Server, ServerLost, Wanted, WrongServer
+
+
+# Between two health checks of a server that answers
+CHECK_SECONDS = 10.0
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+
+
+def wait_seconds(attempt: int) -> float:
+    """Before trying again: twice as long each time, and never together with all others that wait."""
+    return min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+
+
+class ServedEngine(TaskEngine):
+    """
+    The servers of `generation.base_urls`. What they do goes on inside of [`step`] only: this process has one thread.
+
+    Args:
+        settings ([`~aries.generation.chains.EngineSettings`]):
+            The policy. On a server an adapter's name also has a hash of its files, so that no server answers from the weights, or the
+            prefixes, of another one.
+        probe (`Path`):
+            What `probe.py` wrote.
+        note (`Callable[[str], None]`):
+            Called with what becomes of the servers.
+
+    Raises:
+        [`~aries.generation.servers.WrongServer`]: none of them is what the recipe asks for.
+    """
+
+    def __init__(self, settings: EngineSettings, probe: Path, note: Callable[[str], None]):
+        super().__init__(settings)
+        self._config = config = settings.config
+        self.window = len(config.base_urls) * config.max_concurrency_per_server
+        self._probe = json.loads(probe.read_text(encoding="utf-8"))
+        self.dtype = self._probe["dtype"]
+        self._note = note
+        self._wanted = Wanted(settings.model, config.max_model_len, max_lora_rank=settings.max_lora_rank)
+        if settings.adapter is not None:
+            name, _, adapter = settings.adapter
+            self._wanted.adapter = path = Path(adapter).absolute()
+            self._wanted.family = f"trl-ext-{hashlib.sha256(bytes(path.parents[1])).hexdigest()[:8]}-"  # of the run
+            self._wanted.name = f"{self._wanted.family}{name}-{sha256(path)[:12]}"
+        self._home: dict[str, Server] = {}  # by prompt id
+        self._answered = self._given_up = 0  # requests
+        self._requests: set[asyncio.Task] = set()
+        self._loop = asyncio.new_event_loop()
+        self._changed = asyncio.Condition()
+        self._servers = [Server(url, config) for url in config.base_urls]
+        self._keepers: list[asyncio.Task] = []
+        try:
+            self._loop.run_until_complete(self._admit_all())
+        except ChildError:
+            self.close()
+            raise
+        self._last_ready = time.monotonic()
+        self._keepers = [self._loop.create_task(self._keep(server)) for server in self._servers]
+
+    def start(self, task: Any) -> None:
+        super().start(task)
+        self._home = {}
+
+    # Requests
+
+    def _send(
+        self, chain: Chain, request: Request, token_ids: list[int], sampling: DraftsConfig, name: tuple[Any, ...]
+    ) -> None:
+        body = {"prompt": token_ids, **self.request_settings(sampling, name)}
+        self._requests.add(self._loop.create_task(self._answer(chain, request, body)))
+
+    async def _answer(self, chain: Chain, request: Request, body: dict[str, Any]) -> Chain:
+        try:
+            choice, usage = await self._complete(body, chain.prompt_id)
+        except FailedRequest as error:
+            if not (error.by_itself and self._given_up < self._answered):  # not the fault of this request alone
+                raise
+            self._given_up += 1
+            self._note(f"set aside: {error}")
+            self._task.strategy.give_up(chain, request)
+            return chain
+        self._answered += 1
+        details = usage.get("prompt_tokens_details")  # of servers with `--enable-prompt-tokens-details`
+        if details is not None:
+            self.prompt_tokens += usage["prompt_tokens"]
+            self.cached_tokens += details["cached_tokens"] or 0
+        self._task.strategy.add(chain, request, choice["text"], usage["completion_tokens"], choice["finish_reason"])
+        return chain
+
+    async def _complete(self, body: dict[str, Any], prompt_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        A request's choice and usage, from whichever server has answered it.
+
+        Raises:
+            [`~aries.generation.servers.FailedRequest`]: it was tried too often.
+            [`~aries.children.ChildError`]: a server does not take it.
+        """
+        problems, attempts, refused_since, survived = [], 0, None, False
+        while attempts <= self._config.max_retries:
+            server = await self._take(prompt_id)
+            try:
+                return await server.complete(body)
+            except RefusedRequest as error:
+                raise ChildError(
+                    f"{server} does not take a request of {prompt_id}: {error}. It must be a vLLM server of a version that takes token "
+                    "ids as prompts (docs/servers.md)."
+                ) from None
+            except ServerLost as error:
+                problems.append(f"{server}: {error}")
+                asked = error.retry_after
+                wait = wait_seconds(len(problems) - 1) if asked is None else max(asked, FIRST_WAIT)
+                survived = await server.survives(error)
+                if not survived:
+                    server.ready = False  # until its keeper has looked at it
+                    server.suspected.set()
+                elif error.status == TOO_MANY or asked is not None:
+                    server.leave_alone(wait)
+                if error.status == TOO_MANY:
+                    refused_since = refused_since or time.monotonic()
+                    if time.monotonic() - refused_since < self._config.max_outage:
+                        continue  # it has only been told to wait
+            finally:
+                await self._give_back(server)
+            attempts += 1
+            await asyncio.sleep(wait)
+        raise FailedRequest(
+            f"a request of {prompt_id} failed {len(problems)} times ({'; '.join(dict.fromkeys(problems))}). Look at the servers' logs, or "
+            "raise `generation.max_retries` or `generation.timeout`. What was answered is kept, and the same command goes on.",
+            by_itself=survived,
+        )
+
+    async def _take(self, prompt_id: str) -> Server:
+        """A place on the server that a chain was on, or else on the one with the most room."""
+        async with self._changed:
+            while not any(server.has_room for server in self._servers):
+                pauses = [server.pause for server in self._servers if server.ready and server.pause > 0]
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(pauses, default=None))
+            server = self._home.get(prompt_id)
+            if server is None or not server.has_room:
+                server = min((s for s in self._servers if s.has_room), key=lambda s: s.active)
+            server.active += 1
+        self._home[prompt_id] = server
+        return server
+
+    async def _give_back(self, server: Server) -> None:
+        async with self._changed:
+            server.active -= 1
+            self._changed.notify_all()
+
+    def step(self) -> list[Chain]:
+        done, self._requests = self._loop.run_until_complete(self._some_of(self._requests))
+        failed = {request for request in done if request.exception() is not None}
+        if failed == done:
+            raise failed.pop().exception()
+        self._requests |= failed  # what else was answered is written down first
+        return [request.result() for request in done - failed]
+
+    async def _some_of(self, requests: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
+        """
+        Wait until some are done, and have the others.
+
+        Raises:
+            [`~aries.children.ChildError`]: there has been no server to use for too long.
+        """
+        while True:
+            done, others = await asyncio.wait(requests, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            for keeper in filter(asyncio.Task.done, self._keepers):
+                keeper.result()  # it ends by a fault of ours only
+            if any(server.ready for server in self._servers):
+                self._last_ready = time.monotonic()
+            if done:
+                return done, others
+            if time.monotonic() - self._last_ready > self._config.max_outage:
+                problems = "; ".join(f"{server}: {server.problem or 'no answer'}" for server in self._servers)
+                raise ChildError(
+                    f"no server of `generation.base_urls` could be used for {self._config.max_outage:g} seconds (`generation.max_outage`): "
+                    f"{problems}. Start them again; what was answered is kept, and the same command goes on."
+                )
+
+    def sample_logps(
+        self, prompts: list[dict[str, Any]], sampling: DraftsConfig, seed: tuple[Any, ...]
+    ) -> list[dict[str, Any]]:
+        async def sample(prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> dict[str, Any]:
+            body = {"prompt": token_ids, "return_token_ids": True, "top_p": 1.0, "top_k": 0, **settings}
+            choice, _ = await self._complete(body, prompt_id)
+            logps = choice["logprobs"]["token_logprobs"]
+            row = {"prompt_id": prompt_id, "prompt_token_ids": token_ids, "token_ids": choice["token_ids"]}
+            return row | {"logps": logps, "dtype": self.dtype}
+
+        requests = self.sample_requests(prompts, sampling, seed)
+        tasks = [self._loop.create_task(sample(*request)) for request in requests]
+        self._requests = set(tasks)
+        while self._requests:
+            done, self._requests = self._loop.run_until_complete(self._some_of(self._requests))
+            for task in done:
+                task.result()  # its error at once, not after all the others
+        return [task.result() for task in tasks]
+
+    def close(self) -> None:
+        async def close() -> None:
+            tasks = [*self._keepers, *self._requests]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for server in self._servers:
+                if server.ready and self._wanted.name is not None:
+                    await server.unload(self._wanted.name)
+                await server.close()
+
+        self._loop.run_until_complete(close())
+        self._loop.close()
+
+    # Servers
+
+    async def _admit_all(self) -> None:
+        """
+        The first look at them.
+
+        Raises:
+            [`~aries.children.ChildError`]: none of them is what the recipe asks for, and none may still come.
+        """
+        found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
+        if all(isinstance(error, ChildError) for error in found):
+            raise found[0]
+        for server, error in zip(self._servers, found, strict=True):
+            if isinstance(error, (ServerLost, ChildError)):
+                self._set_aside(server, error)
+            elif error is not None:
+                raise error
+
+    async def _admit(self, server: Server) -> None:
+        """
+        Make a server ready for requests.
+
+        Raises:
+            [`~aries.generation.servers.ServerLost`], [`~aries.generation.servers.WrongServer`]: it is not.
+        """
+        loaded = await server.check(self._wanted)
+        if self._wanted.name is not None:
+            await server.load(self._wanted, loaded)
+        await self._verify(server)
+        async with self._changed:
+            server.ready, server.problem = True, None
+            server.suspected.clear()
+            self._changed.notify_all()
+
+    async def _verify(self, server: Server) -> None:
+        """
+        Compare the server's log-probabilities of the probe's texts with the trainer's.
+
+        Raises:
+            [`~aries.generation.servers.WrongServer`]: they are not the policy's.
+        """
+        logps = await asyncio.gather(*(server.token_logps(**text) for text in self._probe["texts"]))
+        found = torch.tensor([logp for text in logps for logp in text])
+        others = {name: torch.tensor(values) for name, values in self._probe["logps"].items()}
+        measured = compare(found, others.pop("policy"), others, self._probe["tolerance"])
+        if measured["fault"] is None:
+            return
+        what = f"the adapter {self._wanted.adapter}" if self._wanted.adapter else f"the model {self._wanted.model}"
+        message = (
+            f"{server} does not answer with {what}: its log-probabilities of a probe text differ from the policy's by "
+            f"{measured['difference']:.3g} nats per token (root mean square over {len(found)} tokens), "
+        )
+        if measured["fault"] == "tolerance":
+            message += f"and the tolerance is {measured['tolerance']:g}. "
+        else:
+            nearest = measured["others"][measured["fault"]]["difference"]
+            message += f"and from those of {POLICY_NAMES[measured['fault']]} by {nearest:.3g}. "
+        raise WrongServer(
+            f"{message}Start it with the recipe's model and revision, with raw log-probabilities, vLLM's default, and with the data type that "
+            "`generation.dtype` names; or take it out of `generation.base_urls`. If this is its rounding, raise `parity.tolerance`."
+        )
+
+    async def _keep(self, server: Server) -> None:
+        """Look after one server until the end: whether it is still there, or whether it can be used again."""
+        failures = 0
+        while True:
+            try:
+                if server.ready:
+                    await server.health()
+                else:
+                    was_away = server.problem is not None
+                    await self._admit(server)
+                    if was_away:
+                        self._note(f"{server} is back")
+                failures = 0
+            except (ServerLost, ChildError) as error:
+                failures += 1
+                if isinstance(error, ServerLost) and error.status == TOO_MANY:  # busy, and so there
+                    await asyncio.sleep(wait_seconds(failures) if error.retry_after is None else error.retry_after)
+                    continue
+                server.abandon()
+                self._set_aside(server, error)
+                await asyncio.sleep(wait_seconds(failures))
+                continue
+            with suppress(TimeoutError):
+                await asyncio.wait_for(server.suspected.wait(), CHECK_SECONDS)
+
+    def _set_aside(self, server: Server, error: ServerLost | ChildError) -> None:
+        known = server.problem
+        server.ready, server.problem = False, str(error)
+        if isinstance(error, ChildError) and server.problem != known:
+            self._note(f"left out: {error}")
+        elif known is None:
+            others = sum(other.ready for other in self._servers)
+            self._note(f"{server} is lost ({error}); {others} of {len(self._servers)} are in use")

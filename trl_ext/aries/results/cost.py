@@ -1,0 +1,56 @@
+"""
+Cost: what a round took, in generated tokens and in seconds. Kept apart from the metrics, which hold no clock times.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..data.records import Chain
+
+
+def round_cost(
+    events: list[dict[str, Any]], number: int, chains: Iterable[Chain], evaluation: Iterable[Chain]
+) -> dict[str, Any]:
+    """
+    Args:
+        events (`list[dict]`):
+            The run's event log.
+        number (`int`):
+            The round.
+        chains (iterable of [`Chain`]), evaluation (iterable of [`Chain`]):
+            Its answers, and its policy's answers to the evaluation prompts.
+
+    Returns:
+        `dict`: `generated_tokens`, of `drafts`, `refinements` and `evaluation`, also where no answer was found in them, but not of
+        critiques, whose tokens are not recorded; and `stages`, a list with, for each stage
+        logged under this round, `stage`, `seconds` of the runs that ended, and `interrupted`, how many did not: their time
+        is not known.
+    """
+    drafts = refinements = 0
+    for chain in chains:
+        generated = [*chain.answers, *chain.unanswered]
+        drafts += sum(answer.tokens for answer in generated if answer.turn == 1)
+        refinements += sum(answer.tokens for answer in generated if answer.turn > 1)
+    return {
+        "generated_tokens": {
+            "drafts": drafts,
+            "refinements": refinements,
+            "evaluation": sum(a.tokens for chain in evaluation for a in (*chain.answers, *chain.unanswered)),
+        },
+        "stages": stage_times(events, number),
+    }
+
+
+def stage_times(events: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The `stages` of [`round_cost`]."""
+    stages: dict[str, dict[str, Any]] = {}
+    for event in events:
+        if event["round"] != number or event["event"] not in ("start", "end"):
+            continue
+        stage = stages.setdefault(event["stage"], {"stage": event["stage"], "seconds": 0.0, "interrupted": 0})
+        if event["event"] == "start":
+            stage["interrupted"] += 1  # until its end is found
+        else:
+            stage["interrupted"] -= 1
+            stage["seconds"] = round(stage["seconds"] + event["seconds"], 3)
+    return list(stages.values())

@@ -1,0 +1,242 @@
+"""
+The report: one self-contained `report.html` of a run in any state, going on, finished or stopped.
+
+In: the run directory. Out: a page without scripts and without anything to load, that can be sent to someone. What models
+wrote goes through Jinja2's autoescape, and what a browser would act on unseen is shown by its name.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import trl_ext
+
+from ...recipe import RecipeError
+from ..checks.overlap import prompts_kind
+from ..children import child_main
+from ..data.records import read_json, write_atomically
+from ..run_dir import RunDir
+from .progress import duration
+from .report_data import (
+    Change,
+    RunRecord,
+    capital,
+    changes,
+    curve,
+    drop_table,
+    flat,
+    read_run,
+    time_table,
+    training_table,
+    warnings,
+)
+from .report_samples import KINDS, samples, visible
+
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+NEEDS_MATPLOTLIB = "the report needs matplotlib (the extra `report`): `pip install matplotlib`"
+
+Metrics = dict[int, list[dict[str, Any]]]  # the `turns` of each evaluated round
+
+# What an interval allows to say of a policy's scores
+FINDINGS = {
+    "higher": "score higher than at the start",
+    "lower": "score lower than at the start",
+    "not told apart": "cannot be told from those at the start",
+    "unknown": "cannot be compared with those at the start",
+}
+
+# Title of a figure -> metrics of the trainer's log that it shows, those that there are
+CURVES = {
+    "Loss": ("loss",),
+    "Reward accuracy": ("rewards/accuracies",),
+    "Reward margin": ("rewards/margins",),
+    "Log-probability of the answers": ("logps/chosen", "logps/rejected"),
+    "Sequential KL to the reference": ("position_kl/chosen", "position_kl/rejected"),
+    "Loss by kind of row": ("objective/direct", "objective/refinement"),
+    "Refinement margin": ("refinement/margin",),
+    "Preference accuracy under the refinement prompt": ("refinement/accuracies",),
+    "Gradient norm": ("grad_norm",),
+    "Entropy": ("entropy",),
+    "Learning rate": ("learning_rate",),
+}
+
+
+def report(path: Path) -> int:
+    """
+    `trl-ext aries report`: write the report of a run directory and say where it is.
+
+    Raises:
+        [`RecipeError`]: no run directory, a broken file in it, or matplotlib is missing.
+    """
+    written = write_report(path)
+    print(f"{written} ({written.stat().st_size / 1024:,.0f} KiB)")  # noqa: T201
+    return 0
+
+
+def write_report(path: Path, running: bool | None = None) -> Path:
+    """Write `report.html` into a run directory; `running` as in [`~aries.results.state.read_state`]."""
+    if find_spec("matplotlib") is None:
+        raise RecipeError(f"{NEEDS_MATPLOTLIB}.")
+    run = read_run(path, running)
+    target = RunDir(path).report
+    if target.exists() and "by trl-ext" not in target.read_text(encoding="utf-8", errors="replace")[-500:]:
+        raise RecipeError(f"{target} is not a report of this package, and is not overwritten. Move it out of the way.")
+    write_atomically(target, [page(run)])
+    return target
+
+
+def page(run: RunRecord) -> str:
+    """The HTML of a run."""
+    environment = Environment(
+        loader=PackageLoader("trl_ext.aries.results", "."),
+        autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # not markup
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": duration,
+        "number": number,
+        "signed": partial(number, sign="+"),
+        "interval": interval,
+        "slug": lambda text: re.sub(r"\W+", "-", text.lower()),
+        "capital": capital,
+    }
+    return environment.get_template("report.html.jinja").render(view(run))
+
+
+def number(value: float | None, sign: str = "") -> str:
+    """Three decimals, two from 10, in thousands none, three digits below a hundredth; a dash for nothing."""
+    if value is None:
+        return "–"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
+    text = f"{value:{sign}.3g}" if 0 < abs(value) < 0.01 else f"{value:{sign},.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def interval(bounds: list[float] | None) -> str:
+    return "" if bounds is None else f"[{number(bounds[0])}, {number(bounds[1])}]"
+
+
+def view(run: RunRecord) -> dict[str, Any]:
+    """What the template needs."""
+    metrics = {round_.number: round_.metrics["turns"] for round_ in run.evaluated}
+    times = [event["time"] for event in run.events]
+    binary = bool(run.evaluated) and all(
+        turn["correct"] == turn["score"] for turns in metrics.values() for turn in turns if turn["score"] is not None
+    )
+    label = "accuracy" if binary else "mean score"
+    compared = changes(run) if run.evaluated else {}
+    manifests = [round_ for round_ in run.rounds if round_.manifest]
+    return {
+        "name": run.path.resolve().name,
+        "run": run,
+        "kind": prompts_kind(RunDir(run.path)),
+        "label": label,
+        "metrics": metrics,
+        "changes": compared,
+        "answer": headline(run, compared),
+        "warnings": warnings(run),
+        "started": times[0] if times else None,
+        "ended": times[-1] if times else None,
+        "figures": figures(run, metrics, label),
+        "flipped": has_flips(metrics),
+        "curves": training_figures(run),
+        "training": training_table(run),
+        "drops": drop_table(run),
+        "samples": samples(run) if run.evaluated else None,
+        "kinds": KINDS,
+        "times": time_table(run),
+        "settings": flat({key: value for key, value in run.resolved.items() if key != "inputs"}),
+        "inputs": run.resolved["inputs"],
+        "resolved": run.resolved,
+        "manifests": manifests,
+        "parity": {round_.number: read_json(round_.files.parity) for round_ in run.rounds},
+        "written": time.strftime("%Y-%m-%d %H:%M %z"),
+        "version": trl_ext.__version__,
+    }
+
+
+def headline(run: RunRecord, compared: dict[str, Change | None]) -> str:
+    """The answer in one or two sentences, no surer than its intervals."""
+    direct, refined = compared.get("direct"), compared.get("refined")
+    if run.judged:
+        return "The scores of a judge say which answer of a chain is better, not whether one policy is better than another."
+    if direct is None:
+        return "There is nothing to compare yet: it takes the scores of two policies."
+    name, shown = run.evaluated[-1].name, f"Not that {direct.prompts:,} prompts could show"
+    if refined is None or refined.verdict == direct.verdict:
+        yes = {"higher": "Yes", "lower": "No"}.get(direct.verdict, shown)
+        which = "direct" if refined is None else "direct and the refined"
+        return f"{yes}: the {which} answers of {name} {FINDINGS[direct.verdict]}."
+    # They differ: what can be told comes first
+    both = sorted(
+        {"direct": direct, "refined": refined}.items(), key=lambda item: item[1].verdict not in ("higher", "lower")
+    )
+    verdicts = {change.verdict for _, change in both}
+    yes = "In part" if "higher" in verdicts else "No" if "lower" in verdicts else shown
+    (first, of_first), (second, of_second) = both
+    but = "but" if {"higher", "lower"} <= verdicts else "and"
+    return f"{yes}: the {first} answers of {name} {FINDINGS[of_first.verdict]}, {but} its {second} answers {FINDINGS[of_second.verdict]}."
+
+
+def has_flips(metrics: Metrics) -> bool:
+    """Whether right and wrong are defined."""
+    return any(turn["flips"] for turns in metrics.values() for turn in turns)
+
+
+def figures(run: RunRecord, metrics: Metrics, label: str) -> dict[str, "Markup | None"]:
+    """The figures for which there are data."""
+    from . import report_figures as draw  # matplotlib: half a second that status and errors do not need
+
+    if not metrics:
+        return {}
+    scored = any(turn["score"] is not None for turns in metrics.values() for turn in turns)
+    keys, parent = (("improved", "worsened"), "changes")
+    if has_flips(metrics):
+        keys, parent = (("wrong_to_right", "right_to_wrong"), "flips")
+    changed = any(turn[parent] for turns in metrics.values() for turn in turns)
+    kl = {r.number: r.metrics["kl_to_initial"] for r in run.evaluated if r.metrics.get("kl_to_initial")}
+    return {
+        "score_by_round": draw.score_by_round(metrics, label) if scored else None,
+        "score_by_turn": draw.score_by_turn(metrics, label) if scored and run.turns > 1 else None,
+        "flips": draw.flips(metrics, keys, parent) if changed else None,
+        "lengths": draw.lengths(metrics),
+        "divergence": draw.divergence(kl) if kl else None,
+    }
+
+
+def training_figures(run: RunRecord) -> list[tuple[str, "Markup"]]:
+    """The curves of the rounds, and the SFT's loss."""
+    from .report_figures import curves
+
+    found = []
+    for title, metrics in CURVES.items():
+        segments = {metric: segments for metric in metrics if (segments := curve(run, metric))}
+        if any(len(steps) > 1 for of_metric in segments.values() for _, steps, _ in of_metric):
+            name = "curve-" + re.sub(r"\W+", "-", title.lower())
+            found.append((title, curves(name, title, segments)))
+    sft = curve(run, "loss", sft=True)
+    if any(len(steps) > 1 for _, steps, _ in sft):
+        found.append(("Loss of the SFT", curves("curve-sft", "Loss of the SFT", {"loss": sft})))
+    return found
+
+
+def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+    """The child process of a run that is going on, or has just stopped."""
+    write_report(Path(job["run"]), job["running"])
+
+
+if __name__ == "__main__":
+    child_main(main)

@@ -1,0 +1,309 @@
+"""
+What a report says, read off the run directory: a run in any state in, plain numbers and words out. Nothing is drawn here.
+
+A file that is not there yet is `None`; one that is there and broken is an error that names it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...recipe import RecipeError
+from ..config import EvaluationConfig
+from ..data.records import read_json, read_jsonl
+from ..run_dir import RoundDir, RunDir
+from ..scoring.evaluation import Scores, both_scored, difference_interval, of_turn
+from .cost import stage_times
+from .progress import policy_name
+from .state import RunState, read_state
+
+
+# Of a turn's metrics, those that version 0.1.0 did not write
+LATER_KEYS = ("interval", "correct", "win_rate_round_0", "win_rate_previous", "changes", "flips", "token_quartiles")
+LATER_KEYS += ("truncated_share", "distinct_1", "distinct_2", "similarity", "identical")
+
+
+# Share of a turn's answers from which on it is said that they were cut off, and growth of the direct answers. [house]
+MANY_CUT_OFF = 0.2
+GROWTH = 1.5
+
+
+class RoundRecord:
+    """The files of one round, those that there are."""
+
+    def __init__(self, files: RoundDir, number: int, name: str):
+        self.files = files
+        self.number = number
+        self.name = name
+        self.metrics = read_json(files.metrics)
+        for turn in self.metrics["turns"] if self.metrics else ():
+            turn.update({key: turn.get(key) for key in LATER_KEYS})
+        self.sft_drops = read_json(files.sft_drops)
+        self.drops = read_json(files.drops)
+        self.health = read_json(files.health)
+        self.guard = read_json(files.guard)
+        self.rows = read_json(files.training / "rows.json")
+        self.history = read_json(files.training / "log_history.json")
+        self.cost = read_json(files.cost)
+        self.manifest = read_json(files.manifest)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """Of the answers to the evaluation prompts."""
+        return [row["scores"] for row in read_jsonl(self.files.evaluation_scores)]
+
+    @cached_property
+    def chains(self) -> list[dict[str, Any]]:
+        """The answers to the evaluation prompts."""
+        return read_jsonl(self.files.evaluation)
+
+
+@dataclass
+class RunRecord:
+    """A run, as its directory has it."""
+
+    path: Path
+    resolved: dict[str, Any]
+    recipe: str
+    events: list[dict[str, Any]]
+    rounds: list[RoundRecord]
+    state: RunState
+
+    @property
+    def evaluated(self) -> list[RoundRecord]:
+        return [round_ for round_ in self.rounds if round_.metrics is not None]
+
+    @property
+    def turns(self) -> int:
+        return self.resolved["refinements"]["turns"]
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge has a part in the scores: then they compare the answers of a chain, and not one policy with another."""
+        scorers = self.resolved["scores"].get("scorers") or [self.resolved["scores"]]
+        return any(scorer.get("judge") for scorer in scorers)
+
+    @property
+    def draw(self) -> dict[str, int]:
+        """How the intervals are drawn; version 0.1.0 had none."""
+        samples = self.resolved["evaluation"].get("bootstrap_samples", EvaluationConfig.bootstrap_samples)
+        return {"samples": samples, "seed": self.resolved["seed"]}
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """The evaluation prompts, with their other columns."""
+        return read_jsonl(RunDir(self.path).evaluation_prompts)
+
+
+def read_run(path: Path, running: bool | None = None) -> RunRecord:
+    """
+    Args:
+        path (`Path`):
+            A run directory.
+        running (`bool`, *optional*):
+            Whether a process is at work in it; by default its lock is asked.
+
+    Raises:
+        [`RecipeError`]: it is none.
+    """
+    run = RunDir(path)
+    resolved = read_json(run.resolved)
+    if resolved is None:
+        raise RecipeError(
+            f"{path} is no run directory: it has no {run.resolved.name}. Name the `output_dir` of a run that was started with "
+            "`trl-ext aries run`."
+        )
+    rounds = [
+        RoundRecord(run.round(number), number, policy_name(number, resolved["sft"] is not None))
+        for number in range(resolved["rounds"] + 1)
+        if run.round(number).path.exists()
+    ]
+    decide_right(rounds)
+    return RunRecord(
+        path=path,
+        resolved=resolved,
+        recipe=run.recipe.read_text(encoding="utf-8"),
+        events=run.read_events(),
+        rounds=rounds,
+        state=read_state(run, resolved["rounds"], running),
+    )
+
+
+def decide_right(rounds: list[RoundRecord]) -> None:
+    """Right is what all rounds call so, or nothing: their counts would not be of the same thing."""
+    metrics = [round_.metrics for round_ in rounds if round_.metrics is not None]
+    if len({of_round.get("correct_score") for of_round in metrics}) > 1:
+        for of_round in metrics:
+            of_round["correct_score"] = None
+            for turn in of_round["turns"]:
+                turn |= {"correct": None, "flips": None}
+
+
+# Did it get better?
+
+
+@dataclass
+class Change:
+    """
+    The mean difference of two answers' scores, prompt by prompt.
+
+    Args:
+        difference (`float`), interval (`list[float]`, *optional*), prompts (`int`):
+            The mean, its 95 % interval, and over how many prompts.
+    """
+
+    difference: float
+    interval: list[float] | None
+    prompts: int
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say."""
+        if self.interval is None:
+            return "unknown"
+        low, high = self.interval
+        return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+
+
+def change(before: Sequence[float | None], after: Sequence[float | None], samples: int, seed: int) -> Change | None:
+    """`after − before` over the prompts that have both; `None` without any."""
+    differences = [new - old for old, new in both_scored(list(before), list(after))]
+    if not differences:
+        return None
+    mean = sum(differences) / len(differences)
+    return Change(mean, difference_interval(differences, samples, seed), len(differences))
+
+
+def changes(run: RunRecord) -> dict[str, Change | None]:
+    """
+    Of the last evaluated policy: its direct answers against the first one's (`direct`), its last answers against the first
+    one's (`refined`), and its last answers against its own direct ones (`refining`).
+    """
+    first, last = run.evaluated[0], run.evaluated[-1]
+    draw, end, later = run.draw, run.turns, first is not last and not run.judged
+    return {
+        "direct": change(of_turn(first.scores, 1), of_turn(last.scores, 1), **draw) if later else None,
+        "refined": change(of_turn(first.scores, end), of_turn(last.scores, end), **draw)
+        if later and end > 1
+        else None,
+        "refining": change(of_turn(last.scores, 1), of_turn(last.scores, end), **draw) if end > 1 else None,
+    }
+
+
+def warnings(run: RunRecord) -> list[str]:
+    """What a reader must know before believing the figures."""
+    found = [event["note"] for event in run.events if event["event"] == "note"]
+    if run.judged:
+        found.append(
+            "A judge's score is an answer's win rate against the other answers of its chain and averages 1/2 over it: it "
+            "compares turns, not rounds."
+        )
+    for round_ in run.rounds:
+        decision = (round_.guard or {}).get("decision")
+        if decision in ("skipped", "warned", "stopped"):
+            done = {"skipped": "left untrained", "warned": "trained on all the same", "stopped": "the run stopped"}
+            found.append(
+                f"Round {round_.number}: the chosen answers did not score higher than the rejected ones; {done[decision]}."
+            )
+    cut, missing = {}, {}
+    for round_ in run.evaluated:
+        turns = round_.metrics["turns"]
+        cut[round_.name] = max(turn["truncated_share"] or 0.0 for turn in turns)
+        missing[round_.name] = max(turn["answers"] - turn["scored"] for turn in turns)
+    if many := [name for name, share in cut.items() if share >= MANY_CUT_OFF]:
+        found.append(
+            f"Up to {max(cut.values()):.0%} of a turn's answers were cut off by max_tokens ({', '.join(many)})."
+        )
+    if some := [name for name, count in missing.items() if count > 0]:
+        most = max(missing.values())
+        found.append(f"Up to {most:,} answers of a turn have no score and are left out ({', '.join(some)}).")
+    if len(run.evaluated) > 1:
+        first, last = (round_.metrics["turns"][0]["tokens"] for round_ in (run.evaluated[0], run.evaluated[-1]))
+        if first and last and last > GROWTH * first:
+            found.append(f"Direct answers grew from {first:.0f} to {last:.0f} tokens on average.")
+    sets = {json.dumps(round_.manifest["versions"], sort_keys=True) for round_ in run.rounds if round_.manifest}
+    if len(sets) > 1:
+        found.append("Package versions changed between rounds; the versions below are those of the last one.")
+    return found
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by their dotted keys, their values as text; empty sections included."""
+    found = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return found
+
+
+# What it took
+
+
+def time_table(run: RunRecord) -> dict[str, Any]:
+    """Seconds of each stage by round, in the order of their first start, and how many runs of stages were cut short."""
+    by_stage: dict[str, dict[int, float]] = {}
+    interrupted = 0
+    for round_ in run.rounds:
+        for stage in stage_times(run.events, round_.number):
+            by_stage.setdefault(stage["stage"], {})[round_.number] = stage["seconds"]
+            interrupted += stage["interrupted"]
+    if run.state.kind == "running" and run.state.in_stage:
+        interrupted -= 1  # it goes on
+    total = sum(sum(seconds.values()) for seconds in by_stage.values())
+    return {
+        "stages": [
+            {"name": name, "rounds": seconds, "total": sum(seconds.values()), "share": sum(seconds.values()) / total}
+            for name, seconds in by_stage.items()
+            if total > 0
+        ],
+        "rounds": [round_.number for round_ in run.rounds],
+        "total": total,
+        "interrupted": interrupted,
+    }
+
+
+def drop_table(run: RunRecord) -> list[dict[str, Any]]:
+    """Pairs made and not made: one entry per reason, with the count of each round, the most frequent first."""
+    rounds = [round_ for round_ in run.rounds if round_.drops is not None]
+    reasons = {reason for round_ in rounds for reason in round_.drops["dropped"]}
+    rows = [
+        {"reason": reason, "rounds": [round_.drops["dropped"].get(reason, 0) for round_ in rounds]}
+        for reason in reasons
+    ]
+    return sorted(rows, key=lambda row: (-sum(row["rounds"]), row["reason"]))
+
+
+def curve(run: RunRecord, metric: str, sft: bool = False) -> list[tuple[str, list[float], list[float]]]:
+    """
+    A logged metric of the training: for each round that has it, its name, the steps, counted on from round to round, and
+    the values. The SFT is a curve of its own.
+    """
+    segments, offset = [], 0
+    for round_ in run.rounds:
+        if (round_.number == 0) != sft:
+            continue
+        rows = round_.history or []
+        points = [(row["step"] + offset, row[metric]) for row in rows if metric in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            segments.append((round_.name, list(steps), list(values)))
+        offset += max((row["step"] for row in rows), default=0)
+    return segments
+
+
+def training_table(run: RunRecord) -> list[dict[str, Any]]:
+    """What each training was: steps, rows, and the last value that was logged of each metric."""
+    rows = []
+    for round_ in run.rounds:
+        if round_.history:
+            last = {key: value for row in round_.history for key, value in row.items()}
+            rows.append({"name": "SFT" if round_.number == 0 else round_.name, "rows": round_.rows or {}, **last})
+    return rows

@@ -1,0 +1,102 @@
+"""
+State: is a run going on, finished, or stopped, and where? Read off its directory by those who look at it from outside.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..data.records import write_json
+from ..run_dir import RunDir, is_locked
+from .progress import StageProgress
+
+
+# Between two writes of `progress.json`
+RECORD_SECONDS = 2.0
+
+
+def recorded(update: Callable[[int, int], None], run: RunDir, number: int, name: str) -> Callable[[int, int], None]:
+    """An `update` of a stage that also writes `progress.json` now and then, for those who look at the run from outside."""
+    first = began = written = None
+
+    def update_and_record(done: int, total: int) -> None:
+        nonlocal first, began, written
+        update(done, total)
+        now = time.monotonic()
+        if first is None:
+            first, began = done, now
+        if written is None or now - written >= RECORD_SECONDS:
+            written = now
+            write_json(run.progress, asdict(StageProgress(number, name, first, done, total, now - began)))
+
+    return update_and_record
+
+
+def read_progress(run: RunDir) -> StageProgress | None:
+    """What a running stage has recorded, or `None`."""
+    try:
+        return StageProgress(**json.loads(run.progress.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+@dataclass
+class RunState:
+    """
+    Args:
+        kind (`str`):
+            `"not started"`, `"running"`, `"finished"`, `"stopped"` (it said why) or `"died"` (it could not).
+        round (`int`, *optional*), stage (`str`, *optional*), since (`str`, *optional*):
+            The last thing that was heard of it, and when. `None` where nothing was.
+        error (`str`, *optional*):
+            Why it stopped.
+        in_stage (`bool`):
+            Whether that stage had begun and not ended.
+    """
+
+    kind: str
+    round: int | None = None
+    stage: str | None = None
+    since: str | None = None
+    error: str | None = None
+    in_stage: bool = False
+
+    def __str__(self) -> str:
+        where = "before the first stage" if self.stage is None else f"round {self.round}, {self.stage}"
+        if self.stage is not None and not self.in_stage and self.kind != "stopped":
+            where = f"after {where}"
+        since = "" if self.since is None else f" ({self.since})"
+        return {
+            "not started": "not started",
+            "running": f"running: {where}{since}",
+            "finished": "finished",
+            "stopped": f"stopped: {where}{since}: {(self.error or '').partition(chr(10))[0]}",
+            "died": f"not running: it ended without a word, {where}{since}. It was killed, or the machine went down",
+        }[self.kind]
+
+
+def read_state(run: RunDir, rounds: int, running: bool | None = None) -> RunState:
+    """
+    Args:
+        run ([`RunDir`]):
+            The run.
+        rounds (`int`):
+            How many it is to have.
+        running (`bool`, *optional*):
+            Whether a process is at work in it; by default its lock is asked.
+    """
+    events = [event for event in run.read_events() if event["event"] != "note"]
+    last: dict[str, Any] = events[-1] if events else {}
+    heard = {key: last.get(key) for key in ("round", "stage")} | {"since": last.get("time")}
+    heard["in_stage"] = last.get("event") == "start"
+    if is_locked(run.lock) if running is None else running:
+        return RunState("running", **heard)
+    if run.round(rounds).manifest.exists():
+        return RunState("finished", **heard)
+    if last.get("event") == "stopped":
+        return RunState("stopped", **heard, error=last["error"])
+    if not run.resolved.exists():
+        return RunState("not started")
+    return RunState("died", **heard)

@@ -1,0 +1,198 @@
+"""
+Scores: a number for every answer, from a verifier (`verifier.py`), a reward model (`reward_model.py`), a judge (`judge.py`), or a
+weighted sum of several.
+
+What a scorer finds out is kept by content in one file of the run, so that nothing is scored twice: `score` adds what is
+missing there, and `scores` reads it back. `None` leaves an answer without a score.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from operator import mul
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...recipe import RecipeError
+from ..config import ScorerConfig
+from ..data.disk import writing
+from ..data.records import Answer, Chain, blocks, encoder, read_jsonl, read_rows, recover_jsonl, to_line
+
+
+Progress = Callable[[int, int], None]
+Block = list[tuple[Chain, dict[str, Any]]]  # chains, each with the other columns of its prompt
+
+# Chains whose answers a scorer is given together. [house]
+CHAINS_AT_ONCE = 100
+
+_encode_key = encoder(sort_keys=True)
+
+
+class ScoreCache:
+    """
+    What the scorers have found out so far, by content. In memory are the scores and verdicts, about 100 bytes each; what else a
+    row has stays in the file.
+
+    Args:
+        path (`Path`):
+            A `.jsonl` file that is only ever appended to. A torn last line is cut off.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what another process has added."""
+        self._found: dict[int, Any] = {}
+        self._enter(recover_jsonl(self.path))
+
+    def __contains__(self, key: str) -> bool:
+        return short(key) in self._found
+
+    def __getitem__(self, key: str) -> Any:
+        """A score or a verdict."""
+        return self._found[short(key)]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows with a `key` and a `score` or `verdict`."""
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(map(to_line, rows))
+        self._enter(rows)
+
+    def _enter(self, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            self._found[short(row["key"])] = row["verdict"] if "verdict" in row else row["score"]
+
+
+def short(key: str) -> int:
+    """
+    60 bits of a [`content_key`], the most that a small `int` has: a quarter of the memory of the text. That any two of four million
+    answers have the same is 1 to 140,000.
+    """
+    return int(key[:15], 16)
+
+
+def content_key(*content: Any) -> str:
+    """SHA-256 of who scores and what is scored."""
+    return hashlib.sha256(_encode_key(content).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def answer_keys(before: tuple[Any, ...], texts: Iterable[str], after: tuple[Any, ...] = ()) -> Iterator[str]:
+    """`content_key(*before, text, *after)` of each text. What they have in common is encoded once."""
+    start, end = _encode_key(before)[:-1] + ", ", _encode_key(after)[1:]
+    end = ", " + end if after else end
+    for text in texts:
+        content = f"{start}{_encode_key(text)}{end}"
+        yield hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass
+class ScoreTask:
+    """One file of answers to score."""
+
+    prompts: Path
+    answers: Path
+
+    def __post_init__(self):
+        self.columns = other_columns(read_rows(self.prompts))
+
+    def __iter__(self) -> Iterator[tuple[Chain, dict[str, Any]]]:
+        """Each chain with the other columns of its prompt, read from the files as it goes."""
+        for prompt, chain in read_chains(self.prompts, self.answers):
+            yield chain, {name: prompt.get(name) for name in self.columns}
+
+
+def chains_of(tasks: list[ScoreTask]) -> Iterator[tuple[Chain, dict[str, Any]]]:
+    return (item for task in tasks for item in task)
+
+
+def other_columns(prompts: Iterable[dict[str, Any]]) -> list[str]:
+    """What the rows hold besides the prompt; not every row needs to have all of it."""
+    return sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
+
+
+def load_chains(prompts: list[dict[str, Any]], answers: Path) -> list[Chain]:
+    rows = {row["prompt_id"]: row for row in read_jsonl(answers)}
+    return [Chain.from_row(rows[row["prompt_id"]], row["prompt"]) for row in prompts]
+
+
+def read_chains(prompts: Path, answers: Path) -> Iterator[tuple[dict[str, Any], Chain]]:
+    """
+    [`load_chains`] one by one: each prompt's row, and its chain.
+
+    Raises:
+        [`RecipeError`]: the files do not have the same prompts in the same order.
+    """
+    rows = zip_longest(read_rows(prompts), read_rows(answers), fillvalue={"prompt_id": None})
+    for number, (prompt, row) in enumerate(rows, start=1):
+        if prompt["prompt_id"] != row["prompt_id"]:
+            raise RecipeError(
+                f"{answers}:{number}: line {number} of {prompts} has another prompt. Take both files back as they were, or "
+                f"delete {answers} and all that was made after it."
+            )
+        yield prompt, Chain.from_row(row, prompt["prompt"])
+
+
+class Scorer(Protocol):
+    """What a verifier, a reward model and a judge have in common."""
+
+    name: str
+    weight: float
+
+    def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
+        """Try it on the first prompt of each file before any work is done; [`RecipeError`] if that fails."""
+
+    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
+        """Add to the cache what takes a process or a server to find out. Returns lines that the user should read."""
+
+    def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
+        """The scores of the answers of each chain."""
+
+
+def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> Iterator[dict[str, Any]]:
+    """
+    The weighted sum of what the scorers say of each answer; `None` where one of them says nothing.
+
+    Yields:
+        `dict`: of each chain `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
+    """
+    names, weights = [scorer.name for scorer in scorers], [scorer.weight for scorer in scorers]
+    for block in blocks(task, CHAINS_AT_ONCE):
+        found = [scorer.scores(block, cache) for scorer in scorers]
+        for number, (chain, _) in enumerate(block):
+            each = [scores[number] for scores in found]  # by scorer, then by answer
+            sums = [None if None in parts else sum(map(mul, weights, parts)) for parts in zip(*each, strict=True)]
+            yield {
+                "prompt_id": chain.prompt_id,
+                "scores": sums if scorers else [None] * len(chain.answers),
+                "by_scorer": dict(zip(names, each, strict=True)),
+            }
+
+
+class AnswerScorer:
+    """A scorer that looks at one answer at a time: the part that verifiers and reward models share."""
+
+    def __init__(self, config: ScorerConfig):
+        self.name = config.name
+        self.weight = config.weight
+
+    def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
+        """Of each answer of a chain, its key in the cache."""
+        raise NotImplementedError
+
+    def missing(
+        self, chains: Iterable[tuple[Chain, dict[str, Any]]], cache: ScoreCache
+    ) -> Iterator[tuple[str, tuple[Chain, Answer, dict[str, Any]]]]:
+        """The answers without an entry in the cache, with their keys."""
+        for chain, columns in chains:
+            for answer, key in zip(chain.answers, self.keys(chain, columns), strict=True):
+                if key not in cache:
+                    yield key, (chain, answer, columns)
+
+    def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
+        return [[cache[key] for key in self.keys(chain, columns)] for chain, columns in block]
