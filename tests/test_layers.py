@@ -171,8 +171,8 @@ def test_unknown_names_are_attribute_errors():
 
 # The rooms of `aries`, in the order in which they may import one another: what a round reads and writes, then what it does
 ROOMS = [
-    *("children", "templates", "config", "data", "run_dir", "generation", "training", "scoring", "checks", "inputs"),
-    *("policies", "provenance", "jobs", "manifest", "results", "rounds"),
+    *("children", "templates", "config", "data", "run_dir", "policies", "generation", "training", "scoring", "checks"),
+    *("inputs", "provenance", "manifest", "results", "stages", "rounds"),
 ]
 
 
@@ -189,3 +189,10 @@ def test_rooms_of_aries_import_the_rooms_before_them(module):
 
 def test_few_files_are_at_the_top_of_aries():
     assert len(list((PACKAGE / "aries").glob("*.py"))) <= 11
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_private_name_is_imported_from_another_module(module):
+    """`_x` belongs to its module. What TRL does not export has its own test."""
+    own = [(source, name) for source, name in imports(module) if source.split(".")[0] == "trl_ext"]
+    assert [(source, name) for source, name in own if name and name.startswith("_") and name != "__version__"] == []

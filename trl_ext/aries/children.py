@@ -1,9 +1,8 @@
 """
 Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
 
-A child reads its job from a JSON file and reports `{"done": i, "total": n}` lines, `{"note": text}` for what somebody should know,
-`{"error": message}` for bad input, or `{"failed": message}` for a fault that it can name; whatever it or its libraries print goes to a
-log file. It dies with its parent. Where a launcher makes it several processes, the first one reports what is done, and each one what is
+A child reads its job, a dataclass, from a JSON file, and answers with lines of JSON, each one of the dataclasses [`Done`], [`Note`],
+[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It dies with its parent. Where a launcher makes it several processes, the first one reports what is done, and each one what is
 wrong.
 """
 
@@ -13,8 +12,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+from pydantic import TypeAdapter
 
 from ..launch import Launch
 from ..processes import die_with_launcher, launcher_command, process_group
@@ -35,13 +37,45 @@ def one_gpu() -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
+@dataclass
+class Done:
+    """How far it is."""
+
+    done: int
+    total: int
+
+
+@dataclass
+class Note:
+    """What somebody should know."""
+
+    note: str
+
+
+@dataclass
+class BadInput:
+    """A [`RecipeError`] of the child's."""
+
+    error: str
+
+
+@dataclass
+class Failure:
+    """A [`ChildError`] of the child's: a fault that it can name."""
+
+    failed: str
+
+
+Report = Done | Note | BadInput | Failure
+
+
 class ChildError(RuntimeError):
     """A stage's process failed. The message says why, or has the end of its log and the log's path."""
 
 
 def run_child(
     module: str,
-    job: dict[str, Any],
+    job: Any,
     log: Path,
     on_progress: Callable[[int, int], None],
     env: dict[str, str] | None = None,
@@ -53,8 +87,8 @@ def run_child(
 
     Args:
         module (`str`):
-            A module that ends in `child_main(main)`.
-        job (`dict`):
+            A module that ends in `child_main(main, Job)`.
+        job (a dataclass):
             Passed to its `main`, through a JSON file beside the log.
         log (`Path`):
             Where its output goes (appended).
@@ -73,7 +107,7 @@ def run_child(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
-    job_file.write_text(json.dumps(job, indent=2), encoding="utf-8")
+    job_file.write_text(json.dumps(asdict(job), indent=2, default=str), encoding="utf-8")  # `str` for paths
     arguments = (module, str(job_file)) if launch is None else launch.command(module, str(job_file))
     with (
         open(log, "a", encoding="utf-8") as log_file,
@@ -90,15 +124,15 @@ def run_child(
             if not line.startswith(REPORT):  # printed while the module was being imported
                 log_file.write(line)
                 continue
-            report = json.loads(line.removeprefix(REPORT))
-            if "error" in report:
-                raise RecipeError(report["error"])
-            if "failed" in report:
-                raise ChildError(report["failed"])
-            if "note" in report:
-                on_note(report["note"])
-                continue
-            on_progress(report["done"], report["total"])
+            match TypeAdapter(Report).validate_python(json.loads(line.removeprefix(REPORT))):
+                case Done(done, total):
+                    on_progress(done, total)
+                case Note(text):
+                    on_note(text)
+                case BadInput(text):
+                    raise RecipeError(text)
+                case Failure(text):
+                    raise ChildError(text)
         code = child.wait()
     if code != 0:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -118,21 +152,21 @@ class Reporter:
 
     def __call__(self, done: int, total: int) -> None:
         if os.environ.get("RANK", "0") == "0":
-            self.send(done=done, total=total)
+            self.send(Done(done, total))
 
     def note(self, text: str) -> None:
-        self.send(note=text)
+        self.send(Note(text))
 
     def close(self) -> None:
         self._stream.close()
 
-    def send(self, **message: Any) -> None:
-        self._stream.write(f"{REPORT}{json.dumps(message)}\n")
+    def send(self, report: Report) -> None:
+        self._stream.write(f"{REPORT}{json.dumps(asdict(report))}\n")
         self._stream.flush()
 
 
-def child_main(main: Callable[[dict[str, Any], Reporter], None]) -> None:
-    """The other side of [`run_child`]: `main(job, report)` with the job of the command line."""
+def child_main(main: Callable[[Any, Reporter], None], job_class: type) -> None:
+    """The other side of [`run_child`]: `main(job, report)` with the job of the command line, an instance of `job_class`."""
     [job_file] = sys.argv[1:]
     die_with_launcher()
     # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
@@ -141,8 +175,9 @@ def child_main(main: Callable[[dict[str, Any], Reporter], None]) -> None:
     os.register_at_fork(after_in_child=report.close)
     os.dup2(2, 1)
     try:
-        main(json.loads(Path(job_file).read_text(encoding="utf-8")), report)
+        job = json.loads(Path(job_file).read_text(encoding="utf-8"))
+        main(TypeAdapter(job_class).validate_python(job), report)
     except RecipeError as error:
-        report.send(error=str(error))
+        report.send(BadInput(str(error)))
     except ChildError as error:
-        report.send(failed=str(error))
+        report.send(Failure(str(error)))

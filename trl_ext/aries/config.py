@@ -895,37 +895,3 @@ def objective_alpha(config: AriesConfig) -> float | None:
     if config.training.get("objective", "logistic") == "logistic":
         return None
     return config.training.get("objective_alpha", OBJECTIVE_ALPHA)
-
-
-def loop_settings(config: AriesConfig, number: int) -> dict[str, Any]:
-    """
-    Keys that a trainer's section may set and otherwise takes from the loop: a seed of the round's own, no progress bars in
-    the log, a loss that is no number logged as such, and room for whatever the engine can generate.
-    """
-    return {
-        "seed": config.seed + number,
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        "max_length": config.generation.max_model_len,
-    }
-
-
-def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> dict[str, Any]:
-    """
-    Trainer of a round and the keys of its config, from the recipe's `training` section.
-    """
-    settings = {k: v for k, v in config.training.items() if k not in LOOP_KEYS}
-    return {
-        "trainer": config.training.get("trainer", "dpo"),
-        "objective_alpha": objective_alpha(config),
-        "config": {**loop_settings(config, number), **settings, "output_dir": output_dir},
-    }
-
-
-def sft_settings(config: AriesConfig, output_dir: str) -> dict[str, Any]:
-    """The same of the recipe's `sft` section."""
-    settings = {k: v for k, v in config.sft.items() if k != "dataset"}
-    return {
-        "trainer": "sft",
-        "config": {**loop_settings(config, 0), **settings, "output_dir": output_dir},
-    }

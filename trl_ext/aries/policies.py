@@ -1,15 +1,17 @@
 """
-Policies: what the policy after a round is. It is what the round's training made, unless the guard left the round untrained, and as
-long as the health check has not set it aside.
+Policies: what the policy after a round is, what it is given to answer, and which others it might be mistaken for.
+
+A round's policy is what its training made, unless the guard left the round untrained. It answers the evaluation prompts and the
+prompts of the next round, which trains on those answers. `answering` is the number of the round whose policy answers; the round that
+is made meanwhile is the next one. After the last round there is no next one, and the policy answers the evaluation prompts alone.
 
 In: the run directory. Out: paths; nothing is loaded.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..recipe import RecipeError
-from .checks.gates import policy_findings, policy_stop_message
 from .config import AriesConfig
 from .data.records import read_json
 from .run_dir import RoundDir, RunDir
@@ -54,36 +56,81 @@ def is_decided(round_dir: RoundDir, config: AriesConfig) -> bool:
     return product(round_dir, config).exists() or is_skipped(round_dir)
 
 
-def set_aside(round_dir: RoundDir, config: AriesConfig) -> None:
-    """Put what the round's training made where no stage takes it for the round's policy."""
-    round_dir.set_aside.mkdir(exist_ok=True)
-    product(round_dir, config).rename(_aside(round_dir, config))
+@dataclass
+class Answers:
+    """Prompts that a policy answers, its answers, and their scores."""
+
+    prompts: Path
+    answers: Path
+    scores: Path
+    is_evaluation: bool
 
 
-def take_back(run: RunDir, config: AriesConfig, number: int) -> bool:
+def answers_of(run: RunDir, config: AriesConfig, answering: int) -> list[Answers]:
+    """What the policy of round `answering` answers: the evaluation prompts, then those of the next round if there is one."""
+    own = run.round(answering)
+    found = [Answers(run.evaluation_prompts, own.evaluation, own.evaluation_scores, is_evaluation=True)]
+    if answering < config.rounds:
+        made = run.round(answering + 1)
+        found.append(Answers(made.prompts, made.answers, made.scores, is_evaluation=False))
+    return found
+
+
+def unscored(run: RunDir, config: AriesConfig, answering: int) -> list[Answers]:
+    return [answers for answers in answers_of(run, config, answering) if not answers.scores.exists()]
+
+
+def needs_samples(run: RunDir, config: AriesConfig, answering: int) -> bool:
+    """Whether the policy is still to be sampled for the parity check."""
+    return bool(config.parity.samples) and not run.round(answering).samples.exists()
+
+
+@dataclass
+class Comparison:
     """
-    Whether a policy that was set aside is taken back, since the recipe's bounds are others now.
+    A policy beside those that it might be mistaken for.
 
-    Raises:
-        [`RecipeError`]: it is beyond these too.
+    Args:
+        number (`int`):
+            The round that made it.
+        policies (`dict[str, Policy]`):
+            `"policy"`, and the others by their names in [`~aries.generation.policy_identity.POLICY_NAMES`].
+        tolerance (`float`, *optional*):
+            `parity.tolerance`.
+        quantization (`str`, *optional*):
+            `generation.quantization`.
+        trained_on (`dict`, *optional*):
+            The section `model`, if the policy is trained on an NF4 base and sampled on another.
+        revision (`str`, *optional*), trust_remote_code (`bool`), use_cpu (`bool`):
+            How models are loaded.
     """
-    round_dir = run.round(number)
-    aside = _aside(round_dir, config)
-    if not aside.exists():
-        return False
-    found = policy_findings(read_json(round_dir.health), config.health)
-    if found:
-        raise degenerate(run, config, number, found)
-    aside.rename(product(round_dir, config))
-    return True
+
+    number: int
+    policies: dict[str, Policy]
+    tolerance: float | None = None
+    quantization: str | None = None
+    trained_on: dict[str, Any] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    use_cpu: bool = False
 
 
-def degenerate(run: RunDir, config: AriesConfig, number: int, found: list[str]) -> RecipeError:
-    """The error that ends a run whose policy has been set aside."""
-    last_good = policy_after(run, config, number - 1)
-    aside = str(_aside(run.round(number), config))
-    return RecipeError(policy_stop_message(number, found, aside, last_good.adapter or last_good.model))
-
-
-def _aside(round_dir: RoundDir, config: AriesConfig) -> Path:
-    return round_dir.set_aside / product(round_dir, config).name
+def comparison(run: RunDir, config: AriesConfig, answering: int) -> Comparison:
+    """The policy of round `answering`, the model without its adapter, the initial policy and the one of the round before."""
+    policy = policy_after(run, config, answering)
+    policies = {"policy": policy}
+    if policy.adapter is not None:
+        policies["base"] = Policy(policy.model, None)
+    policies["initial"] = policy_after(run, config, 0)
+    if answering > 0:
+        policies["previous"] = policy_after(run, config, answering - 1)
+    return Comparison(
+        answering,
+        policies,
+        config.parity.tolerance,
+        config.generation.quantization,
+        trained_on=config.model if config.trained_on_nf4_sampled_at_full_precision else None,
+        revision=config.model.get("model_revision"),
+        trust_remote_code=config.trust_remote_code,
+        use_cpu=bool(config.training.get("use_cpu")),
+    )

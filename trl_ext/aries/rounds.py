@@ -1,9 +1,9 @@
 """
 The loop: prompts -> drafts -> refinements -> scores -> pairs -> training -> next round.
 
-Each stage writes one file of the round's directory and is skipped where that file exists, so a run that was killed
-continues with the first missing file. One engine start per round answers the evaluation prompts, with the policy that
-the previous round made, and the round's own prompts.
+Each stage writes one file of the round's directory and is skipped if that file exists, so a run that was killed continues with the
+first missing file. In one start of the engine a round's policy answers the evaluation prompts and the prompts of the next round. So
+there are two numbers: `answering` is the round whose policy answers and is evaluated, `number` a round that is made or closed.
 """
 
 import time
@@ -19,6 +19,7 @@ from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .checks.gates import PairsMeasure, decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
 from .checks.overlap import count_overlap, overlap_lines
+from .checks.set_aside import degenerate, set_aside, take_back
 from .children import ChildError, one_gpu, run_child
 from .config import AriesConfig
 from .data.faults import FAULTS, share_finding
@@ -28,20 +29,31 @@ from .data.records import read_json, read_jsonl, read_rows, write_json, write_js
 from .data.sft import sft_row
 from .generation.refinements import Strategy
 from .inputs import Inputs, input_hashes, local_inputs, read_inputs
-from .jobs import first_row, generation_job, parity_job, preflight_job, probe_job, scoring_job, training_job
 from .manifest import write_manifest
-from .policies import degenerate, is_decided, is_skipped, product, set_aside, take_back
+from .policies import answers_of, is_decided, is_skipped, needs_samples, product, unscored
 from .provenance import check_made, note_made
 from .results.cost import round_cost
 from .results.progress import WARNING, JsonProgress, RunProgress, duration
 from .results.report import NEEDS_MATPLOTLIB
 from .results.state import recorded
 from .results.status import print_next, print_results
-from .results.tracking import track, tracked_training
+from .results.tracking import is_tracked, training_environment
 from .run_dir import RoundDir, RunDir
 from .scoring.evaluation import evaluation_metrics, setbacks
-from .scoring.scores import load_chains, read_chains
-from .scoring.scoring import run_scoring
+from .scoring.scores import first_row, load_chains, read_chains
+from .scoring.watch import ends_explained
+from .stages.messages import (
+    AnsweringMessage,
+    CheckScorersMessage,
+    PreflightMessage,
+    ReportMessage,
+    RewardModelMessage,
+    RoundMessage,
+)
+from .training.settings import trainer_settings
+
+
+Update = Callable[[int, int], None]  # of a stage's progress: done, of how many
 
 
 def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
@@ -113,14 +125,14 @@ class Rounds:
         if self.config.generation.engine == "ray" and find_spec("ray") is None:
             where = recipe.where("generation", "engine")
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
-        job = preflight_job(self.dir, self.config, recipe, self.launch, self.inputs.conversational)
         with self.stage(0, "check") as update:
-            logs = self.dir.path / "logs"
             if self.config.scores.each():
                 rows = [first_row(self.inputs.prompts), first_row(self.inputs.evaluation_prompts)]
-                scoring = scoring_job(self.dir, self.config) | {"check": rows}
-                run_scoring(scoring, logs / "check_scores.log", update, self.note)
-            run_child("trl_ext.aries.checks.preflight", job, logs / "check.log", update, on_note=self.note)
+                log = self.dir.logs / "check_scores.log"
+                with ends_explained(self.dir, log, made=[]):
+                    self.start("check_scorers", CheckScorersMessage(self.dir.path, rows), log, update)
+            preflight = PreflightMessage.of(self.dir.path, recipe, self.inputs.conversational)
+            self.start("preflight", preflight, self.dir.logs / "check.log", update)
 
     def check_servers(self) -> None:
         from .generation.servers import Wanted, check_servers  # an HTTP client, which other runs do not need
@@ -147,9 +159,8 @@ class Rounds:
             return
         if not round_dir.sft.exists():
             self.write_sft_rows(round_dir)
-        job = training_job(self.dir, self.config, 0)
         with self.stage(0, "sft") as update:
-            self.run_training(0, job, round_dir.logs / "sft.log", update)
+            self.run_training(0, round_dir.logs / "sft.log", update)
 
     def write_sft_rows(self, round_dir: RoundDir) -> None:
         rows = len(self.inputs.sft_rows) + sum(self.inputs.sft_dropped.values())
@@ -167,49 +178,48 @@ class Rounds:
         if not round_dir.prompts.exists():
             rows = select_prompts(self.inputs.prompts, number, self.inputs.round_size, self.config.seed)
             write_jsonl(round_dir.prompts, rows)
-        self.generate(number)
-        self.check_parity(number)
-        self.check_health(number - 1)
-        self.score(number)
-        self.close(number - 1)
+        self.answer(number - 1)
         self.pair(number)
         self.guard(number)
         self.train(number)
         self.progress.end_round(number, time.monotonic() - start)
 
-    def generate(self, number: int) -> None:
-        """Drafts and refinements of the round's prompts, and of the evaluation prompts, by the previous round's policy."""
+    def evaluate_last(self) -> None:
+        """Answer the evaluation prompts with the last round's policy."""
+        if not self.dir.round(self.config.rounds).manifest.exists():
+            self.answer(self.config.rounds)
+
+    def answer(self, answering: int) -> None:
+        """A round's policy answers what it is to answer, is evaluated, and its round is closed."""
+        self.generate(answering)
+        self.check_parity(answering)
+        self.check_health(answering)
+        self.score(answering)
+        self.close(answering)
+
+    def generate(self, answering: int) -> None:
+        """Drafts and refinements of the evaluation prompts, and of the next round's."""
         if not self.dir.evaluation_prompts.exists():
             write_jsonl(self.dir.evaluation_prompts, self.inputs.evaluation_prompts)
-        job = generation_job(self.dir, self.config, number)
-        made = [Path(task["answers"]) for task in job["tasks"] if Path(task["answers"]).exists()]
-        for answers in made:  # a kill between the last two moves of the engine leaves both
-            answers.with_name(answers.name + ".part").unlink(missing_ok=True)
-        if job["parity"] is None and len(made) == len(job["tasks"]):
+        files = [answers.answers for answers in answers_of(self.dir, self.config, answering)]
+        made = [file for file in files if file.exists()]
+        for file in made:  # a kill between the last two moves of the engine leaves both
+            file.with_name(file.name + ".part").unlink(missing_ok=True)
+        if made == files and not needs_samples(self.dir, self.config, answering):
             return
         if self.config.generation.base_urls is not None:
-            self.probe(number)
-        with self.stage(self.under(number), "drafts and refinements") as update:
-            log = self.dir.round(self.under(number)).logs / "engine.log"
-            run_child("trl_ext.aries.generation.embedded_engine", job, log, update, on_note=self.note)
+            self.probe(answering)
+        self.start_answering("generate", answering, "drafts and refinements", "engine.log")
 
-    def probe(self, number: int) -> None:
-        """What servers are compared with: the previous round's policy on a few prompts, by the trainer's libraries."""
-        if self.dir.round(number - 1).probe.exists():
-            return
-        job = probe_job(self.dir, self.config, number)
-        with self.stage(self.under(number), "probe") as update:
-            log = self.dir.round(self.under(number)).logs / "probe.log"
-            run_child("trl_ext.aries.checks.probe", job, log, update, env=one_gpu())
+    def probe(self, answering: int) -> None:
+        """What servers are compared with: the policy on a few prompts, by the trainer's libraries."""
+        if not self.dir.round(answering).probe.exists():
+            self.start_answering("probe", answering, "probe", "probe.log", env=one_gpu())
 
-    def check_parity(self, number: int) -> None:
-        """Are the answers of `generate` from the previous round's policy? With its KL to the initial one."""
-        if not self.config.parity.samples or self.dir.round(number - 1).parity.exists():
-            return
-        job = parity_job(self.dir, self.config, number)
-        with self.stage(self.under(number), "parity") as update:
-            log = self.dir.round(self.under(number)).logs / "parity.log"
-            run_child("trl_ext.aries.checks.parity", job, log, update, env=one_gpu())
+    def check_parity(self, answering: int) -> None:
+        """Are the answers from the policy? With its KL to the initial one."""
+        if self.config.parity.samples and not self.dir.round(answering).parity.exists():
+            self.start_answering("parity", answering, "parity", "parity.log", env=one_gpu())
 
     def check_health(self, number: int) -> None:
         """
@@ -229,13 +239,19 @@ class Rounds:
             set_aside(round_dir, self.config)
             raise degenerate(self.dir, self.config, number, found)
 
-    def score(self, number: int) -> None:
-        """Scores of the round's answers and of the evaluation's."""
-        job = scoring_job(self.dir, self.config, number)
-        if not job["tasks"]:
+    def score(self, answering: int) -> None:
+        """Scores of the evaluation answers, and of those to the next round's prompts."""
+        made = [answers.scores for answers in unscored(self.dir, self.config, answering)]
+        if not made:
             return
-        with self.stage(self.under(number), "scores") as update:
-            run_scoring(job, self.dir.round(self.under(number)).logs / "scores.log", update, self.note)
+        with self.answering_stage(answering, "scores") as (logs, update):
+            for scorer in self.config.scores.each():
+                if scorer.reward_model is not None:
+                    message = RewardModelMessage(self.dir.path, answering, scorer.name)
+                    self.start("reward_model", message, logs / f"{scorer.name}.log", update)
+            log = logs / "scores.log"
+            with ends_explained(self.dir, log, made):
+                self.start("score", AnsweringMessage(self.dir.path, answering), log, update)
 
     def close(self, number: int) -> None:
         """Metrics and manifest of a round whose policy has been evaluated."""
@@ -263,7 +279,7 @@ class Rounds:
         answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
         cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
         write_json(round_dir.cost, cost)
-        track(self.dir, self.config, number, self.progress)
+        self.track(number)
         write_manifest(self.dir, self.config, number)
         self.write_report(running=number < self.config.rounds)
 
@@ -346,31 +362,36 @@ class Rounds:
         round_dir = self.dir.round(number)
         if is_decided(round_dir, self.config) or take_back(self.dir, self.config, number):
             return
-        job = training_job(self.dir, self.config, number)
-        with self.stage(number, f"training ({job['trainer']})") as update:
-            self.run_training(number, job, round_dir.logs / "training.log", update)
+        trainer = trainer_settings(self.config, number, "").trainer
+        with self.stage(number, f"training ({trainer})") as update:
+            self.run_training(number, round_dir.logs / "training.log", update)
 
-    def run_training(self, number: int, job: dict[str, Any], log: Path, update: Callable[[int, int], None]) -> None:
-        """The SFT, or a round's training, in one process or as the recipe launches it."""
+    def run_training(self, number: int, log: Path, update: Update) -> None:
+        """The SFT, which is number 0, or a round's training, in one process or as the recipe launches it."""
         env = {} if self.launch else one_gpu()
-        env |= tracked_training(job, self.dir, self.config, number)
-        run_child("trl_ext.aries.training.train", job, log, update, env=env, launch=self.launch)
-
-    def evaluate_last(self) -> None:
-        """Answer the evaluation prompts with the last round's policy."""
-        if self.dir.round(self.config.rounds).manifest.exists():
-            return
-        self.generate(self.config.rounds + 1)
-        self.check_parity(self.config.rounds + 1)
-        self.check_health(self.config.rounds)
-        self.score(self.config.rounds + 1)
-        self.close(self.config.rounds)
+        env |= training_environment(self.dir, self.config, number)
+        self.start("train", RoundMessage(self.dir.path, number), log, update, env=env, launch=self.launch)
 
     # What the stages share
 
-    def under(self, number: int) -> int:
-        """The round whose stage it is: the evaluation of the last round's policy is the last round's."""
-        return min(number, self.config.rounds)
+    def start(self, stage: str, message: Any, log: Path, update: Update, **options: Any) -> None:
+        """Run a process of `stages/` to its end."""
+        run_child(f"trl_ext.aries.stages.{stage}", message, log, update, on_note=self.note, **options)
+
+    def start_answering(self, stage: str, answering: int, name: str, log: str, **options: Any) -> None:
+        """[`start`] with what it takes for a policy that answers."""
+        with self.answering_stage(answering, name) as (logs, update):
+            self.start(stage, AnsweringMessage(self.dir.path, answering), logs / log, update, **options)
+
+    @contextmanager
+    def answering_stage(self, answering: int, name: str) -> Iterator[tuple[Path, Update]]:
+        """
+        A [`stage`] of the round that is made from the answers, with the directory of its logs. The evaluation of the last round's policy
+        is the last round's.
+        """
+        number = min(answering + 1, self.config.rounds)
+        with self.stage(number, name) as update:
+            yield self.dir.round(number).logs, update
 
     def note(self, note: str, style: str | None = None) -> None:
         """Say what somebody should know, and log it."""
@@ -379,7 +400,7 @@ class Rounds:
         self.dir.log_event(event="note", round=number, stage=stage, note=note)
 
     @contextmanager
-    def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, number: int, name: str) -> Iterator[Update]:
         """Show a stage while it runs, and log its start and end."""
         start = time.monotonic()
         self.at = (number, name)
@@ -405,16 +426,27 @@ class Rounds:
             raise
 
     def write_report(self, running: bool) -> None:
-        """Bring `report.html` up to date, in a process that gives its memory back. A run does not fail by its report."""
+        """Bring `report.html` up to date."""
         if find_spec("matplotlib") is None:
             if not self.told:
                 self.progress.say(f"{'':<11}no {self.dir.report.name}: {NEEDS_MATPLOTLIB}", style=WARNING)
             self.told = True
             return
-        job, log = {"run": str(self.dir.path), "running": running}, self.dir.path / "logs" / "report.log"
+        message = ReportMessage(self.dir.path, running)
+        self.start_aside("report", message, self.dir.logs / "report.log", f"{self.dir.report} was not written")
+
+    def track(self, number: int) -> None:
+        """Send a round's metrics to the trackers, those of the trainings went there."""
+        if is_tracked(self.config):
+            log = self.dir.round(number).logs / "tracking.log"
+            failed = f"metrics of round {number} were not tracked, see {log}"
+            self.start_aside("track", RoundMessage(self.dir.path, number), log, failed)
+
+    def start_aside(self, stage: str, message: Any, log: Path, failed: str) -> None:
+        """Run a process without which the run goes on as well; if it fails, say so."""
         try:
-            run_child("trl_ext.aries.results.report", job, log, lambda done, total: None)
+            self.start(stage, message, log, lambda done, total: None)
         except (RecipeError, ChildError, OSError) as error:
             lines = str(error).splitlines()
             why = " ".join(dict.fromkeys([lines[0], lines[-1]]))
-            self.progress.say(f"{'':<11}{self.dir.report} was not written: {why}", style=WARNING)
+            self.progress.say(f"{'':<11}{failed}: {why}", style=WARNING)

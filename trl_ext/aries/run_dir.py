@@ -14,6 +14,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
 from ..outputs import check_apart
 from ..recipe import RecipeError
 from ..recipe_values import union_members
@@ -119,9 +121,16 @@ class RunDir:
         self.progress = path / "progress.json"
         self.lock = path / "run.lock"
         self.report = path / "report.html"
+        self.logs = path / "logs"
+        self.verifier_call = self.logs / "verifier.call"
 
     def round(self, number: int) -> RoundDir:
         return RoundDir(self.path / f"round_{number:02d}")
+
+    def read_config(self) -> AriesConfig:
+        """What the recipe resolved to when the run was last started; keys that are missing there are at their defaults."""
+        recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
+        return TypeAdapter(AriesConfig).validate_python({k: v for k, v in recorded.items() if k != "inputs"})
 
     @contextmanager
     def opened(self, config: AriesConfig, recipe_text: str, inputs: dict[str, str]) -> Iterator[None]:

@@ -16,7 +16,7 @@ from trl import ModelConfig
 
 from ..aries.checks.overlap import count_overlap, overlap_lines
 from ..aries.children import ChildError
-from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn, trainer_settings
+from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn
 from ..aries.data.templates import refinement_prompt
 from ..aries.generation.drafts import encode_prompt, render_row
 from ..aries.generation.refinements import Strategy
@@ -24,6 +24,7 @@ from ..aries.inputs import Inputs, local_inputs, read_inputs
 from ..aries.rounds import Rounds
 from ..aries.run_dir import RunDir
 from ..aries.scoring.verifier import load_verifier, needed_columns
+from ..aries.training.settings import trainer_settings
 from ..aries.training.train import trainer_classes
 from ..launch import Launch, recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
@@ -108,7 +109,7 @@ def check_settings(config: AriesConfig, inputs: Inputs, recipe: Recipe, launch: 
     with tempfile.TemporaryDirectory() as directory:
         loop = Rounds(replace(config, output_dir=directory), inputs, launch=launch)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()), loop.dir.opened(loop.config, "", {}):
                 loop.check(recipe)
         except RecipeError as error:
             for line in str(error).splitlines():
@@ -208,7 +209,7 @@ def estimates(config: AriesConfig, model_config: PreTrainedConfig, report: Repor
     _, config_class = trainer_classes(settings)
     on_any_machine = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
     try:
-        args = config_class(**settings["config"] | on_any_machine)
+        args = config_class(**settings.config | on_any_machine)
     except (TypeError, ValueError):
         return  # among the settings
     args.bf16 = config.training.get("bf16", not config.training.get("fp16", False))

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
@@ -156,7 +155,7 @@ def check_vllm_imports() -> Check:
 def check_vllm_starts() -> Check:
     """A real start of the engine, on a random Llama of 0.1M parameters, and eight tokens from it."""
     with tempfile.TemporaryDirectory() as directory:
-        done = run_limited(engine_command(Path(directory)), VLLM_SECONDS)
+        done = run_limited(launcher_command("trl_ext.doctor.tiny_engine", directory), VLLM_SECONDS)
         answers = Path(directory, "answers.jsonl")
         if done is None:
             return Check(
@@ -168,60 +167,6 @@ def check_vllm_starts() -> Check:
             return Check("failed", "vllm start", f"{ended(code)}: {last_line(error)}", way_out)
         [row] = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
         return Check("ok", "vllm start", f"started and generated {row['answers'][0]['tokens']} tokens")
-
-
-def engine_command(directory: Path) -> list[str]:
-    """Write a tiny model and a job for ARIES' engine; the command that answers it."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from ..aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
-
-    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", *"abcdefghijklm"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,  # of size 32, one of those that vLLM's CPU build takes
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=2,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)  # makes the directory
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
-    (directory / "prompts.jsonl").write_text('{"prompt_id": "p-1", "prompt": "a b c"}\n')
-    generation = GenerationConfig(
-        max_model_len=64,
-        max_num_seqs=2,
-        dtype="auto" if torch.cuda.is_available() else "float32",  # vLLM's 16-bit code aborts on some CPUs
-        cpu_kv_cache_gib=1,
-        gpu_memory_utilization=0.2,
-    )
-    job = {
-        "model": str(directory),
-        "adapter": None,
-        "max_lora_rank": 8,
-        "revision": None,
-        "trust_remote_code": False,
-        "generation": asdict(generation) | {"enforce_eager": True},
-        "tasks": [
-            {
-                "prompts": str(directory / "prompts.jsonl"),
-                "answers": str(directory / "answers.jsonl"),
-                "sampling": [asdict(DraftsConfig(max_tokens=8))] * 2,
-                "seed": [0],
-                "refinements": asdict(RefinementsConfig(strategy="parallel", turns=2)),
-            }
-        ],
-    }
-    (directory / "job.json").write_text(json.dumps(job))
-    return launcher_command("trl_ext.aries.generation.embedded_engine", str(directory / "job.json"))
 
 
 def check_bitsandbytes() -> Check:

@@ -23,7 +23,6 @@ from ..aries.config import AriesConfig, PairsConfig
 from ..aries.data.pairs import Pair, preference_rows
 from ..aries.data.records import write_jsonl
 from ..aries.inputs import Inputs
-from ..aries.jobs import training_job
 from ..aries.results.progress import duration
 from ..aries.rounds import Rounds
 from ..aries.scoring.scores import load_chains
@@ -108,18 +107,20 @@ class ProbedRounds(Rounds):
 def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> Iterator[Check]:
     """A start of the engine, some chains, and training steps on their answers."""
     with tempfile.TemporaryDirectory() as directory:
+        steps = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "save_strategy": "no", "report_to": "none"}
         short = {"output_dir": directory, "rounds": 1, "sft": None, "parity": replace(config.parity, samples=0)}
+        short["training"] = {**config.training, **steps}
         inputs = replace(inputs, evaluation_prompts=inputs.prompts[:1])
         loop = ProbedRounds(replace(config, **short), inputs, launch)
         chosen = inputs.prompts[: min(PROMPTS, config.generation.max_num_seqs)]
-        round_dir = loop.dir.round(1)
-        for number in (0, 1):
-            loop.dir.round(number).path.mkdir(parents=True)
-        write_jsonl(round_dir.prompts, chosen)
         try:
-            loop.generate(1)
-            yield Check("ok", "time", engine_time(loop, config, len(chosen), len(inputs.prompts)))
-            yield Check("ok", "time", steps_time(loop, config, chosen, directory))
+            with loop.dir.opened(loop.config, "", {}):
+                for number in (0, 1):
+                    loop.dir.round(number).path.mkdir()
+                write_jsonl(loop.dir.round(1).prompts, chosen)
+                loop.generate(answering=0)
+                yield Check("ok", "time", engine_time(loop, config, len(chosen), len(inputs.prompts)))
+                yield Check("ok", "time", steps_time(loop, config, chosen, directory))
         except ChildError as error:
             yield Check(
                 "failed", "time", f"the probe failed: {last_line(str(error))}", "Run the recipe to see all of it."
@@ -146,15 +147,8 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
     if not rows:
         return "training: left out, no chain of the probe has an answer"
     write_jsonl(round_dir.pairs, rows)
-    job = training_job(loop.dir, loop.config, 1)
-    job["config"] |= {
-        "max_steps": STEPS,
-        "gradient_accumulation_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
     with loop.stage(1, "training") as update:
-        loop.run_training(1, job, Path(directory, "training.log"), update)
+        loop.run_training(1, Path(directory, "training.log"), update)
     ends = {done: at for at, done in loop.times["training"] if done > 0}
     each = (ends[STEPS] - ends[1]) / (STEPS - 1)
     size = json.loads((round_dir.training / "rows.json").read_text(encoding="utf-8"))["batch_size"]

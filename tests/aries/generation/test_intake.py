@@ -96,9 +96,8 @@ def answer(
     engine = Written(window)
     intake = Intake(HealthConfig(max_dropped=bound), "best_over_worst", drafts, tell or stop)
     try:
-        answer_task(
-            engine, Task(file, tmp_path / "answers.jsonl", strategy, [drafts] * 2, (0,)), lambda done: None, intake
-        )
+        task = Task(file, tmp_path / "answers.jsonl", strategy, [drafts] * 2, (0,), intake)
+        answer_task(engine, task, lambda done: None)
     except RecipeError:
         pass
     return engine, "".join(found)

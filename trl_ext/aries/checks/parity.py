@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ..children import ChildError, child_main
+from ..children import ChildError
 from ..data.records import read_jsonl, write_json
 from ..generation.policy_identity import POLICY_NAMES, compare, root_mean_square
+from ..policies import Comparison, Policy
 
 
-# Root mean square of the difference in nats per token that rounding may make. [house] Measured: 2e-7 for float32 on a CPU. The
+# Root mean square of the difference in nats per token that rounding may make; our choice. Measured: 2e-7 for float32 on a CPU. The
 # 16-bit bounds are not measured: they leave room for the kernels of two libraries.
 TOLERANCES = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.2}
 
@@ -90,7 +91,7 @@ def answer_logps(model: torch.nn.Module, rows: list[dict[str, Any]]) -> list[tor
 
 
 def policy_logps(
-    policies: dict[str, dict[str, str | None]],
+    policies: dict[str, Policy],
     rows: list[dict[str, Any]],
     load: Callable[[str], PreTrainedModel],
 ) -> dict[str, list[torch.Tensor]]:
@@ -98,27 +99,27 @@ def policy_logps(
     Log-probabilities of the same answers under several policies; each base is loaded once, adapters are put on it in turn.
 
     Args:
-        policies (`dict[str, dict]`):
-            `model` and `adapter` (or `None`) of each, by name.
+        policies (`dict[str, Policy]`):
+            The policies, by name.
         rows (`list[dict]`):
             Answers: `prompt_token_ids` and `token_ids`.
         load (`Callable[[str], PreTrainedModel]`):
             Loads a base.
     """
-    if any(policy["adapter"] for policy in policies.values()):
+    if any(policy.adapter for policy in policies.values()):
         from peft import PeftModel  # seconds that full fine-tuning does not need
 
     logps = {}
-    for path in dict.fromkeys(policy["model"] for policy in policies.values()):
+    for path in dict.fromkeys(policy.model for policy in policies.values()):
         base = load(path)
         for name, policy in policies.items():
-            if policy["model"] != path:
+            if policy.model != path:
                 continue
-            if policy["adapter"] is None:
+            if policy.adapter is None:
                 logps[name] = answer_logps(base, rows)
                 continue
             # In the base's precision, as vLLM has it
-            adapted = PeftModel.from_pretrained(base, policy["adapter"], autocast_adapter_dtype=False).eval()
+            adapted = PeftModel.from_pretrained(base, policy.adapter, autocast_adapter_dtype=False).eval()
             logps[name] = answer_logps(adapted, rows)
             base = adapted.unload()
         del base
@@ -137,12 +138,12 @@ def engine_quantization(quantization: str | None, dtype: str) -> BitsAndBytesCon
     )
 
 
-def fault_message(job: dict[str, Any], measured: dict[str, Any]) -> str:
-    """What is wrong, by how much, and the way out."""
-    policy = job["policies"]["policy"]
-    what = f"the adapter {policy['adapter']}" if policy["adapter"] else f"the model {policy['model']}"
+def fault_message(comparison: Comparison, measured: dict[str, Any], answers: list[Path]) -> str:
+    """What is wrong, by how much, and what to do."""
+    policy = comparison.policies["policy"]
+    what = f"the adapter {policy.adapter}" if policy.adapter else f"the model {policy.model}"
     message = (
-        f"The engine did not answer with the policy of round {job['round']}, {what}: the log-probabilities of its answers "
+        f"The engine did not answer with the policy of round {comparison.number}, {what}: the log-probabilities of its answers "
         f"differ from the policy's by {measured['difference']:.3g} nats per token (root mean square over "
         f"{measured['tokens']} tokens)"
     )
@@ -157,63 +158,76 @@ def fault_message(job: dict[str, Any], measured: dict[str, Any]) -> str:
             f", and from those of {POLICY_NAMES[measured['fault']]} by {nearest:.3g}. What the round made was not applied, or is "
             "not the file that it was."
         )
-    return f"{message} To generate anew, delete {' and '.join(job['answers'])}, and run again."
+    return f"{message} To generate anew, delete {' and '.join(map(str, answers))}, and run again."
 
 
-def distinct(policies: dict[str, dict[str, Any]]) -> dict[str, str]:
+def same_policy(policies: dict[str, Policy]) -> dict[str, str]:
     """Each name with the first name of the same policy."""
     return {name: next(n for n, p in policies.items() if p == policy) for name, policy in policies.items()}
 
 
-def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+def distinct_logps(comparison: Comparison, rows: list[dict[str, Any]], dtype: str) -> dict[str, list[torch.Tensor]]:
+    """Log-probabilities under the policies of a comparison, of equal ones under their first name, in the precision of the engine."""
+    quantization = engine_quantization(comparison.quantization, dtype)
+    names = dict.fromkeys(same_policy(comparison.policies).values())
+    policies = {name: comparison.policies[name] for name in names}
+    return policy_logps(policies, rows, lambda path: load_for(comparison, path, dtype, quantization))
+
+
+def load_for(
+    comparison: Comparison, path: str, dtype: str, quantization: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    return load_base(path, dtype, quantization, comparison.revision, comparison.trust_remote_code, comparison.use_cpu)
+
+
+def check_parity(comparison: Comparison, samples: Path, output: Path, answers: list[Path]) -> None:
     """
-    The child process: compare, estimate the KL, and write both down.
+    Compare, estimate the KL, and write both down.
+
+    Args:
+        comparison ([`~aries.policies.Comparison`]):
+            The policy, and those that it might be mistaken for.
+        samples (`Path`), output (`Path`):
+            What the engine sampled, and where the result goes.
+        answers (`list[Path]`):
+            What is to be deleted if the samples are not from the policy.
 
     Raises:
-        [`~aries.children.ChildError`]: the answers are not from the policy.
+        [`~aries.children.ChildError`]: they are not.
     """
-    rows = read_jsonl(Path(job["samples"]))
+    rows = read_jsonl(samples)
     if not rows:  # every prompt was too long
-        write_json(Path(job["output"]), {"answers": 0, "kl_to_initial": None})
+        write_json(output, {"answers": 0, "kl_to_initial": None})
         return
     dtype = rows[0]["dtype"]
-    quantization = engine_quantization(job["quantization"], dtype)
-
-    def load(path: str) -> PreTrainedModel:
-        return load_base(path, dtype, quantization, **job["loading"])
-
-    first = distinct(job["policies"])
-    logps = policy_logps({name: job["policies"][name] for name in dict.fromkeys(first.values())}, rows, load)
+    logps = distinct_logps(comparison, rows, dtype)
     per_token = {name: torch.cat(values) for name, values in logps.items()}
     policy = per_token.pop("policy")
     engine = torch.tensor([logp for row in rows for logp in row["logps"]])
-    tolerance = TOLERANCES[dtype] if job["tolerance"] is None else job["tolerance"]
+    tolerance = TOLERANCES[dtype] if comparison.tolerance is None else comparison.tolerance
     measured = {"answers": len(rows), "tokens": len(policy), "dtype": dtype}
     measured |= compare(engine, policy, per_token, tolerance)
     if measured["fault"] is not None:
-        raise ChildError(fault_message(job, measured))
+        raise ChildError(fault_message(comparison, measured, answers))
     del measured["fault"]
-    measured["kl_to_initial"] = kl_estimate(logps["policy"], logps[first["initial"]])
-    if job["trained_on"] is not None:
-        measured["trained_precision_difference"] = root_mean_square(policy, torch.cat(as_trained(job, rows)))
-    write_json(Path(job["output"]), measured)
+    initial = same_policy(comparison.policies)["initial"]
+    measured["kl_to_initial"] = kl_estimate(logps["policy"], logps[initial])
+    if comparison.trained_on is not None:
+        measured["trained_precision_difference"] = root_mean_square(policy, torch.cat(as_trained(comparison, rows)))
+    write_json(output, measured)
 
 
-def as_trained(job: dict[str, Any], rows: list[dict[str, Any]]) -> list[torch.Tensor]:
+def as_trained(comparison: Comparison, rows: list[dict[str, Any]]) -> list[torch.Tensor]:
     """The policy's log-probabilities on the 4-bit base that it is trained on."""
     from trl import ModelConfig, get_quantization_config  # seconds that only this needs
 
     from ...trainers.upstream import keep_nf4_trainable
 
-    model_args = ModelConfig(**job["trained_on"])
+    model_args = ModelConfig(**comparison.trained_on)
 
     def load(path: str) -> PreTrainedModel:
-        base = load_base(path, model_args.dtype, get_quantization_config(model_args), **job["loading"])
+        base = load_for(comparison, path, model_args.dtype, get_quantization_config(model_args))
         keep_nf4_trainable(base)  # the kernel of training, not the one of inference
         return base
 
-    return policy_logps({"policy": job["policies"]["policy"]}, rows, load)["policy"]
-
-
-if __name__ == "__main__":
-    child_main(main)
+    return policy_logps({"policy": comparison.policies["policy"]}, rows, load)["policy"]

@@ -1,11 +1,10 @@
 """
-Preflight: every setting of a recipe is constructed once, in a process of its own, before any work is done.
+Preflight: every setting of a recipe is constructed once, before any work is done.
 
-Constructing TRL's configs starts accelerate, and with it CUDA; the process that runs the loop stays free of both.
+Constructing TRL's configs starts accelerate, and with it CUDA, so this runs in a process of its own: the loop's stays free of both.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +17,28 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl import DPOConfig, ModelConfig, SFTConfig, get_peft_config
+from trl import DPOConfig, ModelConfig, get_peft_config
 
-from ...launch import Launch
+from ...launch import recipe_launch
 from ...model_files import load_problem
-from ...recipe import Recipe, RecipeError, check_keys, parse_section
+from ...recipe import Recipe, RecipeError, check_keys
 from ...rows.completions import judge_completions
 from ...rows.judge import Findings, Judge
 from ...trainers.packed_pairs import why_not_packed
 from ...trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 from ...trainers.trackers import check_trackers
-from ..children import Reporter, child_main
-from ..config import LOOP_KEYS, AriesConfig, DatasetConfig, HealthConfig
+from ..children import Reporter
+from ..config import LOOP_KEYS, AriesConfig, DatasetConfig, ScorerConfig
 from ..data.faults import share_finding
 from ..data.prompts import load_prompts, load_rows
 from ..data.sft import sft_row, usable_sft_rows
 from ..generation.drafts import encode_prompt, full_text_problem
 from ..generation.embedded_engine import quantization_problem
 from ..generation.refinements import Strategy
+from ..run_dir import RunDir
 from ..scoring.reward_model import check_reward_model
 from ..training.launch_check import launch_problem
+from ..training.settings import trainer_settings
 from ..training.train import trainer_classes
 from .weights import adapter_problem, weights_problem
 
@@ -61,91 +62,115 @@ POSITIVE_KEYS = ("learning_rate", "per_device_train_batch_size", "gradient_accum
 PROBED_PROMPTS = 2000
 
 
-def main(job: dict[str, Any], progress: Reporter) -> None:
+def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversational: bool, report: Reporter) -> None:
     """
-    The child process: check the keys of the sections that are TRL's, construct their configs, and look at the tokenizer
-    and the reward model.
+    Check the keys of the sections that are TRL's, construct their configs, and look at the tokenizer, the prompts and the reward models.
+
+    Args:
+        run ([`~aries.run_dir.RunDir`]):
+            The run. Its prompts are looked at as long as no round has taken any.
+        config ([`~aries.config.AriesConfig`]), recipe ([`~recipe.Recipe`]):
+            What the recipe says, and where.
+        conversational (`bool`):
+            Whether the prompts are messages rather than text.
+        report ([`~aries.children.Reporter`]):
+            Told what the user should know.
 
     Raises:
-        [`RecipeError`]: an unknown key, a setting that its config, its trainer or the engine refuses, a tokenizer without
-        what the prompts need, or a reward model that is none.
+        [`RecipeError`]: an unknown key; a setting that its config, its trainer or the engine refuses; a tokenizer without what the prompts
+            need; or a reward model that is something else.
     """
-    recipe = Recipe(
-        Path(job["recipe"]["path"]),
-        job["recipe"]["mapping"],
-        {tuple(keys): where for keys, where in job["recipe"]["locations"]},
-    )
     check_keys(recipe, [ModelConfig], ("model",))
-    if job["launch"] is not None:
-        sections = [job[section]["config"] for section in ("training", "sft") if job[section] is not None]
-        problem = launch_problem(Launch(**job["launch"]), recipe.mapping["model"], sections, torch.cuda.device_count())
-        if problem:
-            where = recipe.where("training", "accelerate_config")
-            raise RecipeError(f"{where}: `training.accelerate_config`: {problem}")
+    check_launch(config, recipe)
     for key in ("use_dora", "lora_modules_to_save"):
-        if recipe.mapping["model"].get(key):
+        if config.model.get(key):
             raise RecipeError(
                 f"{recipe.where('model', key)}: `model.{key}`: vLLM cannot serve such an adapter. Remove it."
             )
-    for section, own_keys in {"sft": ("dataset",), "training": LOOP_KEYS}.items():
-        settings = job[section]
-        if settings is None:
-            continue
-        trainer_class, config_class = trainer_classes(settings)
-        for key, value in check_keys(recipe, [config_class], (section,), also=own_keys).items():
-            if key in POSITIVE_KEYS and not value > 0:
-                raise RecipeError(f"{recipe.where(section, key)}: `{section}.{key}` must be positive, got {value}.")
-            if key in OWNED_KEYS:
-                raise RecipeError(
-                    f"{recipe.where(section, key)}: `{section}.{key}` belongs to the loop: {OWNED_KEYS[key]}. Remove it."
-                )
-        try:
-            args = config_class(**settings["config"])
-            check_trackers(args)
-            if issubclass(trainer_class, ShiftedDPOTrainer):
-                trainer_class._refuse_options(args)
-                # If a recipe leaves these out, the model decides
-                said = settings["config"]
-                most = said.get("max_batch_tokens")
-                wanted = {
-                    "share_prompt": said.get("share_prompt"),
-                    "padding_free": said.get("padding_free", most is not None),
-                }
-                for option in filter(wanted.get, wanted):
-                    check_packing(args, recipe, option)
-                if most is not None:
-                    trainer_class._check_token_batches(most, any(wanted.values()), args)
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
+    if config.sft is not None:
+        check_trainer(config, recipe, "sft", 0, ("dataset",))
+    check_trainer(config, recipe, "training", 1, LOOP_KEYS)
 
-    quantization = recipe.at("generation", "quantization")
-    if quantization is not None and recipe.at("generation", "base_urls") is None:  # servers have their own
+    quantization = config.generation.quantization
+    if quantization is not None and config.generation.base_urls is None:  # servers have their own
         problem = quantization_problem(quantization)
         if problem:
             raise RecipeError(f"{recipe.where('generation', 'quantization')}: `generation.quantization`: {problem}")
 
-    tokenizer, vocabulary = check_model(recipe, job)
-    check_answers(tokenizer, recipe, job)
-    for file in job["prompts"]:
-        check_prompts(tokenizer, vocabulary, file, HealthConfig(**job["health"]), progress)
-    if job["sft"] is not None and job["prompts"]:
-        check_sft_rows(tokenizer, vocabulary, recipe, job, progress)
+    tokenizer, vocabulary = check_model(run, config, recipe, conversational)
+    check_answers(tokenizer, config, recipe, conversational)
+    if not run.round(1).prompts.exists():
+        check_prompts(tokenizer, vocabulary, config, "prompts", None, report)
+        check_prompts(tokenizer, vocabulary, config, "evaluation", config.evaluation.samples, report)
+        if config.sft is not None:
+            check_sft_rows(tokenizer, vocabulary, config, report)
 
-    listed = recipe.at("scores", "scorers") or []
-    for keys in [("scores",), *(("scores", "scorers", i) for i in range(len(listed)))]:
-        name = recipe.at(*keys, "reward_model")
-        if name is not None:
+    for keys, scorer in scorer_keys(config):
+        if scorer.reward_model is not None:
             try:
-                problem = weights_problem(name)
+                problem = weights_problem(scorer.reward_model)
                 if problem:
                     raise ValueError(problem)
-                check_reward_model(name, recipe.at(*keys, "reward_model_revision"), job["conversational"])
+                check_reward_model(scorer.reward_model, scorer.reward_model_revision, conversational)
             except ValueError as error:
                 where = recipe.where(*keys, "reward_model")
                 raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
 
 
-def check_model(recipe: Recipe, job: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, int]:
+def scorer_keys(config: AriesConfig) -> list[tuple[tuple[str | int, ...], ScorerConfig]]:
+    """Each scorer, with the path of keys that leads to it in the recipe."""
+    listed = config.scores.scorers is not None
+    return [
+        (("scores", "scorers", index) if listed else ("scores",), scorer)
+        for index, scorer in enumerate(config.scores.each())
+    ]
+
+
+def check_launch(config: AriesConfig, recipe: Recipe) -> None:
+    launch = recipe_launch(recipe)
+    if launch is None:
+        return
+    sections = [config.training, *([config.sft] if config.sft is not None else [])]
+    problem = launch_problem(launch, config.model, sections, torch.cuda.device_count())
+    if problem:
+        where = recipe.where("training", "accelerate_config")
+        raise RecipeError(f"{where}: `training.accelerate_config`: {problem}")
+
+
+def check_trainer(config: AriesConfig, recipe: Recipe, section: str, number: int, own_keys: tuple[str, ...]) -> None:
+    """Construct the config of a section, for the round of this number, and ask the trainer about it."""
+    settings = trainer_settings(config, number, "unused")
+    trainer_class, config_class = trainer_classes(settings)
+    for key, value in check_keys(recipe, [config_class], (section,), also=own_keys).items():
+        if key in POSITIVE_KEYS and not value > 0:
+            raise RecipeError(f"{recipe.where(section, key)}: `{section}.{key}` must be positive, got {value}.")
+        if key in OWNED_KEYS:
+            raise RecipeError(
+                f"{recipe.where(section, key)}: `{section}.{key}` belongs to the loop: {OWNED_KEYS[key]}. Remove it."
+            )
+    try:
+        args = config_class(**settings.config)
+        check_trackers(args)
+        if issubclass(trainer_class, ShiftedDPOTrainer):
+            trainer_class._refuse_options(args)
+            # If a recipe leaves these out, the model decides
+            said = settings.config
+            most = said.get("max_batch_tokens")
+            wanted = {
+                "share_prompt": said.get("share_prompt"),
+                "padding_free": said.get("padding_free", most is not None),
+            }
+            for option in filter(wanted.get, wanted):
+                check_packing(args, config, option)
+            if most is not None:
+                trainer_class._check_token_batches(most, any(wanted.values()), args)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise RecipeError(f"{recipe.where(section)}: `{section}`: {error}") from error
+
+
+def check_model(
+    run: RunDir, config: AriesConfig, recipe: Recipe, conversational: bool
+) -> tuple[PreTrainedTokenizerBase, int]:
     """
     Look at the model's files, its config and its tokenizer, and at the adapters that the run has made of it. No weight is loaded.
 
@@ -155,9 +180,9 @@ def check_model(recipe: Recipe, job: dict[str, Any]) -> tuple[PreTrainedTokenize
     Raises:
         [`RecipeError`]: with the model's line in the recipe.
     """
-    settings, where = recipe.mapping["model"], recipe.where("model", "model_name_or_path")
-    name, revision = settings["model_name_or_path"], settings.get("model_revision", "main")
-    trust_remote_code = bool(job["training"]["config"].get("trust_remote_code", False))
+    where = recipe.where("model", "model_name_or_path")
+    name, revision = config.model["model_name_or_path"], config.model.get("model_revision", "main")
+    trust_remote_code = config.trust_remote_code
 
     def refuse(problem: str) -> None:
         raise RecipeError(f"{where}: `model.model_name_or_path`: {problem}")
@@ -166,33 +191,34 @@ def check_model(recipe: Recipe, job: dict[str, Any]) -> tuple[PreTrainedTokenize
     if problem:
         refuse(problem)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        of_model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a broken file each library raises its own
         asked = "trust_remote_code" in str(error)
         refuse(custom_code(name) if asked else load_problem(name, error))
-    text_config = config.get_text_config()
+    text_config = of_model.get_text_config()
     if tokenizer.eos_token is None:
         refuse(f"the tokenizer of {name} has no EOS token to end answers.")
-    if job["conversational"] and tokenizer.chat_template is None:
+    if conversational and tokenizer.chat_template is None:
         refuse(
             f"the prompts are messages, and the tokenizer of {name} has no chat template. Give it one "
             "(`trl.clone_chat_template`), or make the prompts plain text."
         )
-    check_context(recipe, text_config, job["max_model_len"])
-    if settings.get("use_peft"):
+    check_context(recipe, text_config, config.generation.max_model_len)
+    if config.model.get("use_peft"):
         with torch.device("meta"):  # shapes without weights
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        check_adapters(recipe, base, [path for path in map(Path, job["adapters"]) if path.is_dir()])
+            base = AutoModelForCausalLM.from_config(of_model, trust_remote_code=trust_remote_code)
+        adapters = [run.round(number).adapter for number in range(config.rounds + 1)]
+        check_adapters(config, recipe, base, [path for path in adapters if path.is_dir()])
     return tokenizer, text_config.vocab_size
 
 
-def check_adapters(recipe: Recipe, base: PreTrainedModel, adapters: list[Path]) -> None:
+def check_adapters(config: AriesConfig, recipe: Recipe, base: PreTrainedModel, adapters: list[Path]) -> None:
     """
     Raises:
         [`RecipeError`]: the model does not take the recipe's adapter, or one that the run has made.
     """
-    model_args = ModelConfig(**recipe.mapping["model"])
+    model_args = ModelConfig(**config.model)
     shapes = {key: tuple(m.weight.shape) for key, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
     for path in adapters:
         problem = adapter_problem(path, shapes, model_args.lora_r)
@@ -233,19 +259,24 @@ def check_context(recipe: Recipe, config: PretrainedConfig, max_model_len: int) 
     )
 
 
-def check_answers(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, job: dict[str, Any]) -> None:
+def check_answers(
+    tokenizer: PreTrainedTokenizerBase, config: AriesConfig, recipe: Recipe, conversational: bool
+) -> None:
     """
     Raises:
         [`RecipeError`]: an answer cannot end at a token that is to end it, or a thought cannot be learned.
     """
-    for section in ("drafts", "refinements"):
-        unknown = [i for i in recipe.at(section, "stop_token_ids") or () if i >= len(tokenizer)]
+    for section, token_ids in {
+        "drafts": config.drafts.stop_token_ids,
+        "refinements": config.refinements.stop_token_ids,
+    }.items():
+        unknown = [i for i in token_ids or () if i >= len(tokenizer)]
         if unknown:
             raise RecipeError(
                 f"{recipe.where(section, 'stop_token_ids')}: `{section}.stop_token_ids` has {unknown[0]}, and the tokenizer has the tokens 0 to "
                 f"{len(tokenizer) - 1:,}."
             )
-    problem = full_text_problem(tokenizer) if job["learn"] == "full_text" and job["conversational"] else None
+    problem = full_text_problem(tokenizer) if config.pairs.learn == "full_text" and conversational else None
     if problem:
         where = recipe.where("pairs", "learn")
         raise RecipeError(
@@ -256,19 +287,22 @@ def check_answers(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, job: dict[
 def check_prompts(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
-    file: dict[str, Any],
-    health: HealthConfig,
-    progress: Reporter,
+    config: AriesConfig,
+    section: str,
+    samples: int | None,
+    report: Reporter,
 ) -> None:
     """
-    Judge all prompts, and render some of them as the engine will.
+    Judge the prompts of a section, the first `samples` or all, and render some of them as the engine will.
 
     Raises:
-        [`RecipeError`]: the chat template refuses one, one has a token without embedding, or too many are too long.
+        [`RecipeError`]: the chat template refuses one, one has a token without embedding, or too many leave no room for a draft.
     """
-    rows = load_prompts([DatasetConfig(**entry) for entry in file["datasets"]], file["key"])
-    count = min(len(rows), file["samples"] or len(rows))
-    judge = Judge(tokenizer, Findings(f"prompts of `{file['key']}`"), vocabulary)
+    key, entries = f"{section}.dataset", getattr(config, section).entries()
+    longest = config.generation.max_model_len - config.drafts.max_tokens
+    rows = load_prompts(entries, key)
+    count = min(len(rows), samples or len(rows))
+    judge = Judge(tokenizer, Findings(f"prompts of `{key}`"), vocabulary)
     for number, row in enumerate(rows.take(range(count)), start=1):
         judge.row(number, row["prompt"], [], row)
     judge.findings.check(most=0)
@@ -280,44 +314,41 @@ def check_prompts(
         try:
             ids = encode_prompt(tokenizer, row["prompt"])
         except RecipeError as error:
-            raise RecipeError(f"`{file['key']}`: {row['prompt_id']}: {error}") from error
-        too_long += len(ids) > file["longest"]
+            raise RecipeError(f"`{key}`: {row['prompt_id']}: {error}") from error
+        too_long += len(ids) > longest
         judge.row_ids(number + 1, np.array(ids), [], None)
     judge.findings.check(most=0)
     for warning in judge.findings.warnings:
-        progress.note(warning)
-    finding = share_finding(f"prompts of `{file['key']}`", {"prompt_too_long": too_long}, len(probed), health)
+        report.note(warning)
+    finding = share_finding(f"prompts of `{key}`", {"prompt_too_long": too_long}, len(probed), config.health)
     if finding:
         raise RecipeError(
-            f"{finding}: they have more than {file['longest']:,} tokens, which is `generation.max_model_len` less "
+            f"{finding}: they have more than {longest:,} tokens, which is `generation.max_model_len` less "
             "`drafts.max_tokens`. Raise the one, lower the other, or leave long prompts out."
         )
 
 
-def check_sft_rows(
-    tokenizer: PreTrainedTokenizerBase, vocabulary: int, recipe: Recipe, job: dict[str, Any], progress: Reporter
-) -> None:
+def check_sft_rows(tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: AriesConfig, report: Reporter) -> None:
     """
     Judge the rows for SFT as they will be rendered.
 
     Raises:
         [`RecipeError`]: too many cannot be trained on.
     """
-    config = parse_section(recipe, AriesConfig)
     dataset = config.sft["dataset"]
     rows, _ = usable_sft_rows(load_rows(DatasetConfig(dataset), "sft.dataset"), dataset)
     template = Strategy(config.refinements).templates[0]
     rows = (sft_row(row, template) for row in rows)
-    max_length = job["sft"]["config"].get("max_length", SFTConfig.max_length)
+    max_length = trainer_settings(config, 0, "unused").config["max_length"]
     _, findings = judge_completions(rows, tokenizer, "rows of `sft.dataset`", vocabulary, max_length)
     findings.check(config.health.max_dropped)
     for line in [*findings.drops, *findings.warnings]:
-        progress.note(line)
+        report.note(line)
 
 
-def check_packing(args: DPOConfig, recipe: Recipe, option: str) -> None:
+def check_packing(args: DPOConfig, config: AriesConfig, option: str) -> None:
     """Raise a `ValueError` if the recipe's model cannot do with `padding_free` or `share_prompt`."""
-    model_args = ModelConfig(**recipe.mapping["model"])
+    model_args = ModelConfig(**config.model)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -325,7 +356,3 @@ def check_packing(args: DPOConfig, recipe: Recipe, option: str) -> None:
     reason = why_not_packed(model_args.model_name_or_path, args, share_prompt=option == "share_prompt")
     if reason is not None:
         raise ValueError(f"`{option}: true` is not supported here: {reason} Or leave it out.")
-
-
-if __name__ == "__main__":
-    child_main(main)

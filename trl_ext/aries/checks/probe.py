@@ -2,18 +2,18 @@
 The probe: what servers have to agree with before they are used.
 
 In: a round's policy, and a few of the evaluation prompts. Out: the trainer's log-probabilities of their tokens under that policy, and
-under those that a server might have by mistake (`parity_probe.json`). Computed as in `parity.py`, in a process that gives its memory back.
+under those that a server might have by mistake (`parity_probe.json`). Computed as in `parity.py`.
 """
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer
 
-from ..children import Reporter, child_main
 from ..data.records import read_jsonl, write_json
 from ..generation.drafts import encode_prompt
-from .parity import TOLERANCES, distinct, engine_quantization, load_base, policy_logps
+from ..policies import Comparison
+from .parity import TOLERANCES, distinct_logps
 
 
 # Enough tokens to tell policies apart, and about a second for a server: of each of so many prompts, so many tokens
@@ -29,32 +29,31 @@ def served_dtype(dtype: str, model: str, **loading: Any) -> str:
     return checkpoint if checkpoint in ("bfloat16", "float16") else "bfloat16"
 
 
-def main(job: dict[str, Any], report: Reporter) -> None:
-    """The child process."""
-    loading = dict(job["loading"])
-    policies = job["policies"]
-    of_model = {key: loading[key] for key in ("revision", "trust_remote_code")}
-    model = policies["policy"]["model"]
-    tokenizer = AutoTokenizer.from_pretrained(model, **of_model)
-    longest = min(LONGEST_TEXT, job["max_model_len"] - 1)
-    prompts = read_jsonl(Path(job["prompts"]))[:PROBE_PROMPTS]
-    texts = [encode_prompt(tokenizer, row["prompt"])[:longest] for row in prompts]
+def write_probe(comparison: Comparison, prompts: Path, output: Path, dtype: str, max_model_len: int) -> None:
+    """
+    Args:
+        comparison ([`~aries.policies.Comparison`]):
+            The policy, and those that a server might have in its place.
+        prompts (`Path`), output (`Path`):
+            The evaluation prompts, and where the probe goes.
+        dtype (`str`), max_model_len (`int`):
+            `generation.dtype` and `generation.max_model_len`.
+    """
+    loading = {"revision": comparison.revision, "trust_remote_code": comparison.trust_remote_code}
+    model = comparison.policies["policy"].model
+    tokenizer = AutoTokenizer.from_pretrained(model, **loading)
+    longest = min(LONGEST_TEXT, max_model_len - 1)
+    texts = [encode_prompt(tokenizer, row["prompt"])[:longest] for row in read_jsonl(prompts)[:PROBE_PROMPTS]]
     texts = [text for text in texts if len(text) > 1]
     rows = [{"prompt_token_ids": text[:1], "token_ids": text[1:]} for text in texts]
-    dtype = served_dtype(job["dtype"], model, **of_model)
-    quantization = engine_quantization(job["quantization"], dtype)
-
-    def load(path: str) -> PreTrainedModel:
-        return load_base(path, dtype, quantization, **loading)
-
-    names = dict.fromkeys(distinct(policies).values())
-    logps = policy_logps({name: policies[name] for name in names}, rows, load)
+    dtype = served_dtype(dtype, model, **loading)
+    logps = distinct_logps(comparison, rows, dtype)
     positions = [spread(len(text)) for text in texts]
     write_json(
-        Path(job["output"]),
+        output,
         {
             "dtype": dtype,
-            "tolerance": TOLERANCES[dtype] if job["tolerance"] is None else job["tolerance"],
+            "tolerance": TOLERANCES[dtype] if comparison.tolerance is None else comparison.tolerance,
             "texts": [{"token_ids": text, "positions": chosen} for text, chosen in zip(texts, positions, strict=True)],
             "logps": {
                 name: [
@@ -81,7 +80,3 @@ def spread(length: int) -> list[int]:
     """
     count = min(length - 1, PROBE_TOKENS)
     return [(index + 1) * (length - 1) // count for index in range(count)]
-
-
-if __name__ == "__main__":
-    child_main(main)

@@ -2,8 +2,8 @@
 Chains of requests: each goes on by itself, from the question to its last refinement, on whatever engine answers.
 
 In: a file of prompts, and an engine. Out: `answers.jsonl`, one chain per row. Every new answer appends its chain so far to
-`answers.jsonl.part`, from which a killed process is continued. Engines are in `engine.py` and `served_engine.py`; what both
-need, a request's token ids, seed and sampling, is here.
+`answers.jsonl.part`, from which a killed process is continued. Engines are in `embedded_engine.py`, `served_engine.py` and
+`ray_engine.py`; what all of them need, a request's token ids, seed and sampling, is here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +32,7 @@ class Task:
     strategy: Strategy
     sampling: list[DraftsConfig]  # by turn
     seed: tuple[Any, ...]  # joined by prompt and turn
+    intake: Intake | None = None
 
 
 class Engine(Protocol):
@@ -284,9 +285,9 @@ def _generation_config(model: str, revision: str | None) -> HFGenerationConfig |
         return None
 
 
-def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None], intake: Intake | None = None) -> None:
-    """Answer a file of prompts, continuing every chain from what a previous process left. `intake` looks at what comes."""
-    answers = PartialAnswers(task.prompts, task.answers)
+def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None]) -> None:
+    """Answer a file of prompts, continuing every chain from what a previous process left."""
+    answers, intake = PartialAnswers(task.prompts, task.answers), task.intake
     with writing(answers.path), open(answers.path, "ab") as file:
 
         def on_finished(chain: Chain) -> None:

@@ -1,25 +1,14 @@
 """
-How answers are generated: embedded vLLM, in a child process that ends with the stage, vLLM servers (`served_engine.py`), or
-embedded vLLM in the workers of a Ray cluster (`ray_engine.py`).
+Embedded vLLM: an engine in this process, which gives the GPU's memory back to the trainer only by ending.
 
-In: a job, a JSON file that names the policy and the files of prompts to answer. Out: `answers.jsonl` beside each (`chains.py`).
-Ending the process is the one sure way to give the GPU's memory back to the trainer. Only `reward_model.py` imports vLLM besides.
+In: requests as token ids. Out: finished answers. Besides this module only `scoring/reward_model.py` imports vLLM.
 """
 
 import os
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-from ...recipe import RecipeError
 from ...recipe_values import did_you_mean
-from ..children import Reporter, child_main
-from ..config import DraftsConfig, GenerationConfig, HealthConfig, RefinementsConfig
-from ..data.records import read_jsonl, read_rows, write_jsonl
-from .chains import EngineSettings, Finished, RequestEngine, Task, TaskEngine, answer_task
-from .intake import Intake
-from .refinements import Strategy
-from .served_engine import ServedEngine
+from .chains import EngineSettings, Finished, RequestEngine
 
 
 class EmbeddedEngine(RequestEngine):
@@ -127,69 +116,3 @@ def quantization_problem(name: str) -> str | None:
         f"vLLM {__version__} does not know `{name}`.{did_you_mean(name, QUANTIZATION_METHODS)} It knows "
         f"{', '.join(sorted(QUANTIZATION_METHODS))}; others, such as `bitsandbytes`, are there where a plugin of vLLM brings them."
     )
-
-
-def main(job: dict[str, Any], report: Reporter) -> None:
-    """The child process: one engine start, all tasks of the job."""
-    config = GenerationConfig(**job["generation"])
-    unanswered = [task for task in job["tasks"] if not Path(task["answers"]).exists()]
-    tasks = [
-        Task(
-            Path(task["prompts"]),
-            Path(task["answers"]),
-            Strategy(RefinementsConfig(**task["refinements"]), config.answer_pattern, job.get("learn", "answer")),
-            [DraftsConfig(**sampling) for sampling in task["sampling"]],
-            tuple(task["seed"]),
-        )
-        for task in unanswered
-    ]
-    intakes = [make_intake(job, task, report) for task in unanswered]
-    sizes = [sum(1 for _ in read_rows(task.prompts)) for task in tasks]
-    report(0, sum(sizes))
-    settings = EngineSettings(
-        model=job["model"],
-        config=config,
-        adapter=tuple(job["adapter"]) if job["adapter"] else None,
-        max_lora_rank=job["max_lora_rank"],
-        revision=job["revision"],
-        trust_remote_code=job["trust_remote_code"],
-    )
-    if config.base_urls is not None:
-        engine: TaskEngine = ServedEngine(settings, Path(job["probe"]), report.note)
-    elif config.engine == "ray":
-        from .ray_engine import RayEngine
-
-        engine = RayEngine(settings, report.note)
-    else:
-        engine = EmbeddedEngine(settings)
-    with closing(engine):
-        # First, so that the batch, and with it the rounding, is the same in a run that continues
-        parity = job.get("parity")
-        if parity is not None:
-            prompts = read_jsonl(Path(parity["prompts"]))[: parity["samples"]]
-            rows = engine.sample_logps(prompts, DraftsConfig(**parity["sampling"]), tuple(parity["seed"]))
-            write_jsonl(Path(parity["answers"]), rows)
-        for i, task in enumerate(tasks):
-            answer_task(engine, task, lambda done, i=i: report(sum(sizes[:i]) + done, sum(sizes)), intakes[i])
-
-
-def make_intake(job: dict[str, Any], task: dict[str, Any], report: Reporter) -> Intake | None:
-    """Too many answers of no use end a round. In an evaluation they are a result, so they are only said. A probe has no bound."""
-    if "intake" not in job:
-        return None
-
-    def stop(finding: str) -> None:
-        raise RecipeError(
-            f"generation is stopped: {finding} Do so under another `output_dir`. Or go on with what there is, `--health.max_dropped 0.9`."
-        )
-
-    def note(finding: str) -> None:
-        report.note(f"evaluation: {finding}")
-
-    drafts = DraftsConfig(**task["sampling"][0])
-    health, selection = HealthConfig(**job["intake"]["health"]), job["intake"]["selection"]
-    return Intake(health, selection, drafts, note if task["is_evaluation"] else stop)
-
-
-if __name__ == "__main__":
-    child_main(main)

@@ -166,9 +166,9 @@ def measure(
         dtypes.append(str(model.dtype).removeprefix("torch."))
         return model
 
-    policies = {"policy": vars(policy), "exported": vars(exported)}
+    policies = {"policy": policy, "exported": exported}
     if policy.adapter is not None:
-        policies["base"] = {"model": policy.model, "adapter": None}
+        policies["base"] = Policy(policy.model, None)
     logps = {name: torch.cat(values) for name, values in policy_logps(policies, rows, load).items()}
     found, expected = logps.pop("exported"), logps.pop("policy")
     measured = {"dtype": dtypes[0], "tokens": len(found)}

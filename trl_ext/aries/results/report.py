@@ -7,7 +7,6 @@ wrote goes through Jinja2's autoescape, and what a browser would act on unseen i
 
 import re
 import time
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +18,6 @@ import trl_ext
 
 from ...recipe import RecipeError
 from ..checks.overlap import prompts_kind
-from ..children import child_main
 from ..data.records import read_json, write_atomically
 from ..run_dir import RunDir
 from .progress import duration
@@ -231,12 +229,3 @@ def training_figures(run: RunRecord) -> list[tuple[str, "Markup"]]:
     if any(len(steps) > 1 for _, steps, _ in sft):
         found.append(("Loss of the SFT", curves("curve-sft", "Loss of the SFT", {"loss": sft})))
     return found
-
-
-def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
-    """The child process of a run that is going on, or has just stopped."""
-    write_report(Path(job["run"]), job["running"])
-
-
-if __name__ == "__main__":
-    child_main(main)

@@ -1,22 +1,19 @@
 """
 Tracking: a round's metrics, sent to the trackers that the recipe's `training.report_to` names, through accelerate's.
 
-A run is one run there, which every round and every restart continues; each training is another beside it, in the same group. The
-process of its own keeps what trackers import and start out of the loop.
+A run is one run there, which every round and every restart continues; each training is another beside it, in the same group. Logging is
+done in a process of its own, which keeps what trackers import and start out of the loop.
 """
 
 import os
 import re
 import secrets
-from collections.abc import Callable
 from typing import Any
 
-from ...recipe import RecipeError
-from ..children import ChildError, child_main, run_child
 from ..config import AriesConfig
 from ..data.records import read_json, write_json
 from ..run_dir import RunDir
-from .progress import WARNING, RunProgress
+from ..training.settings import trainer_settings
 
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -35,17 +32,21 @@ def run_name(run: RunDir) -> str:
     return read_json(run.tracking)["name"]
 
 
-def tracked_training(job: dict[str, Any], run: RunDir, config: AriesConfig, number: int) -> dict[str, str]:
-    """
-    Name a training in its job, and return the environment that transformers' callbacks read: one that was killed continues its
-    run in the tracker too.
-    """
+def training_name(run: RunDir, config: AriesConfig, number: int) -> str | None:
+    """The name of a training in a tracker, `None` if nothing is tracked: the recipe's `run_name`, or the run's with the round's number."""
     if not is_tracked(config):
+        return None
+    own = trainer_settings(config, number, "").config.get("run_name")
+    return own or f"{run_name(run)}-round_{number:02d}"
+
+
+def training_environment(run: RunDir, config: AriesConfig, number: int) -> dict[str, str]:
+    """What transformers' callbacks read: a training that was killed continues its run in the tracker too."""
+    name = training_name(run, config, number)
+    if name is None:
         return {}
-    group = run_name(run)
-    name = job["config"].setdefault("run_name", f"{group}-round_{number:02d}")
     return {
-        "WANDB_RUN_GROUP": group,
+        "WANDB_RUN_GROUP": run_name(run),
         "WANDB_RUN_ID": re.sub(r"[^\w.-]", "-", name),
         "WANDB_RESUME": "allow",
         "TENSORBOARD_LOGGING_DIR": str(run.path / "tensorboard" / f"round_{number:02d}"),
@@ -72,54 +73,27 @@ def round_values(run: RunDir, number: int) -> dict[str, float]:
     return {f"aries/{key}": value for key, value in values.items() if value is not None}
 
 
-def track(run: RunDir, config: AriesConfig, number: int, progress: RunProgress) -> None:
-    """Send a round's metrics to the trackers, those of the trainings went there. A run does not fail by them."""
-    if not is_tracked(config):
-        return
-    log = run.round(number).logs / "tracking.log"
-    try:
-        run_child("trl_ext.aries.results.tracking", tracking_job(run, config, number), log, lambda done, total: None)
-    except (RecipeError, ChildError, OSError) as error:
-        last = str(error).splitlines()[-1]
-        progress.say(f"{'':<11}metrics of round {number} were not tracked, see {log}: {last}", style=WARNING)
-
-
-def tracking_job(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]:
-    report_to = config.training["report_to"]
-    return {
-        "report_to": [report_to] if isinstance(report_to, str) else report_to,
-        "name": run_name(run),
-        "project": config.training.get("project"),
-        "space": config.training.get("trackio_space_id"),
-        "directory": str(run.path / "tensorboard"),
-        "round": number,
-        "values": round_values(run, number),
-    }
-
-
-def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
-    """The child process: log one round's values, under its number as the step."""
+def log_round(run: RunDir, config: AriesConfig, number: int) -> None:
+    """Log a round's values, under its number as the step, as those of its training were."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     PartialState(cpu=True)  # accelerate's logger asks for it
-    names = map(str, get_available_trackers()) if job["report_to"] == ["all"] else job["report_to"]
-    for name in names:
+    values, own_name, report_to = round_values(run, number), run_name(run), config.training["report_to"]
+    names = [report_to] if isinstance(report_to, str) else report_to
+    for name in map(str, get_available_trackers()) if names == ["all"] else names:
         if name not in TRACKERS:  # these have the trainer's metrics alone
             continue
-        project, options = job["project"] or PROJECT, {"name": job["name"], "resume": "allow"}
+        project, options = config.training.get("project") or PROJECT, {"name": own_name, "resume": "allow"}
+        space = config.training.get("trackio_space_id")
         if name == "tensorboard":
-            project, options = "rounds", {"logging_dir": job["directory"]}
+            project, options = "rounds", {"logging_dir": str(run.path / "tensorboard")}
         elif name == "wandb":
             project = os.environ.get("WANDB_PROJECT", PROJECT)
-            options |= {"id": job["name"], "group": job["name"]}
-        elif job["space"]:
-            options["space_id"] = job["space"]
+            options |= {"id": own_name, "group": own_name}
+        elif space:
+            options["space_id"] = space
         tracker = LOGGER_TYPE_TO_CLASS[name](project, **options)
         tracker.start()
-        tracker.log(job["values"], step=job["round"])
+        tracker.log(values, step=number)
         tracker.finish()
-
-
-if __name__ == "__main__":
-    child_main(main)

@@ -11,7 +11,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 from jinja2 import StrictUndefined
@@ -123,7 +122,7 @@ class Judge:
             except JudgeError as error:
                 raise RecipeError(f"`scores`: {error}") from error
 
-    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
+    def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         """
         Raises:
             [`JudgeError`]: the server failed for good; the verdicts until then are in the cache.

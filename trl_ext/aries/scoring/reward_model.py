@@ -1,17 +1,15 @@
 """
 A reward model: a sequence-classification model with one output, whose raw value is the score.
 
-In: files of answers, in a child process that ends and gives its memory back. Out: scores appended to the run's cache as they
-come, so that a killed run goes on behind the last one. vLLM's pooling runner computes them, or transformers where vLLM
-does not know the architecture; both get the same token ids and agree to rounding errors. vLLM is imported here beside
-`engine.py`: it is another runner, which shares nothing with generation but the settings of the machine.
+In: files of answers. Out: scores appended to the run's cache as they come, so that a killed run goes on behind the last one. vLLM's
+pooling runner computes them, or transformers if vLLM does not know the architecture; both get the same token ids and agree to rounding
+errors. vLLM is imported here and in `generation/embedded_engine.py`: the two runners share nothing but the settings of the machine. Only
+ending the process gives the memory back, so each reward model has one of its own.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +17,14 @@ from pydantic import ValidationError
 
 from ...model_files import load_problem
 from ...recipe import RecipeError
-from ..children import child_main, run_child
 from ..config import GenerationConfig, ScorerConfig
-from ..data.records import Chain, Prompt, as_completion, write_json
+from ..data.records import Chain, Prompt, as_completion
 from .scores import AnswerScorer, Progress, ScoreCache, ScoreTask, answer_keys, chains_of
 
 
 class RewardModel(AnswerScorer):
     """
-    The reward model as the loop sees it.
+    A reward model. Its process scores what the cache lacks; the process that adds up the scores finds all of it there.
 
     Args:
         config ([`~aries.config.ScorerConfig`]):
@@ -53,20 +50,49 @@ class RewardModel(AnswerScorer):
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """`preflight.py` looks at the model, in a process that may import transformers."""
 
-    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
-        if next(self.missing(chains_of(tasks), cache), None) is None:
+    def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
+        missing = dict(self.missing(chains_of(tasks), cache))  # equal answers once
+        if not missing:
             return []
-        notes = log.with_name(f"{self.name}.notes.json")
-        job = {
-            "scorer": asdict(self.config),
-            "generation": asdict(self._generation),
-            "cache": str(cache.path),
-            "tasks": [{"prompts": str(task.prompts), "answers": str(task.answers)} for task in tasks],
-            "notes": str(notes),
-        }
-        run_child("trl_ext.aries.scoring.reward_model", job, log.with_name(f"{self.name}.log"), progress)
-        cache.reload()
-        return json.loads(notes.read_text(encoding="utf-8"))
+        from transformers import AutoConfig, AutoTokenizer
+
+        config, notes = self.config, []
+        name, revision = config.reward_model, config.reward_model_revision
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        encoded = {key: encode_answer(tokenizer, chain.prompt, a.text) for key, (chain, a, _) in missing.items()}
+        text_config = model_config.get_text_config()
+        limit = getattr(text_config, "max_position_embeddings", None)  # some architectures have none
+        too_long = [key for key, ids in encoded.items() if limit is not None and len(ids) > limit]
+        if too_long:
+            cache.add([{"key": key, "score": None} for key in too_long])
+            notes.append(f"{name} takes {limit:,} tokens: {len(too_long):,} longer answers have no score")
+        # The longest first: what does not fit into memory shows at once
+        keys = sorted((key for key in encoded if key not in cache), key=lambda key: -len(encoded[key]))
+        texts = [without_padding(encoded[key], text_config.pad_token_id) for key in keys]
+        progress(0, len(keys))
+
+        reason = "it was asked for" if config.reward_model_backend == "transformers" else missing_from_vllm(config)
+        if config.reward_model_backend == "vllm" and reason is not None:
+            raise RecipeError(
+                f"`scores.reward_model_backend`: vLLM cannot serve {name}: {reason}. Write `transformers`, or `auto`."
+            )
+        if config.reward_model_backend == "auto" and reason is not None:
+            notes.append(f"{name} is scored by transformers: {reason}")
+        if reason is None:
+            dtype = str(model_config.dtype or "auto").removeprefix("torch.")  # vLLM's own would be 16 bits for float32
+            scores = vllm_scores(config, self._generation, dtype, texts)
+        else:
+            scores = transformers_scores(config, texts)
+        for done, (index, score) in enumerate(scores if keys else (), start=1):
+            if not math.isfinite(score):
+                raise RecipeError(
+                    f"`scores.reward_model`: {name} gives {score} for an answer of {len(texts[index]):,} tokens. Its weights are broken, "
+                    "or too large for their data type; what it has scored so far is kept."
+                )
+            cache.add([{"key": keys[index], "score": score}])
+            progress(done, len(keys))
+        return notes
 
 
 def local_files(name: str) -> list[list[Any]] | None:
@@ -224,55 +250,3 @@ def transformers_scores(config: ScorerConfig, texts: list[list[int]]) -> Iterato
         with torch.no_grad():
             logits = model(input_ids=input_ids, attention_mask=mask).logits  # (B, 1)
         yield from enumerate(logits[:, 0].float().tolist(), start=start)
-
-
-def main(job: dict[str, Any], progress: Progress) -> None:
-    """The child process: scores what the cache lacks."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    config, generation = ScorerConfig(**job["scorer"]), GenerationConfig(**job["generation"])
-    name, revision = config.reward_model, config.reward_model_revision
-    cache = ScoreCache(Path(job["cache"]))
-    tasks = [ScoreTask(Path(task["prompts"]), Path(task["answers"])) for task in job["tasks"]]
-    missing = dict(RewardModel(config, generation).missing(chains_of(tasks), cache))  # equal answers once
-    notes = []
-
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    model_config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    encoded = {key: encode_answer(tokenizer, chain.prompt, a.text) for key, (chain, a, _) in missing.items()}
-    text_config = model_config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)  # some architectures have none
-    too_long = [key for key, ids in encoded.items() if limit is not None and len(ids) > limit]
-    if too_long:
-        cache.add([{"key": key, "score": None} for key in too_long])
-        notes.append(f"{name} takes {limit:,} tokens: {len(too_long):,} longer answers have no score")
-    # The longest first: what does not fit into memory shows at once
-    keys = sorted((key for key in encoded if key not in cache), key=lambda key: -len(encoded[key]))
-    texts = [without_padding(encoded[key], text_config.pad_token_id) for key in keys]
-    progress(0, len(keys))
-
-    reason = "it was asked for" if config.reward_model_backend == "transformers" else missing_from_vllm(config)
-    if config.reward_model_backend == "vllm" and reason is not None:
-        raise RecipeError(
-            f"`scores.reward_model_backend`: vLLM cannot serve {name}: {reason}. Write `transformers`, or `auto`."
-        )
-    if config.reward_model_backend == "auto" and reason is not None:
-        notes.append(f"{name} is scored by transformers: {reason}")
-    if reason is None:
-        dtype = str(model_config.dtype or "auto").removeprefix("torch.")  # vLLM's own would be 16 bits for float32
-        scores = vllm_scores(config, generation, dtype, texts)
-    else:
-        scores = transformers_scores(config, texts)
-    for done, (index, score) in enumerate(scores if keys else (), start=1):
-        if not math.isfinite(score):
-            raise RecipeError(
-                f"`scores.reward_model`: {name} gives {score} for an answer of {len(texts[index]):,} tokens. Its weights are broken, or "
-                "too large for their data type; what it has scored so far is kept."
-            )
-        cache.add([{"key": keys[index], "score": score}])
-        progress(done, len(keys))
-    write_json(Path(job["notes"]), notes)
-
-
-if __name__ == "__main__":
-    child_main(main)

@@ -116,6 +116,11 @@ def other_columns(prompts: Iterable[dict[str, Any]]) -> list[str]:
     return sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
 
 
+def first_row(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first of the prompts, with every column that any of them has."""
+    return dict.fromkeys(other_columns(prompts)) | prompts[0]
+
+
 def load_chains(prompts: list[dict[str, Any]], answers: Path) -> list[Chain]:
     rows = {row["prompt_id"]: row for row in read_jsonl(answers)}
     return [Chain.from_row(rows[row["prompt_id"]], row["prompt"]) for row in prompts]
@@ -147,7 +152,7 @@ class Scorer(Protocol):
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """Try it on the first prompt of each file before any work is done; [`RecipeError`] if that fails."""
 
-    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
+    def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         """Add to the cache what takes a process or a server to find out. Returns lines that the user should read."""
 
     def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:

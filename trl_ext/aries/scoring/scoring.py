@@ -1,106 +1,91 @@
 """
-The process that scores: it calls verifiers and judges, waits for reward models, and writes down the sums.
+Scoring: every scorer finds out what it has to about the answers, and the sums are written down.
 
 In: files of answers. Out: `scores.jsonl` of each, and what the scorers have found out in the run's cache, from which a killed process
-goes on. The loop imports nobody's code and holds no scores; what verifiers print goes to this stage's log.
+goes on. It calls verifiers, which are somebody's code, so it runs in a process of its own: the loop imports nobody's code and holds no
+scores; what verifiers print goes to this stage's log.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...recipe import RecipeError
-from ..children import ChildError, Reporter, child_main, run_child
-from ..config import GenerationConfig, JudgeConfig, ScorerConfig
+from ..children import Reporter
+from ..config import AriesConfig, ScorerConfig
 from ..data.records import write_jsonl
+from ..policies import unscored
+from ..run_dir import RunDir
 from .judge import Judge
 from .reward_model import RewardModel
 from .scores import ScoreCache, Scorer, ScoreTask, score_rows
-from .verifier import Verifier, Watch, what_ended
+from .verifier import Verifier
+from .watch import Watch
 
 
 # Chains between two reports
 REPORTED_CHAINS = 100
 
 
-def run_scoring(
-    job: dict[str, Any], log: Path, on_progress: Callable[[int, int], None], on_note: Callable[[str], None]
-) -> None:
+def score(run: RunDir, config: AriesConfig, answering: int, report: Reporter) -> None:
+    """The answers of round `answering`'s policy that have no scores yet. `run` has an absolute path, since a verifier may change the directory."""
+    scorers, cache = make_scorers(config, Watch(run.verifier_call)), ScoreCache(run.score_cache)
+    files = unscored(run, config, answering)
+    tasks = [ScoreTask(answers.prompts, answers.answers) for answers in files]
+    for scorer in scorers:
+        for note in scorer.score(tasks, cache, report):
+            report.note(note)
+    rows = Counted(sum(map(count_lines, (task.answers for task in tasks))), report)
+    for task, answers in zip(tasks, files, strict=True):
+        write_jsonl(answers.scores, rows(score_rows(task, scorers, cache)))
+
+
+def check_scorers(run: RunDir, config: AriesConfig, rows: list[dict[str, Any]]) -> None:
     """
-    Run this module on a job of `jobs.py`. Paths in it become absolute, since a verifier may change the directory.
+    Try the scorers on these prompts.
 
     Raises:
-        [`RecipeError`]: a scorer is not what it should be, ends the process, or takes longer than its `timeout`.
-        [`~aries.children.ChildError`]: a server or a reward model failed, or the process was killed.
+        [`RecipeError`]: one of them cannot score.
     """
-    log = log.absolute()
-    call = log.with_suffix(".call")
-    call.unlink(missing_ok=True)
-    failure = None
-    try:
-        run_child(
-            "trl_ext.aries.scoring.scoring",
-            job | {"log": str(log), "call": str(call)},
-            log,
-            on_progress,
-            on_note=on_note,
-        )
-    except ChildError as error:
-        failure = error
-    ended = what_ended(call)
-    call.unlink(missing_ok=True)
-    if ended is not None:
-        what, where = ended
-        if where is not None:
-            raise RecipeError(
-                f"{what}: it took longer than its `timeout`, and was in {where}. Mend it there, or raise `scores.timeout`, in seconds for "
-                "one call with the answers of up to 100 chains. What was scored before is kept."
-            )
-        if failure is None:
-            raise RecipeError(
-                f"{what}: it ended its process, with exit code 0. Let it return, or raise an error. Its output is in {log}."
-            )
-        raise ChildError(f"{what}: {failure}") from failure
-    if failure is not None:
-        raise failure
-    if not all(Path(task["scores"]).exists() for task in job["tasks"]):
-        raise ChildError(
-            f"the process that scores ended before its work was done, with exit code 0. Its output is in {log}."
-        )
+    for scorer in make_scorers(config, Watch(run.verifier_call)):
+        scorer.check([[row] for row in rows])
 
 
-def main(job: dict[str, Any], report: Reporter) -> None:
-    """The child process: try all scorers, or score what has no scores yet."""
-    generation, watch = GenerationConfig(**job["generation"]), Watch(Path(job["call"]))
-    tokenizer = Tokenizer(**job["tokenizer"])
-    scorers = [make_scorer(settings, generation, tokenizer, watch) for settings in job["scorers"]]
-    for scorer in scorers if job["check"] else ():
-        scorer.check([[row] for row in job["check"]])
-    if not job["tasks"]:
-        return
-    cache = ScoreCache(Path(job["cache"]))
-    tasks = [(ScoreTask(Path(task["prompts"]), Path(task["answers"])), Path(task["scores"])) for task in job["tasks"]]
-    for scorer in scorers:
-        for note in scorer.score([task for task, _ in tasks], cache, Path(job["log"]), report):
-            report.note(note)
-    rows = Counted(sum(map(count_lines, (task.answers for task, _ in tasks))), report)
-    for task, scores in tasks:
-        write_jsonl(scores, rows(score_rows(task, scorers, cache)))
+def make_scorers(config: AriesConfig, watch: Watch) -> list[Scorer]:
+    tokenizer = Tokenizer(
+        absolute(config.model["model_name_or_path"]), config.model.get("model_revision"), config.trust_remote_code
+    )
+    # All paths before the first verifier is imported: it may change the directory
+    scorers = [with_absolute_paths(scorer) for scorer in config.scores.each()]
+    return [make_scorer(scorer, config, tokenizer, watch) for scorer in scorers]
 
 
-def make_scorer(settings: dict[str, Any], generation: GenerationConfig, encode: "Tokenizer", watch: Watch) -> Scorer:
-    judge = settings["judge"]
-    config = ScorerConfig(**settings | {"judge": judge and JudgeConfig(**judge)})
-    if config.verifier is not None:
-        return Verifier(config, encode, watch)
-    return Judge(config) if judge is not None else RewardModel(config, generation)
+def make_scorer(scorer: ScorerConfig, config: AriesConfig, encode: "Tokenizer", watch: Watch) -> Scorer:
+    if scorer.verifier is not None:
+        return Verifier(scorer, encode, watch)
+    return Judge(scorer) if scorer.judge is not None else RewardModel(scorer, config.generation)
+
+
+def with_absolute_paths(scorer: ScorerConfig) -> ScorerConfig:
+    if scorer.verifier is not None:
+        file, _, name = scorer.verifier.rpartition(":")
+        return replace(scorer, verifier=f"{absolute(file)}:{name}")
+    if scorer.reward_model is not None:
+        return replace(scorer, reward_model=absolute(scorer.reward_model))
+    return scorer
+
+
+def absolute(name: str) -> str:
+    """A path that holds in any working directory; what is not a path here, such as an id on the Hub, as it is."""
+    return str(Path(name).absolute()) if Path(name).exists() else name
 
 
 class Tokenizer:
     """The policy's tokenizer as a function, loaded when it is first called: few verifiers ask for token ids."""
 
-    def __init__(self, **source: Any):
-        self._source = source
+    def __init__(self, name: str, revision: str | None, trust_remote_code: bool):
+        self._name, self._options = name, {"revision": revision, "trust_remote_code": trust_remote_code}
         self._tokenizer: Any = None
 
     def __call__(self, text: str) -> list[int]:
@@ -108,11 +93,11 @@ class Tokenizer:
             from transformers import AutoTokenizer
 
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(**self._source)
+                self._tokenizer = AutoTokenizer.from_pretrained(self._name, **self._options)
             except (OSError, ValueError) as error:
-                name = self._source["pretrained_model_name_or_path"]
                 raise RecipeError(
-                    f"`model.model_name_or_path`: the verifier asks for `completion_ids`, and the tokenizer of {name} cannot be read: {error}"
+                    f"`model.model_name_or_path`: the verifier asks for `completion_ids`, and the tokenizer of {self._name} cannot be "
+                    f"read: {error}"
                 ) from error
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -134,7 +119,3 @@ class Counted:
 def count_lines(path: Path) -> int:
     with open(path, "rb") as file:
         return sum(1 for _ in file)
-
-
-if __name__ == "__main__":
-    child_main(main)

@@ -6,17 +6,14 @@ process of `scoring.py` only: it may print, change the directory, hang, or end t
 """
 
 import asyncio
-import faulthandler
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from ...recipe_values import did_you_mean, show
 from ..config import ScorerConfig
 from ..data.records import Answer, Chain, as_completion, sha256
 from .scores import AnswerScorer, Block, Progress, ScoreCache, ScoreTask, answer_keys, other_columns
+from .watch import Watch
 
 
 # The one module whose functions a recipe may name without a file
@@ -131,45 +129,6 @@ def needed_columns(function: Callable[..., Any]) -> set[str]:
     return {p.name for p in parameters if p.default is p.empty and p.kind in kinds} - set(GIVEN)
 
 
-class Watch:
-    """
-    Looks after calls that may not return.
-
-    Args:
-        path (`Path`):
-            A file that is there while a call goes on. It holds what is called and with what, and, if its time was up and that ended the
-            process, where each thread was. [`what_ended`] reads it.
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    @contextmanager
-    def call(self, what: str, seconds: float | None) -> Iterator[None]:
-        """End the process if what is inside takes longer than this."""
-        with open(self._path, "w", encoding="utf-8") as file:
-            file.write(what + "\n")
-            file.flush()
-            if seconds is not None:  # in a thread of C: an expression that backtracks keeps Python's own from running
-                faulthandler.dump_traceback_later(seconds, exit=True, file=file)
-            try:
-                yield
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-                self._path.unlink(missing_ok=True)
-
-
-def what_ended(path: Path) -> tuple[str, str | None] | None:
-    """The call that was going on when a process ended, and where it was if its time was up; `None` if there was none."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    what, timeout, frames = text.partition("\nTimeout (")
-    if not text:
-        return None
-    frames = re.findall(r'File "(.*)", line (\d+) in (.*)', frames)
-    here = [f"{file}:{line}, in `{name}`" for file, line, name in frames if f"({file})" in what]
-    return what.strip(), (here or ["code that is not in its file"])[0] if timeout else None
-
-
 class Verifier(AnswerScorer):
     """
     A function with TRL's reward-function signature, called for the answers of [`~aries.scoring.scores.CHAINS_AT_ONCE`] chains at a time.
@@ -203,7 +162,7 @@ class Verifier(AnswerScorer):
             columns = {name: rows[0].get(name) for name in other_columns(rows)}
             self._call([(chain, Answer(1, "", 0, "stop"), columns)])
 
-    def score(self, tasks: list[ScoreTask], cache: ScoreCache, log: Path, progress: Progress) -> list[str]:
+    def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         return []  # `scores` calls the function
 
     def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:

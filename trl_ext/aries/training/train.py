@@ -1,8 +1,8 @@
 """
-Training: SFT before round 1, and preference training of a round, in a process that ends and returns its memory.
+Training: SFT before round 1, and preference training of a round.
 
-In: a job that names the policy, the rows and the settings. Out: `model/` (full fine-tuning) or `adapter/` (LoRA, QLoRA:
-the frozen base is never merged). Trainers stay ordinary; what a round learns is in its rows. The exception is `objective: squared`,
+In: a [`~aries.training.settings.Training`]. Out: `model/` (full fine-tuning) or `adapter/` (LoRA, QLoRA: the frozen base is never
+merged). Trainers stay ordinary; what a round learns is in its rows. The exception is `objective: squared`,
 where direct and refinement rows take different losses.
 """
 
@@ -18,7 +18,6 @@ from accelerate import DistributedType
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
-from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, DPOTrainer, ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
@@ -38,12 +37,11 @@ from ...trainers.squared_refinement import (
 from ...trainers.tdpo_config import TDPOConfig
 from ...trainers.tdpo_trainer import TDPOTrainer
 from ...trainers.upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, own_device
-from ..children import child_main
-from ..config import HealthConfig
 from ..data.disk import writing
 from ..data.records import read_jsonl, write_json
 from .checkpoints import RestoreAdapter, last_whole_checkpoint
 from .launch_check import check_launched
+from .settings import TrainerSettings, Training
 
 
 logger = get_logger(__name__)
@@ -110,8 +108,8 @@ def check_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], outp
 
 def diverged(where: str, output_dir: str) -> str:
     return (
-        f"training has diverged: {where}. Nothing of it is saved, and the policy before it is the last good one. Ways out, under "
-        "another `output_dir`: a lower `learning_rate`, more `warmup_steps`, a smaller `max_grad_norm`, or float32 in place of 16 "
+        f"training has diverged: {where}. Nothing of it is saved, and the policy before it is the last good one. Try, under "
+        "another `output_dir`, a lower `learning_rate`, more `warmup_steps`, a smaller `max_grad_norm`, or float32 in place of 16 "
         f"bits. To try the same again, as after a fault of the machine, delete {output_dir}."
     )
 
@@ -121,31 +119,32 @@ def repeat_by_weight(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows for _ in range(row.get("weight", 1))]
 
 
-def trainer_classes(job: dict[str, Any]) -> tuple[type, type]:
+def trainer_classes(settings: TrainerSettings) -> tuple[type, type]:
     """The trainer and its config: for a squared objective, the one whose refinement rows take the squares."""
-    trainer_class, config_class = TRAINERS[job["trainer"]]
-    if job.get("objective_alpha") is not None:
-        trainer_class = SQUARED_TRAINERS[job["trainer"]]
+    trainer_class, config_class = TRAINERS[settings.trainer]
+    if settings.objective_alpha is not None:
+        trainer_class = SQUARED_TRAINERS[settings.trainer]
     return trainer_class, config_class
 
 
-def load_policy(job: dict[str, Any], model_args: ModelConfig, trust_remote_code: bool):
+def load_policy(training: Training, model_args: ModelConfig, trust_remote_code: bool) -> str | PeftModel:
     """The policy to train: a path for full fine-tuning or a new adapter, a `PeftModel` to train an adapter on."""
-    if job["adapter"] is None:
-        return job["model"]
+    policy = training.policy
+    if policy.adapter is None:
+        return policy.model
     base = AutoModelForCausalLM.from_pretrained(
-        job["model"],
+        policy.model,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         revision=model_args.model_revision,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         quantization_config=get_quantization_config(model_args),
-        device_map={"": "cpu"} if job["config"].get("use_cpu") else None,
+        device_map={"": "cpu"} if training.settings.config.get("use_cpu") else None,
     )
     # ZeRO-3 gathers parameters of one type: adapters in the base's, as TRL makes new ones there
     return PeftModel.from_pretrained(
-        base, job["adapter"], is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
+        base, policy.adapter, is_trainable=True, autocast_adapter_dtype=not is_deepspeed_zero3_enabled()
     )
 
 
@@ -164,12 +163,13 @@ def decide_packing(args: DPOConfig, model: str | PeftModel, said: Collection[str
                 logger.warning(f"The training computes tokens that it could leave out (`{option}: false`): {reason}")
 
 
-def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
-    """An ordinary trainer on the job's rows."""
-    trainer_class, config_class = trainer_classes(job)
-    model_args = ModelConfig(**job["model_args"])
-    args = config_class(**job["config"])
-    model = load_policy(job, model_args, args.trust_remote_code)
+def make_trainer(training: Training, progress: Callable[[int, int], None]):
+    """An ordinary trainer on the rows."""
+    settings, is_sft = training.settings, training.settings.trainer == "sft"
+    trainer_class, config_class = trainer_classes(settings)
+    model_args = ModelConfig(**training.model)
+    args = config_class(**settings.config)
+    model = load_policy(training, model_args, args.trust_remote_code)
     kwargs: dict[str, Any] = {}
     if isinstance(model, str):
         args.model_init_kwargs = {
@@ -181,9 +181,9 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
         }
         kwargs["peft_config"] = get_peft_config(model_args)
         kwargs["quantization_config"] = get_quantization_config(model_args)
-        if job["trainer"] != "sft" and job["reference"]["model"] != model and kwargs["peft_config"] is None:
+        if not is_sft and training.reference.model != model and kwargs["peft_config"] is None:
             kwargs["ref_model"] = AutoModelForCausalLM.from_pretrained(
-                job["reference"]["model"],
+                training.reference.model,
                 dtype=model_args.dtype,
                 attn_implementation=model_args.attn_implementation,
                 revision=model_args.model_revision,
@@ -191,22 +191,21 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
                 use_safetensors=True,
             )
     if issubclass(trainer_class, ShiftedDPOTrainer):
-        decide_packing(args, model, job["config"])
+        decide_packing(args, model, settings.config)
     ref_weights = kwargs["ref_model"].state_dict() if "ref_model" in kwargs else None
-    rows = repeat_by_weight(read_jsonl(Path(job["rows"])))
-    columns = ("prompt", "completion") if job["trainer"] == "sft" else ("prompt", "chosen", "rejected")
-    if job.get("objective_alpha") is not None:
-        kwargs["objective_alpha"] = job["objective_alpha"]
+    rows = repeat_by_weight(read_jsonl(training.rows))
+    columns = ("prompt", "completion") if is_sft else ("prompt", "chosen", "rejected")
+    if settings.objective_alpha is not None:
+        kwargs["objective_alpha"] = settings.objective_alpha
         columns += ("turn",)
     tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        training.policy.model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    max_dropped = HealthConfig(**job["health"]).max_dropped
-    if job["trainer"] == "sft":  # `check` has said which are left out
+    if is_sft:  # `check` has said which are left out
         rows, findings = judge_completions(rows, tokenizer, "rows for SFT", max_length=args.max_length)
-        findings.check(max_dropped)
+        findings.check(training.max_dropped)
     else:
-        kwargs["max_dropped"] = max_dropped
+        kwargs["max_dropped"] = training.max_dropped
     trainer = trainer_class(
         model=model,
         args=args,
@@ -218,23 +217,23 @@ def make_trainer(job: dict[str, Any], progress: Callable[[int, int], None]):
     keep_nf4_trainable(trainer.model)  # TRL's own trainers too: `check_step_0` is an evaluation
     if trainer_class is JudgedDPOTrainer and trainer.ref_model is not None:
         load_sharded_reference(trainer, ref_weights)
-    if job["trainer"] != "sft":
-        set_reference(trainer, job)
+    if not is_sft:
+        set_reference(trainer, training)
     return trainer
 
 
-def set_reference(trainer: DPOTrainer, job: dict[str, Any]) -> None:
+def set_reference(trainer: DPOTrainer, training: Training) -> None:
     """
     Make the "ref" adapter what the recipe asks for. TRL copies the trained adapter, the previous round's policy; the
     initial policy has its own adapter, or none (then the adapter is switched off).
     """
-    if job["adapter"] is None or job["reference"]["adapter"] == job["adapter"]:
+    if training.policy.adapter is None or training.reference.adapter == training.policy.adapter:
         return
     model = trainer.model
-    if job["reference"]["adapter"] is None:
+    if training.reference.adapter is None:
         model.delete_adapter("ref")
         return
-    load_adapter_weights(model, job["reference"]["adapter"], "ref")
+    load_adapter_weights(model, training.reference.adapter, "ref")
 
 
 def check_step_0(trainer: DPOTrainer) -> None:
@@ -276,21 +275,22 @@ def save_policy(trainer, weights: dict[str, torch.Tensor], output: Path) -> None
     temporary.rename(output)
 
 
-def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
-    """The child process: train, save the policy, leave the log history beside it. Of several, the main one saves."""
+def train(training: Training, progress: Callable[[int, int], None]) -> None:
+    """Train, save the policy, and leave the log history beside it. Of several processes, the main one saves."""
+    settings = training.settings
     # accelerate's configuration has a precision too; the recipe's `bf16` and `fp16` decide
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    if job["config"].get("use_cpu") and "WORLD_SIZE" in os.environ:
+    if settings.config.get("use_cpu") and "WORLD_SIZE" in os.environ:
         # Of several processes, each would be on cpu:0, a place to which torch restores no optimizer
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    trainer = make_trainer(job, progress)
+    trainer = make_trainer(training, progress)
     accelerator = trainer.accelerator
     check_launched(accelerator)
-    rows = len(repeat_by_weight(read_jsonl(Path(job["rows"]))))
+    rows = len(repeat_by_weight(read_jsonl(training.rows)))
     counts = {"rows": rows, "trained_rows": len(trainer.train_dataset)}
-    if job["trainer"] != "sft" and job["reference"]["is_policy"]:
+    if settings.trainer != "sft" and training.reference == training.policy:
         trainer.add_callback(CheckStep0(trainer))
-    output_dir = Path(job["config"]["output_dir"])
+    output_dir = Path(settings.config["output_dir"])
     with accelerator.main_process_first():
         checkpoint = last_whole_checkpoint(output_dir)
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -305,11 +305,5 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     write_json(output_dir / "log_history.json", trainer.state.log_history)
     batch_size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * accelerator.num_processes
     write_json(output_dir / "rows.json", counts | {"processes": accelerator.num_processes, "batch_size": batch_size})
-    with writing(Path(job["output"])):
-        save_policy(trainer, weights, Path(job["output"]))
-
-
-if __name__ == "__main__":
-    child_main(record(main))  # among several processes torchrun shows the traceback of the one that failed first
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    with writing(training.output):
+        save_policy(trainer, weights, training.output)

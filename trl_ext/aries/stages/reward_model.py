@@ -1,0 +1,23 @@
+"""A reward model's scores of the answers of a policy, in a process that gives its memory back."""
+
+from ..children import Reporter, child_main
+from ..policies import unscored
+from ..run_dir import RunDir
+from ..scoring.reward_model import RewardModel
+from ..scoring.scores import ScoreCache, ScoreTask
+from ..scoring.scoring import with_absolute_paths
+from .messages import RewardModelMessage
+
+
+def main(message: RewardModelMessage, report: Reporter) -> None:
+    run = RunDir(message.run)
+    config = run.read_config()
+    [scorer] = [scorer for scorer in config.scores.each() if scorer.name == message.name]
+    model = RewardModel(with_absolute_paths(scorer), config.generation)
+    tasks = [ScoreTask(answers.prompts, answers.answers) for answers in unscored(run, config, message.answering)]
+    for note in model.score(tasks, ScoreCache(run.score_cache), report):
+        report.note(note)
+
+
+if __name__ == "__main__":
+    child_main(main, RewardModelMessage)
