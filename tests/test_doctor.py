@@ -20,6 +20,7 @@ from trl_ext.cli import main
 from trl_ext.doctor import environment
 from trl_ext.doctor.checks import Check, Report, gigabytes
 from trl_ext.doctor.probe import training_time
+from trl_ext.doctor.tiny_engine import make_model
 from trl_ext.trainers.prepared import prepared_pairs
 
 from .conftest import PAIRS
@@ -339,7 +340,7 @@ class TestAriesRecipe:
     @pytest.mark.vllm
     def test_probe(self, recipe, capsys, tmp_path):
         """A real engine and real steps on its answers, in a directory of their own. Of heads that vLLM takes on a CPU."""
-        environment.engine_command(tmp_path / "model")
+        make_model(tmp_path / "model")
         recipe["model"] = {"model_name_or_path": str(tmp_path / "model"), "dtype": "float32"}
         Path("prompts.jsonl").write_text("".join(f'{{"prompt": "a b {w}", "solution": ""}}\n' for w in "cdefghij"))
         recipe |= {"generation": {"max_model_len": 200, "dtype": "float32", "cpu_kv_cache_gib": 1}}

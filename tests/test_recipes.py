@@ -13,6 +13,7 @@ from trl_ext.aries.checks import preflight
 from trl_ext.aries.config import LOOP_KEYS, AriesConfig
 from trl_ext.aries.data.templates import compile_template
 from trl_ext.aries.scoring.verifier import load_verifier
+from trl_ext.aries.training.settings import TrainerSettings
 from trl_ext.aries.training.train import trainer_classes
 from trl_ext.cli import TRAINERS
 from trl_ext.launch import find_accelerate_config
@@ -96,7 +97,7 @@ class TestAriesRecipe:
         model_args = ModelConfig(**check_keys(recipe, [ModelConfig], ("model",)))
         sections = {"training": recipe.at("training", "trainer") or "dpo", "sft": "sft"}
         for section, trainer in sections.items():
-            trainer_class, config_class = trainer_classes({"trainer": trainer})
+            trainer_class, config_class = trainer_classes(TrainerSettings(trainer, {}))
             values = check_keys(recipe, [config_class], (section,), also=(*LOOP_KEYS, "dataset"))
             assert not values.keys() & preflight.OWNED_KEYS.keys()
             args = config_class(**values | {"output_dir": "unused", "use_cpu": True})

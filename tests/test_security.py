@@ -24,6 +24,7 @@ from trl_ext.aries.run_dir import RunDir
 from trl_ext.aries.scoring.judge import Judge, JudgeError
 from trl_ext.aries.scoring.scores import ScoreCache, ScoreTask
 from trl_ext.aries.scoring.verifier import load_verifier
+from trl_ext.aries.stages.messages import PreflightMessage
 from trl_ext.recipe import Recipe, RecipeError, apply_overrides, export_env, load_yaml, parse_section
 
 
@@ -136,8 +137,8 @@ def test_no_file_of_a_run_and_no_error_holds_a_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     (tmp_path / "stage.py").write_text(
-        "import json\nfrom trl_ext.aries.children import child_main\n"
-        "def main(job, progress):\n    print(json.dumps(job))\n    progress(1, 1)\n\nchild_main(main)\n"
+        "from trl_ext.aries.children import child_main\nfrom trl_ext.aries.stages.messages import PreflightMessage\n"
+        "def main(message, report):\n    print(message)\n    report(1, 1)\n\nchild_main(main, PreflightMessage)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     server = HTTPServer(("127.0.0.1", 0), Echo)
@@ -158,8 +159,9 @@ def test_no_file_of_a_run_and_no_error_holds_a_secret(tmp_path, monkeypatch):
             scorer = Judge(ScorerConfig(judge=JudgeConfig(**judge)))
             task = ScoreTask(round_dir.prompts, round_dir.answers)
             with pytest.raises(JudgeError, match=r"status 401: .*Bearer \*\*\*") as error:
-                scorer.score([task], ScoreCache(run_dir.score_cache), round_dir.logs, lambda done, total: None)
-            run_child("stage", {"config": str(config)}, round_dir.logs / "stage.log", lambda done, total: None)
+                scorer.score([task], ScoreCache(run_dir.score_cache), lambda done, total: None)
+            message = PreflightMessage.of(run_dir.path, Recipe(None, mapping, {}), conversational=False)
+            run_child("stage", message, round_dir.logs / "stage.log", lambda done, total: None)
             run_dir.log_event(event="note", note=str(error.value))
             write_manifest(run_dir, config, 0)
     finally:

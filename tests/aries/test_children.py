@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 
@@ -12,8 +13,15 @@ from trl_ext.aries.children import ChildError, run_child
 from trl_ext.recipe import RecipeError
 
 
+@dataclass
+class Job:
+    n: int = 0
+    file: str = ""
+
+
 HEAD = """
 from trl_ext.aries.children import child_main
+from tests.aries.test_children import Job
 from trl_ext.recipe import RecipeError
 import os, subprocess, sys, time
 """
@@ -26,9 +34,9 @@ def child(tmp_path, monkeypatch):
 
     def run(body: str, **job):
         lines = "\n".join(f"    {line}" for line in body.splitlines())
-        (tmp_path / "stage.py").write_text(f"{HEAD}\ndef main(job, progress):\n{lines}\n\nchild_main(main)\n")
+        (tmp_path / "stage.py").write_text(f"{HEAD}\ndef main(job, progress):\n{lines}\n\nchild_main(main, Job)\n")
         reports = []
-        run_child("stage", job, tmp_path / "logs" / "stage.log", lambda *report: reports.append(report))
+        run_child("stage", Job(**job), tmp_path / "logs" / "stage.log", lambda *report: reports.append(report))
         return reports
 
     return run
@@ -50,9 +58,7 @@ def wait_until_dead(pid: int) -> bool:
 
 
 def test_progress_comes_back_and_prints_go_to_the_log(child, tmp_path):
-    reports = child(
-        "print('from Python')\nos.system('echo from the shell')\nprogress(job['n'], 2)\nprogress(2, 2)", n=1
-    )
+    reports = child("print('from Python')\nos.system('echo from the shell')\nprogress(job.n, 2)\nprogress(2, 2)", n=1)
     assert reports == [(1, 2), (2, 2)]
     log = (tmp_path / "logs" / "stage.log").read_text()
     assert "from Python" in log and "from the shell" in log
@@ -62,7 +68,7 @@ def test_notes_come_back(child, tmp_path):
     reports = child("progress(0, 1)\nprogress.note('a server is lost')\nprogress(1, 1)")
     assert reports == [(0, 1), (1, 1)]
     notes = []
-    run_child("stage", {}, tmp_path / "stage.log", lambda *report: None, on_note=notes.append)
+    run_child("stage", Job(), tmp_path / "stage.log", lambda *report: None, on_note=notes.append)
     assert notes == ["a server is lost"]
 
 
@@ -83,9 +89,7 @@ def test_bad_input_comes_back_as_itself(child):
 
 
 def test_what_the_child_started_ends_with_it(child, tmp_path):
-    child(
-        "p = subprocess.Popen(['sleep', '600'])\nopen(job['file'], 'w').write(str(p.pid))", file=str(tmp_path / "pid")
-    )
+    child("p = subprocess.Popen(['sleep', '600'])\nopen(job.file, 'w').write(str(p.pid))", file=str(tmp_path / "pid"))
     assert wait_until_dead(int((tmp_path / "pid").read_text()))
 
 
@@ -95,14 +99,16 @@ def test_the_child_dies_with_its_parent(tmp_path, place):
     pid_file = tmp_path / "pid"
     lines = [f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))", "time.sleep(600)"]
     work, imports = (lines, []) if place == "at work" else (["pass"], lines)
-    body = "\n".join([*imports, "def main(job, progress):", *(f"    {line}" for line in work), "child_main(main)"])
+    body = "\n".join(
+        [*imports, "def main(job, progress):", *(f"    {line}" for line in work), "child_main(main, Job)"]
+    )
     (tmp_path / "stage.py").write_text(f"{HEAD}\n{body}\n")
     parent = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "from pathlib import Path; from trl_ext.aries.children import run_child;"
-            f"run_child('stage', {{}}, Path({str(tmp_path / 'stage.log')!r}), print)",
+            "from pathlib import Path; from trl_ext.aries.children import run_child; from tests.aries.test_children import Job;"
+            f"run_child('stage', Job(), Path({str(tmp_path / 'stage.log')!r}), print)",
         ],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )

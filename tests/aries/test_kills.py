@@ -77,7 +77,7 @@ def torn_checkpoint(pattern: str):
 # In the order of the run
 SFT = [
     Moment("SFT, a checkpoint is written", torn_checkpoint("round_00/training/checkpoint-*")),
-    Moment("SFT, a step", soon_after("round_00/training/checkpoint-4", 0.05), "trl_ext.aries.training.train"),
+    Moment("SFT, a step", soon_after("round_00/training/checkpoint-4", 0.05), "trl_ext.aries.stages.train"),
     Moment("SFT, its adapter is written", is_there("round_00/adapter.tmp")),
 ]
 ANSWERS, EVALUATIONS = PROMPTS * TURNS, EVALUATION_PROMPTS * TURNS
@@ -91,17 +91,17 @@ def moments_of_round(number: int) -> list[Moment]:
         Moment(
             "generation, the engine alone",
             lines_in(f"{this}/answers.jsonl.part", ANSWERS),
-            "trl_ext.aries.generation.embedded_engine",
+            "trl_ext.aries.stages.generate",
         ),
         Moment("parity", soon_after(f"{this}/answers.jsonl", 8.0)),
         Moment("scores", soon_after(f"{before}/parity.json", 3.0)),
         Moment(
-            "scores, their process alone", soon_after(f"{this}/logs/scores.log", 1.0), "trl_ext.aries.scoring.scoring"
+            "scores, their process alone", soon_after(f"{this}/logs/scores.log", 1.0), "trl_ext.aries.stages.score"
         ),
         Moment("a manifest is written", is_there(f"{before}/manifest.json.tmp")),
         Moment("pairs", soon_after(f"{before}/manifest.json", 0.05)),
         Moment(
-            "training, before its first step", soon_after(f"{this}/pairs.jsonl", 8.0), "trl_ext.aries.training.train"
+            "training, before its first step", soon_after(f"{this}/pairs.jsonl", 8.0), "trl_ext.aries.stages.train"
         ),
         Moment("training, a checkpoint is written", torn_checkpoint(f"{this}/training/checkpoint-*")),
         Moment("training, a step", soon_after(f"{this}/training/checkpoint-2", 0.05)),

@@ -10,8 +10,8 @@ from trl_ext.aries.config import (
     PairsConfig,
     PromptsConfig,
     ScoresConfig,
-    trainer_settings,
 )
+from trl_ext.aries.training.settings import trainer_settings
 
 
 CONFIG = AriesConfig(
@@ -36,9 +36,9 @@ CONFIG = AriesConfig(
 def test_the_objective_is_the_loops_and_alpha_the_trainers(training, alpha):
     """TDPO has an α of its own, under the same section."""
     settings = trainer_settings(replace(CONFIG, training=CONFIG.training | training), 1, "out")
-    assert settings["objective_alpha"] == alpha
-    assert settings["config"]["alpha"] == 0.3
-    assert not settings["config"].keys() & {"objective", "objective_alpha", "trainer", "reference"}
+    assert settings.objective_alpha == alpha
+    assert settings.config["alpha"] == 0.3
+    assert not settings.config.keys() & {"objective", "objective_alpha", "trainer", "reference"}
 
 
 @pytest.mark.parametrize(

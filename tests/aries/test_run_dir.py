@@ -53,6 +53,19 @@ def test_a_run_that_made_nothing_takes_the_corrected_recipe(config):
         enter(replace(config, rounds=2))
 
 
+def test_children_read_the_settings_of_now(config):
+    """Some may change while a run goes on, and a key that an earlier version did not have is at its default."""
+    enter(config)
+    run_dir, skips = RunDir(Path(config.output_dir)), replace(config, pairs=PairsConfig(guard="skip"))
+    enter(skips)
+    assert run_dir.read_config() == skips
+    recorded = json.loads(run_dir.resolved.read_text())
+    del recorded["health"], recorded["generation"]["timeout"]
+    run_dir.resolved.write_text(json.dumps(recorded))
+    enter(skips)
+    assert run_dir.read_config() == skips
+
+
 def test_the_recipe_and_what_it_resolved_to_are_kept(config):
     enter(config)
     run_dir = RunDir(Path(config.output_dir))

@@ -102,7 +102,7 @@ def test_pairs_are_those_of_lists_in_memory(a_round):
     """Oracle: chains and scores as lists, and the guard's numbers from lists of their pairs."""
     loop = a_round(300)
     answer(loop, InstantEngine())
-    loop.score(1)
+    loop.score(answering=0)
     loop.pair(1)
     round_dir = loop.dir.round(1)
     chains = load_chains(read_jsonl(round_dir.prompts), round_dir.answers)

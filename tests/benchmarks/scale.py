@@ -14,16 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trl_ext.aries.children import Reporter
 from trl_ext.aries.config import AriesConfig, sampling_by_turn
 from trl_ext.aries.data.prompts import select_prompts
-from trl_ext.aries.data.records import Chain, to_line, write_jsonl
+from trl_ext.aries.data.records import Chain, to_line, write_json, write_jsonl
 from trl_ext.aries.generation.refinements import Request, Strategy
 from trl_ext.aries.inputs import read_inputs
-from trl_ext.aries.jobs import scoring_job
 from trl_ext.aries.rounds import Rounds
 from trl_ext.aries.scoring import scoring
 from trl_ext.recipe import Recipe, parse_section
@@ -115,6 +115,7 @@ def run_stage(stage: str, directory: Path, count: int) -> dict:
 def write_rounds_prompts(loop: Rounds) -> None:
     loop.dir.round(1).path.mkdir(parents=True)
     loop.dir.round(0).path.mkdir()
+    write_json(loop.dir.resolved, asdict(loop.config))
     inputs = loop.inputs
     write_jsonl(loop.dir.round(1).prompts, select_prompts(inputs.prompts, 1, inputs.round_size, loop.config.seed))
     write_jsonl(loop.dir.evaluation_prompts, inputs.evaluation_prompts)
@@ -133,12 +134,8 @@ def answer(loop: Rounds, chains: Any) -> None:
 
 def score(loop: Rounds) -> None:
     """What the process that scores does, in this one."""
-    log = loop.dir.round(1).logs / "scores.log"
-    log.parent.mkdir(exist_ok=True)
-    scoring.main(
-        scoring_job(loop.dir, loop.config, 1) | {"log": str(log), "call": str(log.with_suffix(".call"))},
-        Reporter(io.StringIO()),
-    )
+    loop.dir.logs.mkdir(exist_ok=True)
+    scoring.score(loop.dir, loop.config, 0, Reporter(io.StringIO()))
 
 
 def peak_mebibytes() -> int:

@@ -8,20 +8,28 @@ must end as what was not.
 import importlib.util
 import json
 import os
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
+from tests.aries.tiny_run import MINIMAL
 from tests.conftest import PAIRS
-from tests.distributed.aries_worker import run
+from tests.distributed.aries_worker import Job, run
 from tests.distributed.launch import ROOT, torchrun
 from trl_ext.aries.children import run_child
-from trl_ext.aries.config import HealthConfig
-from trl_ext.aries.data.records import to_line
+from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.data.records import to_line, write_json
+from trl_ext.aries.policies import Policy
+from trl_ext.aries.run_dir import RunDir
+from trl_ext.aries.stages.messages import RoundMessage
+from trl_ext.aries.training.settings import TrainerSettings, Training
 from trl_ext.launch import Launch
+from trl_ext.recipe import Recipe, parse_section
 
 
 GLOBAL_BATCH, STEPS = 4, 4
@@ -48,8 +56,8 @@ CASES = {
 }
 
 
-def jobs(output: Path, model: Path, processes: int) -> list[dict]:
-    """The cases as the loop would write them, each with its own directory below `output`."""
+def jobs(output: Path, model: Path, processes: int) -> list[Job]:
+    """The cases, each with its own directory below `output`."""
     rows = output / "rows.jsonl"
     sft_rows = output / "sft.jsonl"
     output.mkdir(exist_ok=True)
@@ -64,8 +72,8 @@ def jobs(output: Path, model: Path, processes: int) -> list[dict]:
     for name, case in CASES.items():
         start = str(output / case["from"]) if "from" in case else None
         lora = bool(case["model_args"])
-        initial = {"model": str(model), "adapter": None}
-        policy = {"model": str(model), "adapter": start} if lora else {"model": start or str(model), "adapter": None}
+        initial = Policy(str(model), None)
+        policy = Policy(str(model), start) if lora else Policy(start or str(model), None)
         reference = initial if case.get("reference") == "initial" or not lora else policy
         config = {
             "output_dir": str(output / f"{name}-training"),
@@ -85,18 +93,16 @@ def jobs(output: Path, model: Path, processes: int) -> list[dict]:
             "lr_scheduler_type": "constant",
             "seed": 1,
         }
-        job = {
-            **policy,
-            "model_args": {"model_name_or_path": str(model), "dtype": "float32", **case["model_args"]},
-            "reference": reference | {"is_policy": reference == policy},
-            "rows": str(sft_rows if case["trainer"] == "sft" else rows),
-            "output": str(output / name),
-            "trainer": case["trainer"],
-            "objective_alpha": case.get("objective_alpha"),
-            "health": asdict(HealthConfig()),
-            "config": config,
-        }
-        made.append(job | ({"stop_at": case["stop_at"]} if "stop_at" in case else {}))
+        training = Training(
+            TrainerSettings(case["trainer"], config, case.get("objective_alpha")),
+            {"model_name_or_path": str(model), "dtype": "float32", **case["model_args"]},
+            policy,
+            reference,
+            rows=sft_rows if case["trainer"] == "sft" else rows,
+            output=output / name,
+            max_dropped=0.5,
+        )
+        made.append(Job(training, case.get("stop_at")))
     return made
 
 
@@ -105,14 +111,14 @@ def one_process(tiny_model_dir, tmp_path_factory) -> Path:
     """What one process makes of the cases, none of them stopped."""
     output = tmp_path_factory.mktemp("one_process")
     for job in jobs(output, tiny_model_dir, 1):
-        run({key: value for key, value in job.items() if key != "stop_at"})
+        run(replace(job, stop_at=None))
     return output
 
 
 def launch(strategies: list[str], model: Path, output: Path, **environment: str) -> Path:
     """Runs the cases on two processes, with one strategy after another, and returns the directory of the results."""
     made = {strategy: jobs(output / strategy, model, 2) for strategy in strategies}
-    (output / "jobs.json").write_text(json.dumps(made))
+    (output / "jobs.json").write_bytes(TypeAdapter(dict[str, list[Job]]).dump_json(made))
     torchrun("tests.distributed.aries_worker", str(output / "jobs.json"), *strategies, **environment)
     return output
 
@@ -203,8 +209,18 @@ def test_zero(zero, one_process, tiny_model_dir, stage, held, name):
 def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypatch):
     """`accelerate launch` with recipes/accelerate_configs/ddp.yaml, ended in the middle and run again."""
     name = "dpo_lora_previous"
-    (job,) = [job for job in jobs(tmp_path, tiny_model_dir, 2) if job["output"] == str(tmp_path / name)]
-    job["adapter"] = job["reference"]["adapter"] = str(one_process / "dpo_lora")
+    [job] = [job for job in jobs(tmp_path, tiny_model_dir, 2) if job.training.output.name == name]
+    training, run_dir = job.training, RunDir(tmp_path / "run")
+    round_dir = run_dir.round(1)
+    sections = {"model": training.model, "training": {**training.settings.config}, "sft": {"dataset": "sft.jsonl"}}
+    del sections["training"]["output_dir"]
+    write_json(run_dir.resolved, asdict(parse_section(Recipe(None, MINIMAL | sections, {}), AriesConfig)))
+    shutil.copytree(one_process / "dpo_lora", run_dir.round(0).adapter)
+    round_dir.path.mkdir()
+    shutil.copy(training.rows, round_dir.pairs)
+    (tmp_path / name).symlink_to(round_dir.adapter)  # where the cases have them
+    (tmp_path / f"{name}-training").symlink_to(round_dir.training)
+    message, log = RoundMessage(run_dir.path, 1), tmp_path / "training.log"
     monkeypatch.setenv("PYTHONPATH", str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""))
     launch = Launch(str(ROOT / "recipes/accelerate_configs/ddp.yaml"), num_processes=2)
     reports = []
@@ -217,11 +233,9 @@ def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypa
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_child("trl_ext.aries.training.train", job, tmp_path / "training.log", stop, launch=launch)
-    assert not (tmp_path / name).exists()
-    run_child(
-        "trl_ext.aries.training.train", job, tmp_path / "training.log", lambda *at: reports.append(at), launch=launch
-    )
+        run_child("trl_ext.aries.stages.train", message, log, stop, launch=launch)
+    assert not round_dir.adapter.exists()
+    run_child("trl_ext.aries.stages.train", message, log, lambda *at: reports.append(at), launch=launch)
     assert reports == [(2, STEPS), (3, STEPS), (4, STEPS)]
     assert json.loads((tmp_path / f"{name}-training" / "rows.json").read_text())["processes"] == 2
     check_product(tmp_path, one_process, name, tiny_model_dir)

@@ -7,25 +7,21 @@ there are two numbers: `answering` is the round whose policy answers and is eval
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
-from .checks.gates import PairsMeasure, decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
+from .checks.gates import decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
 from .checks.overlap import count_overlap, overlap_lines
 from .checks.set_aside import degenerate, set_aside, take_back
-from .children import ChildError, one_gpu, run_child
+from .checks.training_rows import write_pairs
+from .children import one_gpu
 from .config import AriesConfig
-from .data.faults import FAULTS, share_finding
-from .data.pairs import Selection, preference_rows
 from .data.prompts import select_prompts
-from .data.records import read_json, read_jsonl, read_rows, write_json, write_jsonl
+from .data.records import read_json, read_jsonl, write_json, write_jsonl
 from .data.sft import sft_row
 from .generation.refinements import Strategy
 from .inputs import Inputs, input_hashes, local_inputs, read_inputs
@@ -34,10 +30,8 @@ from .policies import answers_of, is_decided, is_skipped, needs_samples, product
 from .provenance import check_made, note_made
 from .results.cost import round_cost
 from .results.progress import WARNING, JsonProgress, RunProgress, duration
-from .results.report import NEEDS_MATPLOTLIB
-from .results.state import recorded
 from .results.status import print_next, print_results
-from .results.tracking import is_tracked, training_environment
+from .results.tracking import training_environment
 from .run_dir import RoundDir, RunDir
 from .scoring.evaluation import evaluation_metrics, setbacks
 from .scoring.scores import first_row, load_chains, read_chains
@@ -46,14 +40,11 @@ from .stages.messages import (
     AnsweringMessage,
     CheckScorersMessage,
     PreflightMessage,
-    ReportMessage,
     RewardModelMessage,
     RoundMessage,
 )
+from .stages.running import Stages, Update
 from .training.settings import trainer_settings
-
-
-Update = Callable[[int, int], None]  # of a stage's progress: done, of how many
 
 
 def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bool = False) -> int:
@@ -103,19 +94,15 @@ def recipe_text(recipe: Recipe) -> str:
     return recipe.path.read_text(encoding="utf-8")
 
 
-class Rounds:
+class Rounds(Stages):
     """The stages of a run, in the order of the data."""
 
     def __init__(
         self, config: AriesConfig, inputs: Inputs, progress: RunProgress | None = None, launch: Launch | None = None
     ):
-        self.config = config
+        super().__init__(config, progress or RunProgress(config.rounds))
         self.inputs = inputs
         self.launch = launch  # of the training, `None` for one process
-        self.dir = RunDir(Path(config.output_dir))
-        self.progress = progress or RunProgress(config.rounds)
-        self.at = (0, "check")  # round and stage, for the error that stops the run
-        self.told = False  # that reports need matplotlib
         self.template = Strategy(config.refinements).templates[0]  # of training rows
 
     def check(self, recipe: Recipe) -> None:
@@ -293,53 +280,12 @@ class Rounds:
         self.at = (number, "pairs")
         if round_dir.pairs.exists():
             return
-        selection = self.selection(number)
-        rows = write_jsonl(round_dir.pairs, self.pair_rows(number, selection))
+        rows, selection = write_pairs(round_dir, self.config, number, self.template)
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in selection.dropped.items())
         self.progress.say(
             f"round {number}/{self.config.rounds}  {selection.pairs:,} pairs ({rows:,} rows) from {selection.chains:,} chains; "
             + (f"dropped: {dropped}" if dropped else "none dropped")
         )
-
-    def selection(self, number: int) -> Selection:
-        """The pairs of a round, read from its files as they are asked for."""
-        round_dir = self.dir.round(number)
-        chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
-        scores = (row["scores"] for row in read_rows(round_dir.scores))
-        return Selection(zip(chains, scores, strict=True), self.config.pairs)
-
-    def pair_rows(self, number: int, selection: Selection) -> Iterator[dict[str, Any]]:
-        """
-        The rows of the round's pairs; after the last one, what was dropped and what the guard measured, and whether that will do:
-        before the file gets its name.
-
-        Raises:
-            [`RecipeError`]: there are no pairs, or too many chains had faults.
-        """
-        round_dir, measure = self.dir.round(number), PairsMeasure()
-        for pair in selection:
-            measure.add(pair)
-            yield from preference_rows(pair, self.template, self.config.pairs)
-        chains, dropped = selection.chains, selection.dropped
-        write_json(round_dir.drops, {"chains": chains, "pairs": selection.pairs, "dropped": dropped})
-        faults = {reason: count for reason, count in dropped.items() if reason in FAULTS}
-        possible = chains * self.config.pairs.pairs_per_prompt
-        finding = share_finding("possible pairs", faults, possible, self.config.health)
-        if finding:
-            raise RecipeError(
-                f"round {number} would train on what is left: {finding}. Look at {round_dir.answers} and {round_dir.scores}, and "
-                "at the reasons in docs/aries.md. Or go on with a larger share, `--health.max_dropped 0.9`."
-            )
-        if not selection.pairs:
-            raise RecipeError(
-                f"round {number} has no pairs to train on: all {chains} chains were dropped, {dropped}. Look at "
-                f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs "
-                "(under another `output_dir`)."
-            )
-        measured = measure.measured()
-        by_construction = self.config.pairs.selection == "best_over_worst"
-        decision = decide(measured, self.config.pairs.guard)
-        write_json(round_dir.guard, {"decision": decision, "by_construction": by_construction, **measured})
 
     def guard(self, number: int) -> None:
         """
@@ -371,82 +317,3 @@ class Rounds:
         env = {} if self.launch else one_gpu()
         env |= training_environment(self.dir, self.config, number)
         self.start("train", RoundMessage(self.dir.path, number), log, update, env=env, launch=self.launch)
-
-    # What the stages share
-
-    def start(self, stage: str, message: Any, log: Path, update: Update, **options: Any) -> None:
-        """Run a process of `stages/` to its end."""
-        run_child(f"trl_ext.aries.stages.{stage}", message, log, update, on_note=self.note, **options)
-
-    def start_answering(self, stage: str, answering: int, name: str, log: str, **options: Any) -> None:
-        """[`start`] with what it takes for a policy that answers."""
-        with self.answering_stage(answering, name) as (logs, update):
-            self.start(stage, AnsweringMessage(self.dir.path, answering), logs / log, update, **options)
-
-    @contextmanager
-    def answering_stage(self, answering: int, name: str) -> Iterator[tuple[Path, Update]]:
-        """
-        A [`stage`] of the round that is made from the answers, with the directory of its logs. The evaluation of the last round's policy
-        is the last round's.
-        """
-        number = min(answering + 1, self.config.rounds)
-        with self.stage(number, name) as update:
-            yield self.dir.round(number).logs, update
-
-    def note(self, note: str, style: str | None = None) -> None:
-        """Say what somebody should know, and log it."""
-        number, stage = self.at
-        self.progress.say(f"{'':<11}{note}", style)
-        self.dir.log_event(event="note", round=number, stage=stage, note=note)
-
-    @contextmanager
-    def stage(self, number: int, name: str) -> Iterator[Update]:
-        """Show a stage while it runs, and log its start and end."""
-        start = time.monotonic()
-        self.at = (number, name)
-        self.dir.log_event(event="start", round=number, stage=name)
-        with self.progress.stage(number, name) as update:
-            yield recorded(update, self.dir, number, name)
-        self.dir.progress.unlink(missing_ok=True)
-        note_made(self.dir, self.config.rounds)
-        self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
-
-    @contextmanager
-    def stops_reported(self) -> Iterator[None]:
-        """Have the event log and the report say where and why a run stopped."""
-        try:
-            yield
-        except BaseException as error:
-            number, stage = self.at
-            text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
-            self.dir.log_event(event="stopped", round=number, stage=stage, error=text)
-            self.progress.stopped(number, stage, text)
-            if not isinstance(error, KeyboardInterrupt) and any(self.dir.path.glob("round_*/*")):
-                self.write_report(running=False)
-            raise
-
-    def write_report(self, running: bool) -> None:
-        """Bring `report.html` up to date."""
-        if find_spec("matplotlib") is None:
-            if not self.told:
-                self.progress.say(f"{'':<11}no {self.dir.report.name}: {NEEDS_MATPLOTLIB}", style=WARNING)
-            self.told = True
-            return
-        message = ReportMessage(self.dir.path, running)
-        self.start_aside("report", message, self.dir.logs / "report.log", f"{self.dir.report} was not written")
-
-    def track(self, number: int) -> None:
-        """Send a round's metrics to the trackers, those of the trainings went there."""
-        if is_tracked(self.config):
-            log = self.dir.round(number).logs / "tracking.log"
-            failed = f"metrics of round {number} were not tracked, see {log}"
-            self.start_aside("track", RoundMessage(self.dir.path, number), log, failed)
-
-    def start_aside(self, stage: str, message: Any, log: Path, failed: str) -> None:
-        """Run a process without which the run goes on as well; if it fails, say so."""
-        try:
-            self.start(stage, message, log, lambda done, total: None)
-        except (RecipeError, ChildError, OSError) as error:
-            lines = str(error).splitlines()
-            why = " ".join(dict.fromkeys([lines[0], lines[-1]]))
-            self.progress.say(f"{'':<11}{failed}: {why}", style=WARNING)

@@ -3,22 +3,22 @@ The parity check: which policy answered, told from log-probabilities; the KL; an
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.aries.engine_process import run_engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.aries.checks import parity
-from trl_ext.aries.children import ChildError, run_child
+from trl_ext.aries.children import ChildError
 from trl_ext.aries.config import DraftsConfig, GenerationConfig
 from trl_ext.aries.data.records import read_jsonl, to_line
-
-
-def silent(done: int, total: int) -> None:
-    pass
+from trl_ext.aries.generation.chains import EngineSettings
+from trl_ext.aries.generation.generate import ParitySamples
+from trl_ext.aries.policies import Comparison, Policy
 
 
 @pytest.fixture(scope="module")
@@ -83,26 +83,17 @@ def check(tiny_model_path, adapters, tmp_path):
 
     def run(rows: list[dict], **changes) -> dict:
         policies = {
-            "policy": {"model": tiny_model_path, "adapter": adapters["round_02"]},
-            "base": {"model": tiny_model_path, "adapter": None},
-            "initial": {"model": tiny_model_path, "adapter": None},
-            "previous": {"model": tiny_model_path, "adapter": adapters["round_01"]},
+            "policy": Policy(tiny_model_path, adapters["round_02"]),
+            "base": Policy(tiny_model_path, None),
+            "initial": Policy(tiny_model_path, None),
+            "previous": Policy(tiny_model_path, adapters["round_01"]),
         }
-        job = {
-            "round": 2,
-            "policies": policies,
-            "samples": str(tmp_path / "parity.jsonl"),
-            "output": str(tmp_path / "parity.json"),
-            "answers": ["parity.jsonl", "evaluation.jsonl"],
-            "tolerance": None,
-            "quantization": None,
-            "trained_on": None,
-            "loading": {"use_cpu": True},
-        }
-        Path(job["samples"]).write_text("".join(map(to_line, rows)))
-        Path(job["output"]).unlink(missing_ok=True)
-        parity.main(job | changes, silent)
-        return json.loads(Path(job["output"]).read_text())
+        comparison = replace(Comparison(2, policies, use_cpu=True), **changes)
+        samples, output = tmp_path / "parity.jsonl", tmp_path / "parity.json"
+        samples.write_text("".join(map(to_line, rows)))
+        output.unlink(missing_ok=True)
+        parity.check_parity(comparison, samples, output, [Path("parity.jsonl"), Path("evaluation.jsonl")])
+        return json.loads(output.read_text())
 
     return run
 
@@ -199,8 +190,8 @@ def test_another_policy_stops_the_run(check, tiny_model_path, adapters, other_mo
 def test_full_fine_tuning_is_checked_by_its_weights(check, tiny_model_path, other_model_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     whole = {
-        "policy": {"model": other_model_path, "adapter": None},
-        "initial": {"model": tiny_model_path, "adapter": None},
+        "policy": Policy(other_model_path, None),
+        "initial": Policy(tiny_model_path, None),
     }
     found = check(sample(model_of(other_model_path, None), tokenizer), policies=whole)
     assert found["difference"] < 1e-4
@@ -210,9 +201,9 @@ def test_full_fine_tuning_is_checked_by_its_weights(check, tiny_model_path, othe
 
 
 def test_the_initial_policy_has_no_kl_to_itself(check, tiny_model_path):
-    itself = {"model": tiny_model_path, "adapter": None}
+    itself = Policy(tiny_model_path, None)
     rows = sample(model_of(tiny_model_path, None), AutoTokenizer.from_pretrained(tiny_model_path))
-    found = check(rows, policies={"policy": itself, "initial": itself}, round=0)
+    found = check(rows, policies={"policy": itself, "initial": itself}, number=0)
     assert found["others"] == {}
     kl = found["kl_to_initial"]
     assert (kl["per_answer"], kl["per_token"], kl["standard_error"], kl["answers"]) == (0.0, 0.0, 0.0, 16)
@@ -237,26 +228,12 @@ def test_the_engine_s_log_probabilities_are_those_of_transformers(check, tiny_mo
     """
     prompts = [{"prompt_id": str(i), "prompt": [{"role": "user", "content": f"Sort : {i} 3 1"}]} for i in range(16)]
     prompts.insert(3, {"prompt_id": "long", "prompt": [{"role": "user", "content": " ".join(["1"] * 60)}]})
-    (tmp_path / "prompts.jsonl").write_text("".join(map(to_line, prompts)))
-    answers = tmp_path / "engine.jsonl"
-    job = {
-        "model": tiny_model_path,
-        "adapter": ["round_02", 3, adapters["round_02"]],
-        "max_lora_rank": 8,
-        "revision": None,
-        "trust_remote_code": False,
-        "generation": asdict(GenerationConfig(max_model_len=64, max_num_seqs=4, dtype="float32", cpu_kv_cache_gib=1)),
-        "template": "{{ draft }}",
-        "tasks": [],
-        "parity": {
-            "prompts": str(tmp_path / "prompts.jsonl"),
-            "answers": str(answers),
-            "samples": 17,
-            "sampling": asdict(DraftsConfig(max_tokens=8)),
-            "seed": [0, "parity"],
-        },
-    }
-    run_child("trl_ext.aries.generation.embedded_engine", job, tmp_path / "engine.log", silent)
+    file, answers = tmp_path / "prompts.jsonl", tmp_path / "engine.jsonl"
+    file.write_text("".join(map(to_line, prompts)))
+    config = GenerationConfig(max_model_len=64, max_num_seqs=4, dtype="float32", cpu_kv_cache_gib=1)
+    settings = EngineSettings(tiny_model_path, config, ("round_02", 3, adapters["round_02"]), max_lora_rank=8)
+    samples = ParitySamples(file, answers, 17, DraftsConfig(max_tokens=8), seed=(0, "parity"))
+    run_engine(settings, [], samples)
     rows = read_jsonl(answers)
     assert [row["prompt_id"] for row in rows] == [str(i) for i in range(16)]
     policy, tokenizer = model_of(tiny_model_path, adapters["round_02"]), AutoTokenizer.from_pretrained(tiny_model_path)
@@ -268,6 +245,6 @@ def test_the_engine_s_log_probabilities_are_those_of_transformers(check, tiny_mo
     assert ended > 0, "the EOS token and its log-probability belong to the answer"
     assert check(rows)["difference"] < 1e-4
 
-    first, second = ({"model": tiny_model_path, "adapter": adapters[name]} for name in ("round_01", "round_02"))
+    first, second = (Policy(tiny_model_path, adapters[name]) for name in ("round_01", "round_02"))
     with pytest.raises(ChildError, match="the policy of the round before"):
         check(rows, policies={"policy": first, "initial": first, "previous": second})

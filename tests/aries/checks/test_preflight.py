@@ -20,9 +20,7 @@ from trl_ext.aries.checks import preflight
 from trl_ext.aries.children import Reporter
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.inputs import read_inputs
-from trl_ext.aries.jobs import preflight_job
 from trl_ext.aries.run_dir import RunDir
-from trl_ext.launch import recipe_launch
 from trl_ext.recipe import RecipeError, load_yaml, parse_section
 
 
@@ -54,9 +52,9 @@ def check(sorting, tmp_path):
         file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))
         loaded = load_yaml(file)
         config = parse_section(loaded, AriesConfig)
-        inputs = read_inputs(config)
-        job = preflight_job(RunDir(tmp_path / "run"), config, loaded, recipe_launch(loaded), inputs.conversational)
-        preflight.main(json.loads(json.dumps(job)), Reporter(io.StringIO()))
+        conversational = read_inputs(config).conversational
+        run_dir = RunDir(tmp_path / "run")
+        preflight.check_recipe(run_dir, config, loaded, conversational, Reporter(io.StringIO()))
 
     return run
 

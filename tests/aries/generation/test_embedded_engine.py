@@ -5,15 +5,17 @@ The chain driver on a small engine of our own, and the embedded engine itself on
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.aries.engine_process import Asked, run_engine
 
-from trl_ext.aries.children import run_child
 from trl_ext.aries.config import DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl, to_line
-from trl_ext.aries.generation.chains import run_chains
+from trl_ext.aries.generation.chains import EngineSettings, run_chains
 from trl_ext.aries.generation.drafts import request_seed, stop_token_ids
+from trl_ext.aries.generation.generate import ParitySamples
 
 
 class ScriptedEngine:
@@ -97,39 +99,28 @@ def test_answers_end_at_every_eos_there_is(tiny_model_path):
     assert stop_token_ids(tokenizer, HFGenerationConfig(eos_token_id=None)) == [tokenizer.eos_token_id]
 
 
-def engine_job(model: str, directory: Path, prompts: list[dict], adapter: list | None = None, temperature=0.0) -> dict:
-    from dataclasses import asdict
+def settings(model: str, adapter: Path | None = None, **generation) -> EngineSettings:
+    config = GenerationConfig(
+        **{"max_model_len": 64, "max_num_seqs": 8, "dtype": "float32", "cpu_kv_cache_gib": 1, **generation}
+    )
+    return EngineSettings(model, config, None if adapter is None else ("round_01", 1, str(adapter)), max_lora_rank=8)
 
+
+def asked(directory: Path, prompts: list[dict], temperature=0.0) -> Asked:
+    """These prompts, in a file, with a draft and a refinement each."""
     file = directory / "prompts.jsonl"
     file.write_text("".join(map(to_line, prompts)))
-    return {
-        "model": model,
-        "adapter": adapter,
-        "max_lora_rank": 8,
-        "revision": None,
-        "trust_remote_code": False,
-        "generation": asdict(GenerationConfig(max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1)),
-        "tasks": [
-            {
-                "prompts": str(file),
-                "answers": str(directory / "answers.jsonl"),
-                "refinements": asdict(RefinementsConfig(turns=2, template="{{ question }} {{ draft }}")),
-                "sampling": [asdict(DraftsConfig(temperature=temperature, max_tokens=8))] * 2,
-                "seed": [0, 1],
-            }
-        ],
-    }
+    return Asked(
+        file,
+        directory / "answers.jsonl",
+        RefinementsConfig(turns=2, template="{{ question }} {{ draft }}"),
+        [DraftsConfig(temperature=temperature, max_tokens=8)] * 2,
+    )
 
 
-def generate(job: dict, directory: Path) -> list[dict]:
-    run_engine(job, directory)
-    return read_jsonl(directory / "answers.jsonl")
-
-
-def run_engine(job: dict, directory: Path) -> str:
-    """Run the job; what it logged."""
-    run_child("trl_ext.aries.generation.embedded_engine", job, directory / "engine.log", lambda done, total: None)
-    return (directory / "engine.log").read_text()
+def generate(engine: EngineSettings, task: Asked) -> list[dict]:
+    run_engine(engine, [task])
+    return read_jsonl(task.answers)
 
 
 def greedy(model, tokenizer, prompt, max_new_tokens: int = 8, **options) -> str:
@@ -173,8 +164,8 @@ def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_mod
 
     prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
     prompts.append({"prompt_id": "long", "prompt": user(" ".join(["1"] * 60))})
-    job = engine_job(tiny_model_path, tmp_path, prompts, adapter=["round_01", 1, str(tmp_path / "adapter")])
-    rows = generate(job, tmp_path)
+    engine, task = settings(tiny_model_path, tmp_path / "adapter"), asked(tmp_path, prompts)
+    rows = generate(engine, task)
 
     assert [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in prompts]
     assert rows[-1] == {"prompt_id": "long", "answers": [], "stopped": "prompt_too_long"}
@@ -193,7 +184,7 @@ def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_mod
     part = tmp_path / "answers.jsonl.part"
     part.write_text("".join(map(to_line, [rows[0], *drafts, rows[1]])) + json.dumps(rows[3])[:20])
     (tmp_path / "answers.jsonl").unlink()
-    assert generate(job, tmp_path) == rows
+    assert generate(engine, task) == rows
     assert not part.exists()
 
 
@@ -203,8 +194,6 @@ def test_what_ends_and_shapes_an_answer(tiny_model_path, tmp_path):
     Oracles: transformers' greedy decoding, cut before a word or a token of its own; with its own repetition penalty; and at temperature
     1, if no token may be less likely than the likeliest, once more. Answers for the parity check end likewise.
     """
-    from dataclasses import asdict
-
     from transformers import AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_model_path), adapted(tiny_model_path, tmp_path / "adapter")
@@ -212,26 +201,25 @@ def test_what_ends_and_shapes_an_answer(tiny_model_path, tmp_path):
     drafts = [greedy(model, tokenizer, row["prompt"]) for row in prompts]
     word = drafts[0].split()[-1]
     token = tokenizer(word, add_special_tokens=False)["input_ids"][-1]
-    job = engine_job(tiny_model_path, tmp_path, prompts, adapter=["round_01", 1, str(tmp_path / "adapter")])
-    [task] = job["tasks"]
+    task = asked(tmp_path, prompts)
     cases = {
         "stop": {"temperature": 0.0, "stop": word},
         "stop_token_ids": {"temperature": 0.0, "stop_token_ids": [token]},
         "repetition_penalty": {"temperature": 0.0, "repetition_penalty": 1.5},
         "min_p": {"temperature": 1.0, "min_p": 1.0},
     }
-    job["tasks"] = [
-        task
-        | {
-            "answers": str(tmp_path / f"{name}.jsonl"),
-            "refinements": asdict(RefinementsConfig(strategy="parallel", turns=2)),
-            "sampling": [asdict(DraftsConfig(max_tokens=8, **case))] * 2,
-        }
+    tasks = [
+        Asked(
+            task.prompts,
+            tmp_path / f"{name}.jsonl",
+            RefinementsConfig(strategy="parallel", turns=2),
+            [DraftsConfig(max_tokens=8, **case)] * 2,
+        )
         for name, case in cases.items()
     ]
-    job["parity"] = {"prompts": task["prompts"], "answers": str(tmp_path / "parity.jsonl"), "samples": 6, "seed": [0]}
-    job["parity"]["sampling"] = asdict(DraftsConfig(max_tokens=8, stop=[word]))
-    run_engine(job, tmp_path)
+    sampling = DraftsConfig(max_tokens=8, stop=[word])
+    parity = ParitySamples(task.prompts, tmp_path / "parity.jsonl", 6, sampling, seed=(0,))
+    run_engine(settings(tiny_model_path, tmp_path / "adapter"), tasks, parity)
     found = {name: [row["answers"] for row in read_jsonl(tmp_path / f"{name}.jsonl")] for name in cases}
     texts = {name: [[answer["text"] for answer in row] for row in rows] for name, rows in found.items()}
 
@@ -253,8 +241,8 @@ def test_sampled_answers_depend_on_seed_and_prompt_only(tiny_model_path, tmp_pat
     prompts = [{"prompt_id": str(i), "prompt": user("Sort : 2 1")} for i in range(6)]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    rows = generate(engine_job(tiny_model_path, tmp_path / "a", prompts, temperature=1.0), tmp_path / "a")
-    reverse = generate(engine_job(tiny_model_path, tmp_path / "b", prompts[::-1][:4], temperature=1.0), tmp_path / "b")
+    rows = generate(settings(tiny_model_path), asked(tmp_path / "a", prompts, temperature=1.0))
+    reverse = generate(settings(tiny_model_path), asked(tmp_path / "b", prompts[::-1][:4], temperature=1.0))
     assert reverse[::-1] == rows[2:]
     assert len({row["answers"][0]["text"] for row in rows}) > 1
 
@@ -272,26 +260,21 @@ TEMPLATES = {
 }
 
 
-def with_strategies(job: dict, directory: Path, strategies, turns: int, sampling: list[dict]) -> dict[str, Path]:
-    """Have the job do its task with several strategies, and return where their answers go."""
-    from dataclasses import asdict
-
-    files = {name: directory / f"{name}.jsonl" for name in strategies}
-    [task] = job["tasks"]
-    job["tasks"] = [
-        task
-        | {
-            "answers": str(file),
-            "refinements": asdict(RefinementsConfig(strategy=name, turns=turns, **TEMPLATES[name])),
-            "sampling": sampling,
-        }
-        for name, file in files.items()
-    ]
-    return files
+def with_strategies(task: Asked, strategies, sampling: list[DraftsConfig]) -> dict[str, Asked]:
+    """The task with several strategies."""
+    return {
+        name: replace(
+            task,
+            answers=task.answers.with_name(f"{name}.jsonl"),
+            refinements=RefinementsConfig(strategy=name, turns=len(sampling), **TEMPLATES[name]),
+            sampling=sampling,
+        )
+        for name in strategies
+    }
 
 
 @pytest.mark.vllm
-def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_model_path, tmp_path):
+def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_model_path, tmp_path, capfd):
     """
     Oracle: transformers' greedy decoding, turn by turn, of prompts written out by hand. The four strategies share one
     start of the engine. Of a conversation, the system message and the earlier turns stay; this one is long enough to fill
@@ -309,11 +292,10 @@ def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_m
     ]
     prompts = [{"prompt_id": f"{i}", "prompt": user(f"Sort : {i} {i + 1}")} for i in range(3)]
     prompts.append({"prompt_id": "history", "prompt": [*history, *user("Sort : 7 6")]})
-    job = engine_job(tiny_model_path, tmp_path, prompts)
-    job["generation"]["max_model_len"] = 240
-    sampling = [{"temperature": 0.0, "max_tokens": tokens} for tokens in (8, 6, 7)]
-    files = with_strategies(job, tmp_path, TEMPLATES, 3, sampling)
-    log = run_engine(job, tmp_path)
+    sampling = [DraftsConfig(temperature=0.0, max_tokens=tokens) for tokens in (8, 6, 7)]
+    tasks = with_strategies(asked(tmp_path, prompts), TEMPLATES, sampling)
+    run_engine(settings(tiny_model_path, max_model_len=240), list(tasks.values()))
+    log = capfd.readouterr().out
     found = re.findall(r"([\d.]+)% of (\d+) prompt tokens came from the prefix cache", log)
     cached_tokens = [float(share) / 100 * int(total) for share, total in found]
     later_requests = [2, 3, 3, 5]  # of the long conversation: all but the first one of the first task
@@ -337,7 +319,7 @@ def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_m
             "few_shot": [y1, few2, ask(f"{question} Draft : {y1} . Draft : {few2} . ", 7)],
             "self_evaluation": [y1, self2, ask(f"{question} {self2} : {c2} Write a better answer", 7)],
         }
-        rows = {name: read_jsonl(file)[index] for name, file in files.items()}
+        rows = {name: read_jsonl(task.answers)[index] for name, task in tasks.items()}
         assert {name: [a["text"] for a in row["answers"]] for name, row in rows.items()} == expected
         assert [a.get("critique") for a in rows["self_evaluation"]["answers"]] == [c1, c2, None]
         assert all(row["stopped"] is None and row["prompt_id"] == prompt["prompt_id"] for row in rows.values())
@@ -347,12 +329,12 @@ def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_m
 def test_sampled_chains_with_critiques_and_missing_answers_are_continued(tiny_model_path, tmp_path):
     """A run that is cut off in the middle of both files, and continued, ends with the bytes of one that is not."""
     prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(9)]
-    job = engine_job(tiny_model_path, tmp_path, prompts)
-    job["generation"]["answer_pattern"] = r"^\s*\d(.*)"  # some texts of a random model begin so, and some do not
-    files = with_strategies(
-        job, tmp_path, ["parallel", "self_evaluation"], 3, [{"temperature": 1.0, "max_tokens": 6}] * 3
-    )
-    run_engine(job, tmp_path)
+    # Some texts of a random model begin so, and some do not
+    engine = settings(tiny_model_path, answer_pattern=r"^\s*\d(.*)")
+    sampling = [DraftsConfig(temperature=1.0, max_tokens=6)] * 3
+    tasks = with_strategies(asked(tmp_path, prompts), ["parallel", "self_evaluation"], sampling)
+    files = {name: task.answers for name, task in tasks.items()}
+    run_engine(engine, list(tasks.values()))
     whole = {name: file.read_bytes() for name, file in files.items()}
     chains = {name: [Chain.from_row(row, user("")) for row in read_jsonl(file)] for name, file in files.items()}
     for chain in chains["parallel"]:
@@ -369,5 +351,5 @@ def test_sampled_chains_with_critiques_and_missing_answers_are_continued(tiny_mo
         lines = whole[name].splitlines(keepends=True)
         file.with_name(file.name + ".part").write_bytes(b"".join(lines[2:5]) + lines[7][:30])
         file.unlink()
-    run_engine(job, tmp_path)
+    run_engine(engine, list(tasks.values()))
     assert {name: file.read_bytes() for name, file in files.items()} == whole

@@ -5,15 +5,15 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from tests.aries.engine_process import Asked, run_engine
 from tests.aries.tiny_run import MINIMAL
 
-from trl_ext.aries.children import run_child
 from trl_ext.aries.config import AriesConfig, DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.data.records import read_jsonl, to_line
+from trl_ext.aries.generation.chains import EngineSettings
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 
@@ -32,17 +32,10 @@ def prompts(tmp_path) -> Path:
 
 
 def embedded(model: str, prompts: Path, answers: Path) -> list[dict]:
-    task = {
-        "prompts": str(prompts),
-        "answers": str(answers),
-        "sampling": [asdict(DraftsConfig(temperature=1.0, max_tokens=8))] * TURNS,
-        "seed": [0, 1],
-        "refinements": asdict(RefinementsConfig(turns=TURNS, template="{{ question }} Draft : {{ draft }} .")),
-    }
+    refinements = RefinementsConfig(turns=TURNS, template="{{ question }} Draft : {{ draft }} .")
+    task = Asked(prompts, answers, refinements, [DraftsConfig(temperature=1.0, max_tokens=8)] * TURNS)
     config = GenerationConfig(max_model_len=64, max_num_seqs=4, dtype="float32", cpu_kv_cache_gib=1)
-    job = {"model": model, "adapter": None, "max_lora_rank": 16, "revision": None, "trust_remote_code": False}
-    job |= {"generation": asdict(config), "tasks": [task], "parity": None}
-    run_child("trl_ext.aries.generation.embedded_engine", job, answers.with_suffix(".log"), lambda done, total: None)
+    run_engine(EngineSettings(model, config), [task])
     return read_jsonl(answers)
 
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,20 +19,24 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from tests.aries.engine_process import Asked, run_engine
 from tests.aries.model_server import ModelServer, answer, logp, serving, start, stop
 from tests.aries.tiny_run import MINIMAL, command, recipe, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_ext.aries.children import ChildError, run_child
+from trl_ext.aries.checks.probe import write_probe
+from trl_ext.aries.children import ChildError
 from trl_ext.aries.config import AriesConfig, DraftsConfig, GenerationConfig, RefinementsConfig
 from trl_ext.aries.data.records import read_jsonl, sha256, to_line
 from trl_ext.aries.generation import served_engine
 from trl_ext.aries.generation.chains import EngineSettings, Task, answer_task
 from trl_ext.aries.generation.drafts import encode_prompt, request_seed
+from trl_ext.aries.generation.generate import ParitySamples
 from trl_ext.aries.generation.refinements import Strategy
 from trl_ext.aries.generation.served_engine import ServedEngine
 from trl_ext.aries.generation.servers import Wanted, WrongServer, check_servers
 from trl_ext.aries.generation.waits import retry_after
+from trl_ext.aries.policies import Comparison, Policy
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 
@@ -543,57 +546,22 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
         config = GenerationConfig(
             max_model_len=64, max_num_seqs=8, dtype="float32", cpu_kv_cache_gib=1, max_outage=60.0, **generation
         )
+        file, refinements = tmp_path / "prompts.jsonl", RefinementsConfig(turns=3, template=TEMPLATE)
         tasks = [
-            {
-                "prompts": str(tmp_path / "prompts.jsonl"),
-                "answers": str(files[task]),
-                "refinements": asdict(RefinementsConfig(turns=3, template=TEMPLATE)),
-                "sampling": [asdict(DraftsConfig(temperature=temperature, **sampling))] * 3,
-                "seed": [0, 1],
-            }
+            Asked(file, files[task], refinements, [DraftsConfig(temperature=temperature, **sampling)] * 3)
             for task, temperature in (("greedy", 0.0), ("sampled", 1.0))
         ]
-        job = {
-            "model": tiny_model_path,
-            "adapter": ["round_02", 3, adapters["round_02"]],
-            "max_lora_rank": 8,
-            "revision": None,
-            "trust_remote_code": False,
-            "generation": asdict(config),
-            "tasks": tasks,
-            "parity": {
-                "prompts": str(tmp_path / "prompts.jsonl"),
-                "answers": str(files["parity"]),
-                "samples": 10,
-                "sampling": asdict(DraftsConfig(**sampling)),
-                "seed": [0, "parity"],
-            },
-            "probe": str(tmp_path / "parity_probe.json"),
-        }
-        run_child(
-            "trl_ext.aries.generation.embedded_engine",
-            job,
-            directory / "engine.log",
-            lambda *report: None,
-            on_note=notes.append,
-        )
+        settings = EngineSettings(tiny_model_path, config, ("round_02", 3, adapters["round_02"]), max_lora_rank=8)
+        parity = ParitySamples(file, files["parity"], 10, DraftsConfig(**sampling), seed=(0, "parity"))
+        notes.extend(run_engine(settings, tasks, parity, tmp_path / "parity_probe.json"))
         return {task: read_jsonl(file) for task, file in files.items()}
 
     policies = {"policy": adapters["round_02"], "base": None, "previous": adapters["round_01"]}
-    probe_job = {
-        "policies": {name: {"model": tiny_model_path, "adapter": path} for name, path in policies.items()},
-        "tolerance": None,
-        "quantization": None,
-        "loading": {"revision": None, "trust_remote_code": False, "use_cpu": True},
-        "prompts": str(tmp_path / "prompts.jsonl"),
-        "output": str(tmp_path / "parity_probe.json"),
-        "dtype": "float32",
-        "max_model_len": 64,
-    }
+    comparison = Comparison(2, {name: Policy(tiny_model_path, path) for name, path in policies.items()}, use_cpu=True)
     notes: list[str] = []
     with vllm_servers(tiny_model_path, tmp_path, 1) as [server], serving(tiny_model_path) as gone:
         stop(gone)
-        run_child("trl_ext.aries.checks.probe", probe_job, tmp_path / "probe.log", lambda *report: None)
+        write_probe(comparison, tmp_path / "prompts.jsonl", tmp_path / "parity_probe.json", "float32", 64)
         embedded = generate("embedded")
         assert notes == []
         served = generate("served", base_urls=[server.url, gone.url], api_key_env="VLLM_KEY")

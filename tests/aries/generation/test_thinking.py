@@ -134,16 +134,15 @@ class Characters:
 def test_preflight_refuses_what_cannot_be_learned_or_met(tiny_model_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     tokenizer.chat_template = DROPS
-    job = {"learn": "full_text", "conversational": True}
+    learns_all, nothing = parse(pairs={"learn": "full_text"}), Recipe(None, {}, {})
     with pytest.raises(RecipeError, match="`pairs.learn: full_text`: .*would not be learned.*plain text"):
-        check_answers(tokenizer, Recipe(None, {}, {}), job)
-    check_answers(tokenizer, Recipe(None, {}, {}), job | {"learn": "answer"})
-    check_answers(tokenizer, Recipe(None, {}, {}), job | {"conversational": False})
-    recipe = Recipe(None, {"refinements": {"stop_token_ids": [1, 10**6]}}, {})
+        check_answers(tokenizer, learns_all, nothing, conversational=True)
+    check_answers(tokenizer, parse(), nothing, conversational=True)
+    check_answers(tokenizer, learns_all, nothing, conversational=False)
     with pytest.raises(
         RecipeError, match="`refinements.stop_token_ids` has 1000000, and the tokenizer has the tokens 0 to"
     ):
-        check_answers(tokenizer, recipe, job | {"learn": "answer"})
+        check_answers(tokenizer, parse(refinements={"stop_token_ids": [1, 10**6]}), nothing, conversational=True)
 
 
 def test_a_full_text_needs_a_pattern():

@@ -1,6 +1,7 @@
 """What reaches a tracker, with the real TensorBoard and a real run. Oracle: the files of the run itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tests.aries.tiny_run import MINIMAL
 from tests.made_run import make_run
 
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, PairsConfig, PromptsConfig, ScoresConfig
-from trl_ext.aries.results.tracking import round_values, run_name, tracked_training
+from trl_ext.aries.results.tracking import round_values, run_name, training_environment, training_name
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.cli import main
 
@@ -68,11 +69,11 @@ def test_accuracy_is_the_share_of_right_answers(tmp_path):
 
 def test_a_training_that_is_started_again_continues_its_run(tmp_path):
     run, config = tracked(tmp_path, report_to=["wandb"])
-    jobs = [{"config": {}}, {"config": {}}, {"config": {"run_name": "mine"}}]
-    first, again, named = (tracked_training(job, run, config, 2) for job in jobs)
+    first, again = (training_environment(run, config, 2) for _ in range(2))
     assert first == again and first["WANDB_RESUME"] == "allow"
-    assert jobs[0] == jobs[1] == {"config": {"run_name": f"{run_name(run)}-round_02"}}
-    assert jobs[2]["config"]["run_name"] == named["WANDB_RUN_ID"] == "mine"
+    assert training_name(run, config, 2) == first["WANDB_RUN_ID"] == f"{run_name(run)}-round_02"
+    named = replace(config, training=config.training | {"run_name": "mine"})
+    assert training_name(run, named, 2) == training_environment(run, named, 2)["WANDB_RUN_ID"] == "mine"
     assert first["WANDB_RUN_GROUP"] == run_name(run) and run_name(run).startswith("my-run-")
     other, _ = tracked(tmp_path / "..", report_to="wandb")
     assert run_name(other) != run_name(run)
@@ -81,8 +82,7 @@ def test_a_training_that_is_started_again_continues_its_run(tmp_path):
 @pytest.mark.parametrize("report_to", ["none", [], None, ["none"]])
 def test_no_tracker_leaves_no_trace(tmp_path, report_to):
     run, config = tracked(tmp_path, report_to=report_to)
-    job = {"config": {}}
-    assert tracked_training(job, run, config, 1) == {} and job == {"config": {}}
+    assert training_environment(run, config, 1) == {} and training_name(run, config, 1) is None
     assert not run.tracking.exists()
 
 

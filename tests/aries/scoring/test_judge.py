@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -19,7 +20,7 @@ import pytest
 
 from trl_ext.aries.children import ChildError
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, JudgeConfig, PromptsConfig, ScorerConfig, ScoresConfig
-from trl_ext.aries.data.records import Answer, Chain, read_jsonl, write_jsonl
+from trl_ext.aries.data.records import Answer, Chain, read_jsonl, write_json, write_jsonl
 from trl_ext.aries.inputs import read_inputs
 from trl_ext.aries.rounds import Rounds
 from trl_ext.aries.scoring.judge import Judge, JudgeError, read_verdict, win_rates
@@ -131,7 +132,7 @@ def write_task(path, *texts) -> ScoreTask:
 
 def score(scorer, task, tmp_path):
     cache = ScoreCache(tmp_path / "cache.jsonl")
-    notes = scorer.score([task], cache, tmp_path / "log", lambda done, total: None)
+    notes = scorer.score([task], cache, lambda done, total: None)
     return [row["scores"] for row in score_rows(task, [scorer], cache)], notes
 
 
@@ -312,6 +313,7 @@ class TestStage:
             loop = make(url)
             for number in (0, 1):
                 loop.dir.round(number).path.mkdir(parents=True, exist_ok=True)
+            write_json(loop.dir.resolved, asdict(loop.config))
             write_jsonl(loop.dir.evaluation_prompts, loop.inputs.evaluation_prompts)
             write_jsonl(loop.dir.round(1).prompts, loop.inputs.prompts)
             for file, texts in ((loop.dir.round(0).evaluation, "abc"), (loop.dir.round(1).answers, ["a", "a a"])):
@@ -330,7 +332,7 @@ class TestStage:
         """Round 1: `a` is wrong and shorter, 2 * 0 + 0; `a a` is right and longer, 2 * 1 + 1."""
         with serving() as server:
             stage = loop(server.url)
-            stage.score(1)
+            stage.score(answering=0)
             scores = stage.dir.round(1).scores
             rows = read_jsonl(scores)
             assert [row["scores"] for row in rows] == [[0.0, 3.0]] * 4
@@ -339,7 +341,7 @@ class TestStage:
             assert asked == 4 * 2 + 4 * 6  # two answers of a training chain, three of an evaluation chain
             content = scores.read_bytes()
             scores.unlink()
-            loop(server.url).score(1)
+            loop(server.url).score(answering=0)
             assert scores.read_bytes() == content
             assert (len(server.requests), (tmp_path / "v.py.calls").read_text()) == (asked, called)
 
@@ -347,13 +349,13 @@ class TestStage:
         with serving(fail=lambda n: 500 if n > 7 else 200) as server:
             stage = loop(server.url)
             with pytest.raises(ChildError, match="the same command goes on"):
-                stage.score(1)
+                stage.score(answering=0)
             assert not stage.dir.round(1).scores.exists()
             kept = sum("verdict" in row for row in read_jsonl(stage.dir.score_cache))
             assert kept == 7
             server.fail = lambda n: 200
             server.requests.clear()
-            loop(server.url).score(1)
+            loop(server.url).score(answering=0)
             assert len(server.requests) == 32 - kept
             assert [row["scores"] for row in read_jsonl(stage.dir.round(1).scores)] == [[0.0, 3.0]] * 4
 

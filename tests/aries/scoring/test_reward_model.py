@@ -3,6 +3,8 @@ Reward models, by vLLM and by transformers. Oracle: the model's own logits on ea
 """
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,6 @@ from trl_ext.aries.scoring.reward_model import (
     RewardModel,
     check_reward_model,
     encode_answer,
-    main,
     without_padding,
 )
 from trl_ext.aries.scoring.scores import ScoreCache, ScoreTask, score_rows
@@ -88,25 +89,23 @@ def scorer(path: Path, backend: str = "transformers", **settings) -> RewardModel
 
 
 def score_here(path: Path, task: ScoreTask, cache: Path, batch_size: int = 16) -> tuple[list, list[str], list[tuple]]:
-    """What the child process does with transformers, in this process: scores, notes and reports of progress."""
-    notes, reports = cache.with_name("notes.json"), []
-    job = {
-        "scorer": {"reward_model": str(path), "reward_model_backend": "transformers", "batch_size": batch_size},
-        "generation": {},
-        "cache": str(cache),
-        "tasks": [{"prompts": str(task.prompts), "answers": str(task.answers)}],
-        "notes": str(notes),
-    }
-    main(job, lambda *report: reports.append(report))
-    rows = score_rows(task, [scorer(path)], ScoreCache(cache))
-    return [row["scores"] for row in rows], json.loads(notes.read_text()), reports
+    """With transformers, in this process: scores, notes and reports of progress."""
+    model, reports = scorer(path, batch_size=batch_size), []
+    notes = model.score([task], ScoreCache(cache), lambda *report: reports.append(report))
+    rows = score_rows(task, [model], ScoreCache(cache))
+    return [row["scores"] for row in rows], notes, reports
 
 
 def score(scorer: RewardModel, chains: list[Chain], tmp_path: Path) -> tuple[list[list[float | None]], list[str]]:
-    """Scores, and what the user is told."""
-    task, cache = write_task(tmp_path, chains), ScoreCache(tmp_path / "cache.jsonl")
-    notes = scorer.score([task], cache, tmp_path / "logs" / "scores.log", lambda *_: None)
-    return [row["scores"] for row in score_rows(task, [scorer], cache)], notes
+    """Scores, and what the user is told, in a process of their own: vLLM gives nothing back."""
+    task, cache = write_task(tmp_path, chains), tmp_path / "cache.jsonl"
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        notes = pool.submit(score_task, scorer, task, cache).result()
+    return [row["scores"] for row in score_rows(task, [scorer], ScoreCache(cache))], notes
+
+
+def score_task(scorer: RewardModel, task: ScoreTask, cache: Path) -> list[str]:
+    return scorer.score([task], ScoreCache(cache), lambda *_: None)
 
 
 @pytest.mark.vllm
@@ -120,10 +119,10 @@ def test_vllm_gives_the_logits(reward_model, tmp_path):
     assert notes == [] and scores == [pytest.approx(values, abs=1e-4) for values in expected]
     assert max(map(max, expected)) > 1 or min(map(min, expected)) < 0, "a sigmoid could have made them"
 
-    # What is there is not scored again: no process is started, and so nothing logged
-    log = tmp_path / "logs" / "reward_model.log"
-    log.unlink()
-    assert score(scorer(reward_model, "auto"), chains, tmp_path) == (scores, []) and not log.exists()
+    # What is there is not scored again, with nothing loaded
+    task, reports = write_task(tmp_path, chains), []
+    model = scorer(reward_model, "auto")
+    assert model.score([task], ScoreCache(tmp_path / "cache.jsonl"), lambda *at: reports.append(at)) == reports == []
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ class TestCache:
         """Scores of the task, and the answers that the verifier was called with, over all calls so far."""
         cache = ScoreCache(cache_file)
         verifier = Verifier(ScorerConfig(verifier=f"{file}:length"))
-        verifier.score([task], cache, file.parent / "log", silent)
+        verifier.score([task], cache, silent)
         calls = file.with_name("calls")
         rows = score_rows(task, [verifier], cache)
         return [row["scores"] for row in rows], calls.read_text().split() if calls.exists() else []

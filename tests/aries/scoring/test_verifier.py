@@ -7,18 +7,20 @@ Oracles: what TRL 1.16's `GRPOTrainer._calculate_rewards` passes and takes, and 
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from trl_ext.aries.children import ChildError
-from trl_ext.aries.config import ScorerConfig, ScoresConfig
-from trl_ext.aries.data.records import Answer, Chain, read_jsonl, write_jsonl
-from trl_ext.aries.jobs import absolute, first_row
-from trl_ext.aries.scoring.scores import ScoreCache, ScoreTask, score_rows
-from trl_ext.aries.scoring.scoring import run_scoring
+from trl_ext.aries.children import ChildError, run_child
+from trl_ext.aries.config import AriesConfig, EvaluationConfig, PromptsConfig, ScorerConfig, ScoresConfig
+from trl_ext.aries.data.records import Answer, Chain, read_jsonl, write_json, write_jsonl
+from trl_ext.aries.run_dir import RunDir
+from trl_ext.aries.scoring.scores import ScoreCache, ScoreTask, first_row, score_rows
 from trl_ext.aries.scoring.verifier import Verifier, call_verifier, load_verifier
+from trl_ext.aries.scoring.watch import ends_explained
+from trl_ext.aries.stages.messages import AnsweringMessage, CheckScorersMessage
 from trl_ext.recipe import RecipeError
 
 
@@ -214,36 +216,48 @@ def test_token_ids_are_the_policy_s(tiny_model_path, tmp_path):
 # In a process of its own
 
 
+RUN = Path("run")  # relative, as a recipe's paths may be
+
+
 def write_task(directory: Path, source: str) -> ScoreTask:
+    """The evaluation answers of a run without a round."""
     (directory / "v.py").write_text(source)
+    run_dir = RunDir(directory / RUN)
+    run_dir.round(1).path.mkdir(parents=True)
     prompts = [{"prompt_id": f"p-{i}", "prompt": f"question {i}", "right": "c"} for i in range(3)]
     answers = [Answer(1, "a b", 2, "stop"), Answer(2, "c", 1, "stop")]
-    write_jsonl(directory / "prompts.jsonl", prompts)
-    write_jsonl(directory / "answers.jsonl", (Chain(p["prompt_id"], p["prompt"], answers).to_row() for p in prompts))
-    return ScoreTask(directory / "prompts.jsonl", directory / "answers.jsonl")
+    write_jsonl(run_dir.evaluation_prompts, prompts)
+    chains = (Chain(row["prompt_id"], row["prompt"], answers).to_row() for row in prompts)
+    write_jsonl(run_dir.round(1).evaluation, chains)
+    return ScoreTask(run_dir.evaluation_prompts, run_dir.round(1).evaluation)
 
 
 def run(directory: Path, model: Path | None = None, check: bool = False, **settings) -> list[dict]:
     """The stage on the files of [`write_task`], given by relative paths."""
-    settings = {"verifier": "v.py:f"} | settings
-    [scorer] = ScoresConfig(**settings).each()
+    config = AriesConfig(
+        output_dir=str(RUN),
+        rounds=1,
+        model={"model_name_or_path": str(model)},
+        prompts=PromptsConfig("p.jsonl"),
+        evaluation=EvaluationConfig("e.jsonl"),
+        training={},
+        scores=ScoresConfig(**({"verifier": "v.py:f"} | settings)),
+    )
     here = os.getcwd()
     os.chdir(directory)
     try:
-        job = {
-            "scorers": [vars(scorer) | {"verifier": f"{absolute('v.py')}:f"}],
-            "generation": {},
-            "tokenizer": {"pretrained_model_name_or_path": str(model)},
-            "cache": absolute(Path("cache.jsonl")),
-            "tasks": []
-            if check
-            else [{key: absolute(Path(f"{key}.jsonl")) for key in ("prompts", "answers", "scores")}],
-            "check": [first_row(read_jsonl(Path("prompts.jsonl")))] if check else [],
-        }
-        run_scoring(job, Path("logs", "scores.log"), lambda done, total: None, lambda note: None)
+        run_dir = RunDir(RUN)
+        write_json(run_dir.resolved, asdict(config))
+        stage, message, made = "score", AnsweringMessage(RUN, answering=1), [run_dir.round(1).evaluation_scores]
+        if check:
+            rows = [first_row(read_jsonl(run_dir.evaluation_prompts))]
+            stage, message, made = "check_scorers", CheckScorersMessage(RUN, rows), []
+        log = run_dir.logs / "scores.log"
+        with ends_explained(run_dir, log, made):
+            run_child(f"trl_ext.aries.stages.{stage}", message, log, lambda done, total: None)
+        return [] if check else read_jsonl(made[0])
     finally:
         os.chdir(here)
-    return [] if check else read_jsonl(directory / "scores.jsonl")
 
 
 def test_prints_go_to_the_log_and_another_directory_changes_nothing(tmp_path, capfd):
@@ -256,9 +270,9 @@ def test_prints_go_to_the_log_and_another_directory_changes_nothing(tmp_path, ca
     )
     assert [row["scores"] for row in run(tmp_path)] == [[0.0, 1.0]] * 3
     assert capfd.readouterr() == ("", "")
-    log = (tmp_path / "logs" / "scores.log").read_text()
+    log = (tmp_path / RUN / "logs" / "scores.log").read_text()
     assert [log.count(text) for text in ("imported", "called", "from a shell")] == [1, 1, 1]
-    assert not (tmp_path / "logs" / "scores.call").exists()
+    assert not RunDir(tmp_path / RUN).verifier_call.exists()
 
 
 @pytest.mark.parametrize("where", ["call", "import"])
@@ -270,7 +284,7 @@ def test_a_verifier_that_ends_its_process(tmp_path, where, check):
     with pytest.raises(RecipeError, match="(?s)the verifier `f` .*: it ended its process, with exit code 0") as error:
         run(tmp_path, check=check)
     assert what.partition(" .*")[0] in str(error.value) and "scores.log" in str(error.value)
-    assert not (tmp_path / "scores.jsonl").exists()
+    assert not RunDir(tmp_path / RUN).round(1).evaluation_scores.exists()
 
 
 def test_a_verifier_that_is_killed(tmp_path):
@@ -340,7 +354,7 @@ def test_what_it_raises_ends_the_stage_with_its_place(tmp_path):
         RecipeError, match=f"`f` raised KeyError: 'score' at {tmp_path}/v.py:2 .*to the text 'question 0'"
     ):
         run(tmp_path)
-    assert "Traceback (most recent call last)" in (tmp_path / "logs" / "scores.log").read_text()
+    assert "Traceback (most recent call last)" in (tmp_path / RUN / "logs" / "scores.log").read_text()
 
 
 def test_the_loop_s_process_imports_no_verifier():
@@ -355,10 +369,9 @@ def test_a_second_run_calls_it_for_nothing(tmp_path):
         tmp_path,
         "def f(completions, **kwargs):\n    open(__file__ + '.calls', 'a').write('.')\n    return [1.0] * len(completions)\n",
     )
-    run(tmp_path)
-    (tmp_path / "scores.jsonl").unlink()
-    run(tmp_path)
+    found, run_dir = run(tmp_path), RunDir(tmp_path / RUN)
+    run_dir.round(1).evaluation_scores.unlink()
+    assert run(tmp_path) == found
     assert (tmp_path / "v.py.calls").read_text() == "."
-    cache = ScoreCache(tmp_path / "cache.jsonl")
-    rows = list(score_rows(task, [Verifier(ScorerConfig(verifier=f"{tmp_path}/v.py:f"))], cache))
-    assert rows == read_jsonl(tmp_path / "scores.jsonl")
+    cache = ScoreCache(run_dir.score_cache)
+    assert list(score_rows(task, [Verifier(ScorerConfig(verifier=f"{tmp_path}/v.py:f"))], cache)) == found

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.aries.launched_child import Job
 from tests.aries.test_signals import Run
 from tests.aries.tiny_run import MINIMAL
 from tests.aries.tiny_run import recipe as tiny_recipe
@@ -143,8 +144,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
     def run(seconds: float = 60, **faults: str) -> list[tuple[int, int]]:
-        reports, job = [], {"faults": {name.removeprefix("rank_"): fault for name, fault in faults.items()}}
-        job["seconds"] = seconds
+        reports, job = [], Job({name.removeprefix("rank_"): fault for name, fault in faults.items()}, seconds)
         run_child(CHILD, job, tmp_path / "child.log", lambda *at: reports.append(at), launch=TWO_PROCESSES)
         return reports
 
@@ -173,9 +173,10 @@ def test_processes_that_end_with_the_loop(tmp_path):
     """SIGKILL to the process that launched them."""
     code = f"""if True:
         from pathlib import Path
+        from tests.aries.launched_child import Job
         from trl_ext.aries.children import run_child
         from trl_ext.launch import Launch
-        run_child("{CHILD}", {{"faults": {{}}, "seconds": 60}}, Path("{tmp_path}/child.log"), print, launch={TWO_PROCESSES})
+        run_child("{CHILD}", Job({{}}, 60), Path("{tmp_path}/child.log"), print, launch={TWO_PROCESSES})
     """
     process = Run([sys.executable, "-c", code], PYTHONPATH=os.pathsep.join(sys.path))
     process.wait_for(lambda: len(process.alive()) == 4)  # the loop, the launcher and two processes

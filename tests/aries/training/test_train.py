@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +15,17 @@ from trl import DPOTrainer, ModelConfig, get_quantization_config
 from trl_ext.aries.config import (
     AriesConfig,
     EvaluationConfig,
-    HealthConfig,
     PairsConfig,
     PromptsConfig,
     ScoresConfig,
-    trainer_settings,
 )
 from trl_ext.aries.data.pairs import Pair, preference_rows
 from trl_ext.aries.data.records import Answer, Chain, to_line
 from trl_ext.aries.data.templates import compile_template
-from trl_ext.aries.training.train import check_step_0, main, make_trainer, repeat_by_weight
+from trl_ext.aries.policies import Policy
+from trl_ext.aries.training.settings import TrainerSettings, Training, trainer_settings
+from trl_ext.aries.training.train import check_step_0, make_trainer, repeat_by_weight
+from trl_ext.aries.training.train import train as run_training
 from trl_ext.recipe import RecipeError
 from trl_ext.trainers.judged_rows import JudgedDPOTrainer
 from trl_ext.trainers.upstream import keep_nf4_trainable
@@ -47,7 +48,7 @@ FULL = {"dtype": "float32"}
 
 
 @pytest.fixture
-def rows(tmp_path) -> str:
+def rows(tmp_path) -> Path:
     """Eight pairs of the sorting task as the pairs stage writes them."""
     template = compile_template("{{ question }} Draft : {{ draft }} .")
     lines = []
@@ -57,12 +58,12 @@ def rows(tmp_path) -> str:
         pair = Pair(chain, chain.answers[1], chain.answers[0], 1.0, 0.0)
         lines += map(to_line, preference_rows(pair, template, PairsConfig(direct_weight=2)))
     (tmp_path / "pairs.jsonl").write_text("".join(lines))
-    return str(tmp_path / "pairs.jsonl")
+    return tmp_path / "pairs.jsonl"
 
 
 @pytest.fixture
 def job(tmp_path, rows, tiny_model_path):
-    """A job whose policy is the tiny model, or an adapter on it, and its own reference; keywords change it."""
+    """A training whose policy is the tiny model, or an adapter on it, and its own reference; keywords change it."""
 
     def make(
         name: str,
@@ -74,19 +75,17 @@ def job(tmp_path, rows, tiny_model_path):
         objective_alpha=None,
         **settings,
     ):
-        policy = {"model": model, "adapter": adapter}
-        reference = policy if reference is None else reference
-        return {
-            **policy,
-            "model_args": {"model_name_or_path": tiny_model_path, **model_args},
-            "reference": {**reference, "is_policy": reference == policy},
-            "rows": rows,
-            "output": str(tmp_path / name),
-            "trainer": trainer,
-            "objective_alpha": objective_alpha,
-            "health": asdict(HealthConfig()),
-            "config": {**SETTINGS, **settings, "output_dir": str(tmp_path / f"{name}-training")},
-        }
+        config = {**SETTINGS, **settings, "output_dir": str(tmp_path / f"{name}-training")}
+        policy = Policy(model, adapter)
+        return Training(
+            TrainerSettings(trainer, config, objective_alpha),
+            {"model_name_or_path": tiny_model_path, **model_args},
+            policy,
+            policy if reference is None else reference,
+            rows=rows,
+            output=tmp_path / name,
+            max_dropped=0.5,
+        )
 
     return make
 
@@ -95,9 +94,9 @@ def silent(done: int, total: int) -> None:
     pass
 
 
-def train(a_job) -> str:
-    main(a_job, silent)
-    return a_job["output"]
+def train(training: Training) -> str:
+    run_training(training, silent)
+    return str(training.output)
 
 
 def test_a_weight_is_how_often_an_epoch_shows_a_row():
@@ -254,7 +253,7 @@ def test_reference_initial_without_sft_is_the_base(job, tiny_model_path, objecti
     a_job = job(
         "second",
         adapter=first,
-        reference={"model": tiny_model_path, "adapter": None},
+        reference=Policy(tiny_model_path, None),
         objective_alpha=objective_alpha,
     )
     trainer = make_trainer(a_job, silent)
@@ -271,7 +270,7 @@ def test_reference_initial_after_sft_is_the_sft_adapter(job, tiny_model_path, ob
     a_job = job(
         "second",
         adapter=first,
-        reference={"model": tiny_model_path, "adapter": sft},
+        reference=Policy(tiny_model_path, sft),
         objective_alpha=objective_alpha,
     )
     trainer = make_trainer(a_job, silent)
@@ -295,7 +294,7 @@ def test_full_fine_tuning(job, tiny_model_path, reference, objective_alpha):
         "second",
         FULL,
         model=first,
-        reference={"model": expected, "adapter": None},
+        reference=Policy(expected, None),
         objective_alpha=objective_alpha,
     )
     trainer = make_trainer(a_job, silent)
@@ -319,8 +318,8 @@ def qlora(job, tiny_model_path):
     """A QLoRA job of round `number`, which starts from the round before; its keywords are `job`'s."""
 
     def make(number: int, reference: str = "previous", **settings):
-        adapters = [None, *(job(f"round_{k}")["output"] for k in range(1, number))]
-        initial = {"model": tiny_model_path, "adapter": None}
+        adapters = [None, *(str(job(f"round_{k}").output) for k in range(1, number))]
+        initial = Policy(tiny_model_path, None)
         return job(
             f"round_{number}",
             {**LORA, "load_in_4bit": True},
@@ -388,12 +387,12 @@ def test_three_qlora_rounds_carry_one_adapter_on_a_frozen_base(qlora, trainer, r
 
         before = base_weights(round_trainer)
         base = base or before
-        main(a_job, silent)  # with its check of step 0, which evaluates
+        train(a_job)  # with its check of step 0, which evaluates
         round_trainer.train()
         for weights in (before, base_weights(round_trainer)):
             assert weights.keys() == base.keys()
             assert all(torch.equal(weights[name], base[name]) for name in base)
-        products.append(a_job["output"])
+        products.append(str(a_job.output))
 
     adapters = [load_file(Path(product) / "adapter_model.safetensors") for product in products[1:]]
     for earlier, later in zip(adapters[:-1], adapters[1:], strict=True):
@@ -420,10 +419,8 @@ def test_sft_rows_train_and_progress_is_reported(job, tmp_path):
     ]
     (tmp_path / "sft.jsonl").write_text("".join(map(to_line, rows)))
     reports = []
-    main(
-        job("sft", FULL, trainer="sft") | {"rows": str(tmp_path / "sft.jsonl")},
-        lambda *report: reports.append(report),
-    )
+    training = replace(job("sft", FULL, trainer="sft"), rows=tmp_path / "sft.jsonl")
+    run_training(training, lambda *report: reports.append(report))
     assert reports == [(0, 2), (1, 2), (2, 2)]
     assert (tmp_path / "sft" / "model.safetensors").exists()
 
@@ -449,16 +446,16 @@ def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path, tr
 
     halves = job("halves", **settings)
     with pytest.raises(Killed):
-        main(halves, kill_at_3)
+        run_training(halves, kill_at_3)
     torn = tmp_path / "halves-training" / "checkpoint-3"
     torn.mkdir()
     (torn / "adapter_model.safetensors").write_bytes(b"half")
     reports = []
-    main(halves, lambda *report: reports.append(report))
+    run_training(halves, lambda *report: reports.append(report))
     assert reports[0] == (2, 4)
     counts = json.loads((tmp_path / "halves-training" / "rows.json").read_text())
     assert counts == {"rows": 32, "trained_rows": 32, "processes": 1, "batch_size": 8}
-    saved = [load_file(Path(path) / "adapter_model.safetensors") for path in (whole, halves["output"])]
+    saved = [load_file(Path(path) / "adapter_model.safetensors") for path in (whole, halves.output)]
     for name in saved[0]:
         torch.testing.assert_close(saved[0][name], saved[1][name])
 
@@ -473,7 +470,7 @@ def test_an_interrupted_training_continues_from_its_checkpoint(job, tmp_path, tr
         (100, r"after the last step, .*lora_.* is no longer finite"),
     ],
 )
-def test_training_that_diverges_ends_with_a_diagnosis_and_without_a_policy(job, logging_steps, message):
+def test_training_that_diverges_ends_with_a_diagnosis_and_without_a_policy(job, tmp_path, logging_steps, message):
     """Steps of 3e38, the largest float32, make products infinite; seen in the log, or where nothing is logged, in the weights."""
     settings = {"learning_rate": 3e38, "max_steps": 6, "logging_steps": logging_steps}
     a_job = job("diverged", **settings, logging_nan_inf_filter=False)
@@ -481,7 +478,7 @@ def test_training_that_diverges_ends_with_a_diagnosis_and_without_a_policy(job, 
         RecipeError, match=f"training has diverged: {message}. .*lower `learning_rate`.*delete .*-training"
     ):
         train(a_job)
-    assert not Path(a_job["output"]).exists() and not Path(a_job["output"] + ".tmp").exists()
+    assert not list(tmp_path.glob("diverged")) and not list(tmp_path.glob("diverged.tmp"))
 
 
 def test_a_loss_that_is_no_number_is_logged_as_such():
@@ -494,7 +491,7 @@ def test_a_loss_that_is_no_number_is_logged_as_such():
         training={"trainer": "dpo"},
         scores=ScoresConfig(verifier="v.py:f"),
     )
-    assert trainer_settings(config, 1, "out")["config"]["logging_nan_inf_filter"] is False
+    assert trainer_settings(config, 1, "out").config["logging_nan_inf_filter"] is False
 
 
 def test_training_on_what_max_length_left_is_refused(job):

@@ -48,7 +48,7 @@ class RewardModel(AnswerScorer):
         return answer_keys((self._identity, chain.prompt), (answer.text for answer in chain.answers))
 
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
-        """`preflight.py` looks at the model, in a process that may import transformers."""
+        """The preflight looks at the model, in a process that may import transformers."""
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         missing = dict(self.missing(chains_of(tasks), cache))  # equal answers once

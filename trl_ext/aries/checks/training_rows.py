@@ -1,0 +1,63 @@
+"""
+The rows that a round trains on, and whether they will do: before their file gets its name.
+
+In: the round's chains and scores. Out: `pairs.jsonl`, what was dropped (`drops.json`), and what the guard has found (`guard.json`).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import Template
+
+from ...recipe import RecipeError
+from ..config import AriesConfig
+from ..data.faults import FAULTS, share_finding
+from ..data.pairs import Selection, preference_rows
+from ..data.records import read_rows, write_json, write_jsonl
+from ..run_dir import RoundDir
+from ..scoring.scores import read_chains
+from .gates import PairsMeasure, decide
+
+
+def write_pairs(round_dir: RoundDir, config: AriesConfig, number: int, template: Template) -> tuple[int, Selection]:
+    """
+    Returns:
+        `tuple`: how many rows there are, and the pairs that they are made of, counted.
+
+    Raises:
+        [`RecipeError`]: there are no pairs, or too many chains had faults.
+    """
+    # Read from the files as they are asked for
+    chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
+    scores = (row["scores"] for row in read_rows(round_dir.scores))
+    selection = Selection(zip(chains, scores, strict=True), config.pairs)
+    return write_jsonl(round_dir.pairs, checked_rows(round_dir, config, number, selection, template)), selection
+
+
+def checked_rows(
+    round_dir: RoundDir, config: AriesConfig, number: int, selection: Selection, template: Template
+) -> Iterator[dict[str, Any]]:
+    """The rows; after the last one, the counts are written and judged."""
+    measure = PairsMeasure()
+    for pair in selection:
+        measure.add(pair)
+        yield from preference_rows(pair, template, config.pairs)
+    chains, dropped = selection.chains, selection.dropped
+    write_json(round_dir.drops, {"chains": chains, "pairs": selection.pairs, "dropped": dropped})
+    faults = {reason: count for reason, count in dropped.items() if reason in FAULTS}
+    finding = share_finding("possible pairs", faults, chains * config.pairs.pairs_per_prompt, config.health)
+    if finding:
+        raise RecipeError(
+            f"round {number} would train on what is left: {finding}. Look at {round_dir.answers} and {round_dir.scores}, and "
+            "at the reasons in docs/aries.md. Or go on with a larger share, `--health.max_dropped 0.9`."
+        )
+    if not selection.pairs:
+        raise RecipeError(
+            f"round {number} has no pairs to train on: all {chains} chains were dropped, {dropped}. Look at "
+            f"{round_dir.answers} and {round_dir.scores}; a higher temperature or a finer score gives more pairs "
+            "(under another `output_dir`)."
+        )
+    measured = measure.measured()
+    by_construction = config.pairs.selection == "best_over_worst"
+    decision = decide(measured, config.pairs.guard)
+    write_json(round_dir.guard, {"decision": decision, "by_construction": by_construction, **measured})
