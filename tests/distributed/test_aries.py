@@ -212,11 +212,11 @@ def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypa
     [job] = [job for job in jobs(tmp_path, tiny_model_dir, 2) if job.training.output.name == name]
     training, run_dir = job.training, RunDir(tmp_path / "run")
     round_dir = run_dir.round(1)
+    round_dir.path.mkdir(parents=True)
     sections = {"model": training.model, "training": {**training.settings.config}, "sft": {"dataset": "sft.jsonl"}}
     del sections["training"]["output_dir"]
     write_json(run_dir.resolved, asdict(parse_section(Recipe(None, MINIMAL | sections, {}), AriesConfig)))
     shutil.copytree(one_process / "dpo_lora", run_dir.round(0).adapter)
-    round_dir.path.mkdir()
     shutil.copy(training.rows, round_dir.pairs)
     (tmp_path / name).symlink_to(round_dir.adapter)  # where the cases have them
     (tmp_path / f"{name}-training").symlink_to(round_dir.training)
