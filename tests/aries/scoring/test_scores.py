@@ -12,7 +12,6 @@ from trl_ext.aries.data.records import Answer, Chain, write_jsonl
 from trl_ext.aries.scoring.scores import (
     ScoreCache,
     ScoreTask,
-    answer_keys,
     content_key,
     other_columns,
     score_rows,
@@ -183,12 +182,6 @@ class TestCache:
             prompts[0]["solution"] = "5"
         _, calls = self.score(verifier_file, write_task(tmp_path, chains, prompts), cache)
         assert calls == ["2", "3", "4", "2", "3"]
-
-    def test_the_keys_of_a_chain_s_answers_are_those_of_each_alone(self):
-        prompt, texts = [{"role": "user", "content": 'é "x"'}], ["", 'a\n"b"', "\ud83d"]
-        for after in ((), ({"b": 1, "a": None},)):
-            before = ({"verifier": "f", "sha256": "0"}, prompt)
-            assert list(answer_keys(before, texts, after)) == [content_key(*before, text, *after) for text in texts]
 
     def test_keys_do_not_depend_on_the_order_of_columns(self):
         assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
