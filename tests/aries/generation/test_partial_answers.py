@@ -28,7 +28,7 @@ STRATEGIES = {
 class TextOfTheRequest:
     """
     Answers each request with a text that is made from it, one chain earlier than the other: `steps` counts, and an odd step leaves half
-    of them waiting. In some texts there is no answer, and some chains stop before their second request.
+    of them waiting. In some texts there is no answer, and some chains stop before a request.
     """
 
     prompt_tokens = cached_tokens = 0
@@ -47,7 +47,7 @@ class TextOfTheRequest:
         if chain.answers or chain.unanswered:  # what it has is on the disk before it goes on
             last = [row for row in read_jsonl(self._part) if row["prompt_id"] == chain.prompt_id][-1]
             assert last == chain.to_row() | {"stopped": last["stopped"]}
-        if chain.prompt_id == "long" and chain.answers:
+        if chain.prompt_id == "too long" or (chain.prompt_id == "long" and chain.answers):
             chain.stopped = "prompt_too_long"
             return False
         request = self._strategy.next_request(chain)
@@ -69,8 +69,8 @@ class TextOfTheRequest:
 
 @pytest.fixture(params=list(STRATEGIES))
 def task(request, tmp_path):
-    """Seven prompts, of which one has no second answer and one is too long for it."""
-    ids = ["a", 'b", "answers": []', "none", "c", "long", "é", "d"]
+    """Eight prompts: one has no second answer, one is too long for it, and one is too long for a first."""
+    ids = ["a", 'b", "answers": []', "none", "c", "long", "é", "too long", "d"]
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt_id": id_, "prompt": f"{i} ?"} for i, id_ in enumerate(ids)])
     config = RefinementsConfig(strategy=request.param, turns=TURNS, **STRATEGIES[request.param])
     strategy = Strategy(config, answer_pattern=r"(?s)A: (.*)")
@@ -141,7 +141,11 @@ def test_the_final_rows_are_those_of_the_chains(task, part):
     run(task, part, looked)
     assert read_jsonl(task.answers) == [looked.rows[row["prompt_id"]] for row in read_jsonl(task.prompts)]
     rows = looked.rows
-    assert rows["long"]["stopped"] == "prompt_too_long" and rows["none"]["stopped"] == "no_answer_found"
+    assert {id_: (row["stopped"], len(row["answers"])) for id_, row in rows.items() if row["stopped"]} == {
+        "none": ("no_answer_found", 2 if task.strategy.name == "parallel" else 1),
+        "long": ("prompt_too_long", 1),
+        "too long": ("prompt_too_long", 0),
+    }
     assert [entry["turn"] for entry in rows["none"]["unanswered"]] == [2]
     has_critique = ["critique" in answer for answer in rows["a"]["answers"]]
     assert has_critique == [task.strategy.name == "self_evaluation"] * (TURNS - 1) + [False]
