@@ -189,7 +189,7 @@ def main() -> None:
         f"each in its own process. Only the engine is a stand-in, which answers at once: {TURNS} answers to each prompt, five digits "
         "long. CPU seconds are those of the process, so that others on the machine count less. `peak MiB` is its peak of resident memory, "
         "imports included (transformers and torch under `answers`, which is the engine's process without vLLM). The aim is at most 1,024 MiB "
-        "in every stage at a million prompts, and 5,000 answers a second through the last three stages together: rounds of the papers have "
+        "in every stage at a million prompts, and 5,000 answers a CPU second through the last three stages together: rounds of the papers have "
         "5,000 to 10,000 prompts.\n\n" + environment("cpu", "no model")
     )
     write(rows, args.output / "scale", "A round of very many prompts", text)

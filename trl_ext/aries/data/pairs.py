@@ -188,20 +188,12 @@ def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list
         "chosen_score": pair.chosen_score,
         "rejected_score": pair.rejected_score,
     }
-    drafts = {None: config.direct_weight, "rejected": config.refinement_weight, "chosen": config.refinement_weight}
     rows = []
-    for draft, weight in drafts.items():
-        if weight == 0:
-            continue
-        text = {None: None, "rejected": pair.rejected.text, "chosen": pair.chosen.text}[draft]
-        rows.append(
-            {
-                "prompt": prompt if draft is None else refinement_prompt(prompt, [text], template),
-                **answers,
-                "turn": 0 if draft is None else 1,
-                "draft": draft,
-                "weight": weight,
-                **sources,
-            }
-        )
+    if config.direct_weight:
+        rows.append({"prompt": prompt, **answers, "turn": 0, "draft": None, "weight": config.direct_weight, **sources})
+    if config.refinement_weight:
+        for draft, text in (("rejected", pair.rejected.text), ("chosen", pair.chosen.text)):
+            asked = refinement_prompt(prompt, [text], template)
+            weight = config.refinement_weight
+            rows.append({"prompt": asked, **answers, "turn": 1, "draft": draft, "weight": weight, **sources})
     return rows
