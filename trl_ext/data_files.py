@@ -1,4 +1,4 @@
-"""Data files on this machine, by the suffixes that `datasets` has builders for."""
+"""Local data files, by the suffixes that `datasets` has builders for."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 from .recipe import RecipeError
 
 
-# An answer may be "None" or "N/A": only an empty cell is nothing
+# An answer may be "None" or "N/A": only an empty cell is null
 AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
 
-# Suffix of a local data file -> builder of `datasets`, and what it needs to know
+# Suffix of a local data file -> builder of `datasets`, and its options
 BUILDERS = {
     ".jsonl": {"path": "json"},
     ".ndjson": {"path": "json"},
@@ -24,7 +24,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that says what is in a file: `".jsonl"` for `pairs.jsonl.gz`."""
+    """The suffix that says what a file holds: `".jsonl"` for `pairs.jsonl.gz`."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
@@ -33,7 +33,7 @@ def is_data_file(name: str) -> bool:
     Whether `name` is a local data file, rather than a directory or a dataset on the Hub.
 
     Raises:
-        [`RecipeError`]: it can only be a path, and leads nowhere, or to a file that nothing here reads.
+        [`RecipeError`]: it can only be a path, and there is nothing, or a file of another kind.
     """
     path = Path(name).expanduser()
     suffix = data_suffix(path)
@@ -51,10 +51,10 @@ def is_data_file(name: str) -> bool:
 
 def builder_arguments(name: str) -> dict[str, Any]:
     """
-    What `datasets.load_dataset` takes for a local data file.
+    Arguments of `datasets.load_dataset` for a local data file.
 
     Raises:
-        [`RecipeError`]: the file is empty, which the builders do not expect.
+        [`RecipeError`]: the file is empty, for which the builders have no error of their own.
     """
     path = Path(name).expanduser()
     if path.stat().st_size == 0:

@@ -1,9 +1,9 @@
 """
-What a round of very many prompts takes besides a model: `python -m tests.benchmarks.scale --prompts 1000000`, and `make bench` at a
-smaller size. Writes `docs/benchmarks/scale.csv` and `.md`.
+What a round of very many prompts takes besides a model: `python -m tests.benchmarks.scale --prompts 1000000`, or `make bench` with
+100,000. Writes `docs/benchmarks/scale.csv` and `.md`.
 
-The loop's own prompts, chain driver, scoring and pairing, each in a process of its own. Only the engine is a stand-in, which answers at
-once: what is measured is everything but the model.
+The loop's own prompts, chain driver, scoring and pairing, each in its own process. Only the engine is a stand-in, which answers at
+once: everything but the model is measured.
 """
 
 import argparse
@@ -34,7 +34,7 @@ STAGES = ("prompts", "answers", "scores", "pairs")
 
 
 class InstantEngine:
-    """Answers every request in the next step, with one of a few short texts: an [`~aries.generation.chains.Engine`] without a model."""
+    """An [`~aries.generation.chains.Engine`] without a model: it answers every request in the next step, with one of a few short texts."""
 
     prompt_tokens = cached_tokens = 0
     window = WINDOW
@@ -89,7 +89,7 @@ def loop_of(directory: Path, count: int) -> Rounds:
 
 
 def run_stage(stage: str, directory: Path, count: int) -> dict:
-    """One stage in this process; what it took, and the most that was ever resident, imports and the prompts' index included."""
+    """Run one stage in this process. Returns its time and its peak of resident memory, which includes imports and the lines of the prompts."""
     if stage == "answers":  # transformers with it, which the loop's own process never imports
         from trl_ext.aries.generation import chains
     if stage == "prompts":
@@ -139,13 +139,13 @@ def score(loop: Rounds) -> None:
 
 
 def peak_mebibytes() -> int:
-    """Of this process alone: `ru_maxrss` begins with what the parent had when it started it."""
+    """The peak of this process alone: `ru_maxrss` also counts what its parent had when it started it."""
     status = Path("/proc/self/status").read_text()
     return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def measure(directory: Path, count: int) -> list[dict]:
-    """A row per stage, and one of driver, scoring and pairing together."""
+    """A row per stage, and one for driver, scoring and pairing together."""
     write_prompts(directory / "train.jsonl", count, seed=0)
     write_prompts(directory / "eval.jsonl", EVALUATION_PROMPTS, seed=1)
     rows = []
@@ -167,7 +167,7 @@ def measure(directory: Path, count: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs" / "benchmarks")
-    parser.add_argument("--repeats", help="taken, as `make bench` passes it to all, and ignored")
+    parser.add_argument("--repeats", help="ignored; `make bench` passes it to every benchmark")
     parser.add_argument("--prompts", type=int, default=100_000)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -183,11 +183,11 @@ def main() -> None:
     text = (
         f"`python -m tests.benchmarks.scale --prompts {args.prompts}` measures this, `make bench` with 100,000 prompts: the loop's own "
         "prompts (a file of JSON lines is checked, shuffled and written), chain driver, scoring by the quickstart's verifier, and pairing, "
-        f"each in a process of its own. Only the engine is a stand-in, which answers at once: {TURNS} answers to each prompt, five digits "
-        "long. CPU seconds are those of the process, so that others on the machine count less; `peak MiB` is the most that was resident, "
-        "imports included (transformers and torch under `answers`, which is the engine's process without vLLM). The aim is at most 1,024 MiB in every stage "
-        "at a million prompts, and 20,000 answers a second through the last three stages together.\n\n"
-        + environment("cpu", "no model")
+        f"each in its own process. Only the engine is a stand-in, which answers at once: {TURNS} answers to each prompt, five digits "
+        "long. CPU seconds are those of the process, so that others on the machine count less. `peak MiB` is its peak of resident memory, "
+        "imports included (transformers and torch under `answers`, which is the engine's process without vLLM). The aim is at most 1,024 MiB "
+        "in every stage at a million prompts, and 5,000 answers a CPU second through the last three stages together: rounds of the papers have "
+        "5,000 to 10,000 prompts.\n\n" + environment("cpu", "no model")
     )
     write(rows, args.output / "scale", "A round of very many prompts", text)
 

@@ -11,7 +11,8 @@ from trl_ext.recipe import RecipeError
 
 
 def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = (json.dumps(row) if isinstance(row, dict) else row for row in rows)
+    path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
     return str(path)
 
 
@@ -27,8 +28,7 @@ def test_rounds_see_different_prompts_in_an_order_the_seed_settles(tmp_path):
 
 def test_rows_are_read_from_their_files_as_if_all_were_in_memory(tmp_path):
     """
-    Oracle: the mixture as a list, shuffled as a list. 3,000 rows are three blocks of Arrow's; the bytes of `prompts.jsonl` are
-    compared.
+    Oracle: the mixture as a list, shuffled as a list; the bytes of `prompts.jsonl` are compared.
     """
     from datasets import Dataset
 
@@ -58,12 +58,19 @@ def test_rows_are_read_from_their_files_as_if_all_were_in_memory(tmp_path):
     assert (tmp_path / "prompts.jsonl").read_text(encoding="utf-8") == "".join(lines)
 
 
-def test_a_file_that_changes_while_it_is_in_use_is_named(tmp_path):
-    file = write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"})
-    prompts = load_prompts([DatasetConfig(file)], "prompts.dataset")
-    write(tmp_path / "p.jsonl", {"prompt": "aa"}, {"prompt": "b"})
-    with pytest.raises(RecipeError, match=r"p\.jsonl has changed since the run read it. Put back what it was"):
-        prompts[1]
+def test_rows_of_json_lines_are_as_they_are_in_the_file(tmp_path):
+    """
+    Dates stay text, large integers keep their digits, a column may be absent or of several types; `datasets` would change all but the last.
+    What happens to the file afterwards makes no difference.
+    """
+    rows = [
+        {"prompt": "a", "date": "2026-02-28", "at": "2026-02-28T01:02:03", "n": 10**30, "mixed": 1},
+        {"prompt": "b", "tags": [], "mixed": "x", "nested": {"x": None}},
+        {"prompt": "c", "nested": {"y": 0.1}, "mixed": [1.5]},
+    ]
+    prompts = load_prompts([DatasetConfig(write(tmp_path / "p.jsonl", *rows))], "prompts.dataset")
+    (tmp_path / "p.jsonl").unlink()
+    assert list(prompts) == [{"prompt_id": f"p-{i:07d}", **row} for i, row in enumerate(rows, start=1)]
 
 
 def test_ids_lead_back_to_the_row(tmp_path):
@@ -83,7 +90,7 @@ def test_a_dataset_s_own_ids_are_kept_under_another_name(tmp_path):
 
 def test_a_malformed_json_file_is_named(tmp_path):
     (tmp_path / "p.json").write_text('{"prompt": ')
-    with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot load .*p.json.*JSON parse error"):
+    with pytest.raises(RecipeError, match=r"`prompts.dataset`: .*p\.json.*JSON"):
         load_prompts([DatasetConfig(str(tmp_path / "p.json"))], "prompts.dataset")
 
 
@@ -128,62 +135,48 @@ def test_entries_have_trl_s_keys():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "key"),
     [
-        ({}, "`prompts.dataset` is missing: a file, or a dataset id on the Hub"),
-        ({"dataset": "a", "datasets": [DatasetConfig("b")]}, "are both given. Remove one"),
-        (
-            {"datasets": [DatasetConfig("a", fraction=0.5), DatasetConfig("b")]},
-            "a `fraction` to every dataset, or to none",
-        ),
+        ({}, "`prompts.dataset`"),
+        ({"dataset": "a", "datasets": [DatasetConfig("b")]}, "`prompts.datasets`"),
+        ({"datasets": [DatasetConfig("a", fraction=0.5), DatasetConfig("b")]}, "`fraction`"),
     ],
 )
-def test_one_dataset_or_a_whole_mixture(given, message):
-    with pytest.raises(ValueError, match=message):
+def test_one_dataset_or_a_whole_mixture(given, key):
+    with pytest.raises(ValueError, match=key):
         PromptsConfig(**given)
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "place"),
     [
-        ([{"question": "a"}], r"row 1: no column `prompt`; its columns are \['question'\]"),
-        ([{"prompt": "a"}, {"prompt": "  "}], "row 2: the prompt is empty"),
-        ([{"prompt": []}], "row 1: `prompt` must be text or a non-empty list of messages"),
-        ([{"prompt": [{"role": "user"}]}], "row 1: `prompt` must be text or"),
-        (
-            [{"prompt": [{"role": "assistant", "content": "a"}]}],
-            "must end with the user's, these end with the assistant's",
-        ),
-        ([{"prompt": "a"}, "{broken"], r"p\.jsonl:2: not valid JSON"),
-        ([{"prompt": "a"}, ""], r"p\.jsonl:2: the line is empty"),
-        (["[" * 100_000], r"p\.jsonl:1: not valid JSON \(maximum recursion"),
-        (['{"prompt": ' + "1" * 5000 + "}"], r"p\.jsonl:1: not valid JSON \(Exceeds the limit"),
-        (['{"prompt": "\\ud83d"}'], r"p\.jsonl:1: not UTF-8 text .*surrogates"),
-        (
-            [{"prompt": [{"role": "system", "content": 5}, {"role": "user", "content": "a"}]}],
-            "row 1: `prompt` must be",
-        ),
-        ([{"prompt": [{"role": 7, "content": "a"}, {"role": "user", "content": "a"}]}], "row 1: `prompt` must be"),
-        (["[1]"], r"p\.jsonl:1: expected a JSON object, found list"),
-        ([], "has no rows"),
-        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "row 2: text and messages are mixed"),
+        ([{"question": "a"}], r"row 1: .*`prompt`.*question"),
+        ([{"prompt": "a"}, {"prompt": "  "}], "row 2: "),
+        ([{"prompt": []}], "row 1: "),
+        ([{"prompt": [{"role": "user"}]}], "row 1: "),
+        ([{"prompt": [{"role": "assistant", "content": "a"}]}], "row 1: .*assistant's"),
+        ([{"prompt": [{"role": "system", "content": 5}, {"role": "user", "content": "a"}]}], "row 1: "),
+        ([{"prompt": [{"role": 7, "content": "a"}, {"role": "user", "content": "a"}]}], "row 1: "),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": "a"}]}], "row 2: "),
+        ([{"prompt": "a"}, "{broken"], r"p\.jsonl:2: .*JSON"),
+        ([{"prompt": "a"}, ""], r"p\.jsonl:2: .*empty"),
+        (["[" * 100_000], r"p\.jsonl:1: .*recursion"),
+        (['{"prompt": ' + "1" * 5000 + "}"], r"p\.jsonl:1: "),
+        (['{"prompt": "\\ud83d"}'], r"p\.jsonl:1: .*UTF-8"),
+        ([{"prompt": "a"}, b'{"prompt": "\xff"}'], r"p\.jsonl:2: .*UTF-8.*0xff"),
+        (["[1]"], r"p\.jsonl:1: .*list"),
+        ([], "no rows"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, rows, message):
-    with pytest.raises(RecipeError, match=message):
+def test_bad_rows_are_named(tmp_path, rows, place):
+    with pytest.raises(RecipeError, match=f"`prompts.dataset`: .*{place}"):
         load_prompts([DatasetConfig(write(tmp_path / "p.jsonl", *rows))], "prompts.dataset")
-
-
-def test_bytes_that_are_no_text_are_named(tmp_path):
-    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
-    with pytest.raises(RecipeError, match=r"p\.jsonl:2: not UTF-8 text .*byte 0xff.* Save the file as UTF-8"):
-        load_prompts([DatasetConfig(str(tmp_path / "p.jsonl"))], "prompts.dataset")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     """The kernel refuses to read this process's memory at address 0, for root too."""
     (tmp_path / "p.jsonl").symlink_to("/proc/self/mem")
-    with pytest.raises(RecipeError, match=r"`prompts.dataset`: cannot read .*p\.jsonl: Input/output error"):
+    with pytest.raises(RecipeError, match=r"`prompts.dataset`: .*p\.jsonl: Input/output error"):
         load_prompts([DatasetConfig(str(tmp_path / "p.jsonl"))], "prompts.dataset")
 
 
@@ -197,7 +190,6 @@ def test_a_missing_file_is_named_with_its_key(tmp_path, monkeypatch, file):
 def test_the_size_of_a_round():
     assert prompts_per_round(10, None, 3) == 3
     assert prompts_per_round(10, 2, 3) == 2
-    with pytest.raises(RecipeError, match="3 rounds of 4 fresh prompts need 12 rows, and the dataset has 10"):
-        prompts_per_round(10, 4, 3)
-    with pytest.raises(RecipeError, match="the dataset has 2"):
-        prompts_per_round(2, None, 3)
+    for rows, per_round in ((10, 4), (2, None)):
+        with pytest.raises(RecipeError, match="`prompts.per_round`: 3 rounds"):
+            prompts_per_round(rows, per_round, 3)

@@ -3,14 +3,14 @@
 """
 
 import json
+import os
 import re
 
 import pytest
 
 from trl_ext.aries.config import RefinementsConfig
-from trl_ext.aries.data.records import Chain, read_jsonl, to_line, write_jsonl
+from trl_ext.aries.data.records import Chain, read_jsonl, write_jsonl
 from trl_ext.aries.generation.chains import Task, answer_task
-from trl_ext.aries.generation.partial_answers import PartialAnswers
 from trl_ext.aries.generation.refinements import Strategy
 
 
@@ -28,7 +28,7 @@ STRATEGIES = {
 class TextOfTheRequest:
     """
     Answers each request with a text that is made from it, one chain earlier than the other: `steps` counts, and an odd step leaves half
-    of them waiting. In some texts there is no answer, and some chains stop before their second request.
+    of them waiting. In some texts there is no answer, and some chains stop before a request.
     """
 
     prompt_tokens = cached_tokens = 0
@@ -47,7 +47,7 @@ class TextOfTheRequest:
         if chain.answers or chain.unanswered:  # what it has is on the disk before it goes on
             last = [row for row in read_jsonl(self._part) if row["prompt_id"] == chain.prompt_id][-1]
             assert last == chain.to_row() | {"stopped": last["stopped"]}
-        if chain.prompt_id == "long" and chain.answers:
+        if chain.prompt_id == "too long" or (chain.prompt_id == "long" and chain.answers):
             chain.stopped = "prompt_too_long"
             return False
         request = self._strategy.next_request(chain)
@@ -69,8 +69,8 @@ class TextOfTheRequest:
 
 @pytest.fixture(params=list(STRATEGIES))
 def task(request, tmp_path):
-    """Seven prompts, of which one has no second answer and one is too long for it."""
-    ids = ["a", 'b", "answers": []', "none", "c", "long", "é", "d"]
+    """Eight prompts: one has no second answer, one is too long for it, and one is too long for a first."""
+    ids = ["a", 'b", "answers": []', "none", "c", "long", "é", "too long", "d"]
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt_id": id_, "prompt": f"{i} ?"} for i, id_ in enumerate(ids)])
     config = RefinementsConfig(strategy=request.param, turns=TURNS, **STRATEGIES[request.param])
     strategy = Strategy(config, answer_pattern=r"(?s)A: (.*)")
@@ -82,33 +82,48 @@ def part(task):
     return task.answers.with_name("answers.jsonl.part")
 
 
-class Kept(PartialAnswers):
-    """Leaves the `.part` file where it is, beside the final one."""
+class Looked:
+    """In the place of an intake: the row of each finished chain, as it is in memory."""
 
-    def close(self):
-        content = self.path.read_bytes()
-        super().close()
-        self.path.write_bytes(content)
+    def __init__(self):
+        self.rows = {}
+
+    def begun(self, chains):
+        return chains
+
+    def look(self, chain):
+        self.rows[chain.prompt_id] = chain.to_row()
 
 
-def run(task, part) -> TextOfTheRequest:
+def run(task, part, intake=None) -> TextOfTheRequest:
     engine = TextOfTheRequest(part)
-    answer_task(engine, task, lambda done: None)
+    answer_task(engine, task, lambda done: None, intake)
     return engine
 
 
-def test_any_beginning_of_the_file_is_continued_to_the_same_answers(task, part, monkeypatch):
+def count_answered(content: bytes) -> int:
+    """Whole rows with a new text; a row may also add why the chain stopped."""
+    texts, count = {}, 0
+    for line in content.splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            row = json.loads(line)
+            found = row["answers"], row.get("unanswered")
+            count += row["answers"] != [] and texts.get(row["prompt_id"]) != found
+            texts[row["prompt_id"]] = found
+    return count
+
+
+def test_any_beginning_of_the_file_is_continued_to_the_same_answers(task, part, tmp_path):
     """
     Cut around each end of a line and in many places between. Oracle: the run that nothing interrupted, byte for byte, and no request
     whose answer is in a whole line is made again.
     """
-    monkeypatch.setattr("trl_ext.aries.generation.chains.PartialAnswers", Kept)
+    part.touch()
+    os.link(part, tmp_path / "kept")  # a second name for what is appended
     requests = run(task, part).requests
-    expected, content = task.answers.read_bytes(), part.read_bytes()
-    monkeypatch.undo()
+    expected, content = task.answers.read_bytes(), (tmp_path / "kept").read_bytes()
+    assert count_answered(content) == len(requests) == len(set(requests))
 
-    lines = content.splitlines(keepends=True)
-    assert len(lines) == len(requests) == len(set(requests))
     ends = {match.end() for match in re.finditer(b"\n", content)}
     cuts = {0, *(end + shift for end in ends for shift in (-2, -1, 0, 1)), *range(0, len(content), 29)}
     for cut in sorted(cut for cut in cuts if cut <= len(content)):
@@ -116,28 +131,21 @@ def test_any_beginning_of_the_file_is_continued_to_the_same_answers(task, part, 
         part.write_bytes(content[:cut])
         again = run(task, part)
         assert task.answers.read_bytes() == expected, cut
-        whole = content[:cut].count(b"\n")
-        assert sorted(again.requests) == sorted(requests[whole:]), cut
+        assert sorted(again.requests) == sorted(requests[count_answered(content[:cut]) :]), cut
         assert not part.exists()
 
 
-def test_the_final_rows_are_those_of_the_chains(task, part, monkeypatch):
-    """Oracle: the chains in memory, encoded whole."""
-    finished = {}
-    finish = PartialAnswers.finish
-
-    def noted(self, chain):
-        finish(self, chain)
-        finished[chain.prompt_id] = to_line(chain.to_row())
-        assert len(self._encoded) < TextOfTheRequest.window  # nothing is held of a chain that is finished
-
-    monkeypatch.setattr(PartialAnswers, "finish", noted)
-    run(task, part)
-    assert task.answers.read_text(encoding="utf-8") == "".join(
-        finished[row["prompt_id"]] for row in read_jsonl(task.prompts)
-    )
-    rows = {row["prompt_id"]: row for row in map(json.loads, finished.values())}
-    assert rows["long"]["stopped"] == "prompt_too_long" and rows["none"]["stopped"] == "no_answer_found"
+def test_the_final_rows_are_those_of_the_chains(task, part):
+    """Oracle: the chains in memory."""
+    looked = Looked()
+    run(task, part, looked)
+    assert read_jsonl(task.answers) == [looked.rows[row["prompt_id"]] for row in read_jsonl(task.prompts)]
+    rows = looked.rows
+    assert {id_: (row["stopped"], len(row["answers"])) for id_, row in rows.items() if row["stopped"]} == {
+        "none": ("no_answer_found", 2 if task.strategy.name == "parallel" else 1),
+        "long": ("prompt_too_long", 1),
+        "too long": ("prompt_too_long", 0),
+    }
     assert [entry["turn"] for entry in rows["none"]["unanswered"]] == [2]
     has_critique = ["critique" in answer for answer in rows["a"]["answers"]]
     assert has_critique == [task.strategy.name == "self_evaluation"] * (TURNS - 1) + [False]

@@ -12,7 +12,6 @@ from trl_ext.aries.data.records import Answer, Chain, write_jsonl
 from trl_ext.aries.scoring.scores import (
     ScoreCache,
     ScoreTask,
-    answer_keys,
     content_key,
     other_columns,
     score_rows,
@@ -74,37 +73,37 @@ def test_the_scorer_gets_trl_reward_function_arguments():
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "found"),
     [
-        ("raise KeyError('solution')", r"`scorer` raised KeyError: 'solution'.*solution=\[\.\.\.\]"),
-        ("return [1.0]", "returned 1 scores for 3 answers"),
-        ("return None", "returned a NoneType for 3 answers"),
-        ("return ['1', 0.0, 0.0]", "returned the text '1' for answer 1 of a.*finite number"),
-        ("return [10**400, 0.0, 0.0]", "returned a number of 1,329 bits for answer 1 of a.*finite number"),
-        ("import sys; sys.exit(3)", "raised SystemExit: 3.*An answer may be empty"),
-        ("return [1.0, float('nan'), 0.0]", "returned nan for answer 2 of a.*finite number"),
+        ("raise KeyError('solution')", "KeyError: 'solution'"),
+        ("return [1.0]", "1 scores for 3 answers"),
+        ("return None", "NoneType"),
+        ("return ['1', 0.0, 0.0]", "'1' for answer 1 of a"),
+        ("return [10**400, 0.0, 0.0]", "for answer 1 of a"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("return [1.0, float('nan'), 0.0]", "nan for answer 2 of a"),
     ],
 )
-def test_a_bad_scorer_is_named(tmp_path, body, message):
+def test_a_bad_scorer_is_named(tmp_path, body, found):
     file = tmp_path / "v.py"
     file.write_text(f"def scorer(prompts, completions, **kwargs):\n    {body}\n")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=f"`scorer` .*{found}"):
         call_verifier(load_verifier(f"{file}:scorer"), answers())
 
 
 @pytest.mark.parametrize(
-    ("reference", "message"),
+    ("reference", "found"),
     [
-        ("{file}", "names no file"),
-        ("missing.py:exact", "names no file"),
-        ("{file}:exact", r"has no function `exact`; it has \['other'\]"),
-        ("{broken}:exact", "importing .*broken.py failed: ZeroDivisionError"),
+        ("{file}", "v.py"),
+        ("missing.py:exact", "missing.py"),
+        ("{file}:exact", r"`exact`.*\['other'\]"),
+        ("{broken}:exact", "broken.py .*ZeroDivisionError"),
     ],
 )
-def test_a_bad_reference_is_named(tmp_path, reference, message):
+def test_a_bad_reference_is_named(tmp_path, reference, found):
     (tmp_path / "v.py").write_text("def other(prompts, completions):\n    return []\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=f"`scores.verifier`: .*{found}"):
         load_verifier(reference.format(file=tmp_path / "v.py", broken=tmp_path / "broken.py"))
 
 
@@ -184,12 +183,6 @@ class TestCache:
         _, calls = self.score(verifier_file, write_task(tmp_path, chains, prompts), cache)
         assert calls == ["2", "3", "4", "2", "3"]
 
-    def test_the_keys_of_a_chain_s_answers_are_those_of_each_alone(self):
-        prompt, texts = [{"role": "user", "content": 'é "x"'}], ["", 'a\n"b"', "\ud83d"]
-        for after in ((), ({"b": 1, "a": None},)):
-            before = ({"verifier": "f", "sha256": "0"}, prompt)
-            assert list(answer_keys(before, texts, after)) == [content_key(*before, text, *after) for text in texts]
-
     def test_keys_do_not_depend_on_the_order_of_columns(self):
         assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
         assert content_key("ab", "c") != content_key("a", "bc")
@@ -220,32 +213,23 @@ class TestSeveralScorers:
         assert ScoresConfig().each() == []
 
     @pytest.mark.parametrize(
-        ("scores", "message"),
+        ("scores", "key"),
         [
-            (
-                {"verifier": "v.py:f", "reward_model": "rm"},
-                "`verifier` and `reward_model` are given together.*`scores.scorers`",
-            ),
-            ({"reward_model": "rm", "scorers": [{"verifier": "v.py:f"}]}, "both `scorers` and a `reward_model`"),
-            ({"scorers": []}, "`scores.scorers` is empty"),
-            ({"scorers": [{"weight": 1.0}]}, r"`scorers\[0\]`: a scorer names a `verifier`.*this one names none"),
-            ({"scorers": [{"verifier": "a.py:f"}, {"verifier": "b.py:f"}]}, "two called verifier. Give each a `name`"),
-            ({"scorers": [{"verifier": "a.py:f", "weight": 0.0}]}, "`weight` must be a finite number other than 0"),
-            ({"scorers": [{"verifier": "a.py:f", "name": "a/b"}]}, "`name` names files.*'a/b'"),
-            ({"judge": {"base_url": "localhost:8000", "model": "m"}}, "must start with http://.*'localhost:8000'"),
-            (
-                {"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a }}"}},
-                "never mentions `answer_b`",
-            ),
-            (
-                {"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a | best }}"}},
-                "`judge.template` is not valid Jinja2: No filter named 'best'",
-            ),
-            ({"judge": {"base_url": "http://h/v1"}}, "needs the key `model`"),
+            ({"verifier": "v.py:f", "reward_model": "rm"}, "`scores.scorers`"),
+            ({"reward_model": "rm", "scorers": [{"verifier": "v.py:f"}]}, "`scorers` and a `reward_model`"),
+            ({"scorers": []}, "`scores.scorers`"),
+            ({"scorers": [{"weight": 1.0}]}, r"`scorers\[0\]`"),
+            ({"scorers": [{"verifier": "a.py:f"}, {"verifier": "b.py:f"}]}, "verifier.*`name`"),
+            ({"scorers": [{"verifier": "a.py:f", "weight": 0.0}]}, "`weight`"),
+            ({"scorers": [{"verifier": "a.py:f", "name": "a/b"}]}, "`name`.*'a/b'"),
+            ({"judge": {"base_url": "localhost:8000", "model": "m"}}, "'localhost:8000'"),
+            ({"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a }}"}}, "`answer_b`"),
+            ({"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ x | y }}"}}, "`judge.template`.*'y'"),
+            ({"judge": {"base_url": "http://h/v1"}}, "`model`"),
         ],
     )
-    def test_a_bad_section_is_named(self, scores, message):
-        with pytest.raises(RecipeError, match=message):
+    def test_a_bad_section_is_named(self, scores, key):
+        with pytest.raises(RecipeError, match=key):
             parse_section(Recipe(None, scores, {}), ScoresConfig)
 
     def test_best_over_worst_needs_one(self):
@@ -256,7 +240,7 @@ class TestSeveralScorers:
             "evaluation": {"dataset": "e"},
             "training": {},
         }
-        with pytest.raises(RecipeError, match="names neither .* nor a `judge`"):
+        with pytest.raises(RecipeError, match="`judge`"):
             parse_section(Recipe(None, needed, {}), AriesConfig)
 
 
@@ -264,5 +248,5 @@ class TestSeveralScorers:
 def test_a_verifier_is_tried_before_any_work(tmp_path, value):
     (tmp_path / "v.py").write_text(f"def f(prompts, completions, **kwargs):\n    return [{value}]\n")
     verifier = Verifier(ScorerConfig(verifier=f"{tmp_path}/v.py:f"))
-    with pytest.raises(RecipeError, match="for answer 1 of a.*finite number"):
+    with pytest.raises(RecipeError, match="for answer 1 of a"):
         verifier.check([PROMPTS])

@@ -4,6 +4,7 @@ Preflight: every setting of a recipe is constructed once, before any work is don
 Constructing TRL's configs starts accelerate, and with it CUDA, so this runs in a process of its own: the loop's stays free of both.
 """
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -303,14 +304,15 @@ def check_prompts(
     rows = load_prompts(entries, key)
     count = min(len(rows), samples or len(rows))
     judge = Judge(tokenizer, Findings(f"prompts of `{key}`"), vocabulary)
-    for number, row in enumerate(rows.take(range(count)), start=1):
+    for number, row in enumerate(islice(rows, count), start=1):
         judge.row(number, row["prompt"], [], row)
     judge.findings.check(most=0)
     # All of them if a token without embedding may be among them
     step = 1 if len(tokenizer) > vocabulary else -(-count // PROBED_PROMPTS)
     probed = range(0, count, step)
     too_long = 0
-    for number, row in zip(probed, rows.take(probed), strict=True):
+    for number in probed:
+        row = rows[number]
         try:
             ids = encode_prompt(tokenizer, row["prompt"])
         except RecipeError as error:

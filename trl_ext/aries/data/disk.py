@@ -1,5 +1,5 @@
 """
-A disk that is full, or that may not be written to: an error that names the place and the way out.
+A disk that is full or read-only: an error that names the place and what to do.
 """
 
 import errno
@@ -18,17 +18,17 @@ FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "
 
 
 class DiskError(ChildError):
-    """Nothing is lost: what was not written whole has no final name, and running again goes on from there."""
+    """The disk takes no more. Whatever was not written whole has no final name, and the same command continues from there."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """
-    Name what is being written in the error of a disk that does not take it.
+    Turn an error of the disk into one that names what was being written.
 
     Args:
         path (`Path`):
-            The file or directory, for errors that do not name one themselves.
+            The file or directory, for errors that name none.
 
     Raises:
         [`DiskError`]: the disk is full, or may not be written to. Other errors pass as they are.
@@ -38,18 +38,18 @@ def writing(path: Path) -> Iterator[None]:
     except (RecipeError, ChildError):
         raise
     except Exception as error:
-        way_out = refusal(error)
-        if way_out is None:
+        fix = disk_fix(error)
+        if fix is None:
             raise
         where = error.filename if isinstance(error, OSError) and error.filename else path
         what = (isinstance(error, OSError) and error.strerror) or error
         raise DiskError(
-            f"cannot write {where}: {what}. {way_out}, and run the same command again: what is finished is kept."
+            f"cannot write {where}: {what}. {fix}, and run the same command again: what is finished is kept."
         ) from error
 
 
-def refusal(error: Exception) -> str | None:
-    """What to do about an error of the disk, `None` for any other."""
+def disk_fix(error: Exception) -> str | None:
+    """What to do about an error of the disk; `None` for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in FULL or (number is None and any(words in str(error) for words in FULL_WORDS)):
         return "Free space there"

@@ -1,12 +1,12 @@
 """
-Faults: why rows and chains cannot be used, and whether too many cannot.
+Faults: why rows and chains cannot be used, and whether there are too many.
 """
 
 from ..config import HealthConfig
 from .records import Chain
 
 
-# Reasons for which a chain gives no pair that are no choice of the recipe's: `health.max_dropped` bounds their share
+# Why a chain gives no pair, apart from the recipe's own choices. `health.max_dropped` bounds their share
 FAULTS = (
     "prompt_too_long",
     "no_answer_found",
@@ -20,7 +20,7 @@ FAULTS = (
 
 
 def fault(chain: Chain, selection: str) -> str | None:
-    """Which of the [`FAULTS`] keeps a finished chain from giving a pair, whatever the scores of its answers; `None` if it may give one."""
+    """The one of [`FAULTS`] that keeps a finished chain from giving a pair, whatever its scores; `None` if it may give one."""
     if len(chain.answers) < 2:
         return chain.stopped or "fewer_than_two_answers"
     last = chain.answers[-1]
@@ -36,15 +36,15 @@ def fault(chain: Chain, selection: str) -> str | None:
 
 def share_finding(what: str, dropped: dict[str, int], total: int, config: HealthConfig) -> str | None:
     """
-    Whether too much was left out.
+    A sentence that says how much was left out if that is too much, else `None`.
 
     Args:
         what (`str`):
             What the rows are, in the plural.
         dropped (`dict[str, int]`):
-            Counts by reason, of the reasons that are faults.
+            Counts by fault.
         total (`int`):
-            All rows.
+            Number of rows, used and left out.
         config ([`~aries.config.HealthConfig`]):
             Its `max_dropped`.
 

@@ -2,7 +2,7 @@
 Pairs: scored chains in, one TRL preference dataset out, and a count of everything dropped.
 
 A pair gives up to three rows: the direct one, and two refinement rows whose prompt is the refinement template around the
-rejected and around the chosen draft (https://huggingface.co/papers/2502.05605; each square of its refinement loss is a
+rejected or the chosen draft (https://huggingface.co/papers/2502.05605: each square of its refinement loss is a
 preference pair under such a prompt). So any pairwise trainer learns to answer and to refine from the same file.
 """
 
@@ -32,19 +32,19 @@ class Pair:
 
 def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
     """
-    The paper's reward-model scoring: the best answer chosen, the worst rejected; with `pairs_per_prompt` above 1, then the
-    next best over the next worst, among the answers whose text is in no pair yet. [house]: an answer cut off by
+    The paper's selection with a reward model: the best answer is chosen, the worst rejected. If `pairs_per_prompt` is above 1, the
+    next best over the next worst follow, among the answers whose text is in no pair yet. Our choice: an answer cut off by
     `max_tokens` is never chosen; among equals the latest is chosen and the earliest rejected.
 
     Returns:
-        `list[Pair | str]`: for each of the `pairs_per_prompt`, the pair or why there is none.
+        `list[Pair | str]`: `pairs_per_prompt` entries, each a pair or the reason why there is none.
     """
     scored = [(answer, score) for answer, score in zip(chain.answers, scores, strict=True) if score is not None]
     if len(scored) < 2:
         return [chain.stopped or "fewer_than_two_scores"] * config.pairs_per_prompt
     selected = []
     for _ in range(config.pairs_per_prompt):
-        # The first pair has all the answers, and its drops name what is wrong with them
+        # The first pair is tried whatever the texts, so that its drop says what is wrong with them
         if selected and len({answer.text for answer, _ in scored}) < 2:
             selected.append("no_more_distinct_answers")
             continue
@@ -61,7 +61,7 @@ def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfi
 
 
 def drop_reason(pair: Pair, config: PairsConfig) -> str | None:
-    """Why a best-over-worst pair is dropped, `None` for one that is kept."""
+    """Why a best-over-worst pair is dropped; `None` if it is kept."""
     if pair.chosen_score - pair.rejected_score <= config.min_margin:
         return "no_margin"
     if pair.chosen.text == pair.rejected.text:
@@ -76,10 +76,8 @@ def drop_reason(pair: Pair, config: PairsConfig) -> str | None:
 
 
 def length_drop_reason(pair: Pair, config: PairsConfig) -> str | None:
-    """
-    The length balance, of one side only: a chosen answer that is much shorter stays, since it teaches not to ramble.
-    """
-    # A product, since an answer may have no tokens
+    """Whether the chosen answer is much longer. A much shorter one stays, since it teaches not to ramble."""
+    # A product rather than a ratio: an answer may have no tokens
     if config.max_length_ratio is not None and pair.chosen.tokens > config.max_length_ratio * pair.rejected.tokens:
         return "chosen_too_long"
     return None
@@ -87,13 +85,11 @@ def length_drop_reason(pair: Pair, config: PairsConfig) -> str | None:
 
 def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
     """
-    Selection without a reward model. The paper does not spell its rule out; ours is [house]: the last refinement is
-    chosen and the draft rejected where the chain has settled (its last two answers are alike) and the two differ.
-
-    The scores take no part in it; where there are some, they are the guard's.
+    Selection without a reward model. The paper does not spell out its rule. Our choice: if the chain has settled (its last two answers
+    are alike), the last refinement is chosen and the draft rejected, unless they are equal. Scores take no part; the guard reads them.
 
     Returns:
-        `list[Pair | str]`: the pair, or why there is none.
+        `list[Pair | str]`: one entry, the pair or the reason why there is none.
     """
     if len(chain.answers) < 2:
         return [chain.stopped or "fewer_than_two_answers"]
@@ -102,7 +98,7 @@ def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) ->
         return ["last_answer_truncated"]
     if chain.stopped is not None:
         return [chain.stopped]
-    # A chain of two has a draft and one refinement: nothing to settle
+    # A draft and one refinement have nothing to settle
     if len(chain.answers) > 2 and similarity(previous.text, last.text) < config.settled_similarity:
         return ["not_settled"]
     if last.text == draft.text:
@@ -123,7 +119,7 @@ SELECTIONS = {"best_over_worst": best_over_worst, "rule_based": rule_based}
 
 class Selection:
     """
-    Up to `pairs_per_prompt` pairs of each chain, one by one; what could not be made is counted.
+    Iterates over the pairs of all chains, up to `pairs_per_prompt` each, and counts those that could not be made.
 
     Args:
         scored (iterable of `tuple[Chain, list[float | None]]`):
@@ -133,8 +129,7 @@ class Selection:
 
     Attributes:
         chains (`int`), pairs (`int`), dropped (`dict[str, int]`):
-            How many there were so far, and how many pairs could not be made, by reason. Pairs and drops together are
-            `pairs_per_prompt` for each chain.
+            Counts so far, the last one by reason. Pairs and drops add up to `pairs_per_prompt` for each chain.
     """
 
     def __init__(self, scored: Iterable[tuple[Chain, list[float | None]]], config: PairsConfig):
@@ -162,19 +157,19 @@ class Selection:
 def select_pairs(
     chains: list[Chain], scores: list[list[float | None]], config: PairsConfig
 ) -> tuple[list[Pair], dict[str, int]]:
-    """All pairs of a [`Selection`], and its drops."""
+    """All pairs of a [`Selection`], and what it dropped."""
     selection = Selection(zip(chains, scores, strict=True), config)
     return list(selection), selection.dropped
 
 
 def learned_text(answer: Answer, learn: str) -> str:
-    """What a training row has of an answer: its text, or with `learn="full_text"` all that was generated."""
+    """What a training row takes from an answer: its text, or with `learn="full_text"` all that was generated."""
     return answer.full_text if learn == "full_text" and answer.full_text is not None else answer.text
 
 
 def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list[dict[str, Any]]:
     """
-    The rows of a pair, each a row of a TRL preference dataset.
+    The rows of a pair in a TRL preference dataset.
 
     Returns:
         `list[dict]`: rows with `prompt`, `chosen`, `rejected`; `turn` (0 for direct answering, 1 for refining), `draft`
@@ -193,20 +188,12 @@ def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list
         "chosen_score": pair.chosen_score,
         "rejected_score": pair.rejected_score,
     }
-    drafts = {None: config.direct_weight, "rejected": config.refinement_weight, "chosen": config.refinement_weight}
     rows = []
-    for draft, weight in drafts.items():
-        if weight == 0:
-            continue
-        text = {None: None, "rejected": pair.rejected.text, "chosen": pair.chosen.text}[draft]
-        rows.append(
-            {
-                "prompt": prompt if draft is None else refinement_prompt(prompt, [text], template),
-                **answers,
-                "turn": 0 if draft is None else 1,
-                "draft": draft,
-                "weight": weight,
-                **sources,
-            }
-        )
+    if config.direct_weight:
+        rows.append({"prompt": prompt, **answers, "turn": 0, "draft": None, "weight": config.direct_weight, **sources})
+    if config.refinement_weight:
+        for draft, text in (("rejected", pair.rejected.text), ("chosen", pair.chosen.text)):
+            asked = refinement_prompt(prompt, [text], template)
+            weight = config.refinement_weight
+            rows.append({"prompt": asked, **answers, "turn": 1, "draft": draft, "weight": weight, **sources})
     return rows

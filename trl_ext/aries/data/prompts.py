@@ -4,7 +4,8 @@ Prompts: a dataset in, the fresh prompts of one round out, each with an id that 
 
 import random
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,49 @@ from ...data_files import BUILDERS, builder_arguments, is_data_file
 from ...recipe import RecipeError
 from ...rows.formats import SYSTEM, has_system, is_filled, looks_like_messages, read_text
 from ..config import DatasetConfig
-from .dataset_rows import ROWS_AT_ONCE, ArrowRows, DatasetRows, JsonLines
-from .records import blocks
+from .records import encode, parse_line
 
 
-def load_rows(entry: DatasetConfig, where: str) -> DatasetRows:
+Rows = Sequence[dict[str, Any]]  # or a `datasets.Dataset`, which maps its files into memory
+
+
+class JsonLines(Sequence):
     """
-    Rows of a local file, a local directory or a Hub dataset. They stay there: each is read when it is asked for.
+    The rows of a `.jsonl` file as they are in it. `datasets` would make a datetime of `"2026-02-28"`, 1e30 of an integer of thirty digits,
+    and add the columns that a row lacks; and its import takes a second. In memory are the lines, not their rows: as much as the file has.
+
+    Args:
+        path (`Path`):
+            The file. Every line is read once, so that a bad one shows now.
+        columns (`list[str]`, *optional*):
+            Columns to keep. Default: all.
+
+    Raises:
+        [`RecipeError`]: a line is not a JSON object in UTF-8, or has half of a surrogate pair, which no text file can hold; the message
+            names file and line.
+    """
+
+    def __init__(self, path: Path, columns: list[str] | None = None):
+        self._path, self._columns = path, columns
+        with open(path, "rb") as file:
+            self._lines = file.readlines()
+        for number, row in enumerate(self, start=1):
+            try:
+                encode(row).encode("utf-8")
+            except UnicodeError as error:
+                raise RecipeError(f"{path}:{number}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = parse_line(self._path, index + 1, self._lines[index])
+        return row if self._columns is None else {name: row[name] for name in self._columns if name in row}
+
+
+def load_rows(entry: DatasetConfig, where: str) -> Rows:
+    """
+    Rows of a local file, a local directory or a Hub dataset, each read when it is asked for.
 
     Args:
         entry ([`DatasetConfig`]):
@@ -27,14 +64,14 @@ def load_rows(entry: DatasetConfig, where: str) -> DatasetRows:
             The recipe key, for error messages.
 
     Raises:
-        [`RecipeError`]: nothing there, or no rows.
+        [`RecipeError`]: there is nothing, or nothing with rows.
     """
     try:
         is_file = is_data_file(entry.path)
         if is_file and Path(entry.path).suffix in (".jsonl", ".ndjson"):
             rows = JsonLines(Path(entry.path).expanduser(), entry.columns)
         else:
-            rows = ArrowRows(load_dataset(entry, is_file))
+            rows = load_dataset(entry, is_file)
     except RecipeError as error:
         raise RecipeError(f"`{where}`: {error}") from error
     except OSError as error:
@@ -45,7 +82,7 @@ def load_rows(entry: DatasetConfig, where: str) -> DatasetRows:
 
 
 def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # noqa: F821
-    """What `datasets` makes of an entry."""
+    """An entry as `datasets` reads it."""
     import datasets
 
     if is_file:
@@ -63,9 +100,9 @@ def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # 
         ) from error
 
 
-def load_mixture(entries: list[DatasetConfig], where: str) -> list[tuple[str, DatasetRows, int]]:
+def load_mixture(entries: list[DatasetConfig], where: str) -> list[tuple[str, Rows, int]]:
     """
-    Path and rows of each dataset, and how many of them are taken. Where they have a `fraction`, as many as TRL's `get_dataset`
+    Path and rows of each dataset, and how many of them are taken. If they have a `fraction`, that is as many as TRL's `get_dataset`
     takes: the first of each, in these proportions, as many as there can be.
     """
     loaded = [(entry, load_rows(entry, where)) for entry in entries]
@@ -86,7 +123,7 @@ class Prompts(Sequence):
             From [`load_mixture`].
     """
 
-    def __init__(self, mixture: list[tuple[str, DatasetRows, int]]):
+    def __init__(self, mixture: list[tuple[str, Rows, int]]):
         self._mixture = mixture
 
     def __len__(self) -> int:
@@ -94,24 +131,17 @@ class Prompts(Sequence):
 
     def __getitem__(self, index: int | slice) -> Any:
         numbers = range(len(self))[index]
-        return next(self.take([numbers])) if isinstance(index, int) else list(self.take(numbers))
+        return self._row(numbers) if isinstance(index, int) else [self._row(number) for number in numbers]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.take(range(len(self)))
-
-    def take(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The rows with these numbers, from 0, in this order."""
-        for block in blocks(numbers, ROWS_AT_ONCE):
-            found = {}
-            first = 0
-            for path, rows, count in self._mixture:
-                own = [number for number in block if first <= number < first + count]
-                for number, row in zip(own, rows.take(number - first for number in own), strict=True):
-                    row = read_row(row)
-                    columns = {"dataset_prompt_id" if key == "prompt_id" else key: row[key] for key in row}
-                    found[number] = {"prompt_id": f"{Path(path).stem}-{number + 1:07d}", **columns}
-                first += count
-            yield from (found[number] for number in block)
+    def _row(self, number: int) -> dict[str, Any]:
+        place = number
+        for path, rows, count in self._mixture:
+            if place < count:
+                row = in_trl_form(rows[place])
+                columns = {"dataset_prompt_id" if name == "prompt_id" else name: row[name] for name in row}
+                return {"prompt_id": f"{Path(path).stem}-{number + 1:07d}", **columns}
+            place -= count
+        raise IndexError(number)
 
 
 def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
@@ -125,7 +155,7 @@ def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
     mixture = load_mixture(entries, where)
     kind = None
     for path, rows, count in mixture:
-        for number, row in enumerate(map(read_row, rows.take(range(count))), start=1):
+        for number, row in enumerate(map(in_trl_form, islice(rows, count)), start=1):
             problem = prompt_problem(row)
             if problem:
                 raise RecipeError(f"`{where}`: {path}, row {number}: {problem}")
@@ -137,10 +167,10 @@ def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
     return Prompts(mixture)
 
 
-def read_row(row: dict[str, Any]) -> dict[str, Any]:
+def in_trl_form(row: dict[str, Any]) -> dict[str, Any]:
     """
-    The row with its prompt in TRL's form: ShareGPT's turns, JSON in text and parts of text are read as messages, and a column `system` beside
-    them as their system message.
+    The row with its prompt as TRL has it: ShareGPT's turns, JSON in text and parts of text become messages, and a column `system` beside
+    them their system message.
     """
     prompt = row.get("prompt")
     if not isinstance(prompt, (str, list)):
@@ -171,13 +201,13 @@ def prompt_problem(row: dict[str, Any]) -> str | None:
 
 
 def _beside(row: dict[str, Any]) -> str:
-    """Columns beside an empty prompt that look like one."""
+    """Names the columns beside an empty prompt that look like one."""
     names = [f"`{name}`" for name in ("question", "instruction", "query", "messages") if is_filled(row.get(name))]
     return f", and {' and '.join(names)} holds text: rename it to `prompt`" if names else ""
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is a list of messages, in the form that chat templates take: content is text, parts, or nothing."""
+    """Whether a value is a list of messages that chat templates take: content is text, parts, or null."""
     return isinstance(value, list) and all(
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
@@ -189,7 +219,7 @@ def is_messages(value: Any) -> bool:
 
 def prompts_per_round(rows: int, per_round: int | None, rounds: int) -> int:
     """
-    Size of a round.
+    How many prompts a round takes.
 
     Raises:
         [`RecipeError`]: the dataset is too small for fresh prompts in every round.
@@ -204,7 +234,7 @@ def prompts_per_round(rows: int, per_round: int | None, rounds: int) -> int:
 
 
 def select_prompts(prompts: Prompts, round_number: int, size: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The prompts of a round (from 1): a slice of one seeded shuffle, so that no round sees another's."""
+    """The prompts of a round (from 1): a slice of one seeded shuffle, so that no two rounds share a row."""
     order = array("q", range(len(prompts)))  # a list would take five times the memory
     random.Random(seed).shuffle(order)
-    return prompts.take(order[(round_number - 1) * size : round_number * size])
+    return (prompts[number] for number in order[(round_number - 1) * size : round_number * size])

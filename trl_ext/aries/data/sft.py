@@ -10,12 +10,12 @@ from jinja2 import Template
 
 from ...recipe import RecipeError
 from ...rows.formats import read_text
-from .prompts import is_messages, prompt_problem, read_row
+from .prompts import in_trl_form, is_messages, prompt_problem
 from .templates import refinement_prompt
 
 
 def sft_row(row: dict[str, Any], template: Template) -> dict[str, Any]:
-    """A row to answer directly, or, where it has a `draft`, to refine it under the refinement template."""
+    """The row that is trained on: to answer directly, or, if there is a `draft`, to refine it under the refinement template."""
     draft = row.get("draft")
     prompt = row["prompt"] if draft is None else refinement_prompt(row["prompt"], [draft], template)
     return {"prompt": prompt, "completion": row["completion"]}
@@ -23,15 +23,15 @@ def sft_row(row: dict[str, Any], template: Template) -> dict[str, Any]:
 
 def usable_sft_rows(rows: list[dict[str, Any]], dataset: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """
-    The rows that can be trained on, in TRL's form, and how many of the others there are by reason. What only the tokenizer can tell of
-    them is `rows.completions`' to say.
+    The rows that can be trained on, in TRL's form, and how many of the others there are by reason. `rows.completions` judges what only
+    the tokenizer can tell.
 
     Raises:
-        [`RecipeError`]: names the first row that is not of the form of an SFT row.
+        [`RecipeError`]: a row does not have the form of an SFT row; the message names the first.
     """
     usable, dropped = [], Counter()
     for number, row in enumerate(rows, start=1):
-        row = read_row(row)
+        row = in_trl_form(row)
         if "completion" in row:
             row["completion"] = read_text(row["completion"], [])
         problem = prompt_problem(row) or target_problem(row)
@@ -45,7 +45,7 @@ def usable_sft_rows(rows: list[dict[str, Any]], dataset: str) -> tuple[list[dict
 
 
 def target_problem(row: dict[str, Any]) -> str | None:
-    """What makes `completion` and `draft` unusable, or `None`; an empty completion is no problem of form."""
+    """What makes `completion` or `draft` unusable, or `None`. An empty completion is left out later, and counted."""
     completion = row.get("completion")
     if "completion" not in row:
         return f"no column `completion`; its columns are {sorted(row)}. Rename the column that holds the answer."
@@ -59,6 +59,6 @@ def target_problem(row: dict[str, Any]) -> str | None:
 
 
 def is_empty(completion: str | list[dict[str, Any]] | None) -> bool:
-    """Whether there is nothing in a completion to learn: no text in any of its messages."""
+    """Whether a completion has nothing to learn: no text in any of its messages."""
     texts = [completion] if isinstance(completion, str) else [message["content"] for message in completion or []]
     return not any(text.strip() if isinstance(text, str) else text for text in texts)

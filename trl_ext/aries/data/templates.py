@@ -10,7 +10,7 @@ from .records import Prompt
 from .time_limit import time_limit
 
 
-# For an answer pattern on one text, and for the try-out of a template; both take microseconds. [house]
+# Our choice, for one search with an answer pattern and for trying out a template. Both take microseconds
 LONGEST_SECONDS = 10.0
 
 
@@ -22,10 +22,10 @@ def compile_template(template: str, key: str = "refinements.template", turn: int
         key (`str`, *optional*, defaults to `"refinements.template"`):
             Its key in the recipe, for error messages.
         turn (`int`, *optional*, defaults to `2`):
-            The first turn it is used for: with as many drafts as there are then, it is tried out.
+            The first turn it is used for. It is tried out with as many drafts as there are then.
 
     Raises:
-        [`RecipeError`]: the template is not valid Jinja2, or uses a variable it is not given.
+        [`RecipeError`]: the template is not valid Jinja2, fails, or uses a variable that does not exist.
     """
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, loader=BaseLoader())
     try:
@@ -33,8 +33,6 @@ def compile_template(template: str, key: str = "refinements.template", turn: int
     except Exception as error:  # the user's code: whatever it raises is reported with its place
         raise _template_error(key, error) from error
     compiled.name = key
-    # Every rendering copies them: of Jinja's `ChainMap`, that takes as long as the rest of it
-    compiled.globals = dict(compiled.globals)
     with time_limit(LONGEST_SECONDS, f"`{key}` takes more than {LONGEST_SECONDS:g} seconds to render."):
         for critique in ("critique", ""):  # training rows have none
             refinement_prompt("question", ["draft"] * (turn - 1), compiled, critique)
@@ -56,7 +54,7 @@ def refinement_prompt(
 
     Args:
         prompt (`str` or `list[dict]`):
-            Plain text, or messages; of messages, the last user message is the question and the others stay.
+            Plain text, or messages: the last one is the question, and the others stay.
         drafts (`list[str]`):
             The answers so far, oldest first.
         template ([`jinja2.Template`]):

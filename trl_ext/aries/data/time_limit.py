@@ -1,5 +1,5 @@
 """
-A bound on code that a recipe brings: a regular expression or a template may take longer than anyone waits.
+A time limit for a recipe's own regular expressions and templates, which may take longer than anyone waits.
 """
 
 import signal
@@ -12,11 +12,11 @@ from ...recipe import RecipeError
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
     """
-    End what runs inside after so many seconds, by a signal: it needs the main thread, and takes effect where Python looks for
-    signals, which its regular expressions do while they search.
+    End what runs inside after so many seconds, by a signal. It works in the main thread only. Python handles signals between
+    instructions and, in regular expressions, during the search.
 
     Raises:
-        [`RecipeError`]: with this message, when the time is up.
+        [`RecipeError`]: the time is up; the message is `message`.
     """
 
     def expired(signum, frame):

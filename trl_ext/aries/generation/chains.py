@@ -2,8 +2,8 @@
 Chains of requests: each goes on by itself, from the question to its last refinement, on whatever engine answers.
 
 In: a file of prompts, and an engine. Out: `answers.jsonl`, one chain per row. Every new answer appends its chain so far to
-`answers.jsonl.part`, from which a killed process is continued. Engines are in `embedded_engine.py`, `served_engine.py` and
-`ray_engine.py`; what all of them need, a request's token ids, seed and sampling, is here.
+`answers.jsonl.part`, from which a killed process is continued. The engines have modules of their own; what they share, a
+request's token ids, seed and sampling, is here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +16,7 @@ from transformers import GenerationConfig as HFGenerationConfig
 
 from ..config import DraftsConfig, GenerationConfig
 from ..data.disk import writing
-from ..data.records import Chain
+from ..data.records import Chain, write_atomically
 from .drafts import encode_prompt, request_seed, stop_token_ids
 from .intake import Intake
 from .partial_answers import PartialAnswers
@@ -36,7 +36,7 @@ class Task:
 
 
 class Engine(Protocol):
-    """What `run_chains` needs: requests in, finished answers out, in any order."""
+    """What [`run_chains`] needs: requests in, finished answers out, in any order."""
 
     def submit(self, chain: Chain) -> bool:
         """Start the chain's next request; `False` if there is none, and the chain is finished."""
@@ -62,7 +62,7 @@ def run_chains(
         chains (iterable of [`Chain`]):
             Chains, new or begun; drawn when there is room.
         window (`int`):
-            Chains in progress at once. More than the engine decodes together would only queue.
+            Chains in progress at once. More than the engine decodes together would only wait.
         on_answers (`Callable`):
             Called with the chains that a step of the engine has added to, before any of them asks for more.
         on_finished (`Callable`):
@@ -99,7 +99,7 @@ def run_chains(
 @dataclass
 class EngineSettings:
     """
-    Which policy an engine answers with, and how it is started.
+    The policy that an engine answers with, and how it is started.
 
     Args:
         model (`str`):
@@ -107,8 +107,8 @@ class EngineSettings:
         config ([`GenerationConfig`]):
             The recipe's section.
         adapter (`tuple[str, int, str]`, *optional*):
-            Name, id and path of the LoRA adapter that all requests use. Name and id must be new in each round: vLLM may answer
-            from stale weights or prefixes under old ones.
+            Name, id and path of the LoRA adapter that all requests use. Name and id must be new in each round: under old ones
+            vLLM may answer from stale weights or prefixes.
         max_lora_rank (`int`, *optional*, defaults to `16`):
             The adapter's rank.
         revision (`str`, *optional*):
@@ -172,7 +172,7 @@ class TaskEngine:
         raise NotImplementedError
 
     def request_settings(self, sampling: DraftsConfig, name: tuple[Any, ...]) -> dict[str, Any]:
-        """What a request asks of vLLM, in words that its `SamplingParams` and its servers share; the seed is the task's and the name's."""
+        """Sampling of a request, in the keys that vLLM's `SamplingParams` and its servers share. The seed is made of the task's and `name`."""
         return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -193,8 +193,8 @@ class TaskEngine:
         self, prompts: list[dict[str, Any]], sampling: DraftsConfig, seed: tuple[Any, ...]
     ) -> Iterator[tuple[str, list[int], dict[str, Any]]]:
         """
-        Id, token ids and settings of requests for the parity check, without the prompts that are too long. They end as drafts do. At
-        temperature 1 and over the whole vocabulary, the log-probabilities that an answer is sampled from are the policy's own.
+        Id, token ids and settings of requests for the parity check, without prompts that are too long. They end as drafts do. At
+        temperature 1 and over the whole vocabulary, answers are sampled from the policy's own log-probabilities.
         """
         for row in prompts:
             token_ids = encode_prompt(self._tokenizer, row["prompt"])
@@ -204,7 +204,7 @@ class TaskEngine:
                 yield row["prompt_id"], token_ids, settings
 
     def close(self) -> None:
-        """Give back what the end of the process does not."""
+        """Give back what does not end with the process."""
 
 
 FAILED = "error"
@@ -212,19 +212,19 @@ FAILED = "error"
 
 @dataclass
 class Finished:
-    """What an engine of vLLM has made of a request; nothing, if its `finish_reason` is [`FAILED`]."""
+    """What vLLM answered to a request; nothing if `finish_reason` is [`FAILED`]."""
 
     request_id: str
     text: str
     token_ids: list[int]
     finish_reason: str
-    logps: list[float] | None  # of its tokens, where the request asked for them
+    logps: list[float] | None  # of its tokens, if the request asked for them
     prompt_tokens: int
     cached_tokens: int
 
 
 class RequestEngine(TaskEngine):
-    """What the engines of vLLM in processes of ours share: requests go in by their ids and come out finished."""
+    """What the engines that run vLLM in our own processes share: requests go in by id and come out finished."""
 
     def __init__(self, settings: EngineSettings):
         super().__init__(settings)
@@ -287,8 +287,9 @@ def _generation_config(model: str, revision: str | None) -> HFGenerationConfig |
 
 def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None]) -> None:
     """Answer a file of prompts, continuing every chain from what a previous process left."""
-    answers, intake = PartialAnswers(task.prompts, task.answers), task.intake
-    with writing(answers.path), open(answers.path, "ab") as file:
+    part, intake = task.answers.with_name(task.answers.name + ".part"), task.intake
+    with writing(part), open(part, "ab+") as file:
+        answers = PartialAnswers(task.prompts, part, file)
 
         def on_finished(chain: Chain) -> None:
             answers.finish(chain)
@@ -298,11 +299,11 @@ def answer_task(engine: TaskEngine, task: Task, progress: Callable[[int], None])
 
         engine.start(task)
         chains = answers.chains() if intake is None else intake.begun(answers.chains())
-        run_chains(engine, chains, engine.window, lambda advanced: answers.add(file, advanced), on_finished)
-
-    if engine.prompt_tokens:
-        share = engine.cached_tokens / engine.prompt_tokens
-        print(  # noqa: T201 (into the stage's log)
-            f"{task.answers}: {share:.1%} of {engine.prompt_tokens:,} prompt tokens came from the prefix cache"
-        )
-    answers.close()
+        run_chains(engine, chains, engine.window, answers.add, on_finished)
+        if engine.prompt_tokens:
+            share = engine.cached_tokens / engine.prompt_tokens
+            print(  # noqa: T201 (into the stage's log)
+                f"{task.answers}: {share:.1%} of {engine.prompt_tokens:,} prompt tokens came from the prefix cache"
+            )
+        write_atomically(task.answers, answers.final_lines())
+    part.unlink()

@@ -19,7 +19,7 @@ from ...model_files import load_problem
 from ...recipe import RecipeError
 from ..config import GenerationConfig, ScorerConfig
 from ..data.records import Chain, Prompt, as_completion
-from .scores import AnswerScorer, Progress, ScoreCache, ScoreTask, answer_keys, chains_of
+from .scores import AnswerScorer, Progress, ScoreCache, ScoreTask, chains_of, content_key
 
 
 class RewardModel(AnswerScorer):
@@ -45,7 +45,7 @@ class RewardModel(AnswerScorer):
         }
 
     def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
-        return answer_keys((self._identity, chain.prompt), (answer.text for answer in chain.answers))
+        return (content_key(self._identity, chain.prompt, answer.text) for answer in chain.answers)
 
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """The preflight looks at the model, in a process that may import transformers."""

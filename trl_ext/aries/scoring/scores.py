@@ -17,21 +17,19 @@ from typing import Any, Protocol
 from ...recipe import RecipeError
 from ..config import ScorerConfig
 from ..data.disk import writing
-from ..data.records import Answer, Chain, blocks, encoder, read_jsonl, read_rows, recover_jsonl, to_line
+from ..data.records import Answer, Chain, blocks, encode, read_jsonl, read_rows, recover_jsonl, to_line
 
 
 Progress = Callable[[int, int], None]
 Block = list[tuple[Chain, dict[str, Any]]]  # chains, each with the other columns of its prompt
 
-# Chains whose answers a scorer is given together. [house]
+# Chains whose answers a scorer is given together; our choice
 CHAINS_AT_ONCE = 100
-
-_encode_key = encoder(sort_keys=True)
 
 
 class ScoreCache:
     """
-    What the scorers have found out so far, by content. In memory are the scores and verdicts, about 100 bytes each; what else a
+    What the scorers have found out so far, by content. Memory has the scores and verdicts, about 100 bytes each; whatever else a
     row has stays in the file.
 
     Args:
@@ -44,7 +42,7 @@ class ScoreCache:
         self.reload()
 
     def reload(self) -> None:
-        """Read what another process has added."""
+        """Read the file again, to which another process has added."""
         self._found: dict[int, Any] = {}
         self._enter(recover_jsonl(self.path))
 
@@ -71,24 +69,15 @@ class ScoreCache:
 
 def short(key: str) -> int:
     """
-    60 bits of a [`content_key`], the most that a small `int` has: a quarter of the memory of the text. That any two of four million
-    answers have the same is 1 to 140,000.
+    The first 60 bits of a [`content_key`], which take a quarter of the memory of the text. Any two of four million answers have the same
+    with a probability of 1 in 140,000.
     """
     return int(key[:15], 16)
 
 
 def content_key(*content: Any) -> str:
     """SHA-256 of who scores and what is scored."""
-    return hashlib.sha256(_encode_key(content).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def answer_keys(before: tuple[Any, ...], texts: Iterable[str], after: tuple[Any, ...] = ()) -> Iterator[str]:
-    """`content_key(*before, text, *after)` of each text. What they have in common is encoded once."""
-    start, end = _encode_key(before)[:-1] + ", ", _encode_key(after)[1:]
-    end = ", " + end if after else end
-    for text in texts:
-        content = f"{start}{_encode_key(text)}{end}"
-        yield hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(encode(content, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass
@@ -112,7 +101,7 @@ def chains_of(tasks: list[ScoreTask]) -> Iterator[tuple[Chain, dict[str, Any]]]:
 
 
 def other_columns(prompts: Iterable[dict[str, Any]]) -> list[str]:
-    """What the rows hold besides the prompt; not every row needs to have all of it."""
+    """Names of the columns besides the prompt; a row may lack some of them."""
     return sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
 
 
@@ -137,23 +126,23 @@ def read_chains(prompts: Path, answers: Path) -> Iterator[tuple[dict[str, Any], 
     for number, (prompt, row) in enumerate(rows, start=1):
         if prompt["prompt_id"] != row["prompt_id"]:
             raise RecipeError(
-                f"{answers}:{number}: line {number} of {prompts} has another prompt. Take both files back as they were, or "
-                f"delete {answers} and all that was made after it."
+                f"{answers}:{number}: line {number} of {prompts} has another prompt. Restore both files, or delete {answers} and "
+                "all that was made after it."
             )
         yield prompt, Chain.from_row(row, prompt["prompt"])
 
 
 class Scorer(Protocol):
-    """What a verifier, a reward model and a judge have in common."""
+    """A verifier, a reward model or a judge."""
 
     name: str
     weight: float
 
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
-        """Try it on the first prompt of each file before any work is done; [`RecipeError`] if that fails."""
+        """Try it on the first prompt of each file, before any work is done; [`RecipeError`] if that fails."""
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
-        """Add to the cache what takes a process or a server to find out. Returns lines that the user should read."""
+        """Add to the cache what takes a process or a server to find out, and return lines that the user should read."""
 
     def scores(self, block: Block, cache: ScoreCache) -> list[list[float | None]]:
         """The scores of the answers of each chain."""
@@ -161,10 +150,10 @@ class Scorer(Protocol):
 
 def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> Iterator[dict[str, Any]]:
     """
-    The weighted sum of what the scorers say of each answer; `None` where one of them says nothing.
+    The weighted sum of the scorers' scores of each answer; `None` if one of them gives none.
 
     Yields:
-        `dict`: of each chain `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
+        `dict`: for each chain `prompt_id`, `scores`, one per answer, and `by_scorer`, each scorer's own.
     """
     names, weights = [scorer.name for scorer in scorers], [scorer.weight for scorer in scorers]
     for block in blocks(task, CHAINS_AT_ONCE):
@@ -180,14 +169,14 @@ def score_rows(task: ScoreTask, scorers: list[Scorer], cache: ScoreCache) -> Ite
 
 
 class AnswerScorer:
-    """A scorer that looks at one answer at a time: the part that verifiers and reward models share."""
+    """A scorer that looks at one answer at a time: what verifiers and reward models share."""
 
     def __init__(self, config: ScorerConfig):
         self.name = config.name
         self.weight = config.weight
 
     def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
-        """Of each answer of a chain, its key in the cache."""
+        """The key in the cache of each answer of a chain."""
         raise NotImplementedError
 
     def missing(

@@ -23,7 +23,7 @@ from ...recipe import RecipeError
 from ...recipe_values import did_you_mean, show
 from ..config import ScorerConfig
 from ..data.records import Answer, Chain, as_completion, sha256
-from .scores import AnswerScorer, Block, Progress, ScoreCache, ScoreTask, answer_keys, other_columns
+from .scores import AnswerScorer, Block, Progress, ScoreCache, ScoreTask, content_key, other_columns
 from .watch import Watch
 
 
@@ -153,7 +153,7 @@ class Verifier(AnswerScorer):
         self._function = self._watched(f"importing {self._what}", load_verifier, config.verifier)
 
     def keys(self, chain: Chain, columns: dict[str, Any]) -> Iterator[str]:
-        return answer_keys((self._identity, chain.prompt), (answer.text for answer in chain.answers), (columns,))
+        return (content_key(self._identity, chain.prompt, answer.text, columns) for answer in chain.answers)
 
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
         """Score an empty answer, which is one that a policy may give."""
