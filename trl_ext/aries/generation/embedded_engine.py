@@ -19,7 +19,6 @@ from ..data.records import read_jsonl, read_rows, write_jsonl
 from .chains import EngineSettings, Finished, RequestEngine, Task, TaskEngine, answer_task
 from .intake import Intake
 from .refinements import Strategy
-from .served_engine import ServedEngine
 
 
 class EmbeddedEngine(RequestEngine):
@@ -155,6 +154,8 @@ def main(job: dict[str, Any], report: Reporter) -> None:
         trust_remote_code=job["trust_remote_code"],
     )
     if config.base_urls is not None:
+        from .served_engine import ServedEngine
+
         engine: TaskEngine = ServedEngine(settings, Path(job["probe"]), report.note)
     elif config.engine == "ray":
         from .ray_engine import RayEngine

@@ -2,8 +2,8 @@
 Generation on servers: several vLLM servers in the place of one engine in this process.
 
 In: the same chains as for the embedded engine, in requests with the same token ids, sampling and seeds. Out: the same answers. A chain stays
-on the server that has its prompt in the prefix cache; where a server is lost, the requests that it had go to the others, and where it
-comes back, it gets requests again, once it has the round's adapter and gives a probe text the trainer's log-probabilities.
+on the server that has its prompt in the prefix cache. If a server is lost, its requests go to the others; if it comes back, it gets requests
+again once it has the round's adapter and gives a probe text the trainer's log-probabilities.
 """
 
 import asyncio
@@ -11,12 +11,13 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from openai.types import Completion
 
 from ..children import ChildError
 from ..config import DraftsConfig
@@ -39,16 +40,16 @@ def wait_seconds(attempt: int) -> float:
 
 class ServedEngine(TaskEngine):
     """
-    The servers of `generation.base_urls`. What they do goes on inside of [`step`] only: this process has one thread.
+    The servers of `generation.base_urls`. Replies are read, and servers looked after, inside of [`step`] only: this process has one thread.
 
     Args:
         settings ([`~aries.generation.chains.EngineSettings`]):
-            The policy. On a server an adapter's name also has a hash of its files, so that no server answers from the weights, or the
-            prefixes, of another one.
+            The policy. On a server, an adapter's name also has a hash of its files, so that no server answers from the weights or the
+            prefixes of another adapter.
         probe (`Path`):
             What `probe.py` wrote.
         note (`Callable[[str], None]`):
-            Called with what becomes of the servers.
+            Called with news of the servers.
 
     Raises:
         [`~aries.generation.servers.WrongServer`]: none of them is what the recipe asks for.
@@ -91,12 +92,12 @@ class ServedEngine(TaskEngine):
     def _send(
         self, chain: Chain, request: Request, token_ids: list[int], sampling: DraftsConfig, name: tuple[Any, ...]
     ) -> None:
-        body = {"prompt": token_ids, **self.request_settings(sampling, name)}
-        self._requests.add(self._loop.create_task(self._answer(chain, request, body)))
+        settings = self.request_settings(sampling, name)
+        self._requests.add(self._loop.create_task(self._answer(chain, request, token_ids, settings)))
 
-    async def _answer(self, chain: Chain, request: Request, body: dict[str, Any]) -> Chain:
+    async def _answer(self, chain: Chain, request: Request, token_ids: list[int], settings: dict[str, Any]) -> Chain:
         try:
-            choice, usage = await self._complete(body, chain.prompt_id)
+            answer = await self._complete(chain.prompt_id, token_ids, settings)
         except FailedRequest as error:
             if not (error.by_itself and self._given_up < self._answered):  # not the fault of this request alone
                 raise
@@ -105,47 +106,45 @@ class ServedEngine(TaskEngine):
             self._task.strategy.give_up(chain, request)
             return chain
         self._answered += 1
-        details = usage.get("prompt_tokens_details")  # of servers with `--enable-prompt-tokens-details`
-        if details is not None:
-            self.prompt_tokens += usage["prompt_tokens"]
-            self.cached_tokens += details["cached_tokens"] or 0
-        self._task.strategy.add(chain, request, choice["text"], usage["completion_tokens"], choice["finish_reason"])
+        [choice], usage = answer.choices, answer.usage
+        if usage.prompt_tokens_details is not None:  # of servers with `--enable-prompt-tokens-details`
+            self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.prompt_tokens_details.cached_tokens or 0
+        self._task.strategy.add(chain, request, choice.text, usage.completion_tokens, choice.finish_reason)
         return chain
 
-    async def _complete(self, body: dict[str, Any], prompt_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def _complete(self, prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> Completion:
         """
-        A request's choice and usage, from whichever server has answered it.
+        A request's answer, from whichever server gives it.
 
         Raises:
-            [`~aries.generation.servers.FailedRequest`]: it was tried too often.
+            [`~aries.generation.servers.FailedRequest`]: it failed too often.
             [`~aries.children.ChildError`]: a server does not take it.
         """
         problems, attempts, refused_since, survived = [], 0, None, False
         while attempts <= self._config.max_retries:
-            server = await self._take(prompt_id)
-            try:
-                return await server.complete(body)
-            except RefusedRequest as error:
-                raise ChildError(
-                    f"{server} does not take a request of {prompt_id}: {error}. It must be a vLLM server of a version that takes token "
-                    "ids as prompts (docs/servers.md)."
-                ) from None
-            except ServerLost as error:
-                problems.append(f"{server}: {error}")
-                asked = error.retry_after
-                wait = wait_seconds(len(problems) - 1) if asked is None else max(asked, FIRST_WAIT)
-                survived = await server.survives(error)
+            async with self._place(prompt_id) as server:
+                try:
+                    return await server.complete(token_ids, settings)
+                except RefusedRequest as error:
+                    raise ChildError(
+                        f"{server} does not take a request of {prompt_id}: {error}. It must be a vLLM server of a version that takes token "
+                        "ids as prompts (docs/servers.md)."
+                    ) from None
+                except ServerLost as error:
+                    problems.append(f"{server}: {error}")
+                    status, asked = error.status, error.retry_after
+                    wait = wait_seconds(len(problems) - 1) if asked is None else max(asked, FIRST_WAIT)
+                    survived = await server.survives(error)
                 if not survived:
                     server.ready = False  # until its keeper has looked at it
                     server.suspected.set()
-                elif error.status == TOO_MANY or asked is not None:
+                elif status == TOO_MANY or asked is not None:
                     server.leave_alone(wait)
-                if error.status == TOO_MANY:
-                    refused_since = refused_since or time.monotonic()
-                    if time.monotonic() - refused_since < self._config.max_outage:
-                        continue  # it has only been told to wait
-            finally:
-                await self._give_back(server)
+            if status == TOO_MANY:
+                refused_since = refused_since or time.monotonic()
+                if time.monotonic() - refused_since < self._config.max_outage:
+                    continue  # the server was only busy
             attempts += 1
             await asyncio.sleep(wait)
         raise FailedRequest(
@@ -154,8 +153,9 @@ class ServedEngine(TaskEngine):
             by_itself=survived,
         )
 
-    async def _take(self, prompt_id: str) -> Server:
-        """A place on the server that a chain was on, or else on the one with the most room."""
+    @asynccontextmanager
+    async def _place(self, prompt_id: str) -> AsyncIterator[Server]:
+        """A place on the server that the chain was on, or else on the one with the most room."""
         async with self._changed:
             while not any(server.has_room for server in self._servers):
                 pauses = [server.pause for server in self._servers if server.ready and server.pause > 0]
@@ -166,12 +166,12 @@ class ServedEngine(TaskEngine):
                 server = min((s for s in self._servers if s.has_room), key=lambda s: s.active)
             server.active += 1
         self._home[prompt_id] = server
-        return server
-
-    async def _give_back(self, server: Server) -> None:
-        async with self._changed:
-            server.active -= 1
-            self._changed.notify_all()
+        try:
+            yield server
+        finally:
+            async with self._changed:
+                server.active -= 1
+                self._changed.notify_all()
 
     def step(self) -> list[Chain]:
         done, self._requests = self._loop.run_until_complete(self._some_of(self._requests))
@@ -183,7 +183,10 @@ class ServedEngine(TaskEngine):
 
     async def _some_of(self, requests: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
         """
-        Wait until some are done, and have the others.
+        Wait until some requests are done.
+
+        Returns:
+            `tuple[set, set]`: those that are done, and the others.
 
         Raises:
             [`~aries.children.ChildError`]: there has been no server to use for too long.
@@ -191,7 +194,7 @@ class ServedEngine(TaskEngine):
         while True:
             done, others = await asyncio.wait(requests, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             for keeper in filter(asyncio.Task.done, self._keepers):
-                keeper.result()  # it ends by a fault of ours only
+                keeper.result()  # it ends only by a fault of our own
             if any(server.ready for server in self._servers):
                 self._last_ready = time.monotonic()
             if done:
@@ -207,11 +210,10 @@ class ServedEngine(TaskEngine):
         self, prompts: list[dict[str, Any]], sampling: DraftsConfig, seed: tuple[Any, ...]
     ) -> list[dict[str, Any]]:
         async def sample(prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> dict[str, Any]:
-            body = {"prompt": token_ids, "return_token_ids": True, "top_p": 1.0, "top_k": 0, **settings}
-            choice, _ = await self._complete(body, prompt_id)
-            logps = choice["logprobs"]["token_logprobs"]
-            row = {"prompt_id": prompt_id, "prompt_token_ids": token_ids, "token_ids": choice["token_ids"]}
-            return row | {"logps": logps, "dtype": self.dtype}
+            settings = {"return_token_ids": True, "top_p": 1.0, "top_k": 0, **settings}
+            [choice] = (await self._complete(prompt_id, token_ids, settings)).choices
+            row = {"prompt_id": prompt_id, "prompt_token_ids": token_ids, "token_ids": choice.token_ids}
+            return row | {"logps": choice.logprobs.token_logprobs, "dtype": self.dtype}
 
         requests = self.sample_requests(prompts, sampling, seed)
         tasks = [self._loop.create_task(sample(*request)) for request in requests]
@@ -240,10 +242,10 @@ class ServedEngine(TaskEngine):
 
     async def _admit_all(self) -> None:
         """
-        The first look at them.
+        Look at the servers for the first time.
 
         Raises:
-            [`~aries.children.ChildError`]: none of them is what the recipe asks for, and none may still come.
+            [`~aries.children.ChildError`]: no server is what the recipe asks for, and none can still turn up.
         """
         found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
         if all(isinstance(error, ChildError) for error in found):
@@ -294,12 +296,12 @@ class ServedEngine(TaskEngine):
             nearest = measured["others"][measured["fault"]]["difference"]
             message += f"and from those of {POLICY_NAMES[measured['fault']]} by {nearest:.3g}. "
         raise WrongServer(
-            f"{message}Start it with the recipe's model and revision, with raw log-probabilities, vLLM's default, and with the data type that "
-            "`generation.dtype` names; or take it out of `generation.base_urls`. If this is its rounding, raise `parity.tolerance`."
+            f"{message}Start it with the recipe's model and revision, with vLLM's default log-probabilities (raw), and with the data type that "
+            "`generation.dtype` names; or take it out of `generation.base_urls`. If the difference is rounding, raise `parity.tolerance`."
         )
 
     async def _keep(self, server: Server) -> None:
-        """Look after one server until the end: whether it is still there, or whether it can be used again."""
+        """Look after one server until the end: is it still there, or can it be used again?"""
         failures = 0
         while True:
             try:
@@ -313,7 +315,7 @@ class ServedEngine(TaskEngine):
                 failures = 0
             except (ServerLost, ChildError) as error:
                 failures += 1
-                if isinstance(error, ServerLost) and error.status == TOO_MANY:  # busy, and so there
+                if isinstance(error, ServerLost) and error.status == TOO_MANY:  # it is busy, not lost
                     await asyncio.sleep(wait_seconds(failures) if error.retry_after is None else error.retry_after)
                     continue
                 server.abandon()

@@ -13,7 +13,6 @@ from ...recipe import RecipeError
 from ..children import ChildError, Reporter, child_main, run_child
 from ..config import GenerationConfig, JudgeConfig, ScorerConfig
 from ..data.records import write_jsonl
-from .judge import Judge
 from .reward_model import RewardModel
 from .scores import ScoreCache, Scorer, ScoreTask, score_rows
 from .verifier import Verifier, Watch, what_ended
@@ -93,7 +92,11 @@ def make_scorer(settings: dict[str, Any], generation: GenerationConfig, encode: 
     config = ScorerConfig(**settings | {"judge": judge and JudgeConfig(**judge)})
     if config.verifier is not None:
         return Verifier(config, encode, watch)
-    return Judge(config) if judge is not None else RewardModel(config, generation)
+    if judge is not None:
+        from .judge import Judge
+
+        return Judge(config)
+    return RewardModel(config, generation)
 
 
 class Tokenizer:
