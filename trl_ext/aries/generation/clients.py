@@ -34,19 +34,8 @@ NO_KEY = "no-key-was-given"
 
 def make_client(url_key: str, base_url: str, api_key_env: str | None, timeout: float, max_retries: int) -> AsyncOpenAI:
     """
-    A client for one server. It follows no redirects, and `OPENAI_API_KEY` and its like in the environment are not sent.
-
-    Args:
-        url_key (`str`):
-            The recipe's key that names the server, for errors.
-        base_url (`str`):
-            The server's address, with the `/v1` of its API.
-        api_key_env (`str`, *optional*):
-            Environment variable that holds the key.
-        timeout (`float`):
-            Seconds until a request has failed.
-        max_retries (`int`):
-            How often the client itself repeats a failed request.
+    A client for the server at `base_url`, for the recipe's key `url_key`. It follows no redirects, and sends the key in the variable
+    `api_key_env` alone: `OPENAI_API_KEY` and its like in the environment are not for this server.
 
     Raises:
         [`RecipeError`]: the variable is not set, or the address is not a URL.

@@ -31,10 +31,14 @@ from .servers import TOO_MANY, FailedRequest, RefusedRequest, Server, ServerLost
 # Between two health checks of a server that answers
 CHECK_SECONDS = 10.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+# Between two looks for room, for which chains wait only when servers are lost or busy
+ROOM_SECONDS = 0.05
 
 
-def wait_seconds(attempt: int) -> float:
-    """Before trying again: twice as long each time, and never together with all others that wait."""
+def wait_seconds(attempt: int, asked: float | None = None) -> float:
+    """Before trying again: what the server asked for, or else twice as long each time, and never together with all others that wait."""
+    if asked is not None:
+        return max(asked, FIRST_WAIT)
     return min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
 
 
@@ -72,7 +76,6 @@ class ServedEngine(TaskEngine):
         self._answered = self._given_up = 0  # requests
         self._requests: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
-        self._changed = asyncio.Condition()
         self._servers = [Server(url, config) for url in config.base_urls]
         self._keepers: list[asyncio.Task] = []
         try:
@@ -114,13 +117,7 @@ class ServedEngine(TaskEngine):
         return chain
 
     async def _complete(self, prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> Completion:
-        """
-        A request's answer, from whichever server gives it.
-
-        Raises:
-            [`~aries.generation.servers.FailedRequest`]: it failed too often.
-            [`~aries.children.ChildError`]: a server does not take it.
-        """
+        """A request's answer, from whichever server gives it."""
         problems, attempts, refused_since, survived = [], 0, None, False
         while attempts <= self._config.max_retries:
             async with self._place(prompt_id) as server:
@@ -134,13 +131,13 @@ class ServedEngine(TaskEngine):
                 except ServerLost as error:
                     problems.append(f"{server}: {error}")
                     status, asked = error.status, error.retry_after
-                    wait = wait_seconds(len(problems) - 1) if asked is None else max(asked, FIRST_WAIT)
+                    wait = wait_seconds(len(problems) - 1, asked)
                     survived = await server.survives(error)
                 if not survived:
                     server.ready = False  # until its keeper has looked at it
                     server.suspected.set()
                 elif status == TOO_MANY or asked is not None:
-                    server.leave_alone(wait)
+                    server.resume_at = max(server.resume_at, time.monotonic() + wait)
             if status == TOO_MANY:
                 refused_since = refused_since or time.monotonic()
                 if time.monotonic() - refused_since < self._config.max_outage:
@@ -156,22 +153,17 @@ class ServedEngine(TaskEngine):
     @asynccontextmanager
     async def _place(self, prompt_id: str) -> AsyncIterator[Server]:
         """A place on the server that the chain was on, or else on the one with the most room."""
-        async with self._changed:
-            while not any(server.has_room for server in self._servers):
-                pauses = [server.pause for server in self._servers if server.ready and server.pause > 0]
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), min(pauses, default=None))
-            server = self._home.get(prompt_id)
-            if server is None or not server.has_room:
-                server = min((s for s in self._servers if s.has_room), key=lambda s: s.active)
-            server.active += 1
+        while not (free := [server for server in self._servers if server.has_room]):
+            await asyncio.sleep(ROOM_SECONDS)
+        server = self._home.get(prompt_id)
+        if server not in free:
+            server = min(free, key=lambda server: server.active)
         self._home[prompt_id] = server
+        server.active += 1
         try:
             yield server
         finally:
-            async with self._changed:
-                server.active -= 1
-                self._changed.notify_all()
+            server.active -= 1
 
     def step(self) -> list[Chain]:
         done, self._requests = self._loop.run_until_complete(self._some_of(self._requests))
@@ -182,15 +174,7 @@ class ServedEngine(TaskEngine):
         return [request.result() for request in done - failed]
 
     async def _some_of(self, requests: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
-        """
-        Wait until some requests are done.
-
-        Returns:
-            `tuple[set, set]`: those that are done, and the others.
-
-        Raises:
-            [`~aries.children.ChildError`]: there has been no server to use for too long.
-        """
+        """Wait until some requests are done: those, and the others. An error, if there is no server to use for too long."""
         while True:
             done, others = await asyncio.wait(requests, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             for keeper in filter(asyncio.Task.done, self._keepers):
@@ -241,12 +225,7 @@ class ServedEngine(TaskEngine):
     # Servers
 
     async def _admit_all(self) -> None:
-        """
-        Look at the servers for the first time.
-
-        Raises:
-            [`~aries.children.ChildError`]: no server is what the recipe asks for, and none can still turn up.
-        """
+        """Look at the servers for the first time. An error, if no server is what the recipe asks for, and none can still turn up."""
         found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
         if all(isinstance(error, ChildError) for error in found):
             raise found[0]
@@ -257,28 +236,16 @@ class ServedEngine(TaskEngine):
                 raise error
 
     async def _admit(self, server: Server) -> None:
-        """
-        Make a server ready for requests.
-
-        Raises:
-            [`~aries.generation.servers.ServerLost`], [`~aries.generation.servers.WrongServer`]: it is not.
-        """
+        """Make a server ready for requests, if it is what the recipe asks for."""
         loaded = await server.check(self._wanted)
         if self._wanted.name is not None:
             await server.load(self._wanted, loaded)
         await self._verify(server)
-        async with self._changed:
-            server.ready, server.problem = True, None
-            server.suspected.clear()
-            self._changed.notify_all()
+        server.ready, server.problem = True, None
+        server.suspected.clear()
 
     async def _verify(self, server: Server) -> None:
-        """
-        Compare the server's log-probabilities of the probe's texts with the trainer's.
-
-        Raises:
-            [`~aries.generation.servers.WrongServer`]: they are not the policy's.
-        """
+        """Compare the server's log-probabilities of the probe's texts with the trainer's."""
         logps = await asyncio.gather(*(server.token_logps(**text) for text in self._probe["texts"]))
         found = torch.tensor([logp for text in logps for logp in text])
         others = {name: torch.tensor(values) for name, values in self._probe["logps"].items()}
@@ -313,19 +280,20 @@ class ServedEngine(TaskEngine):
                     if was_away:
                         self._note(f"{server} is back")
                 failures = 0
-            except (ServerLost, ChildError) as error:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(server.suspected.wait(), CHECK_SECONDS)
+            except ServerLost as error:
                 failures += 1
-                if isinstance(error, ServerLost) and error.status == TOO_MANY:  # it is busy, not lost
-                    await asyncio.sleep(wait_seconds(failures) if error.retry_after is None else error.retry_after)
-                    continue
-                server.abandon()
+                if error.status != TOO_MANY:  # else it is busy, not lost
+                    self._set_aside(server, error)
+                await asyncio.sleep(wait_seconds(failures, error.retry_after))
+            except ChildError as error:
+                failures += 1
                 self._set_aside(server, error)
                 await asyncio.sleep(wait_seconds(failures))
-                continue
-            with suppress(TimeoutError):
-                await asyncio.wait_for(server.suspected.wait(), CHECK_SECONDS)
 
     def _set_aside(self, server: Server, error: ServerLost | ChildError) -> None:
+        server.abandon()
         known = server.problem
         server.ready, server.problem = False, str(error)
         if isinstance(error, ChildError) and server.problem != known:

@@ -111,22 +111,14 @@ class Server:
         self.ready = False
         self.problem: str | None = None  # why it has been set aside
         self.suspected = asyncio.Event()  # a request has failed
-        self._resume_at = 0.0
+        self.resume_at = 0.0  # it has asked to be left alone until then, by the monotonic clock
 
     def __str__(self) -> str:
         return f"the server at {self.url}"
 
     @property
     def has_room(self) -> bool:
-        return self.ready and self.active < self._places and self.pause <= 0
-
-    @property
-    def pause(self) -> float:
-        """Seconds for which it has asked to be left alone."""
-        return self._resume_at - time.monotonic()
-
-    def leave_alone(self, seconds: float) -> None:
-        self._resume_at = max(self._resume_at, time.monotonic() + seconds)
+        return self.ready and self.active < self._places and time.monotonic() >= self.resume_at
 
     async def health(self) -> None:
         """
@@ -332,25 +324,23 @@ def check_servers(config: GenerationConfig, wanted: Wanted) -> list[str]:
         [`RecipeError`]: one of them is not what the recipe asks for, or none can be reached.
     """
 
-    async def ask(server: Server) -> None:
+    async def ask(url: str) -> list[str]:
+        server = Server(url, config)
         try:
             await server.check(wanted)
             await server.takes_adapters()
+        except ServerLost as error:
+            return [f"{server} cannot be used: {error}"]
+        except WrongServer as error:
+            raise RecipeError(f"`generation.base_urls`: {error}") from None
         finally:
             await server.close()
+        return []
 
-    async def ask_all() -> list[Any]:
-        servers = [Server(url, config) for url in config.base_urls]
-        return list(zip(servers, await asyncio.gather(*map(ask, servers), return_exceptions=True), strict=True))
+    async def ask_all() -> list[str]:
+        return sum(await asyncio.gather(*map(ask, config.base_urls)), [])
 
-    lost = []
-    for server, error in asyncio.run(ask_all()):
-        if isinstance(error, ServerLost):
-            lost.append(f"{server} cannot be used: {error}")
-        elif isinstance(error, WrongServer):
-            raise RecipeError(f"`generation.base_urls`: {error}")
-        elif error is not None:
-            raise error
+    lost = asyncio.run(ask_all())
     if len(lost) == len(config.base_urls):
         raise RecipeError(
             f"`generation.base_urls`: {'; '.join(lost)}. Start {'it' if len(lost) == 1 else 'at least one of them'} (docs/servers.md has the "
