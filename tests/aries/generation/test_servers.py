@@ -436,9 +436,12 @@ def test_nothing_else_is_sent_and_nowhere_else(monkeypatch):
 
 def test_the_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    monkeypatch.delitem(sys.modules, "trl_ext.aries.generation.clients")
-    with pytest.raises(RecipeError, match="`generation.base_urls` and `judge`.*pip install 'openai"):
-        import_module("trl_ext.aries.generation.clients")
+    modules = [f"trl_ext.aries.{name}" for name in ("generation.clients", "generation.servers", "scoring.judge")]
+    for module in modules:
+        monkeypatch.delitem(sys.modules, module)
+    for module in modules:
+        with pytest.raises(RecipeError, match="`generation.base_urls` and `judge`.*pip install 'openai"):
+            import_module(module)
 
 
 @pytest.mark.parametrize(

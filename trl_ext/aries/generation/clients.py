@@ -2,7 +2,7 @@
 The `openai` client, through which servers that generate and servers that judge are asked.
 
 In: a server's address, and the name of the variable that holds its key. Out: a client that sends to this address alone, and what its errors
-say, without the key.
+say, without the key. What others need of the package they import from here, so that an error says what to install.
 """
 
 import os
@@ -14,13 +14,26 @@ from ...recipe import RecipeError
 
 
 try:
-    import httpx2
+    from httpx2 import InvalidURL, Limits, Response, Timeout
     from openai import APIError, APIStatusError, AsyncOpenAI, DefaultAsyncHttpxClient
+    from openai.types import Completion
 except ImportError as error:
     raise RecipeError(
         "`generation.base_urls` and `judge` need the package `openai`: `pip install 'openai>=3'`, or this package's extra `servers`."
     ) from error
 
+
+__all__ = [
+    "APIError",
+    "APIStatusError",
+    "AsyncOpenAI",
+    "Completion",
+    "Response",
+    "make_client",
+    "problem",
+    "retry_after",
+    "without_key",
+]
 
 LONGEST_CONNECT = 10.0
 # Below the 5 s after which vLLM's HTTP server closes an idle connection: a request sent at that moment would be lost
@@ -52,13 +65,13 @@ def make_client(url_key: str, base_url: str, api_key_env: str | None, timeout: f
             admin_api_key="",
             organization="",
             project="",
-            timeout=httpx2.Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
+            timeout=Timeout(timeout, connect=min(timeout, LONGEST_CONNECT)),
             max_retries=max_retries,
             http_client=DefaultAsyncHttpxClient(
-                follow_redirects=False, limits=httpx2.Limits(max_connections=None, keepalive_expiry=LONGEST_IDLE)
+                follow_redirects=False, limits=Limits(max_connections=None, keepalive_expiry=LONGEST_IDLE)
             ),
         )
-    except httpx2.InvalidURL as error:
+    except InvalidURL as error:
         raise RecipeError(f"`{url_key}`: {base_url!r} is not a URL: {error}.") from error
 
 

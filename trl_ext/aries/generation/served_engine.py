@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from openai.types import Completion
 
 from ..children import ChildError
 from ..config import DraftsConfig
 from ..data.records import Chain, sha256
 from .chains import EngineSettings, TaskEngine
+from .clients import Completion
 from .policy_identity import POLICY_NAMES, compare
 from .refinements import Request
 from .servers import TOO_MANY, FailedRequest, RefusedRequest, Server, ServerLost, Wanted, WrongServer

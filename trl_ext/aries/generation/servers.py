@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from openai.types import Completion
-
 from ...recipe import RecipeError
 from ..children import ChildError
 from ..config import GenerationConfig
-from .clients import APIError, APIStatusError, make_client, problem, retry_after
+from .clients import APIError, APIStatusError, Completion, Response, make_client, problem, retry_after
 
 
 TOO_MANY = 429
@@ -127,7 +124,7 @@ class Server:
         """
         with self._errors():
             options = {"timeout": LONGEST_HEALTH}
-            await self._client.get(f"{self.url}/health", cast_to=httpx2.Response, options=options)
+            await self._client.get(f"{self.url}/health", cast_to=Response, options=options)
 
     async def survives(self, error: ServerLost) -> bool:
         """Whether the server is still there: one failed request does not prove its death, so its health decides."""
@@ -280,7 +277,7 @@ class Server:
     async def _post(self, path: str, body: dict[str, str], timeout: float | None = None) -> None:
         options = {} if timeout is None else {"timeout": timeout}
         with self._errors():
-            await self._client.post(path, body=body, cast_to=httpx2.Response, options=options)
+            await self._client.post(path, body=body, cast_to=Response, options=options)
 
     @contextmanager
     def _errors(self, passing: int | None = None) -> Iterator[None]:
