@@ -122,7 +122,7 @@ class Rounds(Stages):
             self.start("preflight", preflight, self.dir.logs / "check.log", update)
 
     def check_servers(self) -> None:
-        from .generation.servers import Wanted, check_servers  # an HTTP client, which other runs do not need
+        from .generation.servers import Wanted, check_servers  # needs the package `openai`
 
         wanted = Wanted(self.config.model["model_name_or_path"], self.config.generation.max_model_len)
         for note in check_servers(self.config.generation, wanted):

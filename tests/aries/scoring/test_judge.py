@@ -3,20 +3,10 @@ The judge against a real HTTP server that speaks `/v1/chat/completions` and whos
 """
 
 import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-from contextlib import contextmanager
 from dataclasses import asdict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import httpx
 import pytest
+from tests.aries.model_server import ChatServer, running
 
 from trl_ext.aries.children import ChildError
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, JudgeConfig, PromptsConfig, ScorerConfig, ScoresConfig
@@ -35,77 +25,8 @@ def longer(a: str, b: str) -> str:
     return "[[C]]" if len(a) == len(b) else "[[A]]" if len(a) > len(b) else "[[B]]"
 
 
-class ChatServer(ThreadingHTTPServer):
-    """
-    An OpenAI-compatible server whose judge is a function of the two answers of `TEMPLATE`.
-
-    Args:
-        prefer: What it replies for answers A and B.
-        fail: Status of request number n, 200 to answer it.
-        key: The API key it wants.
-        models: The names that it lists at `/v1/models`; without any it has no such page.
-    """
-
-    daemon_threads = True
-
-    def __init__(self, prefer=longer, fail=lambda n: 200, key=None, models=()):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.prefer, self.fail, self.key, self.models = prefer, fail, key, models
-        self.requests, self.lock, self.active, self.most_active = [], threading.Lock(), 0, 0
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        content = json.dumps({"data": [{"id": name} for name in self.server.models]}).encode()
-        self.send_response(200 if self.server.models and self.path == "/v1/models" else 404)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.requests.append(body)
-            number = len(server.requests)
-            server.active += 1
-            server.most_active = max(server.most_active, server.active)
-        status = server.fail(number)
-        if self.path != "/v1/chat/completions":
-            status = 404
-        elif server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-            status = 401
-        a, b = re.search(r"A=(.*)\nB=(.*)", body["messages"][0]["content"]).groups()
-        reply = {"choices": [{"message": {"role": "assistant", "content": server.prefer(a, b)}}]}
-        content = json.dumps(reply if status == 200 else {"error": "no"}).encode()
-        with server.lock:
-            server.active -= 1
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-@contextmanager
-def serving(**options):
-    server = ChatServer(**options)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def serving(prefer=longer, **options):
+    return running(ChatServer(prefer, **options))
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +125,7 @@ def test_a_request_that_the_server_refuses_is_a_tie(tmp_path):
 
 
 def test_busy_servers_are_asked_again(tmp_path):
-    with serving(fail=lambda n: 503 if n % 2 else 200) as server:
+    with serving(fail=lambda n: 503 if n % 2 else 200, retry_after="0.01") as server:
         scores, _ = score(judge(server.url, max_concurrency=1), write_task(tmp_path, ["a", "b b"]), tmp_path)
         assert scores == [[0.0, 1.0]] and len(server.requests) == 4
 
@@ -213,7 +134,7 @@ def test_a_server_that_dies_keeps_what_it_judged(tmp_path):
     """It fails from request 6 on; the next run asks only for what is missing."""
     task = write_task(tmp_path, *(["a", "a" * n] for n in range(2, 7)))
     with serving(fail=lambda n: 500 if n > 5 else 200) as server:
-        with pytest.raises(JudgeError, match=rf"the judge m at {server.url}/chat/completions failed \(status 500"):
+        with pytest.raises(JudgeError, match=f"the judge m at {server.url} failed .*status 500"):
             score(judge(server.url, max_concurrency=2, max_retries=0), task, tmp_path)
         kept = len(ScoreCache(tmp_path / "cache.jsonl"))
         assert kept == 5
@@ -234,15 +155,13 @@ class TestCheck:
     def test_no_server(self):
         with serving() as server:
             url = server.url
-        with pytest.raises(RecipeError, match=rf"the judge m at {url}/chat/completions failed \(ConnectError"):
+        with pytest.raises(RecipeError, match=f"the judge m at {url} failed .*ConnectError"):
             judge(url).check([self.prompts])
-
-    def test_no_url(self):
-        with pytest.raises(RecipeError, match=r"failed \(InvalidURL"):
-            judge("http://127.0.0.1:port/v1").check([self.prompts])
+        with pytest.raises(RecipeError, match="`judge.base_url`"):
+            judge("http://127.0.0.1:port/v1")
 
     def test_another_path(self):
-        with serving() as server, pytest.raises(RecipeError, match=r"failed \(status 404.*Look at `base_url`"):
+        with serving() as server, pytest.raises(RecipeError, match="status 404.*Look at `base_url`"):
             judge(server.url.removesuffix("/v1")).check([self.prompts])
 
     def test_the_key_is_sent_and_missed(self, monkeypatch):
@@ -251,7 +170,7 @@ class TestCheck:
             judge(server.url, api_key_env="A_KEY").check([self.prompts])
             with pytest.raises(RecipeError, match="status 401"):
                 judge(server.url).check([self.prompts])
-        with pytest.raises(RecipeError, match="`judge.api_key_env`: the environment variable NO_KEY is not set"):
+        with pytest.raises(RecipeError, match="`judge.api_key_env`.*NO_KEY"):
             judge("http://127.0.0.1", api_key_env="NO_KEY")
 
     def test_templates_get_the_columns(self):
@@ -259,9 +178,7 @@ class TestCheck:
         with serving() as server:
             judge(server.url, template=template).check([self.prompts])
             assert server.requests[0]["messages"][0]["content"] == "2 + 2 = 4\nA=yes\nB=no"
-        with pytest.raises(
-            RecipeError, match="`judge.template`: UndefinedError: 'reference' is undefined.*`solution`"
-        ):
+        with pytest.raises(RecipeError, match="`judge.template`: UndefinedError: 'reference' is undefined"):
             judge(server.url, template=TEMPLATE + "{{ reference }}").check([self.prompts])
 
     def test_our_template(self):
@@ -360,49 +277,6 @@ class TestStage:
             assert [row["scores"] for row in read_jsonl(stage.dir.round(1).scores)] == [[0.0, 3.0]] * 4
 
 
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_a_real_server(tiny_model_path, tmp_path):
-    """vLLM's own server with the random model, which knows no verdicts: every reply is one without."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--host=127.0.0.1", f"--port={port}", f"--model={tiny_model_path}", "--served-model-name=m"]
-    options += ["--max-model-len=64", "--max-num-seqs=4", "--enforce-eager", "--dtype=float32"]
-    url = f"http://127.0.0.1:{port}"
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options],
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            deadline = time.monotonic() + 400
-            while not answers(f"{url}/health"):
-                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
-                time.sleep(0.5)
-            scorer = judge(f"{url}/v1", max_tokens=4)
-            scorer.check([TestCheck.prompts])
-            scores, [note] = score(scorer, write_task(tmp_path, ["1", "2 2", "3"]), tmp_path)
-            assert scores == [[0.5] * 3] and note == "judge: 6 of 6 replies had no verdict and count as ties"
-            other = Judge(ScorerConfig(judge=JudgeConfig(base_url=f"{url}/v1", model="other", template=TEMPLATE)))
-            with pytest.raises(RecipeError, match="failed .status 404.*other"):
-                other.check([TestCheck.prompts])
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 @pytest.mark.parametrize("models", [(), ("m",), ("other", "m"), ("other", "another")])
 def test_a_server_that_may_have_the_model_is_asked(models):
     """One that lists several may have an alias for it; this one answers under any name."""
@@ -413,7 +287,7 @@ def test_a_server_that_may_have_the_model_is_asked(models):
 
 def test_a_server_with_another_model_is_refused_before_any_work():
     with serving(models=("other",)) as server:
-        with pytest.raises(RecipeError, match="has the model 'other', and the recipe asks for 'm'. Set `judge.model`"):
+        with pytest.raises(RecipeError, match="has the model 'other'.*`judge.model`"):
             judge(server.url).check([[{"prompt_id": "0", "prompt": "q"}]])
         assert server.requests == []
 
@@ -422,5 +296,5 @@ def test_a_server_with_another_model_is_refused_before_any_work():
 def test_a_reply_that_is_no_text_is_named(content, tmp_path):
     with serving(prefer=lambda a, b: content) as server:
         task = write_task(tmp_path, ["a", "bb"])
-        with pytest.raises(JudgeError, match="answered with something else than a chat completion"):
+        with pytest.raises(JudgeError, match=f"the judge m at {server.url} answered with"):
             score(judge(server.url), task, tmp_path)

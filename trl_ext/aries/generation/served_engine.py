@@ -2,8 +2,8 @@
 Generation on servers: several vLLM servers in the place of one engine in this process.
 
 In: the same chains as for the embedded engine, in requests with the same token ids, sampling and seeds. Out: the same answers. A chain stays
-on the server that has its prompt in the prefix cache; where a server is lost, the requests that it had go to the others, and where it
-comes back, it gets requests again, once it has the round's adapter and gives a probe text the trainer's log-probabilities.
+on the server that has its prompt in the prefix cache. If a server is lost, its requests go to the others; if it comes back, it gets requests
+again once it has the round's adapter and gives a probe text the trainer's log-probabilities.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..children import ChildError
 from ..config import DraftsConfig
 from ..data.records import Chain, sha256
 from .chains import EngineSettings, TaskEngine
+from .clients import Completion
 from .policy_identity import POLICY_NAMES, compare
 from .refinements import Request
 from .servers import TOO_MANY, FailedRequest, RefusedRequest, Server, ServerLost, Wanted, WrongServer
@@ -30,25 +31,29 @@ from .servers import TOO_MANY, FailedRequest, RefusedRequest, Server, ServerLost
 # Between two health checks of a server that answers
 CHECK_SECONDS = 10.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
+# Between two looks for room, for which chains wait only when servers are lost or busy
+ROOM_SECONDS = 0.05
 
 
-def wait_seconds(attempt: int) -> float:
-    """Before trying again: twice as long each time, and never together with all others that wait."""
+def wait_seconds(attempt: int, asked: float | None = None) -> float:
+    """Before trying again: what the server asked for, or else twice as long each time, and never together with all others that wait."""
+    if asked is not None:
+        return max(asked, FIRST_WAIT)
     return min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
 
 
 class ServedEngine(TaskEngine):
     """
-    The servers of `generation.base_urls`. What they do goes on inside of [`step`] only: this process has one thread.
+    The servers of `generation.base_urls`. Replies are read, and servers looked after, inside of [`step`] only: this process has one thread.
 
     Args:
         settings ([`~aries.generation.chains.EngineSettings`]):
-            The policy. On a server an adapter's name also has a hash of its files, so that no server answers from the weights, or the
-            prefixes, of another one.
+            The policy. On a server, an adapter's name also has a hash of its files, so that no server answers from the weights or the
+            prefixes of another adapter.
         probe (`Path`):
             What `probe.py` wrote.
         note (`Callable[[str], None]`):
-            Called with what becomes of the servers.
+            Called with news of the servers.
 
     Raises:
         [`~aries.generation.servers.WrongServer`]: none of them is what the recipe asks for.
@@ -71,7 +76,6 @@ class ServedEngine(TaskEngine):
         self._answered = self._given_up = 0  # requests
         self._requests: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
-        self._changed = asyncio.Condition()
         self._servers = [Server(url, config) for url in config.base_urls]
         self._keepers: list[asyncio.Task] = []
         try:
@@ -91,12 +95,12 @@ class ServedEngine(TaskEngine):
     def _send(
         self, chain: Chain, request: Request, token_ids: list[int], sampling: DraftsConfig, name: tuple[Any, ...]
     ) -> None:
-        body = {"prompt": token_ids, **self.request_settings(sampling, name)}
-        self._requests.add(self._loop.create_task(self._answer(chain, request, body)))
+        settings = self.request_settings(sampling, name)
+        self._requests.add(self._loop.create_task(self._answer(chain, request, token_ids, settings)))
 
-    async def _answer(self, chain: Chain, request: Request, body: dict[str, Any]) -> Chain:
+    async def _answer(self, chain: Chain, request: Request, token_ids: list[int], settings: dict[str, Any]) -> Chain:
         try:
-            choice, usage = await self._complete(body, chain.prompt_id)
+            answer = await self._complete(chain.prompt_id, token_ids, settings)
         except FailedRequest as error:
             if not (error.by_itself and self._given_up < self._answered):  # not the fault of this request alone
                 raise
@@ -105,47 +109,39 @@ class ServedEngine(TaskEngine):
             self._task.strategy.give_up(chain, request)
             return chain
         self._answered += 1
-        details = usage.get("prompt_tokens_details")  # of servers with `--enable-prompt-tokens-details`
-        if details is not None:
-            self.prompt_tokens += usage["prompt_tokens"]
-            self.cached_tokens += details["cached_tokens"] or 0
-        self._task.strategy.add(chain, request, choice["text"], usage["completion_tokens"], choice["finish_reason"])
+        [choice], usage = answer.choices, answer.usage
+        if usage.prompt_tokens_details is not None:  # of servers with `--enable-prompt-tokens-details`
+            self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.prompt_tokens_details.cached_tokens or 0
+        self._task.strategy.add(chain, request, choice.text, usage.completion_tokens, choice.finish_reason)
         return chain
 
-    async def _complete(self, body: dict[str, Any], prompt_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """
-        A request's choice and usage, from whichever server has answered it.
-
-        Raises:
-            [`~aries.generation.servers.FailedRequest`]: it was tried too often.
-            [`~aries.children.ChildError`]: a server does not take it.
-        """
+    async def _complete(self, prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> Completion:
+        """A request's answer, from whichever server gives it."""
         problems, attempts, refused_since, survived = [], 0, None, False
         while attempts <= self._config.max_retries:
-            server = await self._take(prompt_id)
-            try:
-                return await server.complete(body)
-            except RefusedRequest as error:
-                raise ChildError(
-                    f"{server} does not take a request of {prompt_id}: {error}. It must be a vLLM server of a version that takes token "
-                    "ids as prompts (docs/servers.md)."
-                ) from None
-            except ServerLost as error:
-                problems.append(f"{server}: {error}")
-                asked = error.retry_after
-                wait = wait_seconds(len(problems) - 1) if asked is None else max(asked, FIRST_WAIT)
-                survived = await server.survives(error)
+            async with self._place(prompt_id) as server:
+                try:
+                    return await server.complete(token_ids, settings)
+                except RefusedRequest as error:
+                    raise ChildError(
+                        f"{server} does not take a request of {prompt_id}: {error}. It must be a vLLM server of a version that takes token "
+                        "ids as prompts (docs/servers.md)."
+                    ) from None
+                except ServerLost as error:
+                    problems.append(f"{server}: {error}")
+                    status, asked = error.status, error.retry_after
+                    wait = wait_seconds(len(problems) - 1, asked)
+                    survived = await server.survives(error)
                 if not survived:
                     server.ready = False  # until its keeper has looked at it
                     server.suspected.set()
-                elif error.status == TOO_MANY or asked is not None:
-                    server.leave_alone(wait)
-                if error.status == TOO_MANY:
-                    refused_since = refused_since or time.monotonic()
-                    if time.monotonic() - refused_since < self._config.max_outage:
-                        continue  # it has only been told to wait
-            finally:
-                await self._give_back(server)
+                elif status == TOO_MANY or asked is not None:
+                    server.resume_at = max(server.resume_at, time.monotonic() + wait)
+            if status == TOO_MANY:
+                refused_since = refused_since or time.monotonic()
+                if time.monotonic() - refused_since < self._config.max_outage:
+                    continue  # the server was only busy
             attempts += 1
             await asyncio.sleep(wait)
         raise FailedRequest(
@@ -154,24 +150,20 @@ class ServedEngine(TaskEngine):
             by_itself=survived,
         )
 
-    async def _take(self, prompt_id: str) -> Server:
-        """A place on the server that a chain was on, or else on the one with the most room."""
-        async with self._changed:
-            while not any(server.has_room for server in self._servers):
-                pauses = [server.pause for server in self._servers if server.ready and server.pause > 0]
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), min(pauses, default=None))
-            server = self._home.get(prompt_id)
-            if server is None or not server.has_room:
-                server = min((s for s in self._servers if s.has_room), key=lambda s: s.active)
-            server.active += 1
+    @asynccontextmanager
+    async def _place(self, prompt_id: str) -> AsyncIterator[Server]:
+        """A place on the server that the chain was on, or else on the one with the most room."""
+        while not (free := [server for server in self._servers if server.has_room]):
+            await asyncio.sleep(ROOM_SECONDS)
+        server = self._home.get(prompt_id)
+        if server not in free:
+            server = min(free, key=lambda server: server.active)
         self._home[prompt_id] = server
-        return server
-
-    async def _give_back(self, server: Server) -> None:
-        async with self._changed:
+        server.active += 1
+        try:
+            yield server
+        finally:
             server.active -= 1
-            self._changed.notify_all()
 
     def step(self) -> list[Chain]:
         done, self._requests = self._loop.run_until_complete(self._some_of(self._requests))
@@ -182,16 +174,11 @@ class ServedEngine(TaskEngine):
         return [request.result() for request in done - failed]
 
     async def _some_of(self, requests: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
-        """
-        Wait until some are done, and have the others.
-
-        Raises:
-            [`~aries.children.ChildError`]: there has been no server to use for too long.
-        """
+        """Wait until some requests are done: those, and the others. An error, if there is no server to use for too long."""
         while True:
             done, others = await asyncio.wait(requests, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             for keeper in filter(asyncio.Task.done, self._keepers):
-                keeper.result()  # it ends by a fault of ours only
+                keeper.result()  # it ends only by a fault of our own
             if any(server.ready for server in self._servers):
                 self._last_ready = time.monotonic()
             if done:
@@ -207,11 +194,10 @@ class ServedEngine(TaskEngine):
         self, prompts: list[dict[str, Any]], sampling: DraftsConfig, seed: tuple[Any, ...]
     ) -> list[dict[str, Any]]:
         async def sample(prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> dict[str, Any]:
-            body = {"prompt": token_ids, "return_token_ids": True, "top_p": 1.0, "top_k": 0, **settings}
-            choice, _ = await self._complete(body, prompt_id)
-            logps = choice["logprobs"]["token_logprobs"]
-            row = {"prompt_id": prompt_id, "prompt_token_ids": token_ids, "token_ids": choice["token_ids"]}
-            return row | {"logps": logps, "dtype": self.dtype}
+            settings = {"return_token_ids": True, "top_p": 1.0, "top_k": 0, **settings}
+            [choice] = (await self._complete(prompt_id, token_ids, settings)).choices
+            row = {"prompt_id": prompt_id, "prompt_token_ids": token_ids, "token_ids": choice.token_ids}
+            return row | {"logps": choice.logprobs.token_logprobs, "dtype": self.dtype}
 
         requests = self.sample_requests(prompts, sampling, seed)
         tasks = [self._loop.create_task(sample(*request)) for request in requests]
@@ -239,12 +225,7 @@ class ServedEngine(TaskEngine):
     # Servers
 
     async def _admit_all(self) -> None:
-        """
-        The first look at them.
-
-        Raises:
-            [`~aries.children.ChildError`]: none of them is what the recipe asks for, and none may still come.
-        """
+        """Look at the servers for the first time. An error, if no server is what the recipe asks for, and none can still turn up."""
         found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
         if all(isinstance(error, ChildError) for error in found):
             raise found[0]
@@ -255,28 +236,16 @@ class ServedEngine(TaskEngine):
                 raise error
 
     async def _admit(self, server: Server) -> None:
-        """
-        Make a server ready for requests.
-
-        Raises:
-            [`~aries.generation.servers.ServerLost`], [`~aries.generation.servers.WrongServer`]: it is not.
-        """
+        """Make a server ready for requests, if it is what the recipe asks for."""
         loaded = await server.check(self._wanted)
         if self._wanted.name is not None:
             await server.load(self._wanted, loaded)
         await self._verify(server)
-        async with self._changed:
-            server.ready, server.problem = True, None
-            server.suspected.clear()
-            self._changed.notify_all()
+        server.ready, server.problem = True, None
+        server.suspected.clear()
 
     async def _verify(self, server: Server) -> None:
-        """
-        Compare the server's log-probabilities of the probe's texts with the trainer's.
-
-        Raises:
-            [`~aries.generation.servers.WrongServer`]: they are not the policy's.
-        """
+        """Compare the server's log-probabilities of the probe's texts with the trainer's."""
         logps = await asyncio.gather(*(server.token_logps(**text) for text in self._probe["texts"]))
         found = torch.tensor([logp for text in logps for logp in text])
         others = {name: torch.tensor(values) for name, values in self._probe["logps"].items()}
@@ -294,12 +263,12 @@ class ServedEngine(TaskEngine):
             nearest = measured["others"][measured["fault"]]["difference"]
             message += f"and from those of {POLICY_NAMES[measured['fault']]} by {nearest:.3g}. "
         raise WrongServer(
-            f"{message}Start it with the recipe's model and revision, with raw log-probabilities, vLLM's default, and with the data type that "
-            "`generation.dtype` names; or take it out of `generation.base_urls`. If this is its rounding, raise `parity.tolerance`."
+            f"{message}Start it with the recipe's model and revision, with vLLM's default log-probabilities (raw), and with the data type that "
+            "`generation.dtype` names; or take it out of `generation.base_urls`. If the difference is rounding, raise `parity.tolerance`."
         )
 
     async def _keep(self, server: Server) -> None:
-        """Look after one server until the end: whether it is still there, or whether it can be used again."""
+        """Look after one server until the end: is it still there, or can it be used again?"""
         failures = 0
         while True:
             try:
@@ -311,19 +280,20 @@ class ServedEngine(TaskEngine):
                     if was_away:
                         self._note(f"{server} is back")
                 failures = 0
-            except (ServerLost, ChildError) as error:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(server.suspected.wait(), CHECK_SECONDS)
+            except ServerLost as error:
                 failures += 1
-                if isinstance(error, ServerLost) and error.status == TOO_MANY:  # busy, and so there
-                    await asyncio.sleep(wait_seconds(failures) if error.retry_after is None else error.retry_after)
-                    continue
-                server.abandon()
+                if error.status != TOO_MANY:  # else it is busy, not lost
+                    self._set_aside(server, error)
+                await asyncio.sleep(wait_seconds(failures, error.retry_after))
+            except ChildError as error:
+                failures += 1
                 self._set_aside(server, error)
                 await asyncio.sleep(wait_seconds(failures))
-                continue
-            with suppress(TimeoutError):
-                await asyncio.wait_for(server.suspected.wait(), CHECK_SECONDS)
 
     def _set_aside(self, server: Server, error: ServerLost | ChildError) -> None:
+        server.abandon()
         known = server.problem
         server.ready, server.problem = False, str(error)
         if isinstance(error, ChildError) and server.problem != known:

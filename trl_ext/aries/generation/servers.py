@@ -1,43 +1,37 @@
 """
 A vLLM server as its client sees it, and what can be wrong with it.
 
-In: requests. Out: their answers, or one of three errors: [`ServerLost`], which may pass, [`WrongServer`], which somebody has to put
-right, and [`RefusedRequest`]. Nothing is imported here that knows models: the loop's own process asks the servers too, before any work.
+In: requests. Out: their answers, or one of three errors: [`ServerLost`], which may pass, [`WrongServer`], which somebody has to fix, and
+[`RefusedRequest`]. Nothing that knows models is imported here: the loop's own process asks the servers too, before any work.
 """
 
 import asyncio
-import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from ...recipe import RecipeError
 from ..children import ChildError
 from ..config import GenerationConfig
-from .waits import retry_after
+from .clients import APIError, APIStatusError, Completion, Response, make_client, problem, retry_after
 
 
 TOO_MANY = 429
-RETRIED_STATUS = {408, 409, 425, TOO_MANY}  # and those of 500 and above
-LONGEST_CONNECT = 10.0
-# Seconds for a server that is up to say so, while it is busy
+RETRIED_STATUS = {408, 409, 425, TOO_MANY}  # and 500 and above
+# Seconds in which a server that is up says so, even when it is busy
 LONGEST_HEALTH = 30.0
-# Below the 5 s after which vLLM's HTTP server closes an idle connection: one that is closing loses the next request
-LONGEST_IDLE = 2.0
-# What a server may say in an error
-SHOWN_CHARACTERS = 300
 
-# Said in every request: what it leaves out, a server would take from the model's `generation_config.json`
+# Sent with every request: a server would take what it leaves out from the model's `generation_config.json`
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 
 
 class ServerLost(Exception):
     """
-    It cannot be reached, or fails, then with a `status`, and maybe with the seconds after which it wants to be asked again. It may come
-    back, or not have been away: see [`Server.survives`].
+    The server cannot be reached, or it fails, with a `status` and perhaps the seconds after which it wants to be asked again. It may come
+    back, or may never have been away: see [`Server.survives`].
     """
 
     def __init__(self, message: str, status: int | None = None, retry_after: float | None = None):
@@ -47,7 +41,7 @@ class ServerLost(Exception):
 
 
 class FailedRequest(ChildError):
-    """It was tried too often; `by_itself` if the server that failed it last goes on answering."""
+    """A request failed too often; `by_itself` if the server that failed it last goes on answering others."""
 
     def __init__(self, message: str, by_itself: bool):
         super().__init__(message)
@@ -55,11 +49,11 @@ class FailedRequest(ChildError):
 
 
 class WrongServer(ChildError):
-    """It answers, and is not what the recipe asks for."""
+    """The server answers, but is not what the recipe asks for."""
 
 
 class RefusedRequest(ChildError):
-    """It does not take this request, and would not take it again."""
+    """The server does not take this request, and would not take it again."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -75,9 +69,9 @@ class Wanted:
         model (`str`):
             The recipe's `model_name_or_path`.
         max_model_len (`int`):
-            The longest sequence that it will be asked for.
+            Length of the longest sequence in a request.
         adapter (`Path`, *optional*), name (`str`, *optional*), family (`str`, *optional*):
-            The adapter that requests use, its name, and how the names begin of those that it takes the place of.
+            The adapter that requests use, its name, and the prefix of the names of adapters that it replaces.
         max_lora_rank (`int`):
             Its rank, as vLLM counts.
     """
@@ -90,21 +84,6 @@ class Wanted:
     max_lora_rank: int = 16
 
 
-def api_key(config: GenerationConfig) -> str | None:
-    """
-    Raises:
-        [`RecipeError`]: the environment variable is not set.
-    """
-    if config.api_key_env is None:
-        return None
-    if not os.environ.get(config.api_key_env):
-        raise RecipeError(
-            f"`generation.api_key_env`: the environment variable {config.api_key_env} is not set. Export the key under this name, or "
-            "leave `api_key_env` out for servers that need none."
-        )
-    return os.environ[config.api_key_env]
-
-
 class Server:
     """
     One of `generation.base_urls`.
@@ -113,51 +92,43 @@ class Server:
         base_url (`str`):
             Its URL, with or without the `/v1` of its API.
         config ([`~aries.config.GenerationConfig`]):
-            How it is asked.
+            How to ask it.
     """
 
     def __init__(self, base_url: str, config: GenerationConfig):
         self.url = base_url.rstrip("/").removesuffix("/v1")
-        self._config = config
-        self._key = api_key(config)
-        self._client = httpx.AsyncClient(
-            headers={} if self._key is None else {"Authorization": f"Bearer {self._key}"},
-            timeout=httpx.Timeout(config.timeout, connect=LONGEST_CONNECT),
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=LONGEST_IDLE),
+        # The client does not repeat requests: another server may be free
+        self._client = make_client(
+            "generation.base_urls", f"{self.url}/v1", config.api_key_env, config.timeout, max_retries=0
         )
+        self._places = config.max_concurrency_per_server
         self._in_flight: set[asyncio.Task] = set()
         self.model: str | None = None  # the name that requests use
         self.active = 0  # requests that were given to it
         self.ready = False
         self.problem: str | None = None  # why it has been set aside
         self.suspected = asyncio.Event()  # a request has failed
-        self._resume_at = 0.0
+        self.resume_at = 0.0  # it has asked to be left alone until then, by the monotonic clock
 
     def __str__(self) -> str:
         return f"the server at {self.url}"
 
     @property
     def has_room(self) -> bool:
-        return self.ready and self.active < self._config.max_concurrency_per_server and self.pause <= 0
-
-    @property
-    def pause(self) -> float:
-        """Seconds for which it has asked to be left alone."""
-        return self._resume_at - time.monotonic()
-
-    def leave_alone(self, seconds: float) -> None:
-        self._resume_at = max(self._resume_at, time.monotonic() + seconds)
+        return self.ready and self.active < self._places and time.monotonic() >= self.resume_at
 
     async def health(self) -> None:
         """
         Raises:
             [`ServerLost`]: it does not answer, or its engine is dead.
         """
-        await self._request("GET", "/health", timeout=LONGEST_HEALTH)
+        with self._errors():
+            options = {"timeout": LONGEST_HEALTH}
+            await self._client.get(f"{self.url}/health", cast_to=Response, options=options)
 
     async def survives(self, error: ServerLost) -> bool:
-        """Whether it is there all the same: one request's error is not its death, and what it says of its health counts."""
-        if error.status is None or error.status == 404:  # the last: it was started again, and has no adapter
+        """Whether the server is still there: one failed request does not prove its death, so its health decides."""
+        if error.status is None or error.status == 404:  # without an answer, or started again and without the adapter
             return False
         if error.status == TOO_MANY:
             return True
@@ -169,35 +140,31 @@ class Server:
 
     async def check(self, wanted: Wanted) -> list[str]:
         """
-        Look at the server before it is used: is it up, has it the model, and does it take sequences that are long enough?
+        Look at the server before it is used: is it up, does it have the model, and does it take sequences that are long enough?
 
         Returns:
             `list[str]`: names of the adapters that it has loaded.
 
         Raises:
             [`ServerLost`]: it does not answer.
-            [`WrongServer`]: it is another one than the recipe asks for.
+            [`WrongServer`]: it is not what the recipe asks for.
         """
         try:
             await self.health()
-            cards = (await self._json("GET", "/v1/models", timeout=LONGEST_HEALTH))["data"]
-            models = [card for card in cards if not card.get("parent")]
-            names = [card["id"] for card in models]
-            card = next((card for card in models if is_model(card, wanted.model)), None)
+            with self._errors():
+                cards = [card.to_dict() for card in (await self._client.models.list(timeout=LONGEST_HEALTH)).data]
+                models = [card for card in cards if not card.get("parent")]
+                names = [card["id"] for card in models]
         except RefusedRequest as error:
             raise WrongServer(
-                f"{self} is no server of vLLM's that the recipe can use: {error}. Look at `generation.base_urls`, and at "
-                "`generation.api_key_env` where it asks for a key."
+                f"{self} is not a vLLM server that the recipe can use: {error}. Look at `generation.base_urls`, and at "
+                "`generation.api_key_env` if it asks for a key."
             ) from None
-        except (LookupError, TypeError, AttributeError, ValueError):
-            raise WrongServer(
-                f"{self} does not list its models as vLLM does. Look at `generation.base_urls`."
-            ) from None
+        card = next((card for card in models if is_model(card, wanted.model)), None)
         if card is None:
             raise WrongServer(
-                f"{self} has the model {', '.join(map(repr, names))}, and the recipe asks for {wanted.model!r}. Start it with that one, "
-                f"where it is at another path there with `--served-model-name {wanted.model}`, or take it out of "
-                "`generation.base_urls`."
+                f"{self} has the model {', '.join(map(repr, names))}, and the recipe asks for {wanted.model!r}. Start it with that model, "
+                f"with `--served-model-name {wanted.model}` if its path is another one there, or take it out of `generation.base_urls`."
             )
         length = card.get("max_model_len")
         if length is not None and length < wanted.max_model_len:
@@ -211,12 +178,12 @@ class Server:
     async def takes_adapters(self) -> None:
         """
         Raises:
-            [`WrongServer`]: it was started without the means to load any.
+            [`WrongServer`]: it cannot load adapters while it runs.
         """
         try:
-            await self._request("POST", "/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, LONGEST_HEALTH)
+            await self._post("/load_lora_adapter", {"lora_name": "", "lora_path": ""}, LONGEST_HEALTH)
         except RefusedRequest as error:
-            if error.status != 404:  # it misses the name, so it would load one
+            if error.status != 404:  # it only misses the name
                 return
         raise WrongServer(
             f"{self} cannot load adapters while it runs. Start it with `--enable-lora` and, in its environment, "
@@ -225,7 +192,7 @@ class Server:
 
     async def load(self, wanted: Wanted, loaded: list[str]) -> None:
         """
-        Load the adapter, unless it is there, and drop those that it takes the place of.
+        Load the adapter, unless it is there, and drop those that it replaces.
 
         Raises:
             [`ServerLost`]: it does not answer.
@@ -235,105 +202,100 @@ class Server:
             if name != wanted.name and name.startswith(wanted.family):
                 await self.unload(name)
         if wanted.name not in loaded:
-            body = {"lora_name": wanted.name, "lora_path": str(wanted.adapter)}
             try:
-                await self._request("POST", "/v1/load_lora_adapter", body)
+                await self._post("/load_lora_adapter", {"lora_name": wanted.name, "lora_path": str(wanted.adapter)})
             except (RefusedRequest, ServerLost) as error:
                 if error.status is None:
                     raise
                 raise WrongServer(
-                    f"{self} does not take the adapter {wanted.adapter} ({error}). It must be started with `--enable-lora --max-lora-rank "
-                    f"{wanted.max_lora_rank}` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and see the run directory under the same path, "
-                    "on a file system that it shares with this machine."
+                    f"{self} does not take the adapter {wanted.adapter} ({error}). Start it with `--enable-lora --max-lora-rank "
+                    f"{wanted.max_lora_rank}` and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it see the run directory under the same "
+                    "path, on a file system that it shares with this machine."
                 ) from None
         self.model = wanted.name
 
     async def unload(self, name: str) -> None:
         try:
-            await self._request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, LONGEST_HEALTH)
-        except (ServerLost, RefusedRequest):  # then it is gone, or in nobody's way
+            await self._post("/unload_lora_adapter", {"lora_name": name}, LONGEST_HEALTH)
+        except (ServerLost, RefusedRequest):  # the adapter is gone, or does no harm
             pass
 
     async def token_logps(self, token_ids: list[int], positions: list[int]) -> list[float]:
         """
-        Log-probabilities of some tokens of a text, each given those before it. As one-token answers that may be nothing else: those of
-        prompts (`prompt_logprobs`) end vLLM's engine where it has an adapter on a CPU.
+        Log-probabilities of some tokens of a text, each given those before it. Each is asked for as an answer of one token that cannot be
+        another: log-probabilities of prompts (`prompt_logprobs`) end vLLM's engine if it has an adapter on a CPU.
         """
         logps = []
         for position in positions:
-            body = {"prompt": token_ids[:position], "allowed_token_ids": [token_ids[position]]}
-            choice, _ = await self.complete({**body, "max_tokens": 1, "temperature": 0.0, "logprobs": 0})
+            settings = {"allowed_token_ids": [token_ids[position]], "max_tokens": 1, "temperature": 0.0, "logprobs": 0}
+            answer = await self.complete(token_ids[:position], settings)
             try:
-                [logp] = choice["logprobs"]["token_logprobs"]
-            except (LookupError, TypeError, ValueError):
-                raise WrongServer(f"{self} gives no log-probabilities, by which it could be checked.") from None
+                [logp] = answer.choices[0].logprobs.token_logprobs
+            except (AttributeError, TypeError, ValueError):
+                raise WrongServer(f"{self} gives no log-probabilities, so it cannot be checked.") from None
             logps.append(logp)
         return logps
 
-    async def complete(self, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    async def complete(self, token_ids: list[int], settings: dict[str, Any]) -> Completion:
         """
         Have one request answered.
 
         Returns:
-            `tuple[dict, dict]`: the choice, and the usage.
+            `openai.types.Completion`: with one choice, a finish reason and the usage.
 
         Raises:
             [`ServerLost`]: it does not answer, or not to the end; or it was [`abandon`]ed.
             [`RefusedRequest`]: it does not take the request.
         """
-        request = asyncio.ensure_future(
-            self._json("POST", "/v1/completions", {"model": self.model, **NEUTRAL, **body})
-        )
+        body = {"model": self.model, "prompt": token_ids, **NEUTRAL, **settings}
+        # `completions.create` would look at every token of the prompt by itself
+        request = asyncio.ensure_future(self._client.post("/completions", cast_to=Completion, body=body))
         self._in_flight.add(request)
         try:
             await asyncio.wait({request})
             if request.cancelled():
                 raise ServerLost("it did not answer its health check")
-            answer = request.result()
+            with self._errors(passing=404):
+                answer = request.result()
+                [choice] = answer.choices
+                finish_reason, _, _ = choice.finish_reason, choice.text, answer.usage.completion_tokens
         finally:
             request.cancel()
             self._in_flight.discard(request)
-        try:
-            [choice], usage = answer["choices"], answer["usage"]
-            finish_reason, _, _ = choice["finish_reason"], choice["text"], usage["completion_tokens"]
-        except (LookupError, TypeError, ValueError):
-            raise ServerLost("it answered with something else than a completion") from None
         if finish_reason not in ("stop", "length"):  # "abort", by a server that is being shut down
             raise ServerLost(f"it ended an answer with {finish_reason!r}")
-        return choice, usage
+        return answer
 
     def abandon(self) -> None:
-        """Give up what it has not answered: a machine that is gone closes no connection."""
+        """Give up what it has not answered: a machine that is gone does not close its connections."""
         for request in self._in_flight:
             request.cancel()
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._client.close()
 
-    async def _json(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> Any:
-        response = await self._request(method, path, body, timeout)
-        try:
-            return response.json()
-        except ValueError:
-            raise ServerLost(f"{path} answered with something else than JSON: {self._shown(response.text)}") from None
-
-    async def _request(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> httpx.Response:
+    async def _post(self, path: str, body: dict[str, str], timeout: float | None = None) -> None:
         options = {} if timeout is None else {"timeout": timeout}
-        try:
-            response = await self._client.request(method, self.url + path, json=body, **options)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            raise ServerLost(f"{type(error).__name__}: {error}".removesuffix(": ")) from None
-        status = response.status_code
-        if status == 200:
-            return response
-        problem = f"{path}: status {status}: {self._shown(response.text)}"
-        if status >= 500 or status in RETRIED_STATUS or (status == 404 and path == "/v1/completions"):
-            raise ServerLost(problem, status, retry_after(response.headers))
-        raise RefusedRequest(problem, status)
+        with self._errors():
+            await self._client.post(path, body=body, cast_to=Response, options=options)
 
-    def _shown(self, text: str) -> str:
-        """What a server says, shortened, and without the key that it may quote."""
-        return (text if self._key is None else text.replace(self._key, "***"))[:SHOWN_CHARACTERS]
+    @contextmanager
+    def _errors(self, passing: int | None = None) -> Iterator[None]:
+        """
+        Turn the client's errors into ours: [`ServerLost`], also for the status `passing`, or [`RefusedRequest`]. The client reads replies of
+        any shape, and fails, like its callers, with Python's own errors.
+        """
+        try:
+            yield
+        except APIStatusError as error:
+            status, message = error.status_code, problem(self._client, error)
+            if status >= 500 or status in RETRIED_STATUS or status == passing:
+                raise ServerLost(message, status, retry_after(error.response.headers)) from None
+            raise RefusedRequest(message, status) from None
+        except APIError as error:
+            raise ServerLost(problem(self._client, error)) from None
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ServerLost(f"it answers otherwise than vLLM does ({error})") from None
 
 
 def is_model(card: dict[str, Any], model: str) -> bool:
@@ -350,37 +312,35 @@ def check_servers(config: GenerationConfig, wanted: Wanted) -> list[str]:
         config ([`~aries.config.GenerationConfig`]):
             Its `base_urls`.
         wanted ([`Wanted`]):
-            What they must have, but for the adapter, which is still to be made.
+            What they must have, except for the adapter, which does not exist yet.
 
     Returns:
         `list[str]`: what is wrong with servers that the run can do without.
 
     Raises:
-        [`RecipeError`]: one of them is another one than the recipe asks for, or none can be reached.
+        [`RecipeError`]: one of them is not what the recipe asks for, or none can be reached.
     """
 
-    async def ask(server: Server) -> None:
+    async def ask(url: str) -> list[str]:
+        server = Server(url, config)
         try:
             await server.check(wanted)
             await server.takes_adapters()
+        except ServerLost as error:
+            return [f"{server} cannot be used: {error}"]
+        except WrongServer as error:
+            raise RecipeError(f"`generation.base_urls`: {error}") from None
         finally:
             await server.close()
+        return []
 
-    async def ask_all() -> list[Any]:
-        servers = [Server(url, config) for url in config.base_urls]
-        return list(zip(servers, await asyncio.gather(*map(ask, servers), return_exceptions=True), strict=True))
+    async def ask_all() -> list[str]:
+        return sum(await asyncio.gather(*map(ask, config.base_urls)), [])
 
-    lost = []
-    for server, error in asyncio.run(ask_all()):
-        if isinstance(error, ServerLost):
-            lost.append(f"{server} cannot be used: {error}")
-        elif isinstance(error, WrongServer):
-            raise RecipeError(f"`generation.base_urls`: {error}")
-        elif error is not None:
-            raise error
+    lost = asyncio.run(ask_all())
     if len(lost) == len(config.base_urls):
         raise RecipeError(
-            f"`generation.base_urls`: {'; '.join(lost)}. Start {'it' if len(lost) == 1 else 'at least one of them'} (docs/servers.md has the command), "
-            "or put the right address there."
+            f"`generation.base_urls`: {'; '.join(lost)}. Start {'it' if len(lost) == 1 else 'at least one of them'} (docs/servers.md has the "
+            "command), or correct the address."
         )
     return lost

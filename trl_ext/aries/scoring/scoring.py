@@ -17,7 +17,6 @@ from ..config import AriesConfig, ScorerConfig
 from ..data.records import write_jsonl
 from ..policies import unscored
 from ..run_dir import RunDir
-from .judge import Judge
 from .reward_model import RewardModel
 from .scores import ScoreCache, Scorer, ScoreTask, score_rows
 from .verifier import Verifier
@@ -64,7 +63,11 @@ def make_scorers(config: AriesConfig, watch: Watch) -> list[Scorer]:
 def make_scorer(scorer: ScorerConfig, config: AriesConfig, encode: "Tokenizer", watch: Watch) -> Scorer:
     if scorer.verifier is not None:
         return Verifier(scorer, encode, watch)
-    return Judge(scorer) if scorer.judge is not None else RewardModel(scorer, config.generation)
+    if scorer.judge is not None:
+        from .judge import Judge  # a client for HTTP, which other scorers do not need
+
+        return Judge(scorer)
+    return RewardModel(scorer, config.generation)
 
 
 def with_absolute_paths(scorer: ScorerConfig) -> ScorerConfig:
