@@ -19,7 +19,7 @@ from ..launch import Launch, recipe_launch
 from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .checks.gates import PairsMeasure, decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
 from .checks.overlap import count_overlap, overlap_lines
-from .children import ChildError, one_gpu, run_child
+from .children import ChildError, one_gpu, run_child, warm_up
 from .config import AriesConfig
 from .data.faults import FAULTS, share_finding
 from .data.pairs import Selection, preference_rows
@@ -64,6 +64,7 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
         [`~aries.children.ChildError`]: a stage failed; running again continues from it.
     """
     start = time.monotonic()
+    warm_up("trl")
     progress = {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet)
     launch = recipe_launch(recipe)
     files = local_inputs(config, launch)
@@ -74,6 +75,8 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
             check_made(loop.dir, config)
             note_made(loop.dir, config.rounds)  # what is gone, and will be made again, will be another
             loop.check(recipe)
+            if config.generation.base_urls is None and config.generation.engine != "ray":
+                warm_up("vllm")
             loop.look_for_overlap()
         loop.sft()
         for number in range(1, config.rounds + 1):
