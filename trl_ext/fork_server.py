@@ -39,8 +39,6 @@ RUN_TIME_VARIABLES = frozenset(
         "PYTEST_CURRENT_TEST",
     }
 )
-# In the server only: `torch.cuda.is_available()` would start the driver, which does not survive a fork
-SERVER_VARIABLES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 # Open once a driver has been started; asking NVML about the devices does not open them
 DEVICE_FILES = ("/dev/nvidia-uvm", "/dev/kfd")
 HEADER = 8  # bytes: the length of a request
@@ -119,8 +117,8 @@ class ForkServer:
         if sys.platform != "linux":
             raise CannotFork("forked processes end with their parent on Linux only")
         self._owner, self._directory = os.getpid(), os.getcwd()
-        self._environment = {**SERVER_VARIABLES, **(defaults or {}), **environment}
-        self._own_variables = {*SERVER_VARIABLES, *(defaults or {})}
+        self._environment = {**(defaults or {}), **environment}
+        self._own_variables = {*(defaults or {})}
         self._base = base
         changes = {} if base is None else base._changes(self._environment, self._own_variables)
         self._output = tempfile.TemporaryFile()

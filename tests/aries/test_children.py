@@ -284,22 +284,21 @@ def test_random_states_are_each_child_s_own(forked):
 
 def test_memory_is_returned(forked):
     stage = forked("numpy")
-    status = "open('/proc/{}/status').read().partition('VmRSS:')[2].split()[0]"
-    server = stage.tell("os.getppid()")
-
-    def held() -> int:
-        with open(f"/proc/{server}/status") as file:
-            return int(file.read().partition("VmRSS:")[2].split()[0])
-
-    before = held()
-    size, child = stage.tell(
-        f"[len(__import__('numpy').ones(50_000_000)) and int({status.format('self')}), os.getpid()]"
+    body = (
+        "data = __import__('numpy').ones(50_000_000)\nprogress(os.getpid(), os.getppid())\ntime.sleep(0.1)\ndata.sum()"
     )
-    stage(
-        "data = __import__('numpy').ones(50_000_000)\nprogress(len(data), int(open('/proc/self/status').read().partition('VmRSS:')[2].split()[0]))"
-    )
-    assert size > 0 and not Path(f"/proc/{child}").exists()
-    assert held() < before + 4096
+    held = []
+    stage.on_progress = lambda *pids: held.append([(pid, resident_kib(pid)) for pid in pids])
+    for _ in range(3):
+        stage(body)
+    first, _, last = ([kib for _, kib in both] for both in held)
+    assert first[0] > 390_000, "a child has 400 MB"
+    assert last[1] < first[1] + 4096, "its server does not grow"
+    assert not any(Path(f"/proc/{both[0][0]}").exists() for both in held)
+
+
+def resident_kib(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
 
 
 def test_a_server_that_is_killed(forked):

@@ -47,10 +47,15 @@ SERVER_OF = {
 # What a server imports before its first child, and after it
 IMPORTS = {
     "trl": (["trl_ext.aries.checks.preflight"], ["trl_ext.aries.results.report_figures"]),
-    "vllm": (["vllm.entrypoints.llm"], []),
+    "vllm": (["vllm.entrypoints.llm"], ["vllm.v1.worker.gpu_model_runner"]),
 }
-# As the engine sets them before it imports vLLM
-DEFAULTS = {"vllm": {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}}
+# Variables of the servers alone
+DEFAULTS = {
+    # Without it, `torch.cuda.is_available()` starts the driver, which a fork does not survive. vLLM sets it, too
+    "trl": {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+    # As the engine sets them before it imports vLLM
+    "vllm": {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"},
+}
 _servers: dict[str, ForkServer] = {}
 
 
