@@ -15,7 +15,6 @@ import atexit
 import gc
 import json
 import os
-import random
 import runpy
 import selectors
 import signal
@@ -293,7 +292,7 @@ class Server:
             else:
                 os.environ[name] = value
         os.environ[LAUNCHER] = str(os.getpid())
-        random.seed()
+        # `random` seeds itself again after a fork
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()
         if "torch" in sys.modules:

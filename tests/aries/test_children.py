@@ -333,6 +333,9 @@ def test_a_server_on_another_one(forked, servers, monkeypatch):
         "[m in sys.modules for m in ('colorsys', 'sndhdr')] + [os.environ.get('VLLM_LOGGING_LEVEL'), os.getppid()]"
     )
     assert found[:3] == [True, True, os.environ.get("VLLM_LOGGING_LEVEL")]
+    monkeypatch.setitem(children.SERVER_OF, "stage", "test")
+    links = "[os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')[:-1]]"
+    assert not any(link.startswith("socket") for link in stage.tell(links)), "the other server is not a child's affair"
     with open(f"/proc/{found[3]}/stat") as file:
         below = int(file.read().rpartition(")")[2].split()[1])
     servers["test"].close()
