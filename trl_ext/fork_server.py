@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -32,12 +33,10 @@ from .processes import LAUNCHER, die_with_parent, launcher_command, name_process
 
 
 # What may differ between a child and its server, since it is read when it is used. Any other variable may be one that an import reads
-RUN_TIME_VARIABLES = frozenset(
-    {
-        *("CUDA_VISIBLE_DEVICES", "TENSORBOARD_LOGGING_DIR", "WANDB_RUN_GROUP", "WANDB_RUN_ID", "WANDB_RESUME"),
-        "PYTEST_CURRENT_TEST",
-    }
-)
+RUN_TIME_VARIABLES = {
+    *("CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST", "TENSORBOARD_LOGGING_DIR"),
+    *("WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_RUN_ID"),
+}
 # Open once a driver has been started; asking NVML about the devices does not open them
 DEVICE_FILES = ("/dev/nvidia-uvm", "/dev/kfd")
 HEADER = 8  # bytes: the length of a request
@@ -241,7 +240,9 @@ class Server:
                         return request
                 elif key.fileobj in self._children:
                     self._reap(key.fileobj)
-                elif key.data is not None:  # nobody waits for it any longer
+                elif any(
+                    child.control is key.fileobj for child in self._children.values()
+                ):  # nobody waits for it any longer
                     self._selector.unregister(key.fileobj)
                     end_session(key.data)
             if not wait:
@@ -258,7 +259,8 @@ class Server:
         if reason is None:
             sys.stdout.flush()
             sys.stderr.flush()
-            pid = os.fork()
+            with warnings.catch_warnings(action="ignore"):  # of native threads: see above
+                pid = os.fork()
             if pid == 0:
                 control.close()
                 self._become_child(request, files[1:])

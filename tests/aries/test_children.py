@@ -158,6 +158,16 @@ def test_bad_input_comes_back_as_itself(stage):
         stage("raise RecipeError('recipe.yaml:3: wrong')")
 
 
+def test_ends_that_meet(forked):
+    """Bad input ends a child and the wait for it at the same moment. The server outlives that."""
+    stage = forked()
+    server = stage.tell("os.getppid()")
+    for _ in range(20):
+        with pytest.raises(RecipeError):
+            stage("raise RecipeError('wrong')")
+    assert stage.tell("os.getppid()") == server
+
+
 @pytest.mark.parametrize("end", ["pass", "raise RecipeError('wrong')", "progress(1, 1)\ntime.sleep(600)"])
 def test_what_the_child_started_ends_with_it(stage, tmp_path, end):
     """When it ends, when it finds bad input, and when the one who waits for it is interrupted."""
@@ -218,9 +228,9 @@ def test_the_environment_is_that_of_a_fresh_process(forked, monkeypatch):
         own = {fork_server.LAUNCHER: str(found[1])}
         assert found[0] == {**os.environ, **children.ENVIRONMENT, **changes, **own}
     assert "fresh process" not in stage.log.read_text()
-    expected = [os.getcwd(), ["stage", str(stage.log.with_suffix(".job.json"))], True, "__main__", "/dev/null"]
-    there = "os.getcwd(), [sys.orig_argv[-1] and __spec__.name, sys.argv[1]], os.getsid(0) == os.getpid(), __name__"
-    assert stage.tell(f"[{there}, os.readlink('/proc/self/fd/0')]") == expected
+    there = "os.getcwd(), __spec__.name, sys.argv[1:], os.getsid(0) == os.getpid(), __name__"
+    job = str(stage.log.with_suffix(".job.json"))
+    assert stage.tell(f"[{there}]") == [os.getcwd(), "stage", [job], True, "__main__"]
     open_files = stage.tell("sorted(os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')[:-1])")
     kinds = [file.partition(":")[0] for file in open_files]
     assert kinds == ["/dev/null", str(stage.log), str(stage.log), "pipe"], (
