@@ -20,6 +20,7 @@ PACKAGE = Path(trl_ext.__file__).parent
 # turn YAML into dataclasses and know no trainer; `processes` knows nothing of what runs in them.
 MAY_IMPORT = {
     "processes": set(),
+    "fork_server": {"processes"},
     "recipe_values": set(),
     "recipe": {"recipe_values"},
     "outputs": {"recipe_values"},
@@ -32,8 +33,18 @@ MAY_IMPORT = {
     "trainers": {"losses", "kernels", "rows"},
     "data_files": {"recipe"},
     "aries": {
-        *("data_files", "processes", "launch", "terminal", "recipe", "recipe_values", "losses", "kernels", "rows"),
-        *("trainers", "outputs", "model_files"),
+        *(
+            "data_files",
+            "processes",
+            "fork_server",
+            "launch",
+            "terminal",
+            "recipe",
+            "recipe_values",
+            "losses",
+            "kernels",
+        ),
+        *("rows", "trainers", "outputs", "model_files"),
     },
     "scripts": {
         *("data_files", "processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "rows", "trainers"),

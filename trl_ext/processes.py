@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 LAUNCHER = "TRL_EXT_LAUNCHER"  # in the environment of what a launcher starts: its process id
 
 
@@ -76,6 +76,12 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the call
         os._exit(1)
+
+
+def name_process(name: str) -> None:
+    """What `top` and `ps -o comm` show of this process, up to 15 letters (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15])
 
 
 if __name__ == "__main__":

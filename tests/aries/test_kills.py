@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -181,14 +182,14 @@ class KilledRun:
 
 
 def children(pid: int, module: str) -> list[int]:
-    """Processes that this one started to run a module."""
+    """Processes that run a module, and that this one or a server of its has started (`fork_server.py` names what it forks)."""
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        try:
-            if module.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0"):
+        with suppress(OSError):  # it has ended
+            fresh = module.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            if fresh or Path(f"/proc/{child}/comm").read_text().strip() == module.rpartition(".")[2][:15]:
                 found.append(int(child))
-        except OSError:  # it has ended
-            continue
+            found += children(int(child), module)
     return found
 
 

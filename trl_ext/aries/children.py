@@ -1,6 +1,9 @@
 """
 Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
 
+Stages that import torch, TRL or vLLM are forked from a process that has imported them (`fork_server.py`), one for TRL and, forked from
+it, one for vLLM, so that trainings do not see what vLLM changes in the libraries that they share. Everything else is a fresh process.
+
 A child reads its job, a dataclass, from a JSON file, and answers with lines of JSON, each one of the dataclasses [`Done`], [`Note`],
 [`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It dies with its parent. Where a launcher makes it several processes, the first one reports what is done, and each one what is
 wrong.
@@ -11,15 +14,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from pydantic import TypeAdapter
 
+from ..fork_server import CannotFork, ForkedChild, ForkServer
 from ..launch import Launch
-from ..processes import die_with_launcher, launcher_command, process_group
+from ..processes import LAUNCHER, die_with_launcher, launcher_command, process_group
 from ..recipe import RecipeError
 
 
@@ -30,6 +35,28 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # PEFT writes a set of module names: the same order in every process
 }
 REPORT = "trl-ext-report: "
+
+# Modules that are forked, and the server that has imported what they need
+SERVER_OF = {
+    **dict.fromkeys(
+        (f"trl_ext.aries.stages.{name}" for name in ("parity", "preflight", "probe", "report", "track", "train")),
+        "trl",
+    ),
+    "trl_ext.aries.stages.generate": "vllm",
+}
+# What a server imports before its first child, and after it
+IMPORTS = {
+    "trl": (["trl_ext.aries.checks.preflight"], ["trl_ext.aries.results.report_figures"]),
+    "vllm": (["vllm.entrypoints.llm"], ["vllm.v1.worker.gpu_model_runner"]),
+}
+# Variables of the servers alone
+DEFAULTS = {
+    # Without it, `torch.cuda.is_available()` starts the driver, which a fork does not survive. vLLM sets it, too
+    "trl": {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+    # As the engine sets them before it imports vLLM
+    "vllm": {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"},
+}
+_servers: dict[str, ForkServer] = {}
 
 
 def one_gpu() -> dict[str, str]:
@@ -111,14 +138,7 @@ def run_child(
     arguments = (module, str(job_file)) if launch is None else launch.command(module, str(job_file))
     with (
         open(log, "a", encoding="utf-8") as log_file,
-        process_group(
-            launcher_command(*arguments),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log_file,
-            text=True,
-            env={**os.environ, **ENVIRONMENT, **(env or {})},
-        ) as child,
+        start(arguments, {**os.environ, **ENVIRONMENT, **(env or {})}, log_file) as child,
     ):
         for line in child.stdout:
             if not line.startswith(REPORT):  # printed while the module was being imported
@@ -142,6 +162,53 @@ def run_child(
         raise ChildError(
             f"{module} {how}. The same command continues. The end of {log}:\n\n" + "\n".join(lines[-LOG_TAIL_LINES:])
         )
+
+
+def start(
+    arguments: Sequence[str], env: dict[str, str], log: TextIO
+) -> AbstractContextManager[subprocess.Popen | ForkedChild]:
+    """A module with its arguments, forked if that is possible. If one that should be forked cannot be, the log says why."""
+    module, *rest = arguments
+    if module in SERVER_OF and not is_child():
+        try:
+            return server(SERVER_OF[module]).fork(module, rest, env, log)
+        except CannotFork as reason:
+            log.write(f"{module} starts as a fresh process: {reason}\n")
+            log.flush()
+    return process_group(
+        launcher_command(*arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=env,
+    )
+
+
+def server(name: str) -> ForkServer:
+    """
+    The server of this name, started if it was not yet.
+
+    Raises:
+        [`CannotFork`]: it cannot be.
+    """
+    if name not in _servers:
+        base = server("trl") if name == "vllm" else None
+        environment, defaults = {**os.environ, **ENVIRONMENT}, DEFAULTS.get(name)
+        _servers[name] = ForkServer(*IMPORTS[name], environment=environment, defaults=defaults, base=base)
+    return _servers[name]
+
+
+def warm_up(name: str) -> None:
+    """Start a server before its first child, so that it imports while this process does something else."""
+    if not is_child():
+        with suppress(CannotFork):
+            server(name)
+
+
+def is_child() -> bool:
+    """Whether this process is a stage itself. It has no servers: what it starts is one process, and ends with it."""
+    return LAUNCHER in os.environ
 
 
 class Reporter:

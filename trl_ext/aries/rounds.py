@@ -18,7 +18,7 @@ from .checks.gates import decide, measure_policy, pair_lines, pairs_stop_message
 from .checks.overlap import count_overlap, overlap_lines
 from .checks.set_aside import degenerate, set_aside, take_back
 from .checks.training_rows import write_pairs
-from .children import one_gpu
+from .children import one_gpu, warm_up
 from .config import AriesConfig
 from .data.prompts import select_prompts
 from .data.records import read_json, read_jsonl, write_json, write_jsonl
@@ -67,6 +67,7 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
         [`~aries.children.ChildError`]: a stage failed; running again continues from it.
     """
     start = time.monotonic()
+    warm_up("trl")
     progress = {"text": RunProgress, "json": JsonProgress}[log_format](config.rounds, quiet=quiet)
     launch = recipe_launch(recipe)
     files = local_inputs(config, launch)
@@ -77,6 +78,8 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
             check_made(loop.dir, config)
             note_made(loop.dir, config.rounds)  # what is gone, and will be made again, will be another
             loop.check(recipe)
+            if config.generation.base_urls is None and config.generation.engine != "ray":
+                warm_up("vllm")
             loop.look_for_overlap()
         loop.sft()
         for number in range(1, config.rounds + 1):

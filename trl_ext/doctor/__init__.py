@@ -8,6 +8,7 @@ memory. Nothing is trained and no weights are loaded, unless `--start-vllm` or `
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..aries.children import warm_up
 from ..recipe import Recipe, RecipeError, apply_overrides, export_env, load_yaml
 from . import environment
 from .checks import Check, Report
@@ -29,6 +30,7 @@ def main(config: Path | None, overrides: Sequence[str], start_vllm: bool, probe:
     is_aries = recipe is not None and isinstance(recipe.mapping.get("prompts"), dict)
     if is_aries:
         recipe = apply_overrides(recipe, overrides)
+        warm_up("trl")  # for the loop's own checks, while the machine is looked at
     report = Report()
     report.heading("Installation")
     report.add(environment.check_python())
