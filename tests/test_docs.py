@@ -31,7 +31,7 @@ from trl_ext.aries.pairs import Pair, preference_rows
 from trl_ext.aries.records import Answer, Chain
 from trl_ext.aries.refinements import compile_template
 from trl_ext.aries.run_dir import RoundDir, RunDir
-from trl_ext.aries.templates import REFINEMENT_TEMPLATE
+from trl_ext.aries.config.templates import REFINEMENT_TEMPLATE
 from trl_ext.recipe import Recipe, check_keys, parse_section
 from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES
 

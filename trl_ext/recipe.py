@@ -12,34 +12,22 @@ import copy
 import dataclasses
 import os
 import re
-import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from .recipe_values import (
-    LAUNCH_KEYS,
-    RecipeError,
-    check_value,
-    dotted,
-    is_secret,
-    show,
-    union_members,
-    unknown_key,
-    unwritable,
-)
+from .recipe_checks import check_mapping, problems
+from .recipe_values import LAUNCH_KEYS, RecipeError, dotted, is_secret, show, unknown_key, unwritable
 
 
 COMMAND_LINE = "command line"
 
-# Of a recipe, aliases counted as often as they stand for something
+# Largest accepted number of values in a recipe, with aliases counted each time they are used
 MOST_VALUES = 10_000
-
-# Fields declared as text for which the trainer also takes a bare `true`
-_TRUE_TOO = ("resume_from_checkpoint", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,24 +272,12 @@ def _override_value(flag: str, text: str) -> Any:
 
 def parse_section(recipe: Recipe, cls: type, keys: tuple = ()) -> Any:
     """
-    Build `cls` from the section at `keys` (the whole recipe by default); nested dataclasses are nested sections.
+    Build `cls`, a [`~recipe_values.section`], from the section at `keys` (the whole recipe by default).
 
     Raises:
-        [`RecipeError`]: all unknown keys, wrong types and missing keys, one per line, or what `__post_init__` refused.
+        [`RecipeError`]: everything that is wrong, one problem per line.
     """
-    values = check_keys(recipe, [cls], keys)
-    section = f"`{dotted(keys)}`" if keys else "the recipe"
-    for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.init and required and field.name not in values:
-            meaning = f": {field.metadata['help']}" if "help" in field.metadata else "."
-            raise RecipeError(f"{recipe.where(*keys)}: {section} needs the key `{field.name}`{meaning}")
-    try:
-        return cls(**values)
-    except RecipeError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{recipe.where(*keys)}: {section}: {error}") from error
+    return _checked(recipe, TypeAdapter(cls).validate_python, (cls,), keys)
 
 
 def check_keys(recipe: Recipe, classes: Iterable[type], keys: tuple = (), also: Iterable[str] = ()) -> dict[str, Any]:
@@ -309,47 +285,25 @@ def check_keys(recipe: Recipe, classes: Iterable[type], keys: tuple = (), also: 
     The checked values of the mapping at `keys`, whose keys are the fields of `classes`; those in `also` are left out.
     Nothing is built, except nested dataclasses.
     """
+    classes = tuple(classes)
+    return _checked(recipe, lambda section: check_mapping(section, classes), classes, keys, tuple(also))
+
+
+def _checked(
+    recipe: Recipe, check: Callable, classes: tuple[type, ...], keys: tuple, also: tuple[str, ...] = ()
+) -> Any:
     section = recipe.at(*keys)
-    section = {} if section is None else section
-    if not isinstance(section, dict):
+    if not isinstance(section, dict | None):
         raise RecipeError(
             f"{recipe.where(*keys)}: `{dotted(keys)}` must be a mapping of `key: value` lines, got {show(section)}."
         )
-    fields = {}
-    for cls in classes:
-        hints = typing.get_type_hints(cls)
-        fields |= {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
-    values, problems = {}, []
-    for key, value in section.items():
-        if key in also:
-            continue
-        try:
-            if key not in fields:
-                raise RecipeError(f"{recipe.where(*keys, key)}: " + unknown_key(key, (*fields, *also), keys))
-            values[key] = _parse_field(recipe, (*keys, key), value, *fields[key])
-        except RecipeError as error:
-            problems.append(str(error))
-    if problems:
-        raise RecipeError("\n".join(problems))
-    return values
-
-
-def _parse_field(recipe: Recipe, keys: tuple, value: Any, field: dataclasses.Field, hint: Any) -> Any:
-    members = [member for member in union_members(hint) if member is not types.NoneType]
-    core = members[0] if len(members) == 1 else hint
-    item = (typing.get_args(core) or (None,))[-1]
-    if dataclasses.is_dataclass(core) and (value is not None or core is hint):
-        return parse_section(recipe, core, keys)
-    if dataclasses.is_dataclass(item) and isinstance(value, list):
-        return [parse_section(recipe, item, (*keys, index)) for index in range(len(value))]
-    if dataclasses.is_dataclass(item) and isinstance(value, dict):
-        return {name: parse_section(recipe, item, (*keys, name)) for name in value}
-    if field.name in _TRUE_TOO and value is True:
-        return value
+    section = {key: value for key, value in (section or {}).items() if key not in also}
     try:
-        return check_value(value, hint, field.metadata.get("choices"))
-    except RecipeError as error:
-        raise RecipeError(f"{recipe.where(*keys)}: `{dotted(keys)}` {error}") from error
+        return check(section)
+    except ValidationError as error:
+        # Its own text would show the values, some of which may be secret
+        found = problems(error, section, classes, keys, also)
+        raise RecipeError("\n".join(f"{recipe.where(*place)}: {text}" for place, text in found)) from None
 
 
 def parse_flat(

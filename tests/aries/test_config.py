@@ -6,7 +6,7 @@ import pytest
 from tests.aries.tiny_run import MINIMAL
 
 from trl_ext.aries.config import AriesConfig, DraftsConfig, sampling_by_turn
-from trl_ext.aries.templates import EVALUATION_TEMPLATE, TEMPLATES
+from trl_ext.aries.config.templates import EVALUATION_TEMPLATE, TEMPLATES
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 

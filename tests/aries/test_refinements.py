@@ -13,7 +13,7 @@ from trl_ext.aries.chains import run_chains
 from trl_ext.aries.config import RefinementsConfig
 from trl_ext.aries.records import Chain
 from trl_ext.aries.refinements import Strategy, compile_template, find_answer, refinement_prompt
-from trl_ext.aries.templates import (
+from trl_ext.aries.config.templates import (
     EVALUATION_TEMPLATE,
     FEW_SHOT_TEMPLATE,
     REFINEMENT_TEMPLATE,

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 from ..outputs import check_apart
 from ..recipe import RecipeError
-from ..recipe_values import union_members
 from .config import AriesConfig
 from .disk import writing
 from .records import append_lines, write_atomically, write_json
@@ -257,7 +256,7 @@ def with_defaults(recorded: Any, cls: type) -> Any:
                 complete[field.name] = json.loads(json.dumps(asdict(field.default_factory())))
             continue
         value = recorded[field.name]
-        for member in union_members(hints[field.name]):
+        for member in typing.get_args(hints[field.name]) or (hints[field.name],):
             items = typing.get_args(member)
             if is_dataclass(member):
                 complete[field.name] = with_defaults(value, member)
