@@ -16,12 +16,13 @@ import trl_ext
 
 PACKAGE = Path(trl_ext.__file__).parent
 
-# Part of the package -> the parts it may import. `recipe` and `recipe_values` are at the bottom, beside `losses`: they
+# Part of the package -> the parts it may import. `recipe`, `recipe_checks` and `recipe_values` are at the bottom, beside `losses`: they
 # turn YAML into dataclasses and know no trainer; `processes` knows nothing of what runs in them.
 MAY_IMPORT = {
     "processes": set(),
     "recipe_values": set(),
-    "recipe": {"recipe_values"},
+    "recipe_checks": {"recipe_values"},
+    "recipe": {"recipe_checks", "recipe_values"},
     "outputs": {"recipe_values"},
     "model_files": set(),
     "launch": {"recipe"},
@@ -32,7 +33,18 @@ MAY_IMPORT = {
     "trainers": {"losses", "kernels", "rows"},
     "data_files": {"recipe"},
     "aries": {
-        *("data_files", "processes", "launch", "terminal", "recipe", "recipe_values", "losses", "kernels", "rows"),
+        *(
+            "data_files",
+            "processes",
+            "launch",
+            "terminal",
+            "recipe",
+            "recipe_checks",
+            "recipe_values",
+            "losses",
+            "kernels",
+            "rows",
+        ),
         *("trainers", "outputs", "model_files"),
     },
     "scripts": {

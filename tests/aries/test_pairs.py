@@ -174,9 +174,9 @@ def test_rule_based_does_not_look_at_the_scores_but_keeps_them_for_the_guard():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"pairs_per_prompt": 0}, "must be positive"),
+        ({"pairs_per_prompt": 0}, "pairs_per_prompt"),
         ({"pairs_per_prompt": 2, "selection": "rule_based"}, "needs `pairs.selection: best_over_worst`"),
-        ({"max_length_ratio": 0.9}, "must be at least 1"),
+        ({"max_length_ratio": 0.9}, "max_length_ratio"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(config, message):

@@ -130,11 +130,11 @@ def test_entries_have_trl_s_keys():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "`prompts.dataset` is missing: a file, or a dataset id on the Hub"),
+        ({}, "`dataset` is missing"),
         ({"dataset": "a", "datasets": [DatasetConfig("b")]}, "are both given. Remove one"),
         (
             {"datasets": [DatasetConfig("a", fraction=0.5), DatasetConfig("b")]},
-            "a `fraction` to every dataset, or to none",
+            "give a `fraction` to every dataset",
         ),
     ],
 )

@@ -106,9 +106,8 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
 
 def _check_types(old: dict[str, Any], migration: Migration, types: dict[str, Any] = TYPES) -> None:
     """Move values that no step could read to the problems."""
-    keys = make_dataclass("Keys", types.items())
     for key in [key for key in types if old.get(key) is not None]:
-        problem = _problem((keys,), key, old[key])
+        problem = _problem((make_dataclass("Keys", [(key, types[key])]),), key, old[key])
         if problem:
             del old[key]
             migration.problems.append(problem)

@@ -18,14 +18,11 @@ class ParityConfig(Section):
     """
 
     samples: NonNegativeInt = 64
-    """
-    Answers to evaluation prompts, at temperature 1, in every start of the engine. With `0` there is no check and no KL (our choice).
-    """
+    """Answers to evaluation prompts, at temperature 1, in every start of the engine. With `0` there is no check and no
+    KL."""
     tolerance: PositiveFloat | None = None
-    """
-    Largest difference in nats per token, as the root mean square. Default: by the engine's data type, 0.01 for float32 and 0.2 for
-    16 bits (our choice).
-    """
+    """Largest difference in nats per token, as the root mean square. Default: by the engine's data type, 0.01 for
+    float32 and 0.2 for 16 bits."""
 
 
 @section
@@ -36,18 +33,14 @@ class HealthConfig(Section):
     """
 
     max_dropped: Annotated[float, Field(ge=0, lt=1)] | None = 0.5
-    """
-    Largest share of rows that cannot be used: SFT rows without an answer, prompts that are too long, chains without two whole, scored
-    answers, training rows whose prompt fills `max_length`. Pairs that a rule of `pairs` leaves out do not count. Generation is checked
-    from its first 64 chains on (our choice).
-    """
+    """Largest share of rows that cannot be used: SFT rows without an answer, prompts that are too long, chains without
+    two whole, scored answers, training rows whose prompt fills `max_length`. Pairs that a rule of `pairs` leaves out
+    do not count. Generation is checked from its first 64 chains on."""
     max_kl: PositiveFloat | None = 0.4
-    """
-    Largest KL of a round's policy to the initial policy, in nats per token. Measured if `parity.samples` is not 0. Our choice, from
-    `docs/evidence/aries.md`: rounds in which the policy collapsed have 0.41 to 0.96, all others at most 0.26. It does not see a policy
-    that gets worse close to where it began.
-    """
+    """Largest KL of a round's policy to the initial policy, in nats per token. Measured if `parity.samples` is not 0.
+    Our choice, from `docs/evidence/aries.md`: rounds in which the policy collapsed have 0.41 to 0.96, all others at
+    most 0.26. It does not see a policy that gets worse close to where it began."""
     min_length: PositiveShare | None = 0.1
-    """Smallest mean length of the direct evaluation answers, as a ratio to round 0's (our choice)."""
+    """Smallest mean length of the direct evaluation answers, as a ratio to round 0's."""
     min_diversity: PositiveShare | None = 0.1
-    """Smallest `distinct_2` of the direct evaluation answers, as a ratio to round 0's (our choice)."""
+    """Smallest `distinct_2` of the direct evaluation answers, as a ratio to round 0's."""

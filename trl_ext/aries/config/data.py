@@ -24,10 +24,8 @@ class DatasetConfig(Section):
     columns: Texts | None = None
     """The columns to keep. Default: all."""
     fraction: PositiveFloat | None = None
-    """
-    Share of the mixture: from each dataset the first rows, in these proportions, as many as there can be. Give it to all datasets or
-    to none. Default: all rows.
-    """
+    """Share of the mixture: from each dataset the first rows, in these proportions, as many as there can be. Give it
+    to all datasets or to none. Default: all rows."""
 
 
 @section
@@ -84,9 +82,7 @@ class EvaluationConfig(Source):
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature; `0` is greedy."""
     correct_score: float | None = None
-    """
-    Score from which an answer counts as right, for the flips between turns. Default: 1 if all scores are 0 or 1, otherwise no
-    answer is right or wrong.
-    """
+    """Score from which an answer counts as right, for the flips between turns. Default: 1 if all scores are 0 or 1,
+    otherwise no answer is right or wrong."""
     bootstrap_samples: PositiveInt = 10_000
-    """Resamples of the 95 % bootstrap intervals over prompts. Mean scores have such intervals; shares need none (our choice)."""
+    """Resamples of the 95 % bootstrap intervals over prompts. Mean scores have such intervals; shares need none."""

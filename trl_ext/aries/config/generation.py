@@ -5,24 +5,19 @@ How answers are generated: the engine, the drafts, and the chain of refinements 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from ...recipe_checks import Section, Texts, section
 from .templates import EVALUATION_TEMPLATE, TEMPLATES, check_evaluation_template, check_refinement_template
-from .values import (
-    EnvName,
-    MaxTokens,
-    MinP,
-    OneOrEach,
-    PositiveShare,
-    RepetitionPenalty,
-    StopTexts,
-    Temperature,
-    TokenIds,
-    TopK,
-    TopP,
-    check_url,
-)
+from .values import EnvName, OneOrEach, PositiveShare, Share, StopTexts, TopK, check_url
 
 
 # Sampling parameters that each refinement may have its own value of
@@ -75,42 +70,33 @@ class GenerationConfig(Section):
     tensor_parallel_size: PositiveInt = 1
     """GPUs that share the model; see [Limits](aries.md#limits)."""
     quantization: str | None = None
-    """
-    vLLM's quantization of the base model, such as `"fp8"` (CUDA only). One that vLLM and its plugins do not know is refused before
-    any work. `"bitsandbytes"`, the NF4 of training, needs a plugin: vLLM 0.31 has none of its own.
-    """
+    """vLLM's quantization of the base model, such as `"fp8"` (CUDA only). One that vLLM and its plugins do not know is
+    refused before any work. `"bitsandbytes"`, the NF4 of training, needs a plugin: vLLM 0.31 has none of its own."""
     enforce_eager: bool = False
     """Whether to skip compilation and CUDA graphs, for a faster start and slower decoding. Always so on a CPU."""
     answer_pattern: Annotated[str, AfterValidator(check_pattern)] | None = None
-    """
-    A regular expression with one group: the part of a generated text that is its answer, which is refined, scored and learned,
-    such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of the text (our choice).
-    """
+    """A regular expression with one group: the part of a generated text that is its answer, which is refined, scored
+    and learned, such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of the
+    text."""
     ray_address: str | None = None
-    """
-    For `engine: ray`, the cluster's address, such as `auto` on one of its machines. Default: a cluster of this machine alone, for
-    the stage.
-    """
+    """For `engine: ray`, the cluster's address, such as `auto` on one of its machines. Default: a cluster of this
+    machine alone, for the stage."""
     ray_workers: PositiveInt = 1
     """For `engine: ray`, the number of workers, each with `tensor_parallel_size` GPUs."""
     base_urls: Annotated[Texts, AfterValidator(check_urls)] | None = None
-    """
-    [vLLM servers](servers.md) that answer instead of an engine of the run's own, such as `[http://localhost:8000/v1]`. They must
-    be able to load adapters, and see the run directory.
-    """
+    """[vLLM servers](servers.md) that answer instead of an engine of the run's own, such as
+    `[http://localhost:8000/v1]`. They must be able to load adapters, and see the run directory."""
     api_key_env: EnvName | None = None
     """Environment variable that holds the servers' API key. The key itself is never written anywhere."""
     max_concurrency_per_server: PositiveInt = 64
-    """Requests in flight on each server (our choice)."""
+    """Requests in flight on each server."""
     timeout: PositiveFloat = 600.0
-    """Seconds until a request to a server counts as failed (our choice)."""
+    """Seconds until a request to a server counts as failed."""
     max_retries: NonNegativeInt = 5
-    """
-    How often a request is sent again, to any server or worker of Ray, before it is set aside. A server that is only busy (status
-    429) is waited for, up to `max_outage` (our choice).
-    """
+    """How often a request is sent again, to any server or worker of Ray, before it is set aside. A server that is only
+    busy (status 429) is waited for, up to `max_outage`."""
     max_outage: PositiveFloat = 600.0
-    """Seconds without any usable server, or worker of Ray, after which the run stops (our choice)."""
+    """Seconds without any usable server, or worker of Ray, after which the run stops."""
 
     @model_validator(mode="after")
     def check_engine(self):
@@ -130,24 +116,22 @@ class DraftsConfig(Section):
     not change them.
     """
 
-    temperature: Temperature = 0.7
+    temperature: NonNegativeFloat = 0.7
     """Sampling temperature; `0` is greedy. Our choice: the paper's relatives sample at 0.7."""
-    top_p: TopP = 1.0
-    """Nucleus sampling; `1.0` is off (our choice)."""
+    top_p: PositiveShare = 1.0
+    """Nucleus sampling; `1.0` is off."""
     top_k: TopK = 0
-    """Top-k sampling; `0` is off (our choice)."""
-    min_p: MinP = 0.0
-    """Least probability of a token, as a share of the likeliest one's; `0.0` is off (our choice)."""
-    repetition_penalty: RepetitionPenalty = 1.0
-    """By how much tokens of the prompt and of the answer so far become less likely; `1.0` is off (our choice)."""
-    max_tokens: MaxTokens = 512
-    """Longest answer, in tokens (our choice)."""
+    """Top-k sampling; `0` is off."""
+    min_p: Share = 0.0
+    """Least probability of a token, as a share of the likeliest one's; `0.0` is off."""
+    repetition_penalty: PositiveFloat = 1.0
+    """By how much tokens of the prompt and of the answer so far become less likely; `1.0` is off."""
+    max_tokens: PositiveInt = 512
+    """Longest answer, in tokens."""
     stop: StopTexts | None = None
-    """
-    Texts that end an answer and are not part of it, such as `["\\n"]` (in double quotes) for a base model, which has learned no end
-    of its own.
-    """
-    stop_token_ids: TokenIds | None = None
+    """Texts that end an answer and are not part of it, such as `["\\n"]` (in double quotes) for a base model, which
+    has learned no end of its own."""
+    stop_token_ids: list[NonNegativeInt] | None = None
     """Tokens that end an answer, beside the model's own EOS tokens."""
 
 
@@ -156,36 +140,32 @@ class RefinementsConfig(Section):
     """How the answers after the draft are asked for: the paper's four strategies."""
 
     strategy: Literal["chain", "parallel", "few_shot", "self_evaluation"] = "chain"
-    """
-    `"chain"` (`y_{k+1} ~ π(·|x, y_k, z)`, with only the last answer in context; the paper's best), `"parallel"` (more samples of
-    the prompt itself), `"few_shot"` (all earlier answers in context) or `"self_evaluation"` (the policy judges its last answer, and
-    refines it given the critique).
-    """
+    """`"chain"` (`y_{k+1} ~ π(·|x, y_k, z)`, with only the last answer in context; the paper's best), `"parallel"`
+    (more samples of the prompt itself), `"few_shot"` (all earlier answers in context) or `"self_evaluation"` (the
+    policy judges its last answer, and refines it given the critique)."""
     turns: Annotated[int, Field(ge=2)] = 4
     """Answers of a chain, the draft included: the paper's y1..y4."""
     template: OneOrEach[str] | None = None
-    """
-    The refinement template z, in Jinja2, with `question`, `draft`, `drafts`, `critique` and `turn`; or one for each refinement, of
-    which training rows have the first. Default: our own for the strategy, in `trl_ext/aries/config/templates.py`; the paper's were
-    not available to us.
-    """
+    """The refinement template z, in Jinja2, with `question`, `draft`, `drafts`, `critique` and `turn`; or one for each
+    refinement, of which training rows have the first. Default: our own for the strategy, in
+    `trl_ext/aries/config/templates.py`; the paper's were not available to us."""
     evaluation_template: str | None = None
     """For `"self_evaluation"`, the template that asks for the critique. Default: our own, in the same file."""
-    temperature: OneOrEach[Temperature] | None = None
-    """Sampling temperature of the refinements. A critique is sampled as the refinement it is for. Default: the drafts' (our choice)."""
-    top_p: OneOrEach[TopP] | None = None
-    """Nucleus sampling. Default: the drafts' (our choice)."""
+    temperature: OneOrEach[NonNegativeFloat] | None = None
+    """Sampling temperature of the refinements. A critique is sampled as the refinement it is for. Default: the drafts'."""
+    top_p: OneOrEach[PositiveShare] | None = None
+    """Nucleus sampling. Default: the drafts'."""
     top_k: OneOrEach[TopK] | None = None
-    """Top-k sampling. Default: the drafts' (our choice)."""
-    min_p: OneOrEach[MinP] | None = None
-    """Least probability of a token. Default: the drafts' (our choice)."""
-    repetition_penalty: OneOrEach[RepetitionPenalty] | None = None
-    """Repetition penalty. Default: the drafts' (our choice)."""
-    max_tokens: OneOrEach[MaxTokens] | None = None
-    """Longest refinement, in tokens. Default: the drafts' (our choice)."""
+    """Top-k sampling. Default: the drafts'."""
+    min_p: OneOrEach[Share] | None = None
+    """Least probability of a token. Default: the drafts'."""
+    repetition_penalty: OneOrEach[PositiveFloat] | None = None
+    """Repetition penalty. Default: the drafts'."""
+    max_tokens: OneOrEach[PositiveInt] | None = None
+    """Longest refinement, in tokens. Default: the drafts'."""
     stop: StopTexts | None = None
     """Texts that end a refinement; with `[]`, only the model's own EOS tokens do. Default: the drafts'."""
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: list[NonNegativeInt] | None = None
     """Tokens that end a refinement; `[]` as for `stop`. Default: the drafts'."""
 
     @model_validator(mode="after")

@@ -52,17 +52,13 @@ class LoopConfig(Section):
     reference: Literal["previous", "initial"] = "previous"
     """The policy at the start of the round (our choice, as in the paper's relatives), or `"initial"`: the policy before round 1."""
     objective: Literal["logistic", "squared"] = "logistic"
-    """
-    `"logistic"`: every row takes the trainer's loss (our choice). `"squared"` is the paper's, `(1 − α) L_direct + α L_refine` with the
-    [squared loss](aries.md#the-squared-objective) on refinement rows.
-    """
+    """`"logistic"`: every row takes the trainer's loss (our choice). `"squared"` is the paper's, `(1 − α) L_direct + α
+    L_refine` with the [squared loss](aries.md#the-squared-objective) on refinement rows."""
     objective_alpha: Annotated[float, Field(gt=0, le=1)] | None = None
     """α of `"squared"`. Not `alpha`, which is TDPO2's. Default: 0.8, as in two public relatives (our choice)."""
     accelerate_config: str | None = None
-    """
-    A file, or a name such as `ddp` or `fsdp2`, with which this training and the SFT are [launched](aries.md#several-gpus). Default: one
-    process.
-    """
+    """A file, or a name such as `ddp` or `fsdp2`, with which this training and the SFT are
+    [launched](aries.md#several-gpus). Default: one process."""
     num_processes: PositiveInt | None = None
     """Processes of the launched training, one for each GPU. Default: as many as that file says."""
 
@@ -109,19 +105,15 @@ class AriesConfig(Section):
     """
 
     output_dir: Annotated[str, AfterValidator(check_output_dir)]
-    """
-    The [run directory](run_directory.md): one that is empty or not there yet, outside of what the recipe reads. Running the same recipe
-    again continues it.
-    """
+    """The [run directory](run_directory.md): one that is empty or not there yet, outside of what the recipe reads.
+    Running the same recipe again continues it."""
     _: KW_ONLY
     model: Annotated[dict[str, Any], AfterValidator(own_keys(ModelKeys))]
     """Keys of TRL's `ModelConfig`: `model_name_or_path`, which is required, `dtype`, `use_peft`, `lora_r`, `load_in_4bit`..."""
     prompts: PromptsConfig
     sft: Annotated[dict[str, Any], AfterValidator(own_keys(SftKeys))] | None = None
-    """
-    SFT before round 1: `dataset` (rows with `prompt`, `completion` and optionally `draft`, which makes the row a refinement target) and
-    keys of TRL's `SFTConfig`.
-    """
+    """SFT before round 1: `dataset` (rows with `prompt`, `completion` and optionally `draft`, which makes the row a
+    refinement target) and keys of TRL's `SFTConfig`."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     drafts: DraftsConfig = field(default_factory=DraftsConfig)
     refinements: RefinementsConfig = field(default_factory=RefinementsConfig)
@@ -135,10 +127,8 @@ class AriesConfig(Section):
     rounds: PositiveInt = 3
     """Rounds after the SFT; the paper runs about three."""
     seed: NonNegativeInt = 42
-    """
-    Seed of the prompt order, of every sampled answer (with the round, the prompt and the turn) and of training (unless the section sets
-    its own).
-    """
+    """Seed of the prompt order, of every sampled answer (with the round, the prompt and the turn) and of training
+    (unless the section sets its own)."""
 
     @property
     def loop(self) -> LoopConfig:

@@ -36,24 +36,20 @@ class JudgeConfig(Section):
     api_key_env: EnvName | None = None
     """Environment variable that holds the API key. The key itself is never written anywhere."""
     template: Annotated[str, AfterValidator(check_judge_template)] = JUDGE_TEMPLATE
-    """
-    What the judge is asked, in Jinja2, with `messages` (the conversation; plain text is one user message), `question` (its last
-    message), `answer_a`, `answer_b` and the prompt's other columns. The last `[[A]]`, `[[B]]` or `[[C]]` (a tie) of the reply is its
-    verdict. Our own, after the pairwise prompt of MT-Bench.
-    """
+    """What the judge is asked, in Jinja2, with `messages` (the conversation; plain text is one user message),
+    `question` (its last message), `answer_a`, `answer_b` and the prompt's other columns. The last `[[A]]`, `[[B]]` or
+    `[[C]]` (a tie) of the reply is its verdict. Our own, after the pairwise prompt of MT-Bench."""
     temperature: NonNegativeFloat | None = 0.0
-    """Sampling temperature of the reply; `null` leaves it to the server, as some reasoning models require (our choice)."""
+    """Sampling temperature of the reply; `null` leaves it to the server, as some reasoning models require."""
     max_tokens: PositiveInt | None = 1024
-    """Longest reply, in tokens; `null` leaves it to the server (our choice)."""
+    """Longest reply, in tokens; `null` leaves it to the server."""
     max_concurrency: PositiveInt = 8
     """Requests in flight."""
     timeout: PositiveFloat = 120.0
     """Seconds until a request counts as failed."""
     max_retries: NonNegativeInt = 5
-    """
-    How often a request is repeated that failed or was refused as one too many (408, 409, 429, 5xx), after 0.5, 1, 2, ... seconds or
-    as the server says (`Retry-After`, ten minutes at most).
-    """
+    """How often a request is repeated that failed or was refused as one too many (408, 409, 429, 5xx), after 0.5, 1,
+    2, ... seconds or as the server says (`Retry-After`, ten minutes at most)."""
 
 
 @section
@@ -61,15 +57,11 @@ class OneScorer(Section):
     """The keys that `scores` and an entry of `scores.scorers` share."""
 
     verifier: str | None = None
-    """
-    `path/to/file.py:function` with TRL's reward-function signature, `(prompts, completions, **columns) -> list[float | None]`, or
-    `trl.rewards:name`. Imported from that file only.
-    """
+    """`path/to/file.py:function` with TRL's reward-function signature, `(prompts, completions, **columns) ->
+    list[float | None]`, or `trl.rewards:name`. Imported from that file only."""
     reward_model: str | None = None
-    """
-    A sequence-classification model with one output, as a path or Hub id: the paper's reward-model scoring. Its score is that output
-    as it is, without a sigmoid.
-    """
+    """A sequence-classification model with one output, as a path or Hub id: the paper's reward-model scoring. Its
+    score is that output as it is, without a sigmoid."""
     reward_model_revision: str | None = None
     """Branch, tag or commit of the reward model on the Hub."""
     reward_model_backend: Literal["auto", "vllm", "transformers"] = "auto"
@@ -77,9 +69,8 @@ class OneScorer(Section):
     batch_size: PositiveInt = 16
     """Answers per forward of the reward model under transformers. vLLM batches by itself."""
     judge: JudgeConfig | None = None
-    """
-    A language model behind a server. The score of an answer is its win rate against the others of its chain (our choice).
-    """
+    """A language model behind a server. The score of an answer is its win rate against the others of its chain (our
+    choice)."""
     timeout: PositiveFloat | None = None
     """Seconds for one call of the verifier, with the answers of up to 100 chains. Default: as long as it takes."""
 
@@ -108,7 +99,7 @@ class ScorerConfig(OneScorer):
     name: Annotated[str, AfterValidator(check_name)] | None = None
     """What its scores are called in `scores.jsonl`; needed if two would be the same. Default: `verifier`, `reward_model` or `judge`."""
     weight: Annotated[float, AfterValidator(check_weight)] = 1.0
-    """Its weight in the sum (our choice)."""
+    """Its weight in the sum."""
 
     @model_validator(mode="after")
     def check_named(self):
@@ -126,10 +117,8 @@ class ScoresConfig(OneScorer):
     """
 
     scorers: list[ScorerConfig] | None = None
-    """
-    Several scorers, instead of the keys above. The score is their weighted sum; an answer that one of them leaves without a score has
-    none (our choice).
-    """
+    """Several scorers, instead of the keys above. The score is their weighted sum; an answer that one of them leaves
+    without a score has none."""
 
     @model_validator(mode="after")
     def check_scorers(self):

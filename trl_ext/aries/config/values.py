@@ -5,7 +5,7 @@ Types of values that several sections of a recipe have.
 import re
 from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field
 
 from ...recipe_checks import Texts
 
@@ -19,16 +19,7 @@ OneOrEach = T | list[T]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
-# What vLLM takes as sampling parameters
-Temperature, TopP, MinP, RepetitionPenalty, MaxTokens = (
-    NonNegativeFloat,
-    PositiveShare,
-    Share,
-    PositiveFloat,
-    PositiveInt,
-)
-TopK = Annotated[int, Field(ge=-1)]
-TokenIds = list[NonNegativeInt]
+TopK = Annotated[int, Field(ge=-1)]  # vLLM takes 0 and -1 for off
 
 
 def check_stop(texts: list[str]) -> list[str]:
