@@ -16,6 +16,9 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
 from trl import DPOConfig
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, ShiftedDPOTrainer, TDPOConfig, TDPOTrainer
@@ -133,6 +136,9 @@ def type_name(kind: type, choices: typing.Collection[str] = ()) -> str:
         return "one of " + ", ".join(f"`{value}`" for value in choices)
     if typing.get_origin(kind) is typing.Literal:
         return type_name(str, typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Annotated:
+        one = "text or " if any(isinstance(item, BeforeValidator) for item in kind.__metadata__) else ""
+        return one + type_name(kind.__origin__) + bounds(kind.__metadata__)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(type_name(part) for part in typing.get_args(kind) if part is not types.NoneType)
     if typing.get_origin(kind) is list:
@@ -142,6 +148,14 @@ def type_name(kind: type, choices: typing.Collection[str] = ()) -> str:
     if dataclasses.is_dataclass(kind):
         return f"section [{kind.__name__.removesuffix('Config').lower()}](#{kind.__name__.removesuffix('Config').lower()})"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[kind]
+
+
+def bounds(metadata: tuple) -> str:
+    constraints = [item for part in metadata for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
+    signs = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
+    named = [(*signs[type(item)], item) for item in constraints if type(item) in signs]
+    words = " and ".join(f"{sign} {getattr(item, name)}" for name, sign, item in named)
+    return f" {words}" if words else ""
 
 
 def default(field: dataclasses.Field) -> str:
@@ -159,7 +173,7 @@ def default(field: dataclasses.Field) -> str:
 
 def keys_table(config: type, leave_out: typing.Collection[str] = (), prefix: str = "") -> str:
     """A table of a dataclass's fields with their documentation, and long texts that are defaults below it."""
-    hints, texts = typing.get_type_hints(config), documentation(config)
+    hints, texts = typing.get_type_hints(config, include_extras=True), documentation(config)
     rows, long_texts = ["| key | default | |", "|---|---|---|"], []
     for field in dataclasses.fields(config):
         if field.name in leave_out:

@@ -188,10 +188,10 @@ class TestParseSection:
     @pytest.mark.parametrize(
         ("text", "end"),
         [
-            ("drafts: {temperature: 5e-7}", "Write `5.0e-07`, without quotes."),
-            ("drafts: {temperature: '0.1'}", "Write `0.1`, without quotes."),
-            ("rounds: '3'", "Write `3`, without quotes."),
-            ("rounds: 1e3", "Write `1000`, without quotes."),
+            ("drafts: {temperature: 5e-7}", "write `5.0e-07`."),
+            ("drafts: {temperature: '0.1'}", "write `0.1`."),
+            ("rounds: '3'", "write `3`."),
+            ("rounds: 1e3", "write `1000`."),
             ("rounds: '1.5'", "got the text '1.5'."),
             ("rounds: many", "got the text 'many'."),
             ("fresh: 'yes'", "Remove the quotes."),

@@ -240,7 +240,7 @@ def _remedy(value: Any, kinds: set[str]) -> str:
         if not math.isfinite(number) or not (number.is_integer() or "float_type" in kinds):
             return ""
         number = number if "float_type" in kinds else int(number)
-        return f" Write `{yaml.safe_dump(number).split()[0]}`, without quotes."
+        return f" YAML reads it as text: write `{yaml.safe_dump(number).split()[0]}`."
     if isinstance(value, str) and "bool_type" in kinds and value.lower() in SWITCHES:
         return " Remove the quotes."
     if isinstance(value, bool) and kinds & {"string_type", "literal_error"}:

@@ -5,7 +5,7 @@ The words for what is wrong with a recipe, and the values that no recipe may hol
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -95,6 +95,15 @@ def dotted(keys: tuple) -> str:
 
 
 # Values that no recipe may hold
+
+
+def leaves(value: Any, keys: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """The values of a tree of mappings and lists, each with its keys."""
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*keys, key))
+    else:
+        yield keys, value
 
 
 def unwritable(value: Any) -> str | None:
