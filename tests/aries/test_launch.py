@@ -61,7 +61,10 @@ def test_names_and_files(tmp_path):
         ),
         ({"num_processes": 2}, "`training.num_processes` belongs to `training.accelerate_config`. Set that too"),
         ({"accelerate_config": "ddp", "num_processes": 0}, "`training.num_processes` must be positive, got 0"),
-        ({"accelerate_config": "ddp", "num_processes": True}, "`training.num_processes` must be a whole number, got true"),
+        (
+            {"accelerate_config": "ddp", "num_processes": True},
+            "`training.num_processes` must be a whole number, got true",
+        ),
     ],
 )
 def test_keys(tmp_path, training, message):

@@ -11,8 +11,6 @@ import pytest
 from trl_ext.aries import refinements
 from trl_ext.aries.chains import run_chains
 from trl_ext.aries.config import RefinementsConfig
-from trl_ext.aries.records import Chain
-from trl_ext.aries.refinements import Strategy, compile_template, find_answer, refinement_prompt
 from trl_ext.aries.config.templates import (
     EVALUATION_TEMPLATE,
     FEW_SHOT_TEMPLATE,
@@ -20,6 +18,8 @@ from trl_ext.aries.config.templates import (
     SELF_EVALUATION_TEMPLATE,
     TEMPLATES,
 )
+from trl_ext.aries.records import Chain
+from trl_ext.aries.refinements import Strategy, compile_template, find_answer, refinement_prompt
 from trl_ext.recipe import RecipeError
 
 
