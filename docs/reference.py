@@ -1,10 +1,10 @@
 """
-Writes the two pages that are made from the code: `docs/recipe_keys.md`, from the dataclasses behind the recipes, and `docs/api.md`,
+Writes the two pages that are made from the code: `docs/recipe_keys.md`, from the dataclasses of the recipes, and `docs/api.md`,
 from the docstrings of the public names. `make docs` runs it; `tests/test_docs.py` says when a page is stale.
 
     python docs/reference.py
 
-Docstrings are in TRL's format. Both pages are plain Markdown, so that they read the same in a repository viewer and in the site.
+Docstrings are in TRL's format; the keys of an ARIES recipe are documented below their fields. Both pages are plain Markdown, so that they read the same in a repository viewer and in the site.
 """
 
 import dataclasses
@@ -16,6 +16,9 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
 from trl import DPOConfig
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, ShiftedDPOTrainer, TDPOConfig, TDPOTrainer
@@ -23,6 +26,7 @@ from trl_ext.aries import config as aries
 from trl_ext.kernels.position_kl import LogProbs, PositionKL, log_probs, position_kl
 from trl_ext.losses.aries import row_weights
 from trl_ext.losses.shifts import self_refine_shifts, tdpo_shifts
+from trl_ext.recipe_checks import Section
 from trl_ext.trainers.self_refine_dpo_trainer import DataCollatorForSelfRefinement, augment_prompt
 from trl_ext.trainers.shifted_dpo_trainer import Pairs, Term
 
@@ -51,11 +55,10 @@ RECIPE_KEYS = """\
 
 <!-- Written by docs/reference.py from the dataclasses; edit those. -->
 
-What each key is, its type and its default. [aries.md](aries.md#recipe) says the same at more length, by stage, with the method.
-Values marked **house** are this package's choice where the paper is silent; what a paper states is said to be the paper's; the
-others are plain technical defaults.
+What each key is, its type and its default. [aries.md](aries.md#recipe) explains the stages and the method. What the paper of a method
+states is said to be the paper's; all else is our choice.
 
-A key that is not known is an error with a "did you mean". Every key is also a flag: `--learning_rate 1.0e-6` in a trainer's recipe,
+An unknown key is an error with a "did you mean". Every key is also a flag: `--learning_rate 1.0e-6` in a trainer's recipe,
 `--pairs.min_margin 0.5` in an ARIES one. Write `5.0e-7`, since YAML reads `5e-7` as text.
 """
 
@@ -116,9 +119,8 @@ def in_words(text: str) -> str:
         name = match.group(1).lstrip("~").rpartition(".")[2]
         return f"[`{name}`](api.md#{name.lower()})" if name in ON_THE_PAGE else f"`{name}`"
 
-    text = re.sub(r"\[`([\w.~]+)`\]", reference, text)
-    text = re.sub(r"(?<!\]\()(https://huggingface\.co/papers/([\d.]+\d))", r"[\2](\1)", text)
-    return text.replace("[house]", "**house**")
+    text = re.sub(r"\[`([\w.~]+)`\](?!\()", reference, text)
+    return re.sub(r"(?<!\]\()(https://huggingface\.co/papers/([\d.]+\d))", r"[\2](\1)", text)
 
 
 def cell(text: str) -> str:
@@ -134,6 +136,9 @@ def type_name(kind: type, choices: typing.Collection[str] = ()) -> str:
         return "one of " + ", ".join(f"`{value}`" for value in choices)
     if typing.get_origin(kind) is typing.Literal:
         return type_name(str, typing.get_args(kind))
+    if typing.get_origin(kind) is typing.Annotated:
+        one = "text or " if any(isinstance(item, BeforeValidator) for item in kind.__metadata__) else ""
+        return one + type_name(kind.__origin__) + bounds(kind.__metadata__)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(type_name(part) for part in typing.get_args(kind) if part is not types.NoneType)
     if typing.get_origin(kind) is list:
@@ -143,6 +148,14 @@ def type_name(kind: type, choices: typing.Collection[str] = ()) -> str:
     if dataclasses.is_dataclass(kind):
         return f"section [{kind.__name__.removesuffix('Config').lower()}](#{kind.__name__.removesuffix('Config').lower()})"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[kind]
+
+
+def bounds(metadata: tuple) -> str:
+    constraints = [item for part in metadata for item in (part.metadata if isinstance(part, FieldInfo) else [part])]
+    signs = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
+    named = [(*signs[type(item)], item) for item in constraints if type(item) in signs]
+    words = " and ".join(f"{sign} {getattr(item, name)}" for name, sign, item in named)
+    return f" {words}" if words else ""
 
 
 def default(field: dataclasses.Field) -> str:
@@ -159,33 +172,41 @@ def default(field: dataclasses.Field) -> str:
 
 
 def keys_table(config: type, leave_out: typing.Collection[str] = (), prefix: str = "") -> str:
-    """A table of a dataclass's fields with their docstring entries, and long texts that are defaults below it."""
-    texts = {
-        name: text for names, _, text in entries(sections(config)["Parameters"]) for name in names
-    }  # a field without an entry is a KeyError here
-    hints = typing.get_type_hints(config)
+    """A table of a dataclass's fields with their documentation, and long texts that are defaults below it."""
+    hints, texts = typing.get_type_hints(config, include_extras=True), documentation(config)
     rows, long_texts = ["| key | default | |", "|---|---|---|"], []
     for field in dataclasses.fields(config):
         if field.name in leave_out:
             continue
         kind, value = type_name(hints[field.name], field.metadata.get("choices", ())), default(field)
-        section = dataclasses.is_dataclass(hints[field.name]) and config is aries.AriesConfig
-        text = sections(hints[field.name])[""].partition(". ")[0].rstrip(".") + "." if section else texts[field.name]
-        rows.append(f"| `{field.name}` | {value} | *{kind}.* {cell(text)} |")
+        rows.append(f"| `{field.name}` | {value} | *{kind}.* {cell(texts[field.name])} |")
         if value == "below":
             long_texts.append(f"Default of `{prefix}{field.name}`:\n\n```text\n{field.default}\n```\n")
     return "\n".join([*rows, "", *long_texts])
 
 
+def documentation(config: type) -> dict[str, str]:
+    """The text of each field: below it in a recipe's section, and in the docstring of a trainer's config."""
+    if not issubclass(config, Section):
+        return {name: text for names, _, text in entries(sections(config)["Parameters"]) for name in names}
+    texts = {
+        name: (sections(hint)[""].partition(". ")[0].rstrip(".") + ".")
+        for name, hint in typing.get_type_hints(config).items()
+        if dataclasses.is_dataclass(hint)
+    }
+    for cls in reversed(config.__mro__):
+        for name, field in getattr(cls, "__pydantic_fields__", {}).items():
+            texts |= {name: field.description} if field.description else {}
+    return texts
+
+
 def recipe_keys() -> str:
-    hints = typing.get_type_hints(aries.AriesConfig)
-    documented = [name for names, _, _ in entries(sections(aries.AriesConfig)["Parameters"]) for name in names]
     parts = [RECIPE_KEYS, ARIES_KEYS, keys_table(aries.AriesConfig)]
-    # In the docstring's order, which is that of the data
-    configs = {name: hints[name] for name in documented if dataclasses.is_dataclass(hints[name])}
     shared = {field.name for field in dataclasses.fields(aries.ScoresConfig)}
+    configs = typing.get_type_hints(aries.AriesConfig) | {"training": aries.LoopConfig}
     for name, config in configs.items():
-        parts += keys_section(name, config)
+        if dataclasses.is_dataclass(config):
+            parts += keys_section(name, config)
         if config is aries.PromptsConfig:
             parts += keys_section("dataset", aries.DatasetConfig)
         if config is aries.ScoresConfig:

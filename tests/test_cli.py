@@ -126,7 +126,7 @@ class TestErrors:
         [
             ({"lerning_rate": 1.0}, [], ["x.yaml:", "unknown key `lerning_rate`. Did you mean `learning_rate`?"]),
             ({}, ["--lerning_rate", "1"], ["command line: unknown flag `--lerning_rate`"]),
-            ({"learning_rate": "5e-7"}, [], ["x.yaml:", "`learning_rate` must be a number", "write `5.0e-7`"]),
+            ({"learning_rate": "5e-7"}, [], ["x.yaml:", "`learning_rate` must be a number", "write `5.0e-07`"]),
             ({"alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"ld_alpha": 0.5}, [], ["`ld_alpha=0.5` is not supported by TDPOTrainer"]),
             ({"use_weighting": True}, [], ["`use_weighting=True` is not supported by TDPOTrainer"]),

@@ -15,23 +15,20 @@ import pytest
 import yaml
 
 from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.aries import config as aries_config
 from trl_ext.aries.checks.gates import DECISIONS, measure_pairs
 from trl_ext.aries.config import (
     LOOP_KEYS,
     AriesConfig,
     GenerationConfig,
-    JudgeConfig,
     PairsConfig,
-    ScorerConfig,
     ScoresConfig,
 )
+from trl_ext.aries.config.templates import REFINEMENT_TEMPLATE
 from trl_ext.aries.data.pairs import Pair, preference_rows
 from trl_ext.aries.data.records import Answer, Chain
 from trl_ext.aries.data.templates import compile_template
 from trl_ext.aries.run_dir import RoundDir, RunDir
 from trl_ext.aries.scoring.evaluation import evaluation_metrics
-from trl_ext.aries.templates import REFINEMENT_TEMPLATE
 from trl_ext.recipe import Recipe, check_keys, parse_section
 from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES
 
@@ -101,19 +98,6 @@ def made_pages() -> dict[str, str]:
     return runpy.run_path(str(ROOT / "docs" / "reference.py"))["pages"]()
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(AriesConfig), ids=lambda field: field.name)
-def test_both_pages_of_recipe_keys_call_the_same_defaults_house(field):
-    """aries.md, written by hand, and recipe_keys.md, from the docstrings."""
-    if not dataclasses.is_dataclass(field.type):
-        return
-    written, made = (
-        dict(re.findall(r"^\| `(\w+)` \|(.*)$", section(DOCS[page], f"`{field.name}`"), flags=re.MULTILINE))
-        for page in ("aries", "recipe_keys")
-    )
-    house = {key for key, text in written.items() if re.search(r"\| house", text)}
-    assert house <= {key for key, text in made.items() if "**house**" in text}
-
-
 def test_index_lists_every_page():
     assert set(re.findall(r"^\| \[(\w+)\.md\]", DOCS["README"], flags=re.MULTILINE)) == DOCS.keys() - {"README"}
 
@@ -147,46 +131,11 @@ def test_every_accepted_architecture_is_listed():
 # ARIES
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(AriesConfig), ids=lambda field: field.name)
-def test_every_recipe_key_has_its_line_and_default(field):
-    if not dataclasses.is_dataclass(field.type):
-        assert f"`{field.name}`" in DOCS["aries"]
-        if field.default not in (None, dataclasses.MISSING):
-            assert f"| `{field.name}` | `{field.default}` |" in section(DOCS["aries"], "Top level")
-        return
-    text = section(DOCS["aries"], f"`{field.name}`")
-    for key in dataclasses.fields(field.type):
-        (default,) = re.findall(rf"^\| `{key.name}` \| ([^|]+) \|", text, flags=re.MULTILINE)
-        if key.default is dataclasses.MISSING:
-            assert default == "required"
-        elif key.default is None:
-            assert not default.startswith("`")
-        else:
-            assert yaml.safe_load(default.strip("`")) == key.default
-
-
-def test_every_key_of_the_loop_in_the_training_section_has_its_line():
-    keys = re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "`training`"), flags=re.MULTILINE)
-    assert keys == list(LOOP_KEYS)
-
-
-@pytest.mark.parametrize(("heading", "cls"), [("`judge`", JudgeConfig), ("`scorers`", ScorerConfig)])
-def test_every_key_of_a_scorer_has_its_line_and_default(heading, cls):
-    shared = {field.name for field in dataclasses.fields(ScoresConfig)}
-    for key in dataclasses.fields(cls):
-        if key.name in shared:
-            continue
-        (default,) = re.findall(
-            rf"^\| `{key.name}` \| ([^|]+) \|", section(DOCS["aries"], heading), flags=re.MULTILINE
-        )
-        if key.default is dataclasses.MISSING:
-            assert default == "required"
-        elif key.name == "name":
-            assert default == "`verifier`, `reward_model` or `judge`"
-        elif key.default is None:
-            assert not default.startswith("`")
-        elif key.default is not aries_config.JUDGE_TEMPLATE:
-            assert yaml.safe_load(default.strip("`")) == key.default
+def test_every_section_of_a_recipe_is_explained():
+    """The keys themselves are in a page made from the code, which takes the text below each field; here only that none lacks it."""
+    for field in dataclasses.fields(AriesConfig):
+        assert f"`{field.name}`" in DOCS["recipe_keys"]
+    assert not re.findall(r"^\| `\w+` .*\.\* *\|$", DOCS["recipe_keys"], flags=re.MULTILINE)
 
 
 def test_every_drop_reason_is_explained():

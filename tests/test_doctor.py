@@ -328,7 +328,7 @@ class TestAriesRecipe:
                 "`model.model_name_or_path`: org/not-there cannot be read",
             ),
             ("prompts", {"per_round": 100}, "`prompts.per_round`: 2 rounds of 100 fresh prompts need 200 rows"),
-            ("drafts", {"top_p": 2.0}, "`drafts.top_p` must be in (0, 1]"),
+            ("drafts", {"top_p": 2.0}, "`drafts.top_p` must be at most 1"),
         ],
     )
     def test_what_fails_is_one_line(self, recipe, capsys, section, keys, part):

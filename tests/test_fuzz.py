@@ -5,13 +5,14 @@ its final name that was not written whole. Examples are made by hypothesis, the 
 
 import json
 import re
+from typing import get_type_hints
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.aries.tiny_run import MINIMAL
-from trl_ext.aries.config import AriesConfig, DatasetConfig
+from trl_ext.aries.config import LOOP_KEYS, AriesConfig, DatasetConfig
 from trl_ext.aries.data.prompts import load_prompts
 from trl_ext.aries.data.records import read_jsonl, recover_jsonl, to_line, write_jsonl
 from trl_ext.aries.data.templates import compile_template, refinement_prompt
@@ -48,11 +49,13 @@ RECIPE = {
     "refinements": {"strategy": "few_shot"},
 }
 SECTIONS = {
-    name: list(getattr(hint, "__dataclass_fields__", {})) for name, hint in AriesConfig.__annotations__.items()
+    name: list(getattr(hint, "__dataclass_fields__", {}))
+    for name, hint in get_type_hints(AriesConfig).items()
+    if name != "_"
 } | {
     "model": ["model_name_or_path", "lora_r", "use_peft"],
     "sft": ["dataset"],
-    "training": ["trainer", "reference", "objective", "objective_alpha"],
+    "training": list(LOOP_KEYS),
 }
 # A key of the recipe, or of one of its sections
 places = st.sampled_from(

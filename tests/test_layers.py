@@ -16,13 +16,14 @@ import trl_ext
 
 PACKAGE = Path(trl_ext.__file__).parent
 
-# Part of the package -> the parts it may import. `recipe` and `recipe_values` are at the bottom, beside `losses`: they
+# Part of the package -> the parts it may import. `recipe`, `recipe_checks` and `recipe_values` are at the bottom, beside `losses`: they
 # turn YAML into dataclasses and know no trainer; `processes` knows nothing of what runs in them.
 MAY_IMPORT = {
     "processes": set(),
     "fork_server": {"processes"},
     "recipe_values": set(),
-    "recipe": {"recipe_values"},
+    "recipe_checks": {"recipe_values"},
+    "recipe": {"recipe_checks", "recipe_values"},
     "outputs": {"recipe_values"},
     "model_files": set(),
     "launch": {"recipe"},
@@ -40,11 +41,13 @@ MAY_IMPORT = {
             "launch",
             "terminal",
             "recipe",
+            "recipe_checks",
             "recipe_values",
             "losses",
             "kernels",
+            "rows",
         ),
-        *("rows", "trainers", "outputs", "model_files"),
+        *("trainers", "outputs", "model_files"),
     },
     "scripts": {
         *("data_files", "processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "rows", "trainers"),
@@ -182,7 +185,7 @@ def test_unknown_names_are_attribute_errors():
 
 # The rooms of `aries`, in the order in which they may import one another: what a round reads and writes, then what it does
 ROOMS = [
-    *("children", "templates", "config", "data", "run_dir", "policies", "generation", "training", "scoring", "checks"),
+    *("children", "config", "data", "run_dir", "policies", "generation", "training", "scoring", "checks"),
     *("inputs", "provenance", "manifest", "results", "stages", "rounds"),
 ]
 

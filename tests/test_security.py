@@ -104,7 +104,7 @@ def test_what_is_no_secret_is_taken(monkeypatch, changes):
 )
 def test_secrets_of_a_judge_are_refused_without_showing_them(judge):
     recipe = {**MINIMAL, "scores": {"judge": {"model": "m", **judge}}}
-    with pytest.raises(RecipeError, match="`judge.(base_url|api_key_env)`") as error:
+    with pytest.raises(RecipeError, match=r"`scores\.judge\.(base_url|api_key_env)`") as error:
         parse_section(Recipe(None, recipe, {}), AriesConfig)
     assert "abc" not in str(error.value)
 

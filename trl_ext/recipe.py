@@ -1,8 +1,8 @@
 """
 Recipes: the only place where YAML becomes dataclasses.
 
-In: a YAML file and what the command line adds to it. Out: instances of the dataclasses the caller names. Every key is known,
-every value has the type its field declares, and whatever is wrong is said in one [`RecipeError`] with file, line and way out.
+In: a YAML file and what the command line adds to it. Out: instances of the dataclasses that the caller names. Everything that is wrong
+is in one [`RecipeError`], with its file and line, and what to type instead.
 
 Two shapes: a trainer's recipe is TRL's flat mapping over several dataclasses ([`parse_flat`]); an ARIES recipe has one
 section per stage ([`parse_section`]). Deliberately not here: interpolation, includes, inheritance between files.
@@ -12,34 +12,22 @@ import copy
 import dataclasses
 import os
 import re
-import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
-from .recipe_values import (
-    LAUNCH_KEYS,
-    RecipeError,
-    check_value,
-    dotted,
-    is_secret,
-    show,
-    union_members,
-    unknown_key,
-    unwritable,
-)
+from .recipe_checks import check_mapping, problems
+from .recipe_values import LAUNCH_KEYS, RecipeError, dotted, is_secret, leaves, show, unknown_key, unwritable
 
 
 COMMAND_LINE = "command line"
 
-# Of a recipe, aliases counted as often as they stand for something
+# Largest accepted number of values in a recipe, with aliases counted each time they are used
 MOST_VALUES = 10_000
-
-# Fields declared as text for which the trainer also takes a bare `true`
-_TRUE_TOO = ("resume_from_checkpoint", "fsdp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +37,7 @@ class Recipe:
 
     Args:
         path (`Path` or `None`):
-            The file, `None` when all comes from the command line.
+            The file, or `None` if everything comes from the command line.
         mapping (`dict`):
             What the file says.
         locations (`dict[tuple, str]`):
@@ -67,7 +55,7 @@ class Recipe:
         return self.locations.get(keys, str(self.path or COMMAND_LINE))
 
     def at(self, *keys: str | int) -> Any:
-        """The value at `keys`, `None` where a section is missing."""
+        """The value at `keys`, or `None` if a section is missing."""
         value = self.mapping
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None if value is None else value[key]
@@ -117,8 +105,8 @@ def load_yaml(path: str | Path) -> Recipe:
 
 def _locations(node: yaml.Node, path: Path, keys: tuple = ()) -> dict[tuple, str]:
     """
-    Key path -> `"file:line"` for the whole tree. A duplicate key, which YAML would settle in silence, is an error, and so are
-    aliases of aliases that make a few lines a tree too large to walk.
+    `"file:line"` of every path of keys. A key that is written twice is an error, though YAML would silently take the last one; so are
+    aliases of aliases, which make a few lines a tree too large to walk.
     """
     locations = {}
     if isinstance(node, yaml.ScalarNode):
@@ -149,7 +137,7 @@ def _locations(node: yaml.Node, path: Path, keys: tuple = ()) -> dict[tuple, str
 
 
 def _check_scalar(node: yaml.ScalarNode, path: Path, keys: tuple) -> Any:
-    """The value of a scalar. PyYAML makes `!!int x` or a 30th of February whatever error its conversion happens to raise."""
+    """The value of a scalar. For `!!int x` or a 30th of February, PyYAML lets through any error of its conversion."""
     try:
         value = yaml.SafeLoader("").construct_object(node, deep=True)
     except yaml.YAMLError:
@@ -171,16 +159,18 @@ def export_env(recipe: Recipe) -> Recipe:
     Put the recipe's `env:` into `os.environ`, as TRL does, and return the recipe without it.
 
     Raises:
-        [`RecipeError`]: `env` is no mapping of names to values, or the recipe holds a secret: recipes are copied, shared and
+        [`RecipeError`]: `env` is not a mapping of names to values, or the recipe holds a secret: recipes are copied, shared and
             committed.
     """
     env = recipe.mapping.get("env", {})
     if not isinstance(env, dict):
         raise RecipeError(f"{recipe.where('env')}: `env` must be a mapping of names to values, got {show(env)}.")
-    _refuse_secrets(recipe, recipe.mapping)
+    _refuse_secrets(recipe)
     for name, value in env.items():
         if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
-            raise RecipeError(f"{recipe.where('env', name)}: `env` has {show(name)}, which is no name of a variable.")
+            raise RecipeError(
+                f"{recipe.where('env', name)}: `env` has {show(name)}, which is not the name of a variable."
+            )
         if value is None or isinstance(value, (dict, list)):
             raise RecipeError(f"{recipe.where('env', name)}: `env.{name}` must be one value, got {show(value)}.")
     for name, value in env.items():
@@ -188,26 +178,21 @@ def export_env(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, mapping={k: v for k, v in recipe.mapping.items() if k != "env"})
 
 
-def _refuse_secrets(recipe: Recipe, value: Any, keys: tuple = ()) -> None:
+def _refuse_secrets(recipe: Recipe) -> None:
     """The error names the key and never shows the value."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _refuse_secrets(recipe, inner, (*keys, key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            _refuse_secrets(recipe, inner, (*keys, index))
-    elif isinstance(value, str) and value and is_secret(keys, value):
-        name = (
-            keys[-1]
-            if keys[0] == "env"
-            else "HF_TOKEN"
-            if "hub_token" in keys
-            else "the variable that is meant for it"
-        )
-        raise RecipeError(
-            f"{recipe.where(*keys)}: `{dotted(keys)}` is a secret, and recipes are copied and shared. Remove the line, and export {name} "
-            "in the shell instead."
-        )
+    for keys, value in leaves(recipe.mapping):
+        if isinstance(value, str) and value and is_secret(keys, value):
+            name = (
+                "HF_TOKEN"
+                if "hub_token" in keys
+                else keys[-1]
+                if keys[0] == "env"
+                else "the variable that is meant for it"
+            )
+            raise RecipeError(
+                f"{recipe.where(*keys)}: `{dotted(keys)}` is a secret, and recipes are copied and shared. Remove the line, and export "
+                f"{name} in the shell instead."
+            )
 
 
 # Command line
@@ -268,10 +253,10 @@ def _override_value(flag: str, text: str) -> Any:
             value = float(text)
         elif text[:1] in ("[", "{", "'", '"'):
             value = loader.get_single_data()
-        else:  # not as a document: "Query: " in a prompt is text, no mapping
+        else:  # not as a document: "Query: " in a prompt is text, not a mapping
             tag = loader.resolve(yaml.ScalarNode, text, (True, False))
             value = loader.construct_object(yaml.ScalarNode(tag, text))
-    except Exception as error:  # PyYAML's own, or whatever its conversion of a scalar happens to raise
+    except Exception as error:  # PyYAML's own, or any error of its conversion of a scalar
         raise RecipeError(f"{COMMAND_LINE}: `{flag}`: not a YAML value: {text}") from error
     problem = unwritable(value)
     if problem:
@@ -284,24 +269,12 @@ def _override_value(flag: str, text: str) -> Any:
 
 def parse_section(recipe: Recipe, cls: type, keys: tuple = ()) -> Any:
     """
-    Build `cls` from the section at `keys` (the whole recipe by default); nested dataclasses are nested sections.
+    Build `cls`, a [`~recipe_values.section`], from the section at `keys` (the whole recipe by default).
 
     Raises:
-        [`RecipeError`]: all unknown keys, wrong types and missing keys, one per line, or what `__post_init__` refused.
+        [`RecipeError`]: everything that is wrong, one problem per line.
     """
-    values = check_keys(recipe, [cls], keys)
-    section = f"`{dotted(keys)}`" if keys else "the recipe"
-    for field in dataclasses.fields(cls):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.init and required and field.name not in values:
-            meaning = f": {field.metadata['help']}" if "help" in field.metadata else "."
-            raise RecipeError(f"{recipe.where(*keys)}: {section} needs the key `{field.name}`{meaning}")
-    try:
-        return cls(**values)
-    except RecipeError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{recipe.where(*keys)}: {section}: {error}") from error
+    return _checked(recipe, TypeAdapter(cls).validate_python, (cls,), keys)
 
 
 def check_keys(recipe: Recipe, classes: Iterable[type], keys: tuple = (), also: Iterable[str] = ()) -> dict[str, Any]:
@@ -309,47 +282,25 @@ def check_keys(recipe: Recipe, classes: Iterable[type], keys: tuple = (), also: 
     The checked values of the mapping at `keys`, whose keys are the fields of `classes`; those in `also` are left out.
     Nothing is built, except nested dataclasses.
     """
+    classes = tuple(classes)
+    return _checked(recipe, lambda section: check_mapping(section, classes), classes, keys, tuple(also))
+
+
+def _checked(
+    recipe: Recipe, check: Callable, classes: tuple[type, ...], keys: tuple, also: tuple[str, ...] = ()
+) -> Any:
     section = recipe.at(*keys)
-    section = {} if section is None else section
-    if not isinstance(section, dict):
+    if not isinstance(section, dict | None):
         raise RecipeError(
             f"{recipe.where(*keys)}: `{dotted(keys)}` must be a mapping of `key: value` lines, got {show(section)}."
         )
-    fields = {}
-    for cls in classes:
-        hints = typing.get_type_hints(cls)
-        fields |= {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
-    values, problems = {}, []
-    for key, value in section.items():
-        if key in also:
-            continue
-        try:
-            if key not in fields:
-                raise RecipeError(f"{recipe.where(*keys, key)}: " + unknown_key(key, (*fields, *also), keys))
-            values[key] = _parse_field(recipe, (*keys, key), value, *fields[key])
-        except RecipeError as error:
-            problems.append(str(error))
-    if problems:
-        raise RecipeError("\n".join(problems))
-    return values
-
-
-def _parse_field(recipe: Recipe, keys: tuple, value: Any, field: dataclasses.Field, hint: Any) -> Any:
-    members = [member for member in union_members(hint) if member is not types.NoneType]
-    core = members[0] if len(members) == 1 else hint
-    item = (typing.get_args(core) or (None,))[-1]
-    if dataclasses.is_dataclass(core) and (value is not None or core is hint):
-        return parse_section(recipe, core, keys)
-    if dataclasses.is_dataclass(item) and isinstance(value, list):
-        return [parse_section(recipe, item, (*keys, index)) for index in range(len(value))]
-    if dataclasses.is_dataclass(item) and isinstance(value, dict):
-        return {name: parse_section(recipe, item, (*keys, name)) for name in value}
-    if field.name in _TRUE_TOO and value is True:
-        return value
+    section = {key: value for key, value in (section or {}).items() if key not in also}
     try:
-        return check_value(value, hint, field.metadata.get("choices"))
-    except RecipeError as error:
-        raise RecipeError(f"{recipe.where(*keys)}: `{dotted(keys)}` {error}") from error
+        return check(section)
+    except ValidationError as error:
+        # Its own text would show the values, some of which may be secret
+        found = problems(error, section, classes, keys, also)
+        raise RecipeError("\n".join(f"{recipe.where(*place)}: {text}" for place, text in found)) from None
 
 
 def parse_flat(
@@ -389,16 +340,16 @@ def parse_flat(
     if unknown:
         flags = [token.partition("=")[0].removeprefix("--") for token in unknown if token.startswith("--")]
         known = [field.name for cls in classes for field in dataclasses.fields(cls)]
-        problems = [unknown_key(flag.replace("-", "_"), known, flag=True) for flag in flags]
-        problems = problems or [f"unexpected argument `{unknown[0]}`. Options are `--key value`."]
-        raise RecipeError("\n".join(f"{COMMAND_LINE}: {problem}" for problem in problems))
+        found = [unknown_key(flag.replace("-", "_"), known, flag=True) for flag in flags]
+        found = found or [f"unexpected argument `{unknown[0]}`. Options are `--key value`."]
+        raise RecipeError("\n".join(f"{COMMAND_LINE}: {text}" for text in found))
     try:
         # TRL would also read a file `trl-ext.args` beside the script
         parsed = parser.parse_args_into_dataclasses(list(overrides), look_for_args_file=False)
     except (ValueError, TypeError, ImportError) as error:
-        # transformers names the cause, a bf16 recipe on a machine without a GPU, and half of the way out
-        way_out = " Add `--use_cpu --bf16 false`." if "assign use_cpu" in str(error) else ""
-        raise RecipeError(f"{recipe.where()}: {error}{way_out}") from error
+        # transformers names the cause, a bf16 recipe on a machine without a GPU, and half of the fix
+        fix = " Add `--use_cpu --bf16 false`." if "assign use_cpu" in str(error) else ""
+        raise RecipeError(f"{recipe.where()}: {error}{fix}") from error
     for instance in parsed:
         for field in dataclasses.fields(instance):
             problem = unwritable(getattr(instance, field.name))

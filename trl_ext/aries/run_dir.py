@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 
 from ..outputs import check_apart
 from ..recipe import RecipeError
-from ..recipe_values import union_members
 from .config import AriesConfig
 from .data.disk import writing
 from .data.records import append_lines, write_atomically, write_json
@@ -266,7 +265,7 @@ def with_defaults(recorded: Any, cls: type) -> Any:
                 complete[field.name] = json.loads(json.dumps(asdict(field.default_factory())))
             continue
         value = recorded[field.name]
-        for member in union_members(hints[field.name]):
+        for member in typing.get_args(hints[field.name]) or (hints[field.name],):
             items = typing.get_args(member)
             if is_dataclass(member):
                 complete[field.name] = with_defaults(value, member)

@@ -7,11 +7,12 @@ method refuses is a problem here already.
 
 import copy
 import re
+from dataclasses import make_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..recipe import Recipe, RecipeError, check_keys
-from ..recipe_values import LAUNCH_KEYS, check_value, is_secret, unknown_key
+from ..recipe_values import LAUNCH_KEYS, is_secret, unknown_key
 from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
 from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, WANDB
@@ -106,11 +107,10 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
 def _check_types(old: dict[str, Any], migration: Migration, types: dict[str, Any] = TYPES) -> None:
     """Move values that no step could read to the problems."""
     for key in [key for key in types if old.get(key) is not None]:
-        try:
-            check_value(old[key], types[key])
-        except RecipeError as error:
+        problem = _problem((make_dataclass("Keys", [(key, types[key])]),), key, old[key])
+        if problem:
             del old[key]
-            migration.problems.append(f"`{key}` {error}")
+            migration.problems.append(problem)
 
 
 def _names(old: dict[str, Any], migration: Migration) -> None:

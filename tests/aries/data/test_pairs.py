@@ -175,7 +175,7 @@ def test_rule_based_does_not_look_at_the_scores_but_keeps_them_for_the_guard():
     ("config", "key"),
     [
         ({"pairs_per_prompt": 0}, "pairs_per_prompt"),
-        ({"pairs_per_prompt": 2, "selection": "rule_based"}, "pairs.selection"),
+        ({"pairs_per_prompt": 2, "selection": "rule_based"}, "needs `pairs.selection: best_over_worst`"),
         ({"max_length_ratio": 0.9}, "max_length_ratio"),
     ],
 )

@@ -137,9 +137,12 @@ def test_entries_have_trl_s_keys():
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({}, "`prompts.dataset`"),
-        ({"dataset": "a", "datasets": [DatasetConfig("b")]}, "`prompts.datasets`"),
-        ({"datasets": [DatasetConfig("a", fraction=0.5), DatasetConfig("b")]}, "`fraction`"),
+        ({}, "`dataset` is missing"),
+        ({"dataset": "a", "datasets": [DatasetConfig("b")]}, "are both given. Remove one"),
+        (
+            {"datasets": [DatasetConfig("a", fraction=0.5), DatasetConfig("b")]},
+            "give a `fraction` to every dataset",
+        ),
     ],
 )
 def test_one_dataset_or_a_whole_mixture(given, key):

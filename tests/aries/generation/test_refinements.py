@@ -9,18 +9,18 @@ import time
 import pytest
 
 from trl_ext.aries.config import RefinementsConfig
-from trl_ext.aries.data.records import Chain
-from trl_ext.aries.data.templates import compile_template, refinement_prompt
-from trl_ext.aries.generation import refinements
-from trl_ext.aries.generation.chains import run_chains
-from trl_ext.aries.generation.refinements import Strategy, find_answer
-from trl_ext.aries.templates import (
+from trl_ext.aries.config.templates import (
     EVALUATION_TEMPLATE,
     FEW_SHOT_TEMPLATE,
     REFINEMENT_TEMPLATE,
     SELF_EVALUATION_TEMPLATE,
     TEMPLATES,
 )
+from trl_ext.aries.data.records import Chain
+from trl_ext.aries.data.templates import compile_template, refinement_prompt
+from trl_ext.aries.generation import refinements
+from trl_ext.aries.generation.chains import run_chains
+from trl_ext.aries.generation.refinements import Strategy, find_answer
 from trl_ext.recipe import RecipeError
 
 

@@ -453,11 +453,11 @@ def test_the_package_that_is_missing_is_named(monkeypatch):
     [
         ({"base_urls": []}, "`generation.base_urls`"),
         ({"base_urls": ["localhost:8000"]}, "`generation.base_urls` must start with http"),
-        ({"base_urls": ["http://user:abc@localhost"]}, "`generation.base_urls`.*`generation.api_key_env`"),
+        ({"base_urls": ["http://user:abc@localhost"]}, "`generation.base_urls` holds a user, a password"),
         ({"base_urls": ["http://a", "http://a"]}, "`generation.base_urls` has http://a twice"),
-        ({"base_urls": ["http://a"], "api_key_env": "abc-def"}, "`generation.api_key_env`"),
-        ({"base_urls": ["http://a"], "timeout": 0}, "`generation.timeout`"),
-        ({"base_urls": ["http://a"]}, "`model.use_peft: true`"),
+        ({"base_urls": ["http://a"], "api_key_env": "abc-def"}, "`generation.api_key_env` is not the name"),
+        ({"base_urls": ["http://a"], "timeout": 0}, "`generation.timeout` must be positive"),
+        ({"base_urls": ["http://a"]}, "full fine-tuning makes new ones in every round.*`model.use_peft: true`"),
     ],
 )
 def test_what_a_recipe_may_not_say(sections, message):

@@ -215,17 +215,26 @@ class TestSeveralScorers:
     @pytest.mark.parametrize(
         ("scores", "key"),
         [
-            ({"verifier": "v.py:f", "reward_model": "rm"}, "`scores.scorers`"),
-            ({"reward_model": "rm", "scorers": [{"verifier": "v.py:f"}]}, "`scorers` and a `reward_model`"),
-            ({"scorers": []}, "`scores.scorers`"),
-            ({"scorers": [{"weight": 1.0}]}, r"`scorers\[0\]`"),
-            ({"scorers": [{"verifier": "a.py:f"}, {"verifier": "b.py:f"}]}, "verifier.*`name`"),
-            ({"scorers": [{"verifier": "a.py:f", "weight": 0.0}]}, "`weight`"),
-            ({"scorers": [{"verifier": "a.py:f", "name": "a/b"}]}, "`name`.*'a/b'"),
-            ({"judge": {"base_url": "localhost:8000", "model": "m"}}, "'localhost:8000'"),
-            ({"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a }}"}}, "`answer_b`"),
-            ({"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ x | y }}"}}, "`judge.template`.*'y'"),
-            ({"judge": {"base_url": "http://h/v1"}}, "`model`"),
+            (
+                {"verifier": "v.py:f", "reward_model": "rm"},
+                "`verifier` and `reward_model` are given together.*`scores.scorers`",
+            ),
+            ({"reward_model": "rm", "scorers": [{"verifier": "v.py:f"}]}, "both `scorers` and a `reward_model`"),
+            ({"scorers": []}, "`scores.scorers` is empty"),
+            ({"scorers": [{"weight": 1.0}]}, r"`scorers\[0\]`: a scorer names a `verifier`"),
+            ({"scorers": [{"verifier": "a.py:f"}, {"verifier": "b.py:f"}]}, "two called verifier. Give each a `name`"),
+            ({"scorers": [{"verifier": "a.py:f", "weight": 0.0}]}, r"`scorers\[0\].weight` must not be 0"),
+            ({"scorers": [{"verifier": "a.py:f", "name": "a/b"}]}, r"`scorers\[0\].name` .*'a/b'"),
+            ({"judge": {"base_url": "localhost:8000", "model": "m"}}, "must start with http://.*'localhost:8000'"),
+            (
+                {"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a }}"}},
+                "never mentions `answer_b`",
+            ),
+            (
+                {"judge": {"base_url": "http://h/v1", "model": "m", "template": "{{ answer_a | best }}"}},
+                "`judge.template` is not valid Jinja2: No filter named 'best'",
+            ),
+            ({"judge": {"base_url": "http://h/v1"}}, "`judge.model` is missing"),
         ],
     )
     def test_a_bad_section_is_named(self, scores, key):

@@ -58,11 +58,14 @@ def test_names_and_files(tmp_path):
         ),
         (
             {"accelerate_config": 2},
-            "`training.accelerate_config` must be a file, or a name such as ddp or fsdp2, got 2",
+            "`training.accelerate_config` must be text, got 2",
         ),
         ({"num_processes": 2}, "`training.num_processes` belongs to `training.accelerate_config`. Set that too"),
-        ({"accelerate_config": "ddp", "num_processes": 0}, "must be a positive whole number, got 0"),
-        ({"accelerate_config": "ddp", "num_processes": True}, "must be a positive whole number, got True"),
+        ({"accelerate_config": "ddp", "num_processes": 0}, "`training.num_processes` must be positive, got 0"),
+        (
+            {"accelerate_config": "ddp", "num_processes": True},
+            "`training.num_processes` must be a whole number, got true",
+        ),
     ],
 )
 def test_keys(tmp_path, training, message):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import LOOP_KEYS, AriesConfig, objective_alpha
+from ..config import LOOP_KEYS, AriesConfig
 from ..policies import Policy, policy_after, product
 from ..run_dir import RunDir
 
@@ -73,7 +73,7 @@ def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> Train
     keys = {**defaults, **own, "output_dir": output_dir}
     if number == 0:
         return TrainerSettings("sft", keys)
-    return TrainerSettings(section.get("trainer", "dpo"), keys, objective_alpha(config))
+    return TrainerSettings(config.loop.trainer, keys, config.loop.alpha)
 
 
 def training_of(run: RunDir, config: AriesConfig, number: int) -> Training:
@@ -83,8 +83,7 @@ def training_of(run: RunDir, config: AriesConfig, number: int) -> Training:
         policy = reference = Policy(config.model["model_name_or_path"], None)
     else:
         policy = policy_after(run, config, number - 1)
-        initial = config.training.get("reference", "previous") == "initial"
-        reference = policy_after(run, config, 0) if initial else policy
+        reference = policy_after(run, config, 0) if config.loop.reference == "initial" else policy
     return Training(
         trainer_settings(config, number, str(round_dir.training)),
         config.model,

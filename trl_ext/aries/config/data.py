@@ -1,0 +1,88 @@
+"""
+The data of a run: the prompts to learn from, and those of the evaluation.
+"""
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from ...recipe_checks import Section, Texts, section
+
+
+@section
+class DatasetConfig(Section):
+    """One dataset of a mixture, with the keys of TRL's `DatasetConfig`."""
+
+    path: str
+    """A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a directory of them, or a dataset id on the Hub."""
+    name: str | None = None
+    """As `datasets.load_dataset` takes it."""
+    data_dir: str | None = None
+    """As `datasets.load_dataset` takes it."""
+    data_files: str | list[str] | dict[str, str] | None = None
+    """As `datasets.load_dataset` takes them."""
+    split: str = "train"
+    """Split of a directory or a Hub dataset."""
+    columns: Texts | None = None
+    """The columns to keep. Default: all."""
+    fraction: PositiveFloat | None = None
+    """Share of the mixture: from each dataset the first rows, in these proportions, as many as there can be. Give it
+    to all datasets or to none. Default: all rows."""
+
+
+@section
+class Source(Section):
+    """The keys that `prompts` and `evaluation` share: one dataset, or a mixture."""
+
+    dataset: str | None = None
+    """A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a directory of them, or a dataset id on the Hub."""
+    datasets: list[DatasetConfig] | None = None
+    """Instead of `dataset`, a mixture of several, as in TRL's `DatasetMixtureConfig`."""
+    split: str | None = None
+    """Split of a directory or a Hub dataset; a file has one."""
+
+    def entries(self) -> list[DatasetConfig]:
+        """The datasets, one or several."""
+        return self.datasets or [DatasetConfig(self.dataset, split=self.split)]
+
+    @model_validator(mode="after")
+    def check_source(self):
+        if self.dataset is None and not self.datasets:
+            raise ValueError(
+                "`dataset` is missing: a file, or a dataset id on the Hub. Or list several as `datasets`."
+            )
+        if self.dataset is not None and self.datasets:
+            raise ValueError("`dataset` and `datasets` are both given. Remove one.")
+        if len({entry.fraction is None for entry in self.datasets or []}) > 1:
+            raise ValueError("give a `fraction` to every dataset of `datasets`, or to none.")
+        return self
+
+
+@section
+class PromptsConfig(Source):
+    """
+    Prompts to learn from. A row has `prompt` (text, or messages that end with the user's) and any columns that the scorer
+    asks for.
+    """
+
+    split: str = "train"
+    """Split of a directory or a Hub dataset; a file has one."""
+    per_round: PositiveInt | None = None
+    """Prompts of a round; no row is used in two rounds. The paper uses 5,000 to 10,000. Default: the dataset divided by the rounds."""
+
+
+@section
+class EvaluationConfig(Source):
+    """
+    Prompts that nothing is learned from. Every round's policy answers them, greedily, with the same chain of refinements.
+    """
+
+    split: str = "test"
+    """Split of a directory or a Hub dataset; a file has one."""
+    samples: PositiveInt | None = None
+    """Use only the first ones."""
+    temperature: NonNegativeFloat = 0.0
+    """Sampling temperature; `0` is greedy."""
+    correct_score: float | None = None
+    """Score from which an answer counts as right, for the flips between turns. Default: 1 if all scores are 0 or 1,
+    otherwise no answer is right or wrong."""
+    bootstrap_samples: PositiveInt = 10_000
+    """Resamples of the 95 % bootstrap intervals over prompts. Mean scores have such intervals; shares need none."""

@@ -1,0 +1,60 @@
+"""
+How scored chains become preference pairs.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from ...recipe_checks import Section, section
+from .values import Share
+
+
+@section
+class PairsConfig(Section):
+    """How chains become preference pairs."""
+
+    selection: Literal["best_over_worst", "rule_based"] = "best_over_worst"
+    """`"best_over_worst"` (the paper's reward-model scoring: highest score chosen, lowest rejected) or `"rule_based"`
+    (no scores: the last refinement chosen, the draft rejected, if the chain has settled; the paper names it, the rule
+    is our choice)."""
+    min_margin: NonNegativeFloat = 0.0
+    """The chosen score must exceed the rejected one by more than this."""
+    min_chosen_score: float | None = None
+    """Lowest score of a chosen answer. With a 0/1 verifier, a margin already means right over wrong."""
+    max_rejected_score: float | None = None
+    """Highest score of a rejected answer."""
+    pairs_per_prompt: PositiveInt = 1
+    """For `"best_over_worst"`, pairs of a chain: the best answer over the worst, then the next best over the next
+    worst, no text twice (our choice)."""
+    max_length_ratio: Annotated[float, Field(ge=1)] | None = None
+    """The chosen answer may have at most this many times the tokens of the rejected one. Much shorter ones stay."""
+    settled_similarity: Share = 0.9
+    """For `"rule_based"`, how similar the last two answers must be at least (difflib's ratio of their words; our
+    choice)."""
+    direct_weight: NonNegativeInt = 1
+    """How often an epoch shows a pair's direct row. `0` leaves it out (our choice)."""
+    refinement_weight: NonNegativeInt = 1
+    """How often an epoch shows each of a pair's two refinement rows, from the rejected and from the chosen draft. `0`
+    leaves them out (our choice)."""
+    learn: Literal["answer", "full_text"] = "answer"
+    """With `generation.answer_pattern`, what a training row holds: `"answer"`, or `"full_text"`, all that was
+    generated, including a thinking model's thought. The answer is refined and scored in either case."""
+    guard: Literal["stop", "skip", "warn"] = "stop"
+    """What happens to a round whose chosen answers do not score higher than its rejected ones on average: `"stop"`
+    ends the run before training, `"skip"` leaves the round untrained and goes on to the next one, `"warn"` trains on
+    it all the same. It cannot judge a `"best_over_worst"` round, which is selected by the same scores and passes by
+    construction (our choice)."""
+
+    @model_validator(mode="after")
+    def check_pairs(self):
+        if self.pairs_per_prompt > 1 and self.selection != "best_over_worst":
+            raise ValueError(
+                "`pairs.pairs_per_prompt` above 1 ranks the answers by score: it needs `pairs.selection: best_over_worst`. The "
+                "rule has one pair per chain."
+            )
+        if self.direct_weight == self.refinement_weight == 0:
+            raise ValueError(
+                "`pairs.direct_weight` and `pairs.refinement_weight` are both 0, so there is nothing to train on."
+            )
+        return self

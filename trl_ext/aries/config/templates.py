@@ -1,0 +1,169 @@
+"""
+The Jinja2 templates of a run: ours, and what a recipe's own must hold.
+
+The templates z of refinements are given `question` (the last user message, or the whole plain-text prompt), `draft` (the answer to
+improve), `drafts` (all answers so far, oldest first), `critique` (what the policy said of the draft; empty in training rows, and if nobody
+judged) and `turn` (the turn of the answer asked for). The paper's templates are not available to us: these are our own.
+"""
+
+from jinja2 import Environment
+from jinja2.meta import find_undeclared_variables
+
+
+VARIABLES = ("question", "draft", "drafts", "critique", "turn")
+
+REFINEMENT_TEMPLATE = """\
+{{ question }}
+
+Here is a draft of an answer:
+
+{{ draft }}
+
+Write a better answer to the question: keep what is right in the draft, correct what is wrong, and add what is missing. \
+Reply with the improved answer only."""
+
+FEW_SHOT_TEMPLATE = """\
+{{ question }}
+
+Here are attempts at an answer, the latest last:
+
+{% for draft in drafts %}Attempt {{ loop.index }}:
+
+{{ draft }}
+
+{% endfor %}Write a better answer to the question: keep what is right in the attempts, correct what is wrong, and add what \
+is missing. Reply with the improved answer only."""
+
+# The same as the refinement template if there is no critique
+SELF_EVALUATION_TEMPLATE = """\
+{{ question }}
+
+Here is a draft of an answer:
+
+{{ draft }}
+
+{% if critique %}Here is an assessment of the draft:
+
+{{ critique }}
+
+{% endif %}Write a better answer to the question: keep what is right in the draft, correct what is wrong, and add what is \
+missing. Reply with the improved answer only."""
+
+EVALUATION_TEMPLATE = """\
+{{ question }}
+
+Here is a draft of an answer:
+
+{{ draft }}
+
+Assess the draft: say what is right in it, what is wrong, and what is missing. Do not write a new answer."""
+
+# Each strategy's own. Parallel sampling asks for no refinements, but its training rows do
+TEMPLATES = {
+    "chain": REFINEMENT_TEMPLATE,
+    "parallel": REFINEMENT_TEMPLATE,
+    "few_shot": FEW_SHOT_TEMPLATE,
+    "self_evaluation": SELF_EVALUATION_TEMPLATE,
+}
+
+# After the pairwise prompt of MT-Bench (https://huggingface.co/papers/2306.05685)
+JUDGE_TEMPLATE = """\
+Compare two answers to the last message of a conversation. Judge how correct, helpful and complete they are. Neither their \
+order nor their length may count.
+
+[Conversation]
+{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}
+[Answer A]
+{{ answer_a }}
+
+[Answer B]
+{{ answer_b }}
+
+Explain your judgement in a few sentences. Then end with the verdict alone: [[A]] if answer A is better, [[B]] if answer B is \
+better, [[C]] for a tie."""
+
+
+def check_refinement_template(name: str, template: str, strategy: str) -> None:
+    """
+    Raises:
+        [`ValueError`]: the template, a recipe's key `name`, does not hold what the strategy puts in it.
+    """
+    variables = template_variables(name, template)
+    if strategy == "few_shot" and "drafts" not in variables:
+        raise ValueError(
+            f"`{name}` never mentions `drafts`, and `refinements.strategy: few_shot` shows all earlier answers. Write "
+            "{% for draft in drafts %}{{ draft }}{% endfor %} where they go, or set `refinements.strategy: chain`."
+        )
+    if not variables & {"draft", "drafts"}:
+        raise ValueError(
+            f"`{name}` never mentions `draft`, so there is nothing to refine. Write {{{{ draft }}}} where the draft goes."
+        )
+    if strategy == "self_evaluation" and "critique" not in variables:
+        raise ValueError(
+            f"`{name}` never mentions `critique`, so judging the draft would change nothing. Write {{% if critique %}}"
+            "{{ critique }}{% endif %} where the critique goes, or set `refinements.strategy: chain`."
+        )
+    if strategy != "self_evaluation" and "critique" in variables:
+        raise ValueError(
+            f"`{name}` mentions `critique`, and `refinements.strategy: {strategy}` has none. Remove it, or set "
+            "`refinements.strategy: self_evaluation`."
+        )
+
+
+def check_evaluation_template(name: str, template: str) -> None:
+    """
+    Raises:
+        [`ValueError`]: the template does not show the draft, or asks for the critique that it is to produce.
+    """
+    variables = template_variables(name, template)
+    if not variables & {"draft", "drafts"}:
+        raise ValueError(
+            f"`{name}` never mentions `draft`, so there is nothing to judge. Write {{{{ draft }}}} where the draft goes."
+        )
+    if "critique" in variables:
+        raise ValueError(f"`{name}` mentions `critique`, which is what it asks for. Remove it.")
+
+
+def check_judge_template(template: str) -> str:
+    """
+    Raises:
+        [`ValueError`]: the template does not show both answers. It may use any column of the prompts.
+    """
+    missing = {"answer_a", "answer_b"} - parse(template)
+    if missing:
+        raise ValueError(
+            f"never mentions {' and '.join(f'`{name}`' for name in sorted(missing))}. Write {{{{ answer_a }}}} and "
+            "{{ answer_b }} where the answers go."
+        )
+    return template
+
+
+def template_variables(name: str, template: str) -> set[str]:
+    """
+    The variables that a template of a refinement uses.
+
+    Raises:
+        [`ValueError`]: it is not valid Jinja2, or uses one it is not given.
+    """
+    try:
+        variables = parse(template)
+    except ValueError as error:
+        raise ValueError(f"`{name}` {error}") from error
+    unknown = sorted(variables - set(VARIABLES) - Environment().globals.keys())
+    if unknown:
+        raise ValueError(
+            f"`{name}` uses {', '.join(f'`{variable}`' for variable in unknown)}, and its variables are "
+            f"{', '.join(f'`{variable}`' for variable in VARIABLES)}."
+        )
+    return variables
+
+
+def parse(template: str) -> set[str]:
+    """The names that a template does not define itself."""
+    environment = Environment()
+    try:
+        environment.from_string(template)  # an unknown filter shows here
+        return find_undeclared_variables(environment.parse(template))
+    except Exception as error:  # the user's code: Jinja2 passes on the errors of Python's compiler
+        raise ValueError(f"is not valid Jinja2: {str(error).rstrip('.')}.") from error
