@@ -109,6 +109,17 @@ def entries(text: str) -> Iterator[tuple[list[str], str, str]]:
             yield re.split(r",\s*", names.strip()), spec, " ".join(body.split())
 
 
+def parameters(item: type | types.FunctionType) -> Iterator[tuple[list[str], str, str]]:
+    """The entries of `Parameters`; a class has those of its bases in this package too, after its own."""
+    seen = set()
+    for owner in inspect.getmro(item) if isinstance(item, type) else (item,):
+        if owner.__module__.startswith("trl_ext"):
+            for names, spec, text in entries(sections(owner).get("Parameters", "")):
+                if not seen & set(names):
+                    seen |= set(names)
+                    yield names, spec, text
+
+
 def in_words(text: str) -> str:
     """References of TRL's docstrings as links where the page has the name, as code otherwise."""
 
@@ -161,7 +172,7 @@ def default(field: dataclasses.Field) -> str:
 def keys_table(config: type, leave_out: typing.Collection[str] = (), prefix: str = "") -> str:
     """A table of a dataclass's fields with their docstring entries, and long texts that are defaults below it."""
     texts = {
-        name: text for names, _, text in entries(sections(config)["Parameters"]) for name in names
+        name: text for names, _, text in parameters(config) for name in names
     }  # a field without an entry is a KeyError here
     hints = typing.get_type_hints(config)
     rows, long_texts = ["| key | default | |", "|---|---|---|"], []
@@ -219,11 +230,11 @@ def described(item: type | types.FunctionType) -> Iterator[str]:
     yield f"```py\n{signature(item)}\n```\n"  # no ```python block: those are programs, and the tests run them
     found = sections(item)
     yield in_words(found[""]) + "\n"
-    if "Parameters" in found:
-        rows = [
-            f"| {', '.join(f'`{name}`' for name in names)} | {cell(f'{spec}. {text}')} |"
-            for names, spec, text in entries(found["Parameters"])
-        ]
+    rows = [
+        f"| {', '.join(f'`{name}`' for name in names)} | {cell(f'{spec}. {text}')} |"
+        for names, spec, text in parameters(item)
+    ]
+    if rows:
         yield "\n".join(["| parameter | |", "|---|---|", *rows, ""])
     if isinstance(item, type) and issubclass(item, tuple):
         yield f"Fields: {', '.join(f'`{name}`' for name in item._fields)}.\n"

@@ -15,7 +15,7 @@ from .steps import Contestant, Shape, argument_parser, environment, measure, wri
 class WholeSequencesTrainer(SelfRefineDPOTrainer):
     """Sr-DPO with `[p ⊕ x, y]` as one sequence per completion, as the plain pairs are."""
 
-    _shares_prompts = False
+    _caches_prompts = False
 
 
 PRECOMPUTED = {"precompute_ref_log_probs": True}

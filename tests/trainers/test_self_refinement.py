@@ -32,7 +32,7 @@ FULL_WEIGHT = Method(SelfRefineDPOTrainer, SelfRefineDPOConfig, {"refinement_wei
 class WholeSequenceTrainer(SelfRefineDPOTrainer):
     """Computes each augmented sequence by itself, as for models that cannot continue a shared cache."""
 
-    _shares_prompts = False
+    _caches_prompts = False
 
 
 def is_sublist(part: list[int], whole: list[int]) -> bool:
@@ -373,7 +373,7 @@ def augmented_logps(trainer, batch: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_shared_prompts_match_whole_sequences(make_trainer, make_tiny, architecture):
+def test_cached_prompts_match_whole_sequences(make_trainer, make_tiny, architecture):
     """
     Oracle: float64 full logits of whole sequences, for the log-probabilities under the augmented prompts, one by one, and
     for the loss. So does a trainer that computes each sequence by itself.
@@ -384,7 +384,7 @@ def test_shared_prompts_match_whole_sequences(make_trainer, make_tiny, architect
         for cls in (SelfRefineDPOTrainer, WholeSequenceTrainer)
     ]
     shares = ARCHITECTURES[architecture][2]
-    assert shares in (None, trainers[0]._shares_prompts)
+    assert shares in (None, trainers[0]._caches_prompts)
     perturb(trainers[0].model)
     policy, ref = FullLogits(path, trainers[0].model.state_dict()), FullLogits(path)
     batch = first_batch(trainers[0])

@@ -103,7 +103,7 @@ def main(job: dict[str, Any], progress: Reporter) -> None:
             args = config_class(**settings["config"])
             check_trackers(args)
             if issubclass(trainer_class, ShiftedDPOTrainer):
-                trainer_class._refuse_options(args)
+                trainer_class.refuse_options(args)
                 # If a recipe leaves these out, the model decides
                 said = settings["config"]
                 most = said.get("max_batch_tokens")

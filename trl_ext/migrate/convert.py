@@ -318,7 +318,7 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
             problem = _problem(config_classes, key, migration.recipe[key])
         if problem:
             _leave_out(migration, key, problem)
-    for key, (accepted, reason) in trainer._refused_options.items():
+    for key, (accepted, reason) in trainer.refused_options.items():
         if migration.recipe.get(key, accepted) != accepted:
             _leave_out(migration, key, f"`{key}: {migration.recipe[key]}` is not supported: {reason}")
     from ..trainers.tdpo_trainer import LOSS_TYPES as TRAINED_LOSSES

@@ -66,7 +66,7 @@ def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Se
     from ..trainers.trackers import check_trackers
 
     try:
-        trainer_class._refuse_options(training_args)
+        trainer_class.refuse_options(training_args)
         check_trackers(training_args)
     except ValueError as error:
         raise RecipeError(str(error)) from error

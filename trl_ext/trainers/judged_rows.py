@@ -2,10 +2,12 @@
 Rows of any known shape for a [`~trl.DPOTrainer`], judged before it trains on them; `trl_ext/rows` says how.
 """
 
+from typing import ClassVar
+
 import numpy as np
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from trl import DPOConfig, DPOTrainer
@@ -56,6 +58,8 @@ class JudgedRows:
         [`RecipeError`], a `ValueError`: data of another kind, nothing that can be trained on, or too much that cannot.
     """
 
+    # Columns that the trainer reads beside those of a pair
+    columns: ClassVar[tuple[str, ...]] = ()
     # Whether text that was rendered with the chat template before can be trained on
     takes_rendered = True
 
@@ -72,6 +76,13 @@ class JudgedRows:
         max_dropped: float | None = MOST_DROPPED,
         **kwargs,
     ):
+        if self.columns and isinstance(train_dataset, Dataset | IterableDataset):
+            found = list(next(iter(train_dataset), {}))
+            if missing := [name for name in self.columns if name not in found]:
+                raise ValueError(
+                    f"{type(self).__name__} reads `{'`, `'.join(missing)}` of each row, and the first row of `train_dataset` has "
+                    f"only {', '.join(found)}. Add the column, for example with `dataset.add_column`."
+                )
         self._max_dropped = max_dropped
         config = model_config(model, args)
         self._vocabulary = config.get_text_config().vocab_size

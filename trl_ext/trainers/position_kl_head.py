@@ -53,7 +53,7 @@ class PositionKLOutput(FusedCausalLMOutput):
 
 
 @dataclass
-class SharedPrompts:
+class CachedPrompts:
     """B prompts in two parts. Deliberately not a `dict` of `input_ids`: accelerate and PEFT would look into it."""
 
     prefix_ids: torch.Tensor  # (1, L), the tokens that all of them begin with; L may be 0
@@ -61,8 +61,8 @@ class SharedPrompts:
     attention_mask: torch.Tensor  # (B, P)
 
 
-def takes_shared_prompts(model: PreTrainedModel) -> bool:
-    """Whether [`states_after_shared_prompts`] is exact for a model: positions can be given, and nothing but keys and values is cached."""
+def takes_cached_prompts(model: PreTrainedModel) -> bool:
+    """Whether [`states_after_cached_prompts`] is exact for a model: positions can be given, and nothing but keys and values is cached."""
     layers = DynamicCache(config=model.config.get_text_config()).layers
     return (
         "position_ids" in inspect.signature(type(model.base_model).forward).parameters
@@ -71,8 +71,8 @@ def takes_shared_prompts(model: PreTrainedModel) -> bool:
     )
 
 
-def states_after_shared_prompts(
-    backbone: PreTrainedModel, prompts: SharedPrompts, input_ids: torch.Tensor, attention_mask: torch.Tensor
+def states_after_cached_prompts(
+    backbone: PreTrainedModel, prompts: CachedPrompts, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
     The states that predict 2B completions of B prompts, each prompt computed once, and what all prompts begin with once
@@ -81,7 +81,7 @@ def states_after_shared_prompts(
     Args:
         backbone ([`~transformers.PreTrainedModel`]):
             The model without its LM head.
-        prompts ([`SharedPrompts`]):
+        prompts ([`CachedPrompts`]):
             The prompts.
         input_ids, attention_mask (`torch.Tensor` of shape `(2B, R)`):
             The completions, chosen and then rejected, padded on the right.
@@ -155,7 +155,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
       much of the KL goes into the gradient, for all pairs or, as a tensor `(2, B)`, for each, and `separate_sft=True` asks for
       `sft_log_probs`.
     - `completion_log_probs=True` returns a [`~trl.trainer.utils.FusedCausalLMOutput`], as TRL's `fused_lm_head=True` does.
-      With `shared_prompts=...`, [`SharedPrompts`], `input_ids` are the completions alone, `(2B, R)`, and each prompt is computed
+      With `cached_prompts=...`, [`CachedPrompts`], `input_ids` are the completions alone, `(2B, R)`, and each prompt is computed
       once for its two completions; no gradient.
 
     With `packed_pairs=...`, [`PackedPairs`] of the same batch, the model itself sees these, and the rest stays as it is.
@@ -177,7 +177,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
         labels=None,
         completion_states=False,
         completion_log_probs=False,
-        shared_prompts=None,
+        cached_prompts=None,
         packed_pairs: PackedPairs | None = None,
         reference=None,
         kl_weight=(0.0, 0.0),
@@ -191,9 +191,9 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
 
         # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
         backbone = self.base_model
-        if shared_prompts is not None:
-            hidden = states_after_shared_prompts(
-                backbone, shared_prompts, kwargs["input_ids"], kwargs["attention_mask"]
+        if cached_prompts is not None:
+            hidden = states_after_cached_prompts(
+                backbone, cached_prompts, kwargs["input_ids"], kwargs["attention_mask"]
             )  # (2B, R, H)
         elif packed_pairs is not None:
             backbone_outputs = backbone(**{**kwargs, **packed_pairs.model_inputs(backbone)})

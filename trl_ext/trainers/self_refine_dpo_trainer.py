@@ -11,16 +11,15 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
-from trl import DPOConfig
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
+from trl.trainer.utils import global_then_local_main_first, pad
 
 from ..losses.shifts import self_refine_shifts
-from .position_kl_head import SharedPrompts, takes_shared_prompts
+from .position_kl_head import CachedPrompts, takes_cached_prompts
 from .self_refine_dpo_config import SelfRefineDPOConfig
-from .tdpo_trainer import TokenLevelTrainer, learns_prompt
+from .tdpo_trainer import TokenLevelTrainer
 
 
 # What the collator adds for the refinement function
@@ -161,49 +160,35 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
             }"""),
     }
 
+    config_class = SelfRefineDPOConfig
     takes_rendered = False
+    _precomputes_augmented = False
     _own_columns = (*TokenLevelTrainer._own_columns, "augmented_prompt_ids", *REF_AUGMENTED_LOGPS)
     _own_inputs = (*TokenLevelTrainer._own_inputs, *AUGMENTED_TENSORS, *REF_AUGMENTED_LOGPS)
 
-    def __init__(
-        self,
-        model,
-        ref_model=None,
-        args: DPOConfig | None = None,
-        data_collator=None,
-        *pos,
-        peft_config=None,
-        **kwargs,
-    ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = SelfRefineDPOConfig(f"{model_name.split('/')[-1]}-Self-Refine-DPO")
-        self._refuse_options(args)
-        config = args if isinstance(args, SelfRefineDPOConfig) else SelfRefineDPOConfig  # a plain DPOConfig: defaults
-        self.refinement_weight = config.refinement_weight
-        self.refinement_prompt = config.refinement_prompt
-        self.refinement_prompt_role = config.refinement_prompt_role
-        self.ipo_length_normalization = config.ipo_length_normalization
-        self._learns_prompt = learns_prompt(model, peft_config)
-        self._set_token_level(config, args, model, peft_config)
-        # λ = 0 is DPOTrainer, to the last bit; WPO's weights come from TRL's head
-        self._own_head = self.refinement_weight > 0 and not self._learns_prompt and not args.use_weighting
-        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
-        self._precomputes_augmented = False
-
-        super().__init__(model, ref_model, args, data_collator, *pos, peft_config=peft_config, **kwargs)
-
+    def __init__(self, *pos, **kwargs):
+        super().__init__(*pos, **kwargs)
         if self._is_vision_dataset:
             raise ValueError(
                 "SelfRefineDPOTrainer does not support vision datasets: their prompts are rendered batch by batch, out of "
                 "its reach. Use `trl.DPOTrainer`."
             )
 
+    def _take_options(self, args, learns_prompt):
+        super()._take_options(args, learns_prompt)
+        config = self._config(args)
+        self.refinement_weight = config.refinement_weight
+        self.refinement_prompt = config.refinement_prompt
+        self.refinement_prompt_role = config.refinement_prompt_role
+        self.ipo_length_normalization = config.ipo_length_normalization
+        self._learns_prompt = learns_prompt
+        # λ = 0 is DPOTrainer, to the last bit; WPO's weights come from TRL's head
+        self._own_head = self.refinement_weight > 0 and not learns_prompt and not args.use_weighting
+
     @classmethod
-    def _refuse_options(cls, args):
-        super()._refuse_options(args)
-        config = args if isinstance(args, SelfRefineDPOConfig) else SelfRefineDPOConfig
-        if args.use_weighting and config.variant is not None:
+    def refuse_options(cls, args):
+        super().refuse_options(args)
+        if args.use_weighting and cls._config(args).variant is not None:
             raise ValueError(
                 f"`use_weighting=True` is not supported by {cls.__name__} with `variant`: its head has no such weights. "
                 "Leave one of them out."
@@ -215,11 +200,11 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
         super()._prepare()
 
     @property
-    def _shares_prompts(self) -> bool:
+    def _caches_prompts(self) -> bool:
         """Whether chosen and rejected can continue one key-value cache of their augmented prompt."""
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if is_peft_model(model) else model
-        return not self._learns_prompt and takes_shared_prompts(model)
+        return not self._learns_prompt and takes_cached_prompts(model)
 
     # Data: each row gets the token ids of its augmented prompt
 
@@ -305,9 +290,9 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
         labels = ids.masked_fill(mask == 0, -100)
         # FlashAttention takes no two answers behind one prompt
         packs = self._packs and not is_flash_attention_requested(self.model.config)
-        if self._shares_prompts and not packs:
-            prompts = SharedPrompts(prefix_ids, prompt_ids, prompt_mask)
-            batch = {"input_ids": ids, "attention_mask": mask, "shared_prompts": prompts, "completion_log_probs": True}
+        if self._caches_prompts and not packs:
+            prompts = CachedPrompts(prefix_ids, prompt_ids, prompt_mask)
+            batch = {"input_ids": ids, "attention_mask": mask, "cached_prompts": prompts, "completion_log_probs": True}
         else:
             prefix_ids = prefix_ids.expand(prompt_ids.size(0), -1)
             prompt_ids = torch.cat([prefix_ids, prompt_ids], dim=1).repeat(2, 1)  # (2B, L + P)

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import nn
 from transformers.utils import ModelOutput
@@ -155,7 +154,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     dataset's columns, of numbers, that these find in `pairs.inputs`.
 
     Raises:
-        `ValueError`: the first row of `train_dataset` has not all of `columns`; `loss_type="aot"` with `ld_alpha`; [`pair_weights`] with a
+        `ValueError`: the first row of `train_dataset` lacks one of `columns`; `loss_type="aot"` with `ld_alpha`; [`pair_weights`] with a
         loss that has none for each pair, or with "hinge".
 
     Example:
@@ -172,12 +171,11 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     ```
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
     # Besides `columns`: columns of the dataset, and keys of a batch, that are not for the model
     _own_columns: ClassVar[tuple[str, ...]] = ()
     _own_inputs: ClassVar[tuple[str, ...]] = ()
     # Option -> (the only accepted value, why, and what to do instead)
-    _refused_options: ClassVar[dict[str, tuple[object, str]]] = {}
+    refused_options: ClassVar[dict[str, tuple[object, str]]] = {}
     # Whether log-probabilities come from the head of this package rather than from TRL's: the same numbers, but for rounding, in
     # fewer head GEMMs
     _own_head = False
@@ -189,16 +187,8 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *pos, **kwargs):
         padding_free = args is not None and args.padding_free
         if args is not None:
-            self._refuse_options(args)
+            self.refuse_options(args)
             self._set_packing(args, kwargs.get("peft_config"), model, ref_model)
-        dataset = pos[1] if len(pos) > 1 else kwargs.get("train_dataset")
-        if self.columns and isinstance(dataset, (Dataset, IterableDataset)):
-            found = list(next(iter(dataset), {}))
-            if missing := [name for name in self.columns if name not in found]:
-                raise ValueError(
-                    f"{type(self).__name__} reads `{'`, `'.join(missing)}` of each row, and the first row of `train_dataset` has "
-                    f"only {', '.join(found)}. Add the column, for example with `dataset.add_column`."
-                )
         self._ref_weights = ref_model.state_dict() if isinstance(ref_model, nn.Module) else None
         # DPOTrainer (1.16) says that it ignores `padding_free`
         with having(args, padding_free=False) if padding_free else contextlib.nullcontext():
@@ -226,9 +216,9 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
             self.data_collator = DataCollatorWithColumns(self.data_collator, self.columns)
 
     @classmethod
-    def _refuse_options(cls, args: DPOConfig) -> None:
+    def refuse_options(cls, args: DPOConfig) -> None:
         """Raise a `ValueError` that names the option, the reason and what to do, before any model is loaded."""
-        for name, (accepted, reason) in cls._refused_options.items():
+        for name, (accepted, reason) in cls.refused_options.items():
             if getattr(args, name) != accepted:
                 raise ValueError(f"`{name}={getattr(args, name)!r}` is not supported by {cls.__name__}: {reason}")
         if "aot" in args.loss_type and args.ld_alpha is not None:

@@ -47,8 +47,8 @@ class SquaredRefinement:
         self._direct_kl_weight = self._kl_weight
 
     @classmethod
-    def _refuse_options(cls, args):
-        super()._refuse_options(args)
+    def refuse_options(cls, args):
+        super().refuse_options(args)
         if args.use_weighting:
             raise ValueError(
                 f"`use_weighting=True` is not supported by {cls.__name__}: the rows have weights. Leave it `False`."

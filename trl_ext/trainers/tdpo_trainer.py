@@ -18,6 +18,7 @@ from .reference_states import COLUMNS as STATE_COLUMNS
 from .reference_states import DataCollatorWithStates, as_rows, check_room, write
 from .shifted_dpo_trainer import Pairs, ShiftedDPOTrainer
 from .tdpo_config import TDPOConfig
+from .token_level_config import TokenLevelConfig
 
 
 # The losses of TRL that are functions of shifted log-ratios; a new one is refused until somebody has looked at it
@@ -40,13 +41,14 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
     a `variant` of TDPO.
     """
 
+    config_class = TokenLevelConfig
     variant: str | None = None
     _kl_weight: tuple[float, float] | torch.Tensor | None = None
     _separate_sft = False
     _ref_head: CompletionStates | None = None
     _own_columns = STATE_COLUMNS
     _own_inputs = ("ref_states",)
-    _refused_options = {
+    refused_options = {
         "ld_alpha": (
             None,
             "it reweights the tokens of DPO's own log-ratios. Leave it unset, or use `trl.DPOTrainer`.",
@@ -58,8 +60,8 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
     }
 
     @classmethod
-    def _refuse_options(cls, args):
-        super()._refuse_options(args)
+    def refuse_options(cls, args):
+        super().refuse_options(args)
         for loss_type in args.loss_type:
             if loss_type not in (*LOSS_TYPES, "sft"):
                 raise ValueError(
@@ -77,10 +79,25 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
                 f"{', '.join(READ_LABEL_SMOOTHING)} read it. Leave it at 0, or use 'robust'."
             )
 
-    def _set_token_level(self, config, args: DPOConfig, model, peft_config) -> None:
-        """Ask for the KL at each position and the gradient that `config.variant` takes from it. Before `super().__init__`."""
+    def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *pos, peft_config=None, **kwargs):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        self.refuse_options(args)
+        self._take_options(args, learns_prompt(model, peft_config))
+        super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
+
+    @classmethod
+    def _config(cls, args: DPOConfig) -> TokenLevelConfig | type[TokenLevelConfig]:
+        """What has this package's options: `args`, or for a plain `DPOConfig` the class, which has the defaults."""
+        return args if isinstance(args, cls.config_class) else cls.config_class
+
+    def _take_options(self, args: DPOConfig, learns_prompt: bool) -> None:
+        """Take the options of this package from `args`, before `super().__init__`."""
+        config = self._config(args)
+        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
         self.variant, self.alpha = config.variant, config.alpha
-        if self.variant is not None and learns_prompt(model, peft_config):
+        if self.variant is not None and learns_prompt:
             raise ValueError(
                 f"`variant={self.variant!r}` is not supported with prompt-learning PEFT (prompt, prefix or p-tuning): its "
                 "virtual tokens shift the positions at which the two distributions are compared. Use LoRA."
@@ -245,21 +262,11 @@ class TDPOTrainer(TokenLevelTrainer):
                 eprint       = {arXiv:2404.11999},
             }"""),
     }
-    _refused_options = TokenLevelTrainer._refused_options | {
+    config_class = TDPOConfig
+    refused_options = TokenLevelTrainer.refused_options | {
         "use_weighting": (
             False,
             "WPO weighs a pair by the policy's probabilities alone, and the head that computes the KL has no such weights. Leave it "
             "`False`, or use `trl.DPOTrainer`.",
         ),
     }
-
-    def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *pos, peft_config=None, **kwargs):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = TDPOConfig(f"{model_name.split('/')[-1]}-TDPO")
-        self._refuse_options(args)
-        config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
-        self._set_token_level(config, args, model, peft_config)
-        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
-
-        super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
