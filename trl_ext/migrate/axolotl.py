@@ -4,6 +4,7 @@ Keys of axolotl's recipes. Facts of its configuration schema and of how it build
 
 from typing import Any
 
+from ..rows.formats import ANSWERS, PROMPTS, ROLES, STANDARD_ROLES, SYSTEM
 from .projects import NAME, TOKENIZER, UNUSED, Migration, Project, name_datasets, named, shown
 
 
@@ -21,18 +22,13 @@ NOT_NEEDED = (
 # Setting of a dataset -> values that need no setting here; `None` for any
 FOUND = {
     **dict.fromkeys(("type", "ds_type", "conversation", "trust_remote_code")),
-    "field_messages": ("messages", "conversations", "prompt"),
-    "field_prompt": ("prompt", "question", "instruction", "query"),
-    "field_system": ("system", "system_prompt"),
-    "field_chosen": ("chosen", "chosen_response", "response_j"),
-    "field_rejected": ("rejected", "rejected_response", "response_k"),
+    **dict.fromkeys(("field_messages", "field_prompt"), ("prompt", *PROMPTS)),
+    "field_system": SYSTEM,
+    **{f"field_{side}": (side, *names) for side, names in ANSWERS.items()},
     **{f"{name}_format": (f"{{{name}}}",) for name in ("prompt", "chosen", "rejected")},
     **dict.fromkeys(("message_field_role", "message_property_mappings.role"), ("role", "from")),
     **dict.fromkeys(("message_field_content", "message_property_mappings.content"), ("content", "value")),
-    "roles.system": ("system",),
-    "roles.user": ("user", "human"),
-    "roles.assistant": ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"),
-    "roles.tool": ("tool", "observation"),
+    **{f"roles.{role}": (role, *(name for name in ROLES if ROLES[name] == role)) for role in STANDARD_ROLES},
 }
 
 

@@ -44,13 +44,10 @@ def classes(method: str) -> tuple[type, tuple[type, ...]]:
     """The trainer of a method, and the dataclasses its recipe is parsed with."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+    from .. import SelfRefineDPOTrainer, TDPOTrainer
 
-    trainer, config = {
-        "tdpo": (TDPOTrainer, TDPOConfig),
-        "self-refine-dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
-    }[method]
-    return trainer, (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    trainer = {"tdpo": TDPOTrainer, "self-refine-dpo": SelfRefineDPOTrainer}[method]
+    return trainer, (ScriptArguments, trainer.config_class, ModelConfig, DatasetMixtureConfig)
 
 
 def convert(recipe: Recipe, text: str, method: str) -> Migration:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
     from ..rows.pairs import Account
-    from ..trainers.shifted_dpo_trainer import ShiftedDPOTrainer
+    from ..trainers.tdpo_trainer import TokenLevelTrainer
 
 
 # What DPOTrainer reads of a row
@@ -55,14 +55,14 @@ def parse_args(
     return parse_flat(path, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), overrides, prog)
 
 
-def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Sequence[str]) -> None:
+def train(trainer_class: type["TokenLevelTrainer"], argv: Sequence[str]) -> None:
     """
     Parse, check, train, save.
 
     Raises:
         [`RecipeError`]: anything in the recipe, on the command line or in the data that cannot work.
     """
-    script_args, training_args, model_args, dataset_args = parse_args(config_class, argv)
+    script_args, training_args, model_args, dataset_args = parse_args(trainer_class.config_class, argv)
     from ..trainers.trackers import check_trackers
 
     try:

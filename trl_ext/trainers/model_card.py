@@ -19,28 +19,11 @@ from trl.trainer.utils import generate_model_card, get_config_model_id
 logger = get_logger(__name__)
 
 # Settings that say where and how a run was watched, not what was trained
-LEFT_OUT = {
-    *(
-        "output_dir",
-        "run_name",
-        "report_to",
-        "logging_dir",
-        "project",
-        "trackio_space_id",
-        "disable_tqdm",
-        "log_level",
-    ),
-    *("hub_token", "hub_model_id", "hub_strategy", "hub_private_repo", "push_to_hub", "resume_from_checkpoint"),
-    *(
-        "local_rank",
-        "deepspeed",
-        "fsdp",
-        "fsdp_config",
-        "accelerator_config",
-        "parallelism_config",
-        "model_init_kwargs",
-    ),
-}
+LEFT_OUT = frozenset(
+    "output_dir run_name report_to logging_dir project trackio_space_id disable_tqdm log_level hub_token hub_model_id hub_strategy "
+    "hub_private_repo push_to_hub resume_from_checkpoint local_rank deepspeed fsdp fsdp_config accelerator_config parallelism_config "
+    "model_init_kwargs".split()
+)
 NEXT_SECTION = "### Framework versions"
 CHAT_CALL = 'generator([{"role": "user", "content": question}], '
 

@@ -13,51 +13,37 @@ from collections.abc import Iterator
 
 # Names TRL does not export -> their parameters. For an autograd function, those of `forward` after `ctx`.
 NOT_EXPORTED = {
-    ("trl.data_utils", "_tokenize"): ("processing_class", "input", "apply_chat_template_kwargs"),
-    ("trl.data_utils", "common_prefix_length"): ("ids", "other_ids"),
-    ("trl.kernels.chunked_logprob", "_addmm_fp32"): ("acc", "a", "b"),
-    ("trl.models.utils", "disable_gradient_checkpointing"): ("model", "gradient_checkpointing_kwargs"),
-    ("trl.trainer.dpo_trainer", "DataCollatorForPreference"): (
-        *("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of", "return_tensors"),
-    ),
-    ("trl.trainer.utils", "FusedCausalLMOutput"): (
-        *("loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"),
-    ),
-    ("trl.trainer.utils", "generate_model_card"): (
-        *(
-            "base_model",
-            "model_name",
-            "hub_model_id",
-            "dataset_name",
-            "tags",
-            "wandb_url",
-            "trackio_url",
-            "trainer_name",
-        ),
-        *("trainer_citation", "template_file", "paper_title", "paper_id", "comet_url"),
-    ),
-    ("trl.trainer.utils", "get_config_model_id"): ("config",),
-    ("trl.trainer.utils", "global_then_local_main_first"): (),
-    ("trl.trainer.utils", "maybe_gather_lm_head_ctx"): ("params",),
-    ("trl.trainer.utils", "pad"): ("tensors", "padding_value", "padding_side", "pad_to_multiple_of"),
+    "trl.data_utils._tokenize": "processing_class input apply_chat_template_kwargs",
+    "trl.data_utils.common_prefix_length": "ids other_ids",
+    "trl.kernels.chunked_logprob._addmm_fp32": "acc a b",
+    "trl.models.utils.disable_gradient_checkpointing": "model gradient_checkpointing_kwargs",
+    "trl.trainer.dpo_trainer.DataCollatorForPreference": "pad_token_id max_length truncation_mode pad_to_multiple_of "
+    "return_tensors",
+    "trl.trainer.utils.FusedCausalLMOutput": "loss log_probs entropy log_sum_sq_probs mean_logits is_top1 label_mask aux_loss",
+    "trl.trainer.utils.generate_model_card": "base_model model_name hub_model_id dataset_name tags wandb_url trackio_url "
+    "trainer_name trainer_citation template_file paper_title paper_id comet_url",
+    "trl.trainer.utils.get_config_model_id": "config",
+    "trl.trainer.utils.global_then_local_main_first": "",
+    "trl.trainer.utils.maybe_gather_lm_head_ctx": "params",
+    "trl.trainer.utils.pad": "tensors padding_value padding_side pad_to_multiple_of",
 }
+NOT_EXPORTED = {tuple(name.rsplit(".", 1)): tuple(names.split()) for name, names in NOT_EXPORTED.items()}
 
 # Methods of DPOTrainer that are overridden or called -> their parameters
 METHODS = {
     # The order matters: the trainers pass the first ones by position
-    "__init__": (
-        *("self", "model", "ref_model", "args", "data_collator", "train_dataset", "eval_dataset", "processing_class"),
-        *("compute_metrics", "callbacks", "optimizers", "quantization_config", "peft_config"),
-    ),
-    "_compute_loss": ("self", "model", "inputs", "return_outputs"),
-    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
-    "_precompute_ref_logps": ("self", "dataset", "name", "batch_size"),
-    "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
-    "_set_signature_columns_if_needed": ("self",),
-    "create_model_card": ("self", "model_name", "dataset_name", "tags"),
-    "compute_ref_log_probs": ("self", "model", "inputs"),
-    "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),  # calls `_compute_loss`
+    "__init__": "self model ref_model args data_collator train_dataset eval_dataset processing_class compute_metrics callbacks "
+    "optimizers quantization_config peft_config",
+    "_compute_loss": "self model inputs return_outputs",
+    "_load_from_checkpoint": "self resume_from_checkpoint model",
+    "_precompute_ref_logps": "self dataset name batch_size",
+    "_prepare_dataset": "self dataset processing_class args dataset_name",
+    "_set_signature_columns_if_needed": "self",
+    "create_model_card": "self model_name dataset_name tags",
+    "compute_ref_log_probs": "self model inputs",
+    "compute_loss": "self model inputs return_outputs num_items_in_batch",  # calls `_compute_loss`
 }
+METHODS = {name: tuple(names.split()) for name, names in METHODS.items()}
 
 
 def parameters(function) -> tuple[inspect.Parameter, ...]:
