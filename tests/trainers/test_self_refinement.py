@@ -11,6 +11,7 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from tests.conftest import CHAT_TEMPLATE, TINY, FullLogits, first_batch, perturb, step_metrics, train_step
+from tests.rows.test_pairs import ids
 from tests.trainers.methods import LN_2, Method, Paper, augmented_sequences, response_logps
 from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -245,14 +246,9 @@ def test_augmented_prompt_under_other_templates(make_trainer, conversational_pai
         refinement_prompt_role=role,
     )
     augmented = [row | {"prompt": augment_prompt(row["prompt"], "Be useful .", role)} for row in rows]
-    plain, stock = (
-        make_trainer(DPOTrainer, DPOConfig, dataset=Dataset.from_list(data)).train_dataset
-        for data in (rows, augmented)
-    )
-    decode = ours.processing_class.batch_decode
-    assert decode(ours.train_dataset["augmented_prompt_ids"][:]) == decode(stock["prompt_ids"][:])
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert ours.train_dataset[name][:] == plain[name][:]
+    plain, stock = (ids(data, ours.processing_class, ours.args) for data in (rows, augmented))
+    assert ours.train_dataset["augmented_prompt_ids"][:] == stock["prompt_ids"]
+    assert {name: ours.train_dataset[name][:] for name in plain} == plain
     batch = first_batch(ours)
     sequences = augmented_sequences(batch)
     for row in range(8):
