@@ -14,9 +14,9 @@ from ..recipe import Recipe, RecipeError, check_keys
 from ..recipe_values import LAUNCH_KEYS, check_value, is_secret, unknown_key
 from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
-from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, WANDB
+from .keys import LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, VALUES, WANDB
 from .llama_factory import LLAMA_FACTORY
-from .projects import ADVICE, GENERIC_TEMPLATES, LEAST_MARKS, Migration, Project, shown
+from .projects import ADVICE, GENERIC_TEMPLATES, LEAST_MARKS, Migration, Project, shown, translate_values
 from .rlhflow import RLHFLOW
 
 
@@ -82,6 +82,7 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
     if project is not None:
         _check_types(old, migration, project.types)
         project.translate(old, migration)
+    translate_values(VALUES, {}, old, migration)
     for step in (_precision, _names, _check_types, _data, _lengths, _loss, _model):
         step(old, migration)
     for key, value in list(old.items()):
@@ -147,17 +148,6 @@ def _precision(old: dict[str, Any], migration: Migration) -> None:
         del old["torch_dtype"]
         migration.recipe["dtype"] = "float32"
         migration.changes.append("`torch_dtype: null` -> `dtype: float32`: what it meant in transformers 4")
-    if old.get("use_flash_attention_2") is not None:
-        if old.pop("use_flash_attention_2"):
-            old.setdefault("attn_implementation", "flash_attention_2")
-            migration.changes.append(
-                "`use_flash_attention_2` -> `attn_implementation: flash_attention_2`: needs flash-attn installed; "
-                "`sdpa` does not"
-            )
-        else:
-            migration.changes.append(
-                "`use_flash_attention_2: false` left out: `attn_implementation` names another one"
-            )
 
 
 def _lengths(old: dict[str, Any], migration: Migration) -> None:
@@ -225,12 +215,6 @@ def _model(old: dict[str, Any], migration: Migration) -> None:
             "`chat_template`: the template is the tokenizer's. If the model has none, set `tokenizer.chat_template`, save "
             "tokenizer and model in one directory, and name it in `model_name_or_path`; if it has its own, remove the key."
         )
-    reentrant = old.pop("gradient_checkpointing_use_reentrant", None)
-    if reentrant is not None:
-        old["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
-        migration.changes.append(
-            "`gradient_checkpointing_use_reentrant` -> `gradient_checkpointing_kwargs.use_reentrant`"
-        )
     for key, name in WANDB.items():
         if old.get(key) is not None:
             old["env"] = {**(old.get("env") or {}), name: str(old.pop(key))}
@@ -251,16 +235,6 @@ def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> Non
             )
         else:
             migration.problems.append(f"`warmup_ratio: {value}` is no fraction below 1. Set `warmup_steps`.")
-    elif key == "group_by_length":
-        if value:
-            migration.recipe["train_sampling_strategy"] = "group_by_length"
-        migration.changes.append("`group_by_length` -> `train_sampling_strategy`: transformers' name")
-    elif key == "adafactor":
-        if value:
-            migration.recipe["optim"] = "adafactor"
-        migration.changes.append("`adafactor` -> `optim`: transformers' name")
-    elif key in GONE:
-        migration.changes.append(f"{shown(key, value)} left out: {GONE[key]}")
     elif key in neutral:
         default, what = neutral[key]
         if value in (default, None):

@@ -6,7 +6,7 @@ history; what a current recipe takes is asked of the dataclasses themselves, in 
 from typing import Any
 
 
-# Old key -> (new key, why); the value stays
+# Old key -> (new key, why); the value stays. Without a new key, it is left out without loss, whatever it says
 RENAMED = {
     "torch_dtype": ("dtype", "transformers renamed it"),
     "evaluation_strategy": ("eval_strategy", "transformers renamed it"),
@@ -19,23 +19,29 @@ RENAMED = {
     "dataset_test_name": ("dataset_test_split", "TRL renamed it"),
     "per_gpu_train_batch_size": ("per_device_train_batch_size", "transformers renamed it"),
     "per_gpu_eval_batch_size": ("per_device_eval_batch_size", "transformers renamed it"),
+    "overwrite_output_dir": (None, "transformers removed it: an existing directory is always written to"),
+    "save_safetensors": (None, "transformers removed it: checkpoints are always safetensors"),
+    "generate_during_eval": (None, "TRL removed it: no samples are generated during the evaluation"),
+    "label_pad_token_id": (None, "TRL removed it: the completion is marked by a mask"),
+    "padding_value": (None, "TRL removed it: the tokenizer's pad token is used"),
+    "is_encoder_decoder": (None, "TRL removed it: the model's configuration says so"),
+    "use_logits_to_keep": (None, "TRL removed it: only the answers' logits are computed"),
+    "use_num_logits_to_keep": (None, "TRL removed it: only the answers' logits are computed"),
+    "model_adapter_name": (None, "TRL removed it: the trained adapter is called `default`"),
+    "ref_adapter_name": (None, "TRL removed it: the reference adapter is called `ref`"),
+    "base_model_attribute_name": (None, "TRL removed it"),
+    "sanity_check": (None, "TRL removed it: `max_steps: 2` is a short run"),
+    "auto_insert_empty_system_msg": (None, "the chat template alone decides on a system message"),
 }
 
-# Keys that named what is so today, or nothing of the training: left out without loss, whatever they say
-GONE = {
-    "overwrite_output_dir": "transformers removed it: an existing directory is always written to",
-    "save_safetensors": "transformers removed it: checkpoints are always safetensors",
-    "generate_during_eval": "TRL removed it: no samples are generated during the evaluation",
-    "label_pad_token_id": "TRL removed it: the completion is marked by a mask",
-    "padding_value": "TRL removed it: the tokenizer's pad token is used",
-    "is_encoder_decoder": "TRL removed it: the model's configuration says so",
-    "use_logits_to_keep": "TRL removed it: only the answers' logits are computed",
-    "use_num_logits_to_keep": "TRL removed it: only the answers' logits are computed",
-    "model_adapter_name": "TRL removed it: the trained adapter is called `default`",
-    "ref_adapter_name": "TRL removed it: the reference adapter is called `ref`",
-    "base_model_attribute_name": "TRL removed it",
-    "sanity_check": "TRL removed it: `max_steps: 2` is a short run",
-    "auto_insert_empty_system_msg": "the chat template alone decides on a system message",
+# Old key -> old value -> what says it today; other values are problems
+VALUES = {
+    "use_flash_attention_2": {True: {"attn_implementation": "flash_attention_2"}, False: {}},
+    "group_by_length": {True: {"train_sampling_strategy": "group_by_length"}, False: {}},
+    "adafactor": {True: {"optim": "adafactor"}, False: {}},
+    "gradient_checkpointing_use_reentrant": {
+        yes: {"gradient_checkpointing_kwargs": {"use_reentrant": yes}} for yes in (True, False)
+    },
 }
 
 # Keys that go without loss at this value, and are a problem at any other: -> (the value, the way out)

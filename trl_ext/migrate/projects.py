@@ -89,17 +89,7 @@ class Project:
             del old["ref_model"]
             migration.changes.append("`ref_model` left out: the reference is the model as it starts")
         self.step(old, migration)
-        for key in [key for key in self.values if key in old]:
-            value = old.pop(key)
-            new = next((new for known, new in self.values[key].items() if known == value), None)
-            if new is None:
-                advice = self.advice.get(key, f"known are {', '.join(str(known) for known in self.values[key])}")
-                migration.problems.append(f"{shown(key, value)}: {advice}.")
-            elif any(old.get(name, value) != value for name, value in new.items()):
-                migration.problems.append(f"{shown(key, value)}: {named(new)} contradicts another key. Remove one.")
-            else:
-                old |= new
-                migration.changes.append(shown(key, value) + (f" -> {named(new)}" if new else " left out: as here"))
+        translate_values(self.values, self.advice, old, migration)
 
     def finish(self, migration: Migration) -> None:
         """Write down the project's defaults on which the old recipe relied, and leave out what belongs to LoRA without it."""
@@ -111,6 +101,23 @@ class Project:
         if added:
             recipe |= added
             migration.changes.append(f"{named(added)} added: defaults of {self.name}, other than TRL's")
+
+
+def translate_values(
+    values: dict[str, dict[Any, dict[str, Any]]], advice: dict[str, str], old: dict[str, Any], migration: Migration
+) -> None:
+    """Put what says a value today in the place of keys that have only a few values; others are problems, with the key's advice."""
+    for key in [key for key in values if key in old]:
+        value = old.pop(key)
+        new = {} if value is None else next((new for known, new in values[key].items() if known == value), None)
+        if new is None:
+            known = ", ".join(str(known) for known in values[key])
+            migration.problems.append(f"{shown(key, value)}: {advice.get(key, f'known are {known}')}.")
+        elif any(old.get(name, value) != value for name, value in new.items()):
+            migration.problems.append(f"{shown(key, value)}: {named(new)} contradicts another key. Remove one.")
+        else:
+            old |= new
+            migration.changes.append(shown(key, value) + (f" -> {named(new)}" if new else " left out: as here"))
 
 
 def shown(key: str, value: Any) -> str:

@@ -8,7 +8,7 @@ A dataset that is in TRL's form already goes through unchanged.
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,9 +155,7 @@ def standard_rows(
     """Rows in TRL's form, as they are if they have it already (unless `always`), and which of them can be used."""
     columns = Columns.of(dataset.column_names)
     account.format = columns.format
-    looked_at = _Dataset(columns)
-    for row in _read(dataset, columns):
-        looked_at.add(row)
+    looked_at = _Dataset(columns, _read(dataset, columns))
     as_messages, cut_prompt = looked_at.as_messages, looked_at.cut_prompt
     usable, done = [], Counter()
     for number, row in enumerate(_read(dataset, columns), start=1):
@@ -211,28 +209,21 @@ def standard_rows(
 class _Dataset:
     """What only the whole dataset says: decisions that no row is taken alone for."""
 
-    def __init__(self, columns: Columns):
-        self._columns = columns
-        self.texts = self.messages = self.repeated = self.systems = self.no_options = 0
-
-    def add(self, row: dict[str, Any]) -> None:
-        pair = read_pair(row, self._columns)
-        self.messages += pair.fault is None and pair.is_conversational and not {"system", "history"} & set(pair.done)
-        self.systems += bool({"system", "history"} & set(pair.done))
-        self.texts += isinstance(pair.prompt, str)
-        self.repeated += repeats_prompt(pair)
-        options = row.get("chat_template_kwargs", {})
-        # Arrow gives every row all keys, as nulls
-        missing = options is None or (isinstance(options, dict) and None in options.values())
-        self.no_options += missing or row.get("tools") == ""
-
-    @property
-    def as_messages(self) -> bool:
-        return bool(self.messages or self.systems)
-
-    @property
-    def cut_prompt(self) -> bool:
-        return 2 * self.repeated > self.texts
+    def __init__(self, columns: Columns, rows: Iterable[dict[str, Any]]):
+        texts = repeated = systems = self.messages = self.no_options = 0
+        for row in rows:
+            pair = read_pair(row, columns)
+            has_system = bool({"system", "history"} & set(pair.done))
+            self.messages += pair.fault is None and pair.is_conversational and not has_system
+            systems += has_system
+            texts += isinstance(pair.prompt, str)
+            repeated += repeats_prompt(pair)
+            options = row.get("chat_template_kwargs", {})
+            # Arrow gives every row all keys, as nulls
+            missing = options is None or (isinstance(options, dict) and None in options.values())
+            self.no_options += missing or row.get("tools") == ""
+        self.as_messages = bool(self.messages or systems)
+        self.cut_prompt = 2 * repeated > texts
 
 
 def _read(dataset: Dataset, columns: Columns):
@@ -299,9 +290,8 @@ def _prepare_stream(
     sample = Dataset.from_list(head, on_mixed_types="use_json")
     _, usable = standard_rows(sample, judge, account)
     account.findings.check(max_dropped)
-    columns, looked_at = Columns.of(sample.column_names), _Dataset(Columns.of(sample.column_names))
-    for row in sample:
-        looked_at.add(row)
+    columns = Columns.of(sample.column_names)
+    looked_at = _Dataset(columns, sample)
     quiet = copy.copy(judge)
     quiet.findings = Findings("rows")
 
