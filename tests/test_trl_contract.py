@@ -119,7 +119,7 @@ def has_another_option(self, model, inputs, return_outputs, scale=1.0):
 @pytest.mark.parametrize(
     ("compute_loss", "problem"),
     [
-        (calls_its_own_model, "calls another model than the one it is given"),
+        (calls_its_own_model, "calls another model"),
         (reads_the_reference_first, "does not read the reference's log-probabilities after the call"),
         (takes_means, "does not sum `log_probs`"),
         (ignores_the_weights, "does not weigh a pair"),

@@ -631,7 +631,7 @@ def test_flash_attention_takes_no_shared_prompts(make_trainer, tiny_model_dir, a
         make_trainer(TDPOTrainer, TDPOConfig, share_prompt=True, model_init_kwargs=options)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model.config._attn_implementation = attention
-    with pytest.raises(ValueError, match="or take `padding_free` alone"):
+    with pytest.raises(ValueError, match="or set `padding_free` alone"):
         make_trainer(TDPOTrainer, TDPOConfig, model=model, share_prompt=True, padding_free=True)
     assert why_not_packed(model, None) is None
     # Sequences by their ends, as its kernels for sequences of uneven lengths take them
@@ -673,12 +673,12 @@ def test_refused_modelling_code(tiny_model_dir, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model.model = OwnModel(model.config)
-    assert "modelling code of its own" in why_not_packed(model, TDPOConfig(tmp_path, use_cpu=True))
+    assert "custom modelling code" in why_not_packed(model, TDPOConfig(tmp_path, use_cpu=True))
     config = AutoConfig.from_pretrained(tiny_model_dir)
     config.auto_map = {"AutoModelForCausalLM": "modeling.OwnForCausalLM"}
     config.save_pretrained(tmp_path)
     trusting, careful = (TDPOConfig(tmp_path, use_cpu=True, trust_remote_code=trust) for trust in (True, False))
-    assert "modelling code of its own" in why_not_packed(str(tmp_path), trusting)
+    assert "custom modelling code" in why_not_packed(str(tmp_path), trusting)
     assert why_not_packed(str(tmp_path), careful) is None  # transformers' own code is taken
 
 

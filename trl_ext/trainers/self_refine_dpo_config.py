@@ -23,13 +23,13 @@ class SelfRefineDPOConfig(TokenLevelConfig):
     Parameters:
         refinement_weight (`float`, *optional*, defaults to `0.3`):
             Weight λ of the refinement function Δ, at least 0. The paper tries 0.1, 0.3, 0.5 and 1, finds 0 (plain DPO)
-            worst and warns that too large a value hurts; 0.3 lies in the middle of its range (our choice).
+            worst and warns that too large a value hurts. 0.3, in the middle of its range, is our choice.
         refinement_prompt (`str`, *optional*, defaults to the paper's text):
-            The prompt p put before the query for Δ.
+            The prompt p that is put before the query to compute Δ.
         refinement_prompt_role (`str`, *optional*, defaults to `"user"`):
             Where p goes in a conversational sample: `"user"` puts it before the text of the first user message, the
-            paper's p ⊕ x; `"system"` before the system message, which is created if there is none. Plain-text prompts
-            take it in front, and only `"user"` is accepted for them.
+            paper's p ⊕ x; `"system"` puts it before the system message, which is created if it is missing. Plain-text prompts
+            accept only `"user"`, which puts p first.
         ipo_length_normalization (`bool`, *optional*, defaults to `True`):
             For `loss_type="ipo"`: whether log-ratios are means over the response's tokens, as TRL's IPO does with the
             IPO authors' consent (`True`), or sums, as the paper writes it (`False`).
@@ -47,7 +47,9 @@ class SelfRefineDPOConfig(TokenLevelConfig):
     )
     refinement_prompt: str = field(
         default=REFINEMENT_PROMPT,
-        metadata={"help": "The prompt p put before the query for the refinement function; default: the paper's text."},
+        metadata={
+            "help": "The prompt p that is put before the query to compute the refinement function. Default: the paper's text."
+        },
     )
     refinement_prompt_role: str = field(
         default="user",

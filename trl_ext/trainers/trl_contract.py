@@ -1,7 +1,7 @@
 """
-What this package, and any subclass of [`ShiftedDPOTrainer`], relies on in TRL beyond its documented API: the names and their parameters, and
-what `DPOTrainer._compute_loss` does with what it is given. For `trl-ext doctor`, and for `make try-trl` by `tests/test_trl_contract.py`.
-As of TRL 1.16. A parameter more, with a default, breaks nothing.
+What this package, and any subclass of [`ShiftedDPOTrainer`], relies on in TRL 1.16 beyond its documented API: names, their parameters,
+and the behaviour of `DPOTrainer._compute_loss`. `trl-ext doctor` and `tests/test_trl_contract.py` (for `make try-trl`) check it. An
+additional parameter with a default breaks nothing.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ METHODS = {name: tuple(names.split()) for name, names in METHODS.items()}
 
 
 def parameters(function) -> tuple[inspect.Parameter, ...]:
-    """A function's parameters; of an autograd function's `forward`, those after `ctx`."""
+    """The parameters of a function; for an autograd function, those of `forward` after `ctx`."""
     import torch
 
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
@@ -56,7 +56,7 @@ def parameters(function) -> tuple[inspect.Parameter, ...]:
 
 
 def missing(found: tuple[inspect.Parameter, ...], expected: tuple[str, ...]) -> str | None:
-    """What a signature lacks to be called with `expected` parameters, in this order; `None` if nothing."""
+    """Why a signature cannot be called with the `expected` parameters, in this order; `None` if it can."""
     names = tuple(parameter.name for parameter in found)
     if tuple(name for name in names if name in expected) != expected:
         return f"takes {names}, not {expected}"
@@ -66,7 +66,7 @@ def missing(found: tuple[inspect.Parameter, ...], expected: tuple[str, ...]) -> 
 
 
 def broken() -> list[str]:
-    """What the installed TRL has otherwise, one line each; empty if the contract holds."""
+    """What differs in the installed TRL, one line each; empty if the contract holds."""
     from trl import DPOTrainer
 
     problems = []
@@ -82,16 +82,16 @@ def broken() -> list[str]:
         problems += [f"DPOTrainer.{name} {problem}"] * (problem is not None)
     try:
         return problems or behaviour()
-    except Exception as error:  # whatever another TRL raises
+    except Exception as error:  # another TRL may raise anything
         return [f"DPOTrainer._compute_loss raises {type(error).__name__}: {error}"]
 
 
-# What `_compute_loss` does with a callable, buffers and outputs that it is given
+# The behaviour of `_compute_loss` with a given callable, buffers and outputs
 
 
 @contextlib.contextmanager
 def tiny_trainer() -> Iterator:
-    """A `DPOTrainer` on two pairs and a Llama of one layer, made in memory."""
+    """Make a `DPOTrainer` on two pairs and a Llama of one layer, in memory."""
     from datasets import Dataset
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -169,7 +169,7 @@ def behaviour() -> list[str]:
         pair_weights = ((weights * mask).sum(dim=1) / mask.sum(dim=1)).exp().view(2, 2).prod(dim=0)
         loss = called()
         if len(calls) != 1 or not {"input_ids", "attention_mask", "labels", "fused_lm_head"} <= calls[0].keys():
-            return ["DPOTrainer._compute_loss calls another model than the one it is given, or with something else"]
+            return ["DPOTrainer._compute_loss calls another model than its argument, or with other inputs"]
         gradient, expected = (torch.autograd.grad(x, log_probs, retain_graph=True)[0] for x in (loss, losses.mean()))
         summed = "does not sum `log_probs`, or does not read the reference's log-probabilities after the call"
         found = {
