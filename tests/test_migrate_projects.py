@@ -34,7 +34,7 @@ AXOLOTL = yaml.safe_load("""
  gradient_checkpointing: true, logging_steps: 1, flash_attention: true, warmup_ratio: 0.1, evals_per_epoch: 4, saves_per_epoch: 1,
  weight_decay: 0.0}
 """)
-# `eval_steps`: 4 times in each of 4 epochs. `lora_dropout`, `use_bnb_nested_quant`: axolotl's defaults, where TRL's are 0.05 and false
+# `eval_steps`: 4 times in each of 4 epochs. `lora_dropout`, `use_bnb_nested_quant`: axolotl's defaults; TRL's are 0.05 and false
 AXOLOTL_NOW = yaml.safe_load("""
 {model_name_or_path: org/instruct, dtype: bfloat16, attn_implementation: flash_attention_2, use_peft: true, lora_r: 32, lora_alpha: 16,
  lora_dropout: 0.0, lora_target_modules: [all-linear], load_in_8bit: false, load_in_4bit: true, use_bnb_nested_quant: true,

@@ -156,7 +156,7 @@ def build_trainer(
         processing_class=shape.tokenizer(),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
-    torch.manual_seed(1)  # a policy that has moved: a KL of 0 is no test of anything
+    torch.manual_seed(1)  # a policy that has moved: a KL of 0 tests nothing
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.01 * torch.randn_like(parameter))
@@ -319,7 +319,7 @@ def argument_parser(description: str, repeats: int) -> argparse.ArgumentParser:
 def benchmark(
     description: str, name: str, title: str, text: str, repeats: int, measured: Callable[[int], Iterator[list[dict]]]
 ) -> None:
-    """A benchmark on a CPU, from its command line to its table, which is written anew as `measured(repeats)` gives more rows."""
+    """A benchmark on a CPU, from its command line to its table, which is rewritten as `measured(repeats)` gives more rows."""
     args = argument_parser(description, repeats).parse_args()
     text = (
         "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process. "

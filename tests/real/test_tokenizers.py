@@ -1,6 +1,6 @@
 """
 Both trainers with the real chat templates of Llama 3.1, Qwen3 and Gemma 3. Oracle: TRL's `DPOTrainer` on the same rows; token ids, masks
-and losses must be its own where the methods are DPO (α = 0, λ = 0).
+and losses must be its own if the methods are DPO (α = 0, λ = 0).
 """
 
 import pytest

@@ -236,7 +236,7 @@ CONVERTED = {
     ),
 }
 
-# Rows that are no pairs, or not to be told which answer is better, and what their error says
+# Rows that are not pairs, or whose better answer is unknown, and a part of their error
 REFUSED = {
     "KTO": ([{"prompt": "a", "completion": "b", "label": True}], "columns of KTO's unpaired answers"),
     "UltraFeedback": (

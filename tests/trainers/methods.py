@@ -48,7 +48,7 @@ METHODS = {
     ),
 }
 TRAINERS = {"tdpo": TDPO2, "sr": SR}
-# The same, where they must be `DPOTrainer`
+# The same with options that make them `DPOTrainer`
 LIMITS = {
     "tdpo": Method(TDPOTrainer, TDPOConfig, {"alpha": 0.0}),
     "sr": Method(SelfRefineDPOTrainer, SelfRefineDPOConfig, {"refinement_weight": 0.0}),

@@ -37,7 +37,7 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOT
 
 
 SIZES = {**TINY, "num_hidden_layers": 1, "num_attention_heads": 2}
-# Alpha 0 in the place of DPO: the two must coincide
+# TDPO at alpha 0 and DPO, which must coincide
 BOTH = [(TDPOTrainer, TDPOConfig, {"alpha": 0.0}), (DPOTrainer, DPOConfig, {})]
 TDPO = Method(TDPOTrainer, TDPOConfig)  # the defaults
 

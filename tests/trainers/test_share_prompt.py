@@ -9,7 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tests.conftest import TINY, assert_gradients_close, first_batch, perturb, step_metrics, train_step
+from tests.conftest import assert_gradients_close, first_batch, perturb, step_metrics, train_step
+from tests.trainers.conftest import SIZES
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoConfig,
@@ -38,7 +39,6 @@ from trl_ext.trainers.squared_refinement import SquaredRefinementTDPOTrainer
 CONFIGS = {TDPOTrainer: TDPOConfig, SelfRefineDPOTrainer: SelfRefineDPOConfig}
 PADDING_FREE, SHARED = {"padding_free": True}, {"share_prompt": True}
 PACKINGS = {"padding_free": PADDING_FREE, "both": {**PADDING_FREE, **SHARED}}
-SIZES = {**TINY, "tie_word_embeddings": False}
 EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
@@ -74,24 +74,6 @@ MODEL_TYPES = {
     "stablelm": {},
     "starcoder2": {"sliding_window": None},
 }
-
-
-@pytest.fixture
-def make_model_dir(tiny_model_dir, tmp_path):
-    """Returns a function that saves a tiny model of an architecture, for the tiny Llama's tokenizer, and returns its path."""
-
-    def make(model_type: str, **options) -> str:
-        llama = AutoConfig.from_pretrained(tiny_model_dir)
-        tokens = {"pad_token_id": llama.pad_token_id, "eos_token_id": llama.eos_token_id, "bos_token_id": None}
-        own = AutoConfig.for_model(model_type)
-        sizes = {name: value for name, value in SIZES.items() if hasattr(own, name)}
-        config = AutoConfig.for_model(model_type, vocab_size=llama.vocab_size, **tokens, **{**sizes, **options})
-        torch.manual_seed(0)
-        path = tmp_path / f"tiny-{model_type}"
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
-        return str(path)
-
-    return make
 
 
 @pytest.fixture
