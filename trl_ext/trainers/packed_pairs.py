@@ -229,6 +229,12 @@ class PackedPairs:
         return tuple(self.take(logits[None], mask.to(logits.device)) for logits in router_logits)
 
 
+def has_virtual_tokens(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> bool:
+    """Whether prompt-learning PEFT, of a loaded model or a new adapter, puts virtual tokens before each sequence."""
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
+    return any(isinstance(adapter, PromptLearningConfig) for adapter in adapters)
+
+
 def why_not_packed(
     model: str | PreTrainedModel | PeftModel,
     args: DPOConfig,
@@ -249,8 +255,7 @@ def why_not_packed(
         share_prompt (`bool`, *optional*, defaults to `False`):
             Whether both answers of a pair follow one prompt.
     """
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
-    if any(isinstance(adapter, PromptLearningConfig) for adapter in adapters):
+    if has_virtual_tokens(model, peft_config):
         return "prompt-learning PEFT (prompt, prefix or p-tuning) puts virtual tokens before each sequence. Use LoRA."
     if isinstance(model, str):
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}

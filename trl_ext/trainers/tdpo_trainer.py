@@ -6,13 +6,13 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from peft import PeftModel, PromptLearningConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..losses.shifts import tdpo_shifts
+from .packed_pairs import has_virtual_tokens
 from .position_kl_head import CompletionStates
 from .reference_states import COLUMNS as STATE_COLUMNS
 from .reference_states import DataCollatorWithStates, as_rows, check_room, write
@@ -27,12 +27,6 @@ LOSS_TYPES = (
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
 )
 READ_LABEL_SMOOTHING = ("exo_pair", "robust", "aot", "aot_unpaired")
-
-
-def learns_prompt(model, peft_config) -> bool:
-    """Whether an adapter, of a loaded model or a new one, puts virtual tokens before each sequence."""
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
-    return any(isinstance(adapter, PromptLearningConfig) for adapter in adapters)
 
 
 class TokenLevelTrainer(ShiftedDPOTrainer):
@@ -84,7 +78,7 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
         self.refuse_options(args)
-        self._take_options(args, learns_prompt(model, peft_config))
+        self._take_options(args, learns_prompt=has_virtual_tokens(model, peft_config))
         super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
 
     @classmethod
