@@ -155,6 +155,7 @@ def test_compute_loss(make_trainer):
     and it multiplies a pair's loss by weights made from `log_sum_sq_probs`. Without loss types the loss is 0.
     """
     trainer = make_trainer(DPOTrainer, DPOConfig)
+    trainer.model.train()
     batch = first_batch(trainer)
     mask, pairs = batch["completion_mask"][:, 1:], len(batch["input_ids"]) // 2
     generator = torch.Generator().manual_seed(0)
