@@ -164,7 +164,7 @@ class TestErrors:
                 ["pairs.jsonl has no split `test`, only train. Set `dataset_test_split`, or `test_split_size: 0.1`"],
             ),
             ({"resume_from_checkpoint": True}, [], ["`resume_from_checkpoint: true`, but out has no checkpoint."]),
-            ({}, ["--resume_from_checkpoint", "out/7"], ["`resume_from_checkpoint`: out/7 is no directory."]),
+            ({}, ["--resume_from_checkpoint", "out/7"], ["`resume_from_checkpoint`: out/7 is not a directory."]),
         ],
     )
     def test_one_clear_error(self, recipe, capfd, changes, flags, parts):

@@ -79,7 +79,7 @@ METHODS = [
 def test_ids_masks_and_losses_are_those_of_dpo(truncated, model, tokenizer, tmp_path):
     """Ids and masks of all rows; the loss of the two shortest, since each token has hundreds of thousands of logits."""
     dataset = rows_of(list(SCENES))
-    common = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False}
+    common = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "beta": 1.0}
     if truncated:
         prompts = ids(dataset.to_list(), tokenizer, DPOConfig(str(tmp_path), **common))["prompt_ids"]
         common["max_length"] = min(map(len, prompts)) + 12
