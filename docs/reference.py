@@ -112,6 +112,17 @@ def entries(text: str) -> Iterator[tuple[list[str], str, str]]:
             yield re.split(r",\s*", names.strip()), spec, " ".join(body.split())
 
 
+def parameters(item: type | types.FunctionType) -> Iterator[tuple[list[str], str, str]]:
+    """The entries of `Parameters`; a class has those of its bases in this package too, after its own."""
+    seen = set()
+    for owner in inspect.getmro(item) if isinstance(item, type) else (item,):
+        if owner.__module__.startswith("trl_ext"):
+            for names, spec, text in entries(sections(owner).get("Parameters", "")):
+                if not seen & set(names):
+                    seen |= set(names)
+                    yield names, spec, text
+
+
 def in_words(text: str) -> str:
     """References of TRL's docstrings as links where the page has the name, as code otherwise."""
 
@@ -188,7 +199,7 @@ def keys_table(config: type, leave_out: typing.Collection[str] = (), prefix: str
 def documentation(config: type) -> dict[str, str]:
     """The text of each field: below it in a recipe's section, and in the docstring of a trainer's config."""
     if not issubclass(config, Section):
-        return {name: text for names, _, text in entries(sections(config)["Parameters"]) for name in names}
+        return {name: text for names, _, text in parameters(config) for name in names}
     texts = {
         name: (sections(hint)[""].partition(". ")[0].rstrip(".") + ".")
         for name, hint in typing.get_type_hints(config).items()
@@ -240,11 +251,11 @@ def described(item: type | types.FunctionType) -> Iterator[str]:
     yield f"```py\n{signature(item)}\n```\n"  # no ```python block: those are programs, and the tests run them
     found = sections(item)
     yield in_words(found[""]) + "\n"
-    if "Parameters" in found:
-        rows = [
-            f"| {', '.join(f'`{name}`' for name in names)} | {cell(f'{spec}. {text}')} |"
-            for names, spec, text in entries(found["Parameters"])
-        ]
+    rows = [
+        f"| {', '.join(f'`{name}`' for name in names)} | {cell(f'{spec}. {text}')} |"
+        for names, spec, text in parameters(item)
+    ]
+    if rows:
         yield "\n".join(["| parameter | |", "|---|---|", *rows, ""])
     if isinstance(item, type) and issubclass(item, tuple):
         yield f"Fields: {', '.join(f'`{name}`' for name in item._fields)}.\n"

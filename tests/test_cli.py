@@ -138,12 +138,12 @@ class TestErrors:
             ({"num_processes": 1, "alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"model_name_or_path": None}, [], ["`model_name_or_path` is missing"]),
             ({"model_name_or_path": "./nowhere"}, [], ["`model_name_or_path`: no such folder: ./nowhere."]),
-            ({"dataset_name": None}, [], ["No dataset: give `dataset_name`"]),
-            ({"datasets": [{"path": "pairs.jsonl"}]}, [], ["Both `datasets` and `dataset_name` are given."]),
+            ({"dataset_name": None}, [], ["No dataset. Set `dataset_name`"]),
+            ({"datasets": [{"path": "pairs.jsonl"}]}, [], ["Both `datasets` and `dataset_name` are set."]),
             ({"dataset_name": "none.jsonl"}, [], ["none.jsonl: no such file or directory (working directory: /"]),
             ({"dataset_name": "./none"}, [], ["./none: no such file or directory"]),
             ({"dataset_name": "empty.jsonl"}, [], ["empty.jsonl: the file is empty."]),
-            ({"dataset_name": "notes.md"}, [], ["notes.md: cannot read a `.md` file; known are .jsonl, .ndjson"]),
+            ({"dataset_name": "notes.md"}, [], ["notes.md: cannot read a `.md` file. Supported: .jsonl, .ndjson"]),
             ({"dataset_name": "torn.jsonl"}, [], ["torn.jsonl: cannot be loaded: ", "JSON parse error"]),
             (
                 {"dataset_name": "sft.jsonl"},
@@ -163,8 +163,8 @@ class TestErrors:
                 [],
                 ["pairs.jsonl has no split `test`, only train. Set `dataset_test_split`, or `test_split_size: 0.1`"],
             ),
-            ({"resume_from_checkpoint": True}, [], ["`resume_from_checkpoint: true`, but out holds no checkpoint."]),
-            ({}, ["--resume_from_checkpoint", "out/7"], ["`resume_from_checkpoint`: out/7 is no directory."]),
+            ({"resume_from_checkpoint": True}, [], ["`resume_from_checkpoint: true`, but out has no checkpoint."]),
+            ({}, ["--resume_from_checkpoint", "out/7"], ["`resume_from_checkpoint`: out/7 is not a directory."]),
         ],
     )
     def test_one_clear_error(self, recipe, capfd, changes, flags, parts):

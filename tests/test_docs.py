@@ -109,7 +109,7 @@ def test_index_lists_every_page():
 class TestTrainerPage:
     def test_refused_options(self, trainer, page):
         table = section(DOCS[page], "What is refused")
-        for option in (*trainer._refused_options, "loss_type"):
+        for option in (*trainer.refused_options, "loss_type"):
             assert re.search(rf"^\| `{option}`", table, flags=re.MULTILINE), option
 
     def test_metrics(self, trainer, page):

@@ -53,7 +53,7 @@ MAY_IMPORT = {
         *("data_files", "processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "rows", "trainers"),
         *("outputs", "model_files"),
     },
-    "migrate": {"recipe", "recipe_values", "trainers"},
+    "migrate": {"recipe", "recipe_values", "rows", "trainers"},
     "doctor": {
         *("processes", "launch", "recipe", "recipe_values", "kernels", "rows", "trainers", "aries", "scripts"),
         "model_files",

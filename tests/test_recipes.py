@@ -54,7 +54,7 @@ class TestTrainerRecipe:
     def test_parses(self, path):
         script_args, args, model_args, _ = parse(path)
         _, trainer_class = METHODS[path.parent.name]
-        trainer_class._refuse_options(args)
+        trainer_class.refuse_options(args)
         model, method, variant = path.parts[-3], path.parts[-2], path.stem.removeprefix("config_")
         assert args.output_dir == f"data/{model}-{method}-{variant}"
         assert script_args.dataset_name and model_args.model_name_or_path
@@ -102,7 +102,7 @@ class TestAriesRecipe:
             assert not values.keys() & preflight.OWNED_KEYS.keys()
             args = config_class(**values | {"output_dir": "unused", "use_cpu": True})
             if issubclass(trainer_class, ShiftedDPOTrainer):
-                trainer_class._refuse_options(args)
+                trainer_class.refuse_options(args)
         if path.parent.name == "aries":
             assert bool(model_args.use_peft) == ("lora" in path.stem)
             assert bool(model_args.load_in_4bit) == ("qlora" in path.stem)

@@ -1,28 +1,61 @@
 """
 What `trl_ext` relies on in TRL beyond its documented API, so that an upgrade breaks here first, and by name.
 
-Oracle: TRL 1.16. A failure after an upgrade means: read what changed, adapt the trainers and kernels, then this file
-and `trl_ext/trainers/trl_contract.py`, which lists the names and signatures.
+Oracle: TRL 1.16. A failure after an upgrade means: read what changed, and adapt the trainers and kernels, then this file. An additional
+parameter with a default breaks nothing.
 """
 
 import importlib
-from dataclasses import replace
+import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from tests.conftest import first_batch, labels_and_mask, step_metrics, train_step
 from tests.oracles.tdpo import token_logps
 from tests.test_layers import imports, is_private_to_trl, modules, part
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.trainers import trl_contract
-from trl_ext.trainers.trl_contract import METHODS, NOT_EXPORTED, missing, parameters
 
+
+# Names TRL does not export -> their parameters. For an autograd function, those of `forward` after `ctx`.
+NOT_EXPORTED = {
+    "trl.data_utils._tokenize": "processing_class input apply_chat_template_kwargs",
+    "trl.data_utils.common_prefix_length": "ids other_ids",
+    "trl.kernels.chunked_logprob._addmm_fp32": "acc a b",
+    "trl.models.utils.disable_gradient_checkpointing": "model gradient_checkpointing_kwargs",
+    "trl.trainer.dpo_trainer.DataCollatorForPreference": "pad_token_id max_length truncation_mode pad_to_multiple_of "
+    "return_tensors",
+    "trl.trainer.utils.FusedCausalLMOutput": "loss log_probs entropy log_sum_sq_probs mean_logits is_top1 label_mask aux_loss",
+    "trl.trainer.utils.generate_model_card": "base_model model_name hub_model_id dataset_name tags wandb_url trackio_url "
+    "trainer_name trainer_citation template_file paper_title paper_id comet_url",
+    "trl.trainer.utils.get_config_model_id": "config",
+    "trl.trainer.utils.global_then_local_main_first": "",
+    "trl.trainer.utils.maybe_gather_lm_head_ctx": "params",
+    "trl.trainer.utils.pad": "tensors padding_value padding_side pad_to_multiple_of",
+}
+NOT_EXPORTED = {tuple(name.rsplit(".", 1)): tuple(names.split()) for name, names in NOT_EXPORTED.items()}
+
+# Methods of DPOTrainer that are overridden or called -> their parameters
+METHODS = {
+    # The order matters: the trainers pass the first ones by position
+    "__init__": "self model ref_model args data_collator train_dataset eval_dataset processing_class compute_metrics callbacks "
+    "optimizers quantization_config peft_config",
+    "_compute_loss": "self model inputs return_outputs",
+    "_load_from_checkpoint": "self resume_from_checkpoint model",
+    "_precompute_ref_logps": "self dataset name batch_size",
+    "_prepare_dataset": "self dataset processing_class args dataset_name",
+    "_set_signature_columns_if_needed": "self",
+    "create_model_card": "self model_name dataset_name tags",
+    "compute_ref_log_probs": "self model inputs",
+    "compute_loss": "self model inputs return_outputs num_items_in_batch",  # calls `_compute_loss`
+}
+METHODS = {name: tuple(names.split()) for name, names in METHODS.items()}
 
 # Attributes that DPOTrainer sets in its constructor -> their values for a plain config
 ATTRIBUTES = {
@@ -53,6 +86,23 @@ CONFIGS = {TDPOTrainer: TDPOConfig, SelfRefineDPOTrainer: SelfRefineDPOConfig}
 # Names and signatures
 
 
+def parameters(function) -> tuple[inspect.Parameter, ...]:
+    """The parameters of a function; for an autograd function, those of `forward` after `ctx`."""
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        return tuple(inspect.signature(function.forward).parameters.values())[1:]
+    return tuple(inspect.signature(function).parameters.values())
+
+
+def missing(found: tuple[inspect.Parameter, ...], expected: tuple[str, ...]) -> str | None:
+    """Why a signature cannot be called with the `expected` parameters, in this order; `None` if it can."""
+    names = tuple(parameter.name for parameter in found)
+    if tuple(name for name in names if name in expected) != expected:
+        return f"takes {names}, not {expected}"
+    catching = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in found if p.default is p.empty and p.kind not in catching and p.name not in expected]
+    return f"needs {needed} too" if needed else None
+
+
 def test_the_table_is_what_the_code_uses():
     """The names TRL does not export, as trainers/ and kernels/ import them, are the ones listed here."""
     used = {
@@ -76,7 +126,7 @@ def test_method_has_the_signature_relied_on(method):
 
 
 def test_what_a_signature_may_be():
-    """One parameter more with a default is no break; one more without, another order or one less is."""
+    """An additional parameter with a default breaks nothing; one without, another order, or a missing one does."""
     expected = ("self", "model", "inputs")
     for function, problem in [
         (lambda self, model, inputs: None, None),
@@ -88,64 +138,6 @@ def test_what_a_signature_may_be():
         assert missing(parameters(function), expected) == problem
 
 
-COMPUTE_LOSS = DPOTrainer._compute_loss
-
-
-def calls_its_own_model(self, model, inputs, return_outputs):
-    return COMPUTE_LOSS(self, self.model, inputs, return_outputs)
-
-
-def reads_the_reference_first(self, model, inputs, return_outputs):
-    return COMPUTE_LOSS(self, model, {name: value.clone() for name, value in inputs.items()}, return_outputs)
-
-
-def takes_means(self, model, inputs, return_outputs):
-    def means(**kwargs):
-        outputs = model(**kwargs)
-        return replace(outputs, log_probs=outputs.log_probs / 2)
-
-    return COMPUTE_LOSS(self, means, inputs, return_outputs)
-
-
-def ignores_the_weights(self, model, inputs, return_outputs):
-    self.use_weighting = False
-    return COMPUTE_LOSS(self, model, inputs, return_outputs)
-
-
-def has_another_option(self, model, inputs, return_outputs, scale=1.0):
-    return scale * COMPUTE_LOSS(self, model, inputs, return_outputs)
-
-
-@pytest.mark.parametrize(
-    ("compute_loss", "problem"),
-    [
-        (calls_its_own_model, "calls another model than the one it is given"),
-        (reads_the_reference_first, "does not read the reference's log-probabilities after the call"),
-        (takes_means, "does not sum `log_probs`"),
-        (ignores_the_weights, "does not weigh a pair"),
-        (has_another_option, None),
-    ],
-)
-def test_what_doctor_says_of_a_loss_that_differs(monkeypatch, compute_loss, problem):
-    """The seams of this package in TRL's loss, each broken in its own way; an optional parameter is no break."""
-    monkeypatch.setattr(DPOTrainer, "_compute_loss", compute_loss)
-    problems = trl_contract.broken()
-    assert (problems == []) if problem is None else any(problem in line for line in problems)
-
-
-def test_what_doctor_says_of_a_trl_that_differs(monkeypatch):
-    """Nothing of this one; of others, each name with what it has become."""
-    assert trl_contract.broken() == []
-    monkeypatch.setitem(trl_contract.NOT_EXPORTED, ("trl.trainer.utils", "pad"), ("images",))
-    monkeypatch.setitem(trl_contract.NOT_EXPORTED, ("trl.trainer.utils", "no_such_name"), ())
-    monkeypatch.setitem(trl_contract.METHODS, "no_such_method", ())
-    assert [problem.split(" ")[0] + " " + problem.split(" ")[1] for problem in trl_contract.broken()] == [
-        "trl.trainer.utils.pad takes",
-        "trl.trainer.utils.no_such_name is",
-        "DPOTrainer.no_such_method is",
-    ]
-
-
 def test_attributes(make_trainer):
     trainer = make_trainer(DPOTrainer, DPOConfig)
     assert {name: getattr(trainer, name) for name in ATTRIBUTES} == ATTRIBUTES
@@ -154,6 +146,54 @@ def test_attributes(make_trainer):
 
 
 # Behaviour
+
+
+def test_compute_loss(make_trainer):
+    """
+    The three properties that `ShiftedDPOTrainer` relies on, with made-up log-probabilities against DPO's equations: `_compute_loss` calls
+    its argument `model`, with the batch; it sums `log_probs`, and reads the reference's log-probabilities from the batch after that call;
+    and it multiplies a pair's loss by weights made from `log_sum_sq_probs`. Without loss types the loss is 0.
+    """
+    trainer = make_trainer(DPOTrainer, DPOConfig)
+    trainer.model.train()
+    batch = first_batch(trainer)
+    mask, pairs = batch["completion_mask"][:, 1:], len(batch["input_ids"]) // 2
+    generator = torch.Generator().manual_seed(0)
+    log_probs = (torch.randn(mask.shape, generator=generator) * mask).requires_grad_()
+    ref_logps, weights = torch.randn(2, pairs, generator=generator), torch.rand(mask.shape, generator=generator)
+    zeros, buffers, calls = torch.zeros(mask.shape), {}, []
+    outputs = FusedCausalLMOutput(
+        log_probs=log_probs,
+        log_sum_sq_probs=log_probs.detach() - weights,
+        entropy=zeros,
+        mean_logits=zeros,
+        is_top1=mask.bool(),
+    )
+
+    def policy(**kwargs):
+        calls.append(kwargs.keys())
+        for buffer, values in zip(buffers.values(), ref_logps, strict=True):
+            buffer.copy_(values)
+        return outputs
+
+    def compute_loss(**attributes):
+        buffers.update({f"ref_{side}_logps": torch.zeros(pairs) for side in ("chosen", "rejected")})
+        vars(trainer).update(attributes, precompute_ref_logps=True)
+        return trainer._compute_loss(policy, {**batch, **buffers}, False)
+
+    logratios = log_probs.sum(dim=1).view(2, pairs) - ref_logps
+    losses = -F.logsigmoid(trainer.beta * (logratios[0] - logratios[1]))
+    loss = compute_loss()
+    (arguments,) = calls
+    assert {"input_ids", "attention_mask", "labels", "fused_lm_head"} <= arguments
+    torch.testing.assert_close(loss, losses.mean())
+    gradients = [torch.autograd.grad(x, log_probs, retain_graph=True)[0] for x in (loss, losses.mean())]
+    torch.testing.assert_close(*gradients)
+    metrics, rewards = step_metrics(trainer), trainer.beta * logratios.mean(dim=1)
+    assert [metrics["rewards/chosen"], metrics["rewards/rejected"]] == pytest.approx(rewards.tolist())
+    pair_weights = ((weights * mask).sum(dim=1) / mask.sum(dim=1)).exp().view(2, pairs).prod(dim=0)
+    torch.testing.assert_close(compute_loss(use_weighting=True), (losses * pair_weights).mean())
+    assert compute_loss(loss_types=[], loss_weights=[], use_weighting=False) == 0.0
 
 
 def test_collator():
@@ -202,7 +242,7 @@ def test_fused_lm_head(tiny_model_dir, make_trainer):
 
 
 def test_disable_gradient_checkpointing(tiny_model_dir):
-    """Off inside, on again after, and left off where it was off."""
+    """Off inside, on again after, and left off if it was off."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     with disable_gradient_checkpointing(model, None):
         assert not model.is_gradient_checkpointing

@@ -1,7 +1,7 @@
 """
 trl-ext: token-level DPO, self-refined DPO and the ARIES loop on top of TRL.
 
-Public names are found on first use, so `import trl_ext` loads neither torch nor TRL, and works from an uninstalled checkout.
+Public names are imported on first use, so `import trl_ext` loads neither torch nor TRL, and works from an uninstalled checkout.
 """
 
 from importlib import import_module

@@ -1,5 +1,5 @@
 """
-Completion for shells, by shtab: sub-commands, flags, files, and every key of a recipe as the flag it also is.
+Shell completion, by shtab: sub-commands, flags, files, and every recipe key, since each is also a flag.
 """
 
 import argparse
@@ -19,12 +19,12 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """
     Args:
         parser (`argparse.ArgumentParser`):
-            That of the command line; the keys are added to it.
+            The command line's parser; the recipe keys are added to it.
         shell (`str`):
             `"bash"`, `"zsh"`, `"fish"` or `"tcsh"`.
 
     Returns:
-        `str`: what the shell is to read.
+        `str`: the script for the shell to source.
     """
     commands = subparsers(parser)
     add_flags(commands["tdpo"], trainer_keys(TDPOConfig))
@@ -32,7 +32,7 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     actions = subparsers(commands["aries"])
     add_flags(actions["run"], aries_keys())
     for each in (*commands.values(), *actions.values()):
-        for action in each._actions:  # as shtab reads them
+        for action in each._actions:  # where shtab looks for completions
             names = {*action.option_strings, action.dest}
             if names & {*FILES, "output"}:
                 action.complete = shtab.FILE
@@ -47,7 +47,7 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def add_flags(parser: argparse.ArgumentParser, keys: Iterable[str]) -> None:
-    """The keys that the parser does not have yet."""
+    """Add the keys that the parser does not have yet."""
     for key in dict.fromkeys(keys):
         if f"--{key}" not in parser._option_string_actions:
             parser.add_argument(f"--{key}", metavar="VALUE")

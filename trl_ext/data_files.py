@@ -7,10 +7,10 @@ from typing import Any
 from .recipe import RecipeError
 
 
-# An answer may be "None" or "N/A": only an empty cell is null
+# An answer may be "None" or "N/A": only an empty cell is missing
 AS_WRITTEN = {"keep_default_na": False, "na_values": [""]}
 
-# Suffix of a local data file -> builder of `datasets`, and its options
+# Suffix of a local data file -> the builder of `datasets` and its options
 BUILDERS = {
     ".jsonl": {"path": "json"},
     ".ndjson": {"path": "json"},
@@ -24,7 +24,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 def data_suffix(path: Path) -> str:
-    """The suffix that says what a file holds: `".jsonl"` for `pairs.jsonl.gz`."""
+    """The suffix without that of compression: `".jsonl"` for `pairs.jsonl.gz`."""
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
@@ -33,14 +33,14 @@ def is_data_file(name: str) -> bool:
     Whether `name` is a local data file, rather than a directory or a dataset on the Hub.
 
     Raises:
-        [`RecipeError`]: it can only be a path, and there is nothing, or a file of another kind.
+        [`RecipeError`]: `name` can only be a path, and there is no such file, or its format cannot be read.
     """
     path = Path(name).expanduser()
     suffix = data_suffix(path)
     if os.path.isfile(path):  # `Path.is_file` raises for a name that is too long
         if suffix not in BUILDERS:
             raise RecipeError(
-                f"{name}: cannot read a `{suffix or path.suffix}` file; known are {', '.join(BUILDERS)}, also compressed "
+                f"{name}: cannot read a `{suffix or path.suffix}` file. Supported: {', '.join(BUILDERS)}, also compressed "
                 f"({', '.join(COMPRESSED)})."
             )
         return True
@@ -51,10 +51,10 @@ def is_data_file(name: str) -> bool:
 
 def builder_arguments(name: str) -> dict[str, Any]:
     """
-    Arguments of `datasets.load_dataset` for a local data file.
+    The arguments of `datasets.load_dataset` for a local data file.
 
     Raises:
-        [`RecipeError`]: the file is empty, for which the builders have no error of their own.
+        [`RecipeError`]: the file is empty, on which the builders fail.
     """
     path = Path(name).expanduser()
     if path.stat().st_size == 0:

@@ -1,5 +1,5 @@
 """
-How training is launched: which accelerate configuration a recipe means, and what goes to `accelerate launch`.
+How training is launched: the accelerate configuration that a recipe names, and the arguments of `accelerate launch`.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Launch:
         config_file (`str`):
             An accelerate configuration.
         num_processes (`int`, *optional*):
-            Its processes. Default: as many as the configuration says.
+            How many processes to start. Default: as many as the configuration says.
     """
 
     config_file: str
@@ -32,7 +32,7 @@ class Launch:
 
 
 def recipe_launch(recipe: Recipe) -> Launch | None:
-    """What `training.accelerate_config` of an ARIES recipe asks for, `None` for one process."""
+    """The launch that `training.accelerate_config` of an ARIES recipe asks for; `None` for one process."""
     training = recipe.mapping["training"] or {}
     if training.get("accelerate_config") is None:
         return None
@@ -45,11 +45,11 @@ def recipe_launch(recipe: Recipe) -> Launch | None:
 
 def find_accelerate_config(name: str, recipe: Recipe) -> Path:
     """
-    A path, or the name of a file in an `accelerate_configs` directory above the recipe, in this repository's recipes, or
-    among those TRL ships.
+    Find an accelerate configuration: a path, or the name of a file in an `accelerate_configs` directory above the recipe, in this
+    repository's recipes, or among those that TRL ships.
 
     Raises:
-        [`RecipeError`]: it is neither.
+        [`RecipeError`]: there is no such file, and no configuration of this name.
     """
     if Path(name).is_file():
         return Path(name)

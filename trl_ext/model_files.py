@@ -1,5 +1,5 @@
 """
-A model's directory, looked at before anything is loaded from it: is it there, and are its weights whole?
+Checks of a model's directory before anything is loaded from it: does it exist, and are its weights complete?
 """
 
 import difflib
@@ -11,14 +11,14 @@ from safetensors import SafetensorError, safe_open
 
 
 INDEX = "model.safetensors.index.json"
-# Suffixes of what `torch.load` reads
+# Suffixes of files that `torch.load` reads
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def folder_problem(name: str) -> str | None:
     """
-    "no such folder", with the nearest one that there is, for a model's name that can only be a path; `None` if it is there, or may be a
-    name on the Hub (which has at most one slash).
+    The error for a model's name that can only be a path to a missing folder, with the nearest existing one; `None` if the folder exists, or
+    if the name may be one on the Hub (which has at most one slash).
     """
     path = Path(name).expanduser()
     if path.is_dir() or not (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or name.endswith("/")):
@@ -29,18 +29,18 @@ def folder_problem(name: str) -> str | None:
 
 
 def load_problem(name: str, error: Exception) -> str:
-    """What to say about a model whose configuration or tokenizer did not load: a misspelt folder first, before what the Hub says."""
+    """The error for a model whose configuration or tokenizer did not load. A misspelt folder is named first, before the Hub's own message."""
     path = Path(name).expanduser()
     if path.is_dir():
         return f"the config or the tokenizer of {name} cannot be read: {error}"
     meant = _did_you_mean(path)
     if meant or (path.parent != Path() and path.parent.is_dir()):
-        return f"no such folder: {name}.{meant} On the Hub it was not found or not reached either."
-    return f"{name} cannot be read: no folder here has this name, and of the Hub it is said: {error}"
+        return f"no such folder: {name}.{meant} It was not found on the Hub either, or the Hub cannot be reached."
+    return f"{name} cannot be read: there is no folder of this name here, and the Hub says: {error}"
 
 
 def _did_you_mean(path: Path) -> str:
-    """The nearest directory to one that is not there, spelt right in the first part that is wrong."""
+    """ " Did you mean ...?" with the existing directory whose name is nearest to the first wrong part of a path; empty if there is none."""
     existing = next(parent for parent in path.absolute().parents if parent.is_dir())
     wrong, *rest = path.absolute().relative_to(existing).parts
     try:
@@ -58,7 +58,7 @@ def _did_you_mean(path: Path) -> str:
 
 
 def model_files(path: Path) -> list[Path]:
-    """The files of a model's directory that it is loaded from: neither hidden ones, nor pickles, nor what is in directories below."""
+    """The files that a model is loaded from: those of its directory that are neither hidden nor pickles."""
     return [file for file in path.iterdir() if file.is_file() and not _left_out(file)]
 
 
@@ -68,11 +68,11 @@ def _left_out(file: Path) -> bool:
 
 def broken_weights(path: Path) -> str | None:
     """
-    What is wrong with the weights in a directory, `None` if they are whole: a file that is cut off, since its header promises more than
-    there is, or a shard or a tensor that the index names and that is not there. No tensor is read. Whatever is no safetensors file or
-    zip archive (PyTorch's format since 1.6) is not looked at.
+    What is wrong with the weights in a directory, `None` if they are complete: a file that is cut off, since its header promises more than
+    there is, or a shard or a tensor that the index names and that is missing. No tensor is read. Files other than safetensors and zip
+    archives (PyTorch's format since 1.6) are not checked.
     """
-    named: dict[str, set[str]] = {}  # file -> its tensors, as the index has them
+    named: dict[str, set[str]] = {}  # file -> its tensors, according to the index
     if (path / INDEX).is_file():
         try:
             for tensor, file in json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
@@ -82,7 +82,7 @@ def broken_weights(path: Path) -> str | None:
     safetensors = sorted({path / file for file in named} or path.glob("*.safetensors"))
     for file in safetensors:
         if not file.is_file():
-            return f"{file} is missing, and {INDEX} names it. {AGAIN}"
+            return f"{file} is missing, although {INDEX} names it. {AGAIN}"
         try:
             with safe_open(file, "np") as opened:
                 keys = set(opened.keys())
@@ -95,7 +95,7 @@ def broken_weights(path: Path) -> str | None:
         with open(file, "rb") as opened:
             zipped = opened.read(2) == b"PK"
         if zipped and not zipfile.is_zipfile(file):  # whose directory is at its end
-            return f"{file} is cut off: it has {file.stat().st_size:,} bytes and no end. {AGAIN}"
+            return f"{file} is cut off: its {file.stat().st_size:,} bytes end too early. {AGAIN}"
     return None
 
 

@@ -1,5 +1,5 @@
 """
-Places that results are written to: nothing that is there already, and that this package did not make, is touched.
+Checks of the places that results are written to: files that this package did not write are never touched.
 """
 
 import shutil
@@ -10,25 +10,23 @@ from pathlib import Path
 from .recipe_values import RecipeError
 
 
-# What a trainer leaves in its `output_dir`: a directory with one of these is one of its own
+# Files that a trainer leaves in its `output_dir`, by which it is recognised
 TRAINED = ("training_args.bin", "checkpoint-*")
-# What it writes there under names that something else may have
+# Files it writes there under names that other programs use too
 SAVED = ("*.safetensors*", "*config.json", "README.md", "tokenizer*", "chat_template.jinja")
 
 
 def check_new(output: Path, flag: str = "--output") -> None:
     """
     Raises:
-        [`RecipeError`]: there is something at the place of a new file or directory; an empty directory is nothing.
+        [`RecipeError`]: the file or directory exists already. An empty directory is accepted.
     """
     if not output.name:
         raise RecipeError(f"{flag}: {str(output)!r} is the working directory. Name a new one.")
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
-        raise RecipeError(
-            f"{flag}: {output} is there already, and is not overwritten. Name one that is not there yet, or remove it."
-        )
+        raise RecipeError(f"{flag}: {output} is there already, and is not overwritten. Name a new one, or remove it.")
 
 
 def check_apart(output: Path, inputs: Mapping[str, Path], key: str = "output_dir") -> None:
@@ -42,7 +40,7 @@ def check_apart(output: Path, inputs: Mapping[str, Path], key: str = "output_dir
             The key that names `output`.
 
     Raises:
-        [`RecipeError`]: one lies inside the other, so that what is written would become a part of what is read, or overwrite it.
+        [`RecipeError`]: one lies inside the other, so that results would become part of an input, or overwrite it.
     """
     place = output.expanduser().resolve()
     for name, path in inputs.items():
@@ -54,20 +52,20 @@ def check_apart(output: Path, inputs: Mapping[str, Path], key: str = "output_dir
             )
         if place in source.parents:
             raise RecipeError(
-                f"`{key}`: {output} holds {path}, which `{name}` names as an input. Name a directory of its own for what is written, "
+                f"`{key}`: {output} holds {path}, which `{name}` names as an input. Name a separate directory, "
                 "such as runs/my-run."
             )
 
 
 def check_trainer_output(output_dir: str | None, model: str) -> None:
     """
-    What a trainer writes to (`trl-ext tdpo`): it saves a model, checkpoints and a README.md there.
+    Check the directory to which a trainer (`trl-ext tdpo`) saves its model, checkpoints and a README.md.
 
     Raises:
-        [`RecipeError`]: it is empty text, the place of the model that training starts from, or a directory whose files would be overwritten and
-        are no earlier training's.
+        [`RecipeError`]: the name is empty, the directory holds the model that training starts from, or its files would be overwritten and
+        are not from an earlier training.
     """
-    if output_dir is None:  # TRL's default, a directory of its own
+    if output_dir is None:  # TRL's default is a new directory
         return
     if not output_dir.strip():
         raise RecipeError("`output_dir` is empty. Name a directory for the model, such as out/my-model.")
@@ -80,20 +78,20 @@ def check_trainer_output(output_dir: str | None, model: str) -> None:
     found = sorted({path.name for pattern in SAVED for path in output.glob(pattern)})
     if found:
         raise RecipeError(
-            f"`output_dir`: {output} holds {', '.join(found[:3])}{', …' if len(found) > 3 else ''}, which no training of this kind made, and "
-            "the trained model would overwrite. Name a directory that is empty or not there yet."
+            f"`output_dir`: {output} holds {', '.join(found[:3])}{', …' if len(found) > 3 else ''}, which this trainer did not write and "
+            "the trained model would overwrite. Name an empty or a new directory."
         )
 
 
 @contextmanager
 def new_directory(output: Path) -> Iterator[Path]:
     """
-    Make a directory that gets its name only when it is whole. What is written goes to the directory that is yielded; if that fails, it is
+    Make a directory that gets its name only when it is complete. Write to the directory that is yielded; if that fails, it is
     removed.
 
     Args:
         output (`Path`):
-            Its name, which [`check_new`] has found free.
+            Its name; check it with [`check_new`] before.
     """
     temporary = output.with_name(f".{output.name}.trl-ext-tmp")  # a name that only this function gives
     shutil.rmtree(temporary, ignore_errors=True)

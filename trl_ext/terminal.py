@@ -1,6 +1,6 @@
 """
-What may reach a terminal. Texts that are not ours, such as generated answers, the columns of a dataset, or a server's reply, may
-hold control sequences that move the cursor, retitle the window or hide what was printed before. Files keep them as they are.
+Makes text safe for a terminal. Generated answers, columns of a dataset or a server's reply may contain control sequences that move
+the cursor, retitle the window or hide what was printed before. In files they stay as they are.
 """
 
 import re
@@ -20,7 +20,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def printable(text: str) -> str:
     """
-    A text without terminal control sequences and control characters; newlines and tabs stay.
+    Remove terminal control sequences and control characters from a text. Newlines and tabs stay.
 
     Example:
 

@@ -6,24 +6,14 @@ Side by side, on batches of 8 pairs: `trl.DPOTrainer`, `TDPOTrainer` with `paddi
 
 import csv
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from trl import DPOTrainer
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 
-from .shared_prompt import HEAD_GEMMS
-from .steps import (
-    Contestant,
-    HeadWork,
-    Shape,
-    argument_parser,
-    completion_tokens,
-    environment,
-    measure,
-    prepare,
-    write,
-)
+from .steps import HEAD_GEMMS, Contestant, HeadWork, Shape, benchmark, completion_tokens, measure, prepare
 
 
 # Tokens of the pairs of HH-RLHF's test split "harmless-base" (https://huggingface.co/datasets/Anthropic/hh-rlhf) with Llama 3.1's
@@ -67,22 +57,22 @@ def linear_flop(shape: Shape) -> dict[str, int]:
     for name, contestant in CONTESTANTS.items():
         with HeadWork(shape) as work:
             run(name)
-        found[name] = work.all_flop - HEAD_GEMMS[contestant.trainer_class] * head
+        found[name] = work.all_flop - HEAD_GEMMS[contestant.trainer_class.__name__] * head
     return found
 
 
-def main() -> None:
-    args = argument_parser(__doc__, repeats=3).parse_args()
-    text = (
-        "`make bench` measures this: trainers in turn on copies of one model and on the same batches of 8 pairs, in one process, with "
-        "LoRA and gradient checkpointing. The pairs have the lengths of HH-RLHF's (`tests/benchmarks/hh_lengths.csv`: lengths, no text). "
-        "`linear FLOP` are the matrix products of the layers, counted on "
-        f"{COUNTED.batches} batches; `seconds` is the processor's time for the loss and gradients of {SHAPE.batches} batches, and `time` "
-        "the median over the repeats of its ratio to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
-        "`peak` is what a step allocates.\n\n" + environment("cpu", "fp32")
-    )
+TEXT = (
+    "On batches of 8 pairs, with LoRA and gradient checkpointing. The pairs have the lengths of HH-RLHF's "
+    "(`tests/benchmarks/hh_lengths.csv`: lengths, no text). `linear FLOP` are the matrix products of the layers, counted on "
+    f"{COUNTED.batches} batches; `seconds` is the processor's time for the loss and gradients of {SHAPE.batches} batches, and `time` "
+    "the median over the repeats of its ratio to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
+    "`peak` is what a step allocates."
+)
+
+
+def measured(repeats: int) -> Iterator[list[dict]]:
     counted = linear_flop(COUNTED)
-    rows = [
+    yield [
         {
             "trainer": row["trainer"],
             "linear FLOP": round(counted[row["trainer"]] / counted["DPOTrainer"], 3),
@@ -91,9 +81,12 @@ def main() -> None:
             "peak MiB": row["peak MiB"],
             "peak": row["peak ratio"],
         }
-        for row in measure(CONTESTANTS, SHAPE, lora=True, repeats=args.repeats, checkpointing=True)
+        for row in measure(CONTESTANTS, SHAPE, lora=True, repeats=repeats, checkpointing=True)
     ]
-    write(rows, args.output / "padding_free", "A step on pairs of real lengths", text)
+
+
+def main() -> None:
+    benchmark(__doc__, "padding_free", "A step on pairs of real lengths", TEXT, 3, measured)
 
 
 if __name__ == "__main__":

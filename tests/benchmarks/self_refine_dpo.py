@@ -5,17 +5,19 @@ Side by side, with and without precomputed references: `trl.DPOTrainer` and `Sel
 the paper's refinement prompt; and Sr-DPO computed on whole sequences, without sharing the prompts of a pair.
 """
 
+from collections.abc import Iterator
+
 from trl import DPOTrainer
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer
 
-from .steps import Contestant, Shape, argument_parser, environment, measure, write
+from .steps import Contestant, Shape, benchmark, measure
 
 
 class WholeSequencesTrainer(SelfRefineDPOTrainer):
     """Sr-DPO with `[p ⊕ x, y]` as one sequence per completion, as the plain pairs are."""
 
-    _shares_prompts = False
+    _caches_prompts = False
 
 
 PRECOMPUTED = {"precompute_ref_log_probs": True}
@@ -34,22 +36,24 @@ PRECOMPUTED_CONTESTANTS = {
 SHAPES = (Shape(4096, 256, 8, 2, 256, 255), Shape(32000, 256, 4, 2, 256, 255))
 
 
-def main() -> None:
-    args = argument_parser(__doc__, repeats=5).parse_args()
-    text = (
-        "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process, with "
-        "gradient checkpointing (TRL's default). A step is loss and gradients; `ratio` is the median over the repeats of its "
-        "time to that of `trl.DPOTrainer` under the same `precompute_ref_log_probs`, `peak` what a step allocates. Head GEMMs "
-        "are counted, in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU TRL's head projects "
-        'every position, prompt and padding included; "completions only" is the path it takes on a GPU. The refinement prompt is '
-        "the paper's; prompts have 256 tokens without it, answers 255.\n\n" + environment("cpu", "fp32")
-    )
-    rows = []
+TEXT = (
+    "With gradient checkpointing (TRL's default). A step is loss and gradients; `ratio` is the median over the repeats of its "
+    "time to that of `trl.DPOTrainer` under the same `precompute_ref_log_probs`, `peak` what a step allocates. Head GEMMs "
+    "are counted, in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU TRL's head projects "
+    'every position, prompt and padding included; "completions only" is the path it takes on a GPU. The refinement prompt is '
+    "the paper's; prompts have 256 tokens without it, answers 255."
+)
+
+
+def measured(repeats: int) -> Iterator[list[dict]]:
     for shape in SHAPES:
         for lora in (True, False):
             for contestants in (CONTESTANTS, PRECOMPUTED_CONTESTANTS):
-                rows += measure(contestants, shape, lora=lora, repeats=args.repeats, checkpointing=True)
-                write(rows, args.output / "self_refine_dpo", "An Sr-DPO step beside a DPO step", text)
+                yield measure(contestants, shape, lora=lora, repeats=repeats, checkpointing=True)
+
+
+def main() -> None:
+    benchmark(__doc__, "self_refine_dpo", "An Sr-DPO step beside a DPO step", TEXT, 5, measured)
 
 
 if __name__ == "__main__":

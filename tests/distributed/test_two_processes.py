@@ -17,9 +17,9 @@ from tests.distributed.launch import torchrun
 from tests.distributed.worker import CASES, IN_PARTS, train
 
 
-# Of the logged values, of which the largest are sums of log-probabilities around 50 nats
+# Tolerance of logged values; the largest are sums of log-probabilities around 50 nats
 LOG_TOLERANCE = {"rel": 1e-5, "abs": 2e-5}
-# Of a weight, relative to the largest change in the training of its tensor
+# Tolerance of weights, relative to the largest change of their tensor in the training
 WEIGHT_TOLERANCE = 1e-3
 
 
@@ -74,7 +74,7 @@ def load(output: Path, strategy: str, name: str) -> list[dict]:
 def check(ranks: list[dict], expected: dict, *, wrapper: str, held: float) -> None:
     """
     Compares the results of both processes with those of one. `held` is the share of the parameters that a process must
-    hold of the model and, where there is one, of the reference, give or take a head: after an evaluation DeepSpeed keeps
+    hold of the model and, if there is one, of the reference, give or take a head: after an evaluation DeepSpeed keeps
     a frozen one whole.
     """
     for result in ranks:

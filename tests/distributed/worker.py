@@ -35,7 +35,7 @@ STEPS = 4  # twice through the eight pairs
 @dataclass
 class Case:
     """
-    A trainer and its options. `lora` trains an adapter, `None` all weights; `model` and `ref_model`, where it is not the
+    A trainer and its options. `lora` trains an adapter, `None` all weights; `model` and `ref_model`, if it is not the
     trainer's own choice, are names of directories.
     """
 
@@ -114,7 +114,7 @@ def train(case: Case, models: Path, output: Path, processes: int = 1, **options)
         "max_steps": STEPS,
         "logging_steps": 1,
         "save_strategy": "no",
-        "optim": "sgd",  # Adam's first steps are the gradient's sign, which rounding decides where it is nearly zero
+        "optim": "sgd",  # Adam's first steps are the gradient's sign, which rounding decides if it is nearly zero
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 1.0,  # less than in some of the steps: the norm is the whole model's
@@ -154,7 +154,7 @@ def train(case: Case, models: Path, output: Path, processes: int = 1, **options)
 
 
 def gathered(model: torch.nn.Module) -> contextlib.AbstractContextManager:
-    """Where ZeRO-3's parameters are whole."""
+    """A context in which ZeRO-3's parameters are whole."""
     if not is_deepspeed_zero3_enabled():
         return contextlib.nullcontext()
     import deepspeed

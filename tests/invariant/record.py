@@ -1,6 +1,6 @@
 """
 Recorded trajectories: a short seeded training on the tiny Llama, in fp32 on one thread, whose numbers at each step must
-stay what they were. `tests/trainers/test_drop_in.py` compares; to record anew, after a change that is meant to move
+stay what they were. `tests/trainers/test_drop_in.py` compares; to record again, after a change that is meant to move
 them (say in the commit why):
 
     python -m tests.invariant.record

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 class Tile:
     """
     Random products `h Wᵀ` of a policy and a reference near it, labels that include both ends of the vocabulary, and weights
-    κ that include 0 and 1. `policy` and `reference` are scale and soft cap; without `reference` there is none.
+    κ that include 0 and 1. `policy` and `reference` are scale and soft cap; `None` means no reference.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Tile:
 
     def fold(self, function=fold_tile, gradient_dtype=torch.float32) -> dict[str, torch.Tensor]:
         """
-        [`STATISTICS`] by name, and `gradient` where its dtype is not None: in the place of the logits if that is fp32. What
+        [`STATISTICS`] by name, and `gradient` if its dtype is not None, which overwrites the logits if it is fp32. What
         is written to is what `position_kl` passes, some rows of something larger; the rest of it must stay as it is.
         """
         rows, vocabulary = self.z.shape
@@ -103,7 +103,7 @@ def ties(device) -> Tile:
     return tile
 
 
-# Name -> device -> tile. 128 columns are a block where the Triton path is tested with small ones.
+# Name -> device -> tile. 128 columns are a block in the tests of the Triton path with small blocks.
 TILES = {
     "plain": lambda device: Tile(7, 401, device=device),
     "one row": lambda device: Tile(1, 1271, device=device),
@@ -199,7 +199,7 @@ def test_values_and_gradients(name):
 
 @pytest.mark.parametrize("name", ["all different", "no reference"])
 def test_other_gradients(name):
-    """Limits: in a bf16 buffer, the same gradient rounded; where none is wanted, the same statistics."""
+    """Limits: in a bf16 buffer, the same gradient rounded; without a gradient, the same statistics."""
     tile = TILES[name]("cpu")
     expected = tile.fold()
     expected["gradient"] = expected["gradient"].bfloat16()
@@ -255,7 +255,7 @@ def test_kl_terms():
 
 @pytest.mark.parametrize("log_p", [-2.0, -INF])
 def test_kl_terms_of_a_word_the_reference_cannot_say(log_p):
-    """By hand: `lim q→0 of p − q − q x` is p, also where p is 0, and where q is too small for fp32."""
+    """By hand: `lim q→0 of p − q − q x` is p, also if p is 0, and if q is too small for fp32."""
     log_p, log_q = torch.tensor([log_p, log_p]), torch.tensor([-INF, -120.0])
     assert torch.equal(logits_tile._kl_terms(log_p, log_p.exp(), log_q, log_q.exp()), log_p.exp())
 

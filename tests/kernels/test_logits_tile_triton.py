@@ -150,7 +150,7 @@ def test_series_on_gpu():
 @gpu
 @pytest.mark.parametrize("name", ["plain", "all different"])
 def test_policy_equal_to_reference_has_kl_zero_on_gpu(calls, name):
-    """Limit: KL exactly 0, not nearly: where the compiler rounds a × b + c once, it has to do so for both models."""
+    """Limit: KL exactly 0, not nearly: if the compiler rounds a × b + c once, it must do so for both models."""
     tile = TILES[name]("cuda")
     tile.ref_z, tile.ref_head = tile.z, tile.head
     result = tile.fold()

@@ -393,7 +393,7 @@ def test_confident_distributions_stay_finite():
 
 @pytest.mark.parametrize("kept_rows", [7, 0], ids=["kept", "recomputed"])
 def test_vocabulary_masked_in_the_reference(kept_rows):
-    """Oracle: float64 full logits; where the reference has real -inf logits, the KL and all gradients are finite."""
+    """Oracle: float64 full logits; if the reference has real -inf logits, the KL and all gradients are finite."""
     heads = Heads(7, 41, 16, bias=True)
     heads.labels.clamp_(max=30)
     heads.ref_bias.data[31:] = -math.inf
@@ -402,8 +402,8 @@ def test_vocabulary_masked_in_the_reference(kept_rows):
 
 def test_vocabulary_masked_in_the_policy():
     """
-    By hand: an infinite KL, since the reference may say what the policy cannot, is no part of positions whose weight is 0
-    (TDPO2's chosen side): there the output is the log-probability, and its gradient that of the log-probability.
+    By hand: the KL is infinite, since the reference may say what the policy cannot, but positions with a weight of 0
+    (TDPO2's chosen side) ignore it: their output and gradient are those of the log-probability.
     """
     hidden = torch.tensor([[0.0, 0.0]], requires_grad=True)
     bias = torch.tensor([0.0, 0.0, -math.inf])

@@ -49,11 +49,11 @@ def test_block_size_of_a_gpu(monkeypatch, vocabulary):
 
 @pytest.mark.parametrize("name", ["all different", "no reference"])
 def test_other_gradients(name):
-    """Limits: in a bf16 buffer, the same gradient rounded; where none is wanted, the same statistics."""
+    """Limits: in a bf16 buffer, the same gradient rounded; without a gradient, the same statistics."""
     tile = TILES[name]("cpu")
     expected = tile.fold(fold_tile)
     rounded = tile.fold(fold_tile, gradient_dtype=torch.bfloat16)
-    # The interpreter cuts bits off where a GPU rounds
+    # The interpreter cuts bits off, a GPU rounds
     torch.testing.assert_close(rounded["gradient"].float(), expected["gradient"], rtol=2**-7, atol=0)
     assert_close(rounded | {"gradient": expected["gradient"]}, expected, rtol=0, atol=0)
     assert_close(tile.fold(fold_tile, gradient_dtype=None), expected, rtol=0, atol=0)

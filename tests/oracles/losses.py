@@ -1,5 +1,5 @@
 """
-TRL's preference losses written out in float64, as functions of the log-ratios of B pairs; from each paper's equation where there is one.
+TRL's preference losses written out in float64, as functions of the log-ratios of B pairs; from each paper's equation if there is one.
 
 With `w` and `l` the log-ratios of the chosen and of the rejected response (shifted or not), `u = beta (w − l)`, `L(u) = −log sigmoid(u)`,
 `epsilon` the label smoothing and `|y|` the number of tokens of a response:

@@ -12,7 +12,7 @@ Conventions as in `tests/oracles/tdpo.py`: `2B` rows, chosen first; `logits[:, t
     Sr-IPO = ( logratio(y_w | x) - logratio(y_l | x) - lambda sg[Delta_pi] - 1 / (2 beta) )^2
 
 TRL divides each logratio of its IPO by the number of response tokens. That form is the same equation on means: pass
-`length_normalized=True`, or means where a function takes sequence sums.
+`length_normalized=True`, or means if a function takes sequence sums.
 """
 
 import torch

@@ -236,7 +236,7 @@ CONVERTED = {
     ),
 }
 
-# Rows that are no pairs, or not to be told which answer is better, and what their error says
+# Rows that are not pairs, or whose better answer is unknown, and a part of their error
 REFUSED = {
     "KTO": ([{"prompt": "a", "completion": "b", "label": True}], "columns of KTO's unpaired answers"),
     "UltraFeedback": (
@@ -254,7 +254,7 @@ REFUSED = {
     "other columns": ([{"better": "a", "worse": "b"}], "no column `chosen` and `rejected`; found `better`, `worse`"),
     "an array that was printed": (
         [{key: str(np.array(value)) for key, value in row.items()} for row in LONGER],
-        "text that was messages once, and is not JSON",
+        "looks like messages",
     ),
     "several answers in a list": (
         [{"prompt": "a", "chosen": ["b", "c"], "rejected": ["d", "e"]}],
@@ -280,10 +280,10 @@ ODD = {
     ),
     "last role": (
         {"prompt": [user("a")], "chosen": [assistant("b"), user("c")], "rejected": [assistant("d"), user("e")]},
-        "does not begin and end with the assistant's message",
+        "does not begin and end with an assistant message",
     ),
     "other questions": (
         {"prompt": [system("a")], "chosen": [user("b"), assistant("c")], "rejected": [user("d"), assistant("e")]},
-        "does not begin and end with the assistant's message",
+        "does not begin and end with an assistant message",
     ),
 }

@@ -48,11 +48,17 @@ METHODS = {
     ),
 }
 TRAINERS = {"tdpo": TDPO2, "sr": SR}
-# The same, where they must be `DPOTrainer`
+# The same with options that make them `DPOTrainer`
 LIMITS = {
     "tdpo": Method(TDPOTrainer, TDPOConfig, {"alpha": 0.0}),
     "sr": Method(SelfRefineDPOTrainer, SelfRefineDPOConfig, {"refinement_weight": 0.0}),
 }
+
+
+def step_losses(trainer) -> list[float]:
+    """Trains, and returns the loss of every optimizer step."""
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def augmented_sequences(batch: dict) -> dict:

@@ -16,7 +16,7 @@ from tests.conftest import (
     step_metrics,
     train_step,
 )
-from tests.trainers.methods import LN_2, METHODS, Method, Paper
+from tests.trainers.methods import LN_2, METHODS, Method, Paper, step_losses
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -37,15 +37,9 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOT
 
 
 SIZES = {**TINY, "num_hidden_layers": 1, "num_attention_heads": 2}
-# Alpha 0 in the place of DPO: the two must coincide
+# TDPO at alpha 0 and DPO, which must coincide
 BOTH = [(TDPOTrainer, TDPOConfig, {"alpha": 0.0}), (DPOTrainer, DPOConfig, {})]
 TDPO = Method(TDPOTrainer, TDPOConfig)  # the defaults
-
-
-def step_losses(trainer) -> list[float]:
-    """Trains, and returns the loss of every optimizer step."""
-    trainer.train()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 VISION_TEMPLATE = (
@@ -95,6 +89,19 @@ def tiny_llava_dir(tiny_model_dir, tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def make(make_trainer, tiny_llava_dir, image_pairs):
+    """Returns a function that builds a trainer on the tiny LLaVA and the pairs with images."""
+
+    def make(trainer_class, config_class, *, trainer=None, **options):
+        arguments = {"processing_class": AutoProcessor.from_pretrained(tiny_llava_dir), **(trainer or {})}
+        return make_trainer(
+            trainer_class, config_class, model=str(tiny_llava_dir), dataset=image_pairs, trainer=arguments, **options
+        )
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def image_pairs():
     """The preference rows with one image each, but for two rows without."""
@@ -133,41 +140,32 @@ def freeze_what_learns_nothing(model) -> None:
             parameter.requires_grad_(False)
 
 
-def test_images_with_alpha_zero_are_dpo(make_trainer, tiny_llava_dir, image_pairs):
+def assert_is_dpo(trainers: list, losses: list, tower: str) -> None:
+    """Loss and gradients of two trainers, ours and `DPOTrainer`, after a step; the vision tower has learned."""
+    torch.testing.assert_close(*losses, atol=1e-7, rtol=1e-6)
+    gradients = {name: p.grad for name, p in trainers[1].model.named_parameters() if p.requires_grad}
+    assert any(tower in name for name in gradients)
+    assert_gradients_close(trainers[0].model, gradients, tolerance=1e-4)
+
+
+def test_images_with_alpha_zero_are_dpo(make):
     """Limit: TDPO2 with alpha 0 gives `DPOTrainer`'s loss, gradients and metrics on images; the vision tower learns."""
     trainers, losses = [], []
     for trainer_class, config_class, options in BOTH:
-        trainer = make_trainer(
-            trainer_class,
-            config_class,
-            model=str(tiny_llava_dir),
-            dataset=image_pairs,
-            trainer={"processing_class": AutoProcessor.from_pretrained(tiny_llava_dir)},
-            **options,
-        )
+        trainer = make(trainer_class, config_class, **options)
         freeze_what_learns_nothing(trainer.model)
         perturb(trainer.model)
         losses.append(train_step(trainer, first_batch(trainer)))
         trainers.append(trainer)
-    torch.testing.assert_close(*losses, atol=1e-7, rtol=1e-6)
-    stock_gradients = {name: p.grad for name, p in trainers[1].model.named_parameters() if p.requires_grad}
-    assert any("vision_tower" in name for name in stock_gradients)
-    assert_gradients_close(trainers[0].model, stock_gradients, tolerance=1e-4)
+    assert_is_dpo(trainers, losses, "vision_tower")
     metrics, stock_metrics = (step_metrics(trainer) for trainer in trainers)
     assert {name: metrics[name] for name in stock_metrics} == pytest.approx(stock_metrics, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["tdpo1", "tdpo2"])
-def test_images_match_the_paper(make_trainer, tiny_llava_dir, image_pairs, method):
+def test_images_match_the_paper(make, tiny_llava_dir, method):
     """Oracle: float64 full logits of the same images and weights; loss, KLs and every gradient."""
-    trainer = make_trainer(
-        TDPOTrainer,
-        TDPOConfig,
-        model=str(tiny_llava_dir),
-        dataset=image_pairs,
-        trainer={"processing_class": AutoProcessor.from_pretrained(tiny_llava_dir)},
-        **METHODS[method].options,
-    )
+    trainer = make(TDPOTrainer, TDPOConfig, **METHODS[method].options)
     freeze_what_learns_nothing(trainer.model)
     perturb(trainer.model)
     batch = first_batch(trainer)
@@ -187,23 +185,12 @@ def test_images_match_the_paper(make_trainer, tiny_llava_dir, image_pairs, metho
     assert {name: metrics[name] for name in expected_metrics} == pytest.approx(expected_metrics, rel=1e-4, abs=1e-6)
 
 
-def test_images_in_the_training_loop(make_trainer, tiny_llava_dir, image_pairs):
+def test_images_in_the_training_loop(make, image_pairs):
     """With alpha 0, the losses of `DPOTrainer` over several steps and an evaluation, which both start at ln 2."""
     results = []
     for trainer_class, config_class, options in BOTH:
-        trainer = make_trainer(
-            trainer_class,
-            config_class,
-            model=str(tiny_llava_dir),
-            dataset=image_pairs,
-            learning_rate=1e-3,
-            max_steps=4,
-            trainer={
-                "processing_class": AutoProcessor.from_pretrained(tiny_llava_dir),
-                "eval_dataset": image_pairs,
-            },
-            **options,
-        )
+        options = options | {"learning_rate": 1e-3, "max_steps": 4}
+        trainer = make(trainer_class, config_class, trainer={"eval_dataset": image_pairs}, **options)
         results.append([trainer.evaluate()["eval_loss"], *step_losses(trainer)])
     assert results[0][:2] == pytest.approx([LN_2] * 2, rel=1e-6)
     assert results[0] == pytest.approx(results[1], rel=1e-4)
@@ -279,10 +266,7 @@ def test_images_of_a_hand_made_batch(make_trainer, tiny_qwen_vl_dir):
         perturb(trainer.model)
         losses.append(train_step(trainer, dict(batch)))
         trainers.append(trainer)
-    torch.testing.assert_close(losses[0], losses[1], atol=1e-7, rtol=1e-6)
-    stock_gradients = {name: p.grad for name, p in trainers[1].model.named_parameters()}
-    assert any("visual" in name for name in stock_gradients)
-    assert_gradients_close(trainers[0].model, stock_gradients, tolerance=1e-4)
+    assert_is_dpo(trainers[:2], losses[:2], "visual")
 
     policy = VisionFullLogits(tiny_qwen_vl_dir, trainers[2].model.state_dict())
     expected = Paper(TDPO, policy, VisionFullLogits(tiny_qwen_vl_dir), batch).loss()
@@ -292,12 +276,6 @@ def test_images_of_a_hand_made_batch(make_trainer, tiny_qwen_vl_dir):
     assert_gradients_close(trainers[2].model, policy.gradients(), tolerance=1e-3)
 
 
-def test_self_refinement_refuses_images(make_trainer, tiny_llava_dir, image_pairs):
-    processor = AutoProcessor.from_pretrained(tiny_llava_dir)
+def test_self_refinement_refuses_images(make):
     with pytest.raises(ValueError, match="does not support vision datasets"):
-        make_trainer(
-            *(SelfRefineDPOTrainer, SelfRefineDPOConfig),
-            model=str(tiny_llava_dir),
-            dataset=image_pairs,
-            trainer={"processing_class": processor},
-        )
+        make(SelfRefineDPOTrainer, SelfRefineDPOConfig)

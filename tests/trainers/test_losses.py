@@ -29,8 +29,11 @@ LISTS = {
     "smoothed": {"loss_type": ["exo_pair", "hinge", "aot"], "label_smoothing": 0.2},
 }
 PAPERS_IPO = {"loss_type": "ipo", "ipo_length_normalization": False}
+# Shifts are added up whatever the loss: both at once take the losses of sums, of means, and several together
+FEW = [LOSSES["sigmoid"], LOSSES["ipo"], LISTS["sums and means"]]
 CASES = [
-    *((method, options) for method in METHODS for options in (*LOSSES.values(), *LISTS.values())),
+    *((method, options) for method in ("tdpo1", "tdpo2", "sr") for options in (*LOSSES.values(), *LISTS.values())),
+    *((method, options) for method in ("sr-tdpo1", "sr-tdpo2") for options in FEW),
     *((method, PAPERS_IPO) for method in METHODS if METHODS[method].refines),
 ]
 
@@ -137,27 +140,27 @@ def test_evaluation_matches_the_papers(make_trainer, tiny_model_dir, conversatio
 # Limits
 
 
-def both(make_trainer, ours: Method, **options) -> tuple:
-    """One of ours and a `DPOTrainer` after the same step, and their losses."""
-    trainers, losses = [], []
-    for method in (ours, Method(DPOTrainer, DPOConfig)):
-        trainer = make_trainer(method.trainer, method.config, **{**options, **method.options})
-        perturb(trainer.model)
-        losses.append(train_step(trainer, first_batch(trainer)))
-        trainers.append(trainer)
-    return *trainers, *losses
+def stepped(make_trainer, method: Method, **options) -> tuple:
+    """A trainer with moved weights after a step, and its loss."""
+    trainer = make_trainer(method.trainer, method.config, **{**options, **method.options})
+    perturb(trainer.model)
+    return trainer, train_step(trainer, first_batch(trainer))
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("options", [*LOSSES.values(), *LISTS.values()], ids=case_id)
+@pytest.mark.parametrize(
+    ("options", "adapter"),
+    [*((options, False) for options in (*LOSSES.values(), *LISTS.values())), *((options, True) for options in FEW)],
+    ids=lambda value: case_id(value) if isinstance(value, dict) else ("full", "lora")[value],
+)
 def test_lambda_zero_is_dpo_bit_for_bit(make_trainer, lora_config, options, adapter):
     """
     λ = 0 gives `trl.DPOTrainer`'s loss, gradients and metrics, every bit; so does the base class without a shift. The gradients of
     several losses are added up in another order, which is the last bit.
     """
+    options = {"trainer": {"peft_config": lora_config if adapter else None}, **options}
+    stock, stock_loss = stepped(make_trainer, Method(DPOTrainer, DPOConfig), **options)
     for method in (LIMITS["sr"], Method(ShiftedDPOTrainer, DPOConfig)):
-        trainer = {"peft_config": lora_config if adapter else None}
-        ours, stock, loss, stock_loss = both(make_trainer, method, trainer=trainer, **options)
+        ours, loss = stepped(make_trainer, method, **options)
         torch.testing.assert_close(loss, stock_loss, rtol=0 if isinstance(options["loss_type"], str) else 1e-6, atol=0)
         stock_gradients = {name: p.grad for name, p in stock.model.named_parameters() if p.requires_grad}
         if isinstance(options["loss_type"], str):
@@ -185,7 +188,8 @@ def test_the_limit_is_dpo_with_this_packages_head(make_trainer, tiny_moe_dir, lo
     }[model]
     vanishing = Method(SelfRefineDPOTrainer, SelfRefineDPOConfig, {"refinement_weight": 1e-9})
     method = {"alpha 0": LIMITS["tdpo"], "vanishing lambda": vanishing}[limit]
-    ours, stock, loss, stock_loss = both(make_trainer, method, **arguments, **options)
+    ours, loss = stepped(make_trainer, method, **arguments, **options)
+    stock, stock_loss = stepped(make_trainer, Method(DPOTrainer, DPOConfig), **arguments, **options)
     torch.testing.assert_close(loss, stock_loss, atol=1e-6, rtol=1e-6)
     stock_gradients = {name: p.grad for name, p in stock.model.named_parameters() if p.requires_grad}
     assert_gradients_close(ours.model, stock_gradients, tolerance=1e-4)
@@ -194,8 +198,7 @@ def test_the_limit_is_dpo_with_this_packages_head(make_trainer, tiny_moe_dir, lo
     assert ("aux_loss" in metrics) == (model == "experts") and metrics.get("aux_loss", 1) >= 1
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("adapter", "bf16"), [(False, True), (True, False)], ids=["full-bf16", "lora-fp32"])
 @pytest.mark.parametrize("method", METHODS)
 def test_policy_equal_to_reference_is_ln_2(make_trainer, lora_config, method, bf16, adapter):
     """At the start the loss is exactly ln 2 and every KL, margin and reward 0, in the training loop, under autocast too."""
@@ -212,26 +215,12 @@ def test_policy_equal_to_reference_is_ln_2(make_trainer, lora_config, method, bf
     assert log["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("options", [*LOSSES.values(), PAPERS_IPO], ids=case_id)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 @pytest.mark.parametrize("method", TRAINERS)
-def test_training_reduces_the_loss(make_trainer, method, options):
-    """Eight pairs seen in full at each step: a few steps lower every loss."""
-    method = TRAINERS[method]
-    if options is PAPERS_IPO and not method.refines:
-        pytest.skip("an option of Sr-IPO")
-    # IPO's and SPPO's gradients are a response's length larger; the hinge's loss of 0 is soon reached
-    rate = {"ipo": 1e-3, "sppo_hard": 1e-3, "hinge": 1e-3}.get(options["loss_type"], 3e-3)
-    trainer = make_trainer(
-        *(method.trainer, method.config),
-        **{
-            **method.options,
-            **options,
-            "learning_rate": rate,
-            "max_steps": 6,
-            "per_device_train_batch_size": 8,
-            "seed": 0,
-        },
-    )
+def test_training_reduces_the_loss(make_trainer, method, loss_type):
+    """Eight pairs seen in full at each step: a few steps lower the loss."""
+    method, sizes = TRAINERS[method], {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
+    trainer = make_trainer(method.trainer, method.config, loss_type=loss_type, **sizes, **method.options)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert all(after < before for before, after in zip(losses, losses[1:], strict=False))

@@ -7,12 +7,11 @@ import json
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from tests.conftest import CHAT_TEMPLATE, TINY, FullLogits, first_batch, perturb, step_metrics, train_step
+from tests.conftest import CHAT_TEMPLATE, FullLogits, first_batch, perturb, step_metrics, train_step
+from tests.rows.test_pairs import ids
 from tests.trainers.methods import LN_2, Method, Paper, augmented_sequences, response_logps
-from transformers import AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig, DPOTrainer
 
@@ -32,7 +31,7 @@ FULL_WEIGHT = Method(SelfRefineDPOTrainer, SelfRefineDPOConfig, {"refinement_wei
 class WholeSequenceTrainer(SelfRefineDPOTrainer):
     """Computes each augmented sequence by itself, as for models that cannot continue a shared cache."""
 
-    _shares_prompts = False
+    _caches_prompts = False
 
 
 def is_sublist(part: list[int], whole: list[int]) -> bool:
@@ -41,7 +40,7 @@ def is_sublist(part: list[int], whole: list[int]) -> bool:
 
 @pytest.mark.parametrize(("refinement_weight", "head"), [(0.3, "completion_log_probs"), (0.0, "fused_lm_head")])
 def test_which_head_is_asked(make_trainer, refinement_weight, head):
-    """The plain forward of the policy asks this package's head, but for lambda 0, where every bit is TRL's."""
+    """The plain forward of the policy asks this package's head, but for lambda 0, whose every bit is TRL's."""
     trainer = make_trainer(SelfRefineDPOTrainer, SelfRefineDPOConfig, refinement_weight=refinement_weight)
     flags = []
     trainer.model.register_forward_pre_hook(
@@ -99,9 +98,6 @@ def augmented_text(trainer, batch: dict) -> str:
 def test_default_prompt_is_the_papers(tmp_path):
     config = SelfRefineDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
     assert config.refinement_prompt == PAPERS_PROMPT
-    assert (config.refinement_prompt_role, config.refinement_weight, config.beta) == ("user", 0.3, 0.1)
-    assert config.ipo_length_normalization is True
-    assert (config.variant, config.alpha) == (None, 0.5)
 
 
 @pytest.mark.parametrize("max_length", [1024, 20, 12, 10], ids=str)
@@ -245,14 +241,9 @@ def test_augmented_prompt_under_other_templates(make_trainer, conversational_pai
         refinement_prompt_role=role,
     )
     augmented = [row | {"prompt": augment_prompt(row["prompt"], "Be useful .", role)} for row in rows]
-    plain, stock = (
-        make_trainer(DPOTrainer, DPOConfig, dataset=Dataset.from_list(data)).train_dataset
-        for data in (rows, augmented)
-    )
-    decode = ours.processing_class.batch_decode
-    assert decode(ours.train_dataset["augmented_prompt_ids"][:]) == decode(stock["prompt_ids"][:])
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert ours.train_dataset[name][:] == plain[name][:]
+    plain, stock = (ids(data, ours.processing_class, ours.args) for data in (rows, augmented))
+    assert ours.train_dataset["augmented_prompt_ids"][:] == stock["prompt_ids"]
+    assert {name: ours.train_dataset[name][:] for name in plain} == plain
     batch = first_batch(ours)
     sequences = augmented_sequences(batch)
     for row in range(8):
@@ -301,67 +292,48 @@ def test_collator_without_the_augmented_prompt_is_refused(make_trainer):
 # Shared prompts
 
 
-SMALL = {**TINY, "pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
-GPT2_SIZES = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}
 WINDOW = {"sliding_window": 8, "head_dim": 8}  # shorter than each augmented prompt
-# Class and config of a tiny model, and whether chosen and rejected share the computation of their prompt
+# Type and options of a tiny model, and whether chosen and rejected share the computation of their prompt
 ARCHITECTURES = {
-    "llama": ("Llama", {}, True),
-    "qwen3": ("Qwen3", {"head_dim": 8}, True),
-    "mistral-window": ("Mistral", WINDOW, True),
-    "gemma2": ("Gemma2", {**WINDOW, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}, True),
+    "llama": ("llama", {}, True),
+    "qwen3": ("qwen3", {"head_dim": 8}, True),
+    "mistral-window": ("mistral", WINDOW, True),
+    "gemma2": ("gemma2", {**WINDOW, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0}, True),
     "gemma3": (
-        "Gemma3",
+        "gemma3_text",
         {**WINDOW, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
         True,
     ),
-    "gpt2": ("GPT2", GPT2_SIZES, True),
-    "gpt-neox": ("GPTNeoX", {}, True),
-    "mixtral": ("Mixtral", {"num_local_experts": 4}, True),
-    "falcon-alibi": ("Falcon", {"alibi": True, "multi_query": True}, True),  # its positions are made from the mask
+    "gpt2": ("gpt2", {"n_positions": 256}, True),
+    "gpt-neox": ("gpt_neox", {}, True),
+    "mixtral": ("mixtral", {"num_local_experts": 4}, True),
+    "falcon-alibi": ("falcon", {"alibi": True, "multi_query": True}, True),  # its positions are made from the mask
     # Windows that its own attention counts in the cache's slots, padding included
-    "gpt-neo": (
-        "GPTNeo",
-        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
-        None,
-    ),
-    "bloom": ("Bloom", {"n_head": 4, "n_layer": 2}, False),  # no `position_ids`
-    "mamba": ("Mamba", {"state_size": 4}, False),
+    "gpt-neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "window_size": 8}, None),
+    "bloom": ("bloom", {"n_head": 4, "n_layer": 2}, False),  # no `position_ids`
+    "mamba": ("mamba", {"state_size": 4}, False),
     "falcon-h1": (
-        "FalconH1",
-        {
-            "mamba_d_ssm": 32,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 8,
-            "mamba_d_state": 8,
-            "mamba_n_groups": 1,
-            "mamba_chunk_size": 16,
-        },
+        "falcon_h1",
+        {f"mamba_{name}": size for name, size in {"d_ssm": 32, "n_heads": 4, "d_head": 8, "d_state": 8}.items()}
+        | {"mamba_n_groups": 1, "mamba_chunk_size": 16},
         False,
     ),
     # Its convolutions keep a state, though transformers does not call it stateful
     "lfm2": (
-        "Lfm2",
+        "lfm2",
         {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64, "block_auto_adjust_ff_dim": False},
         False,
     ),
 }
-CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
 
 
 @pytest.fixture
-def make_tiny(tiny_model_dir, tmp_path):
-    """Returns a function that saves one of ARCHITECTURES, for the tiny Llama's tokenizer, and returns its directory."""
+def make_tiny(make_model_dir):
+    """Returns a function that saves one of ARCHITECTURES and returns its directory."""
 
-    def make(architecture: str):
-        name, options, _ = ARCHITECTURES[architecture]
-        config_class, model_class = CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
-        vocab_size = len(AutoTokenizer.from_pretrained(tiny_model_dir))
-        config = getattr(transformers, config_class)(vocab_size=vocab_size, **{**SMALL, **options})
-        torch.manual_seed(0)
-        path = tmp_path / architecture
-        getattr(transformers, model_class)(config).save_pretrained(path)
-        return path
+    def make(architecture: str) -> str:
+        model_type, options, _ = ARCHITECTURES[architecture]
+        return make_model_dir(model_type, **options)
 
     return make
 
@@ -373,7 +345,7 @@ def augmented_logps(trainer, batch: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_shared_prompts_match_whole_sequences(make_trainer, make_tiny, architecture):
+def test_cached_prompts_match_whole_sequences(make_trainer, make_tiny, architecture):
     """
     Oracle: float64 full logits of whole sequences, for the log-probabilities under the augmented prompts, one by one, and
     for the loss. So does a trainer that computes each sequence by itself.
@@ -384,7 +356,7 @@ def test_shared_prompts_match_whole_sequences(make_trainer, make_tiny, architect
         for cls in (SelfRefineDPOTrainer, WholeSequenceTrainer)
     ]
     shares = ARCHITECTURES[architecture][2]
-    assert shares in (None, trainers[0]._shares_prompts)
+    assert shares in (None, trainers[0]._caches_prompts)
     perturb(trainers[0].model)
     policy, ref = FullLogits(path, trainers[0].model.state_dict()), FullLogits(path)
     batch = first_batch(trainers[0])
@@ -507,7 +479,7 @@ def test_positions_of_a_step(make_trainer):
 
 
 def test_collator_by_hand():
-    """Two pairs, by hand: the common start once, prompts padded on the left, responses cut where the plain ones are."""
+    """Two pairs, by hand: the common start once, prompts padded on the left, responses cut at the same length as the plain ones."""
     rows = [
         {
             "prompt_ids": [1, 2],

@@ -107,7 +107,7 @@ def test_training(make_trainer):
 REFUSED = {
     "0": ({"max_batch_tokens": 0}, "at least 1"),
     "padding": ({"padding_free": False}, "Set `padding_free=True` too"),
-    "sft": ({"loss_type": ["sigmoid", "sft"]}, r"\['sft'\]`: it is no mean over pairs"),
+    "sft": ({"loss_type": ["sigmoid", "sft"]}, r"\['sft'\]`: "),
     "aot": ({"loss_type": ["aot"]}, r"\['aot'\]"),
 }
 
@@ -122,7 +122,7 @@ def test_refused(make_trainer, case):
 
 def test_an_auxiliary_loss_is_refused(make_trainer, tiny_moe_dir):
     options = {"model": str(tiny_moe_dir), "padding_free": True, "max_batch_tokens": 60}
-    with pytest.raises(ValueError, match="no mean over pairs. Set `router_aux_loss_coef=0`"):
+    with pytest.raises(ValueError, match="Set `router_aux_loss_coef=0`"):
         make_trainer(TDPOTrainer, TDPOConfig, router_aux_loss_coef=0.1, **options)
     trainer = make_trainer(TDPOTrainer, TDPOConfig, router_aux_loss_coef=0.0, **options)
     assert torch.isfinite(train_step(trainer, first_batch(trainer)))

@@ -36,7 +36,6 @@ def main(config: Path | None, overrides: Sequence[str], start_vllm: bool, probe:
     report.add(environment.check_python())
     for check in environment.check_packages():
         report.add(check)
-    report.add(environment.check_contract())
     report.heading("Machine")
     for check in environment.check_devices():
         report.add(check)

@@ -97,20 +97,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-def check_contract() -> Check:
-    """Names that the trainers use and TRL does not document, and what its loss does with what it is given."""
-    from ..trainers.trl_contract import METHODS, NOT_EXPORTED, broken
-
-    problems = broken()
-    count = len(METHODS) + len(NOT_EXPORTED)
-    if problems:
-        way_out = f"The trainers will not work: pip install 'trl=={TESTED['trl']}'."
-        return Check("failed", "TRL contract", "; ".join(problems), way_out)
-    return Check(
-        "ok", "TRL contract", f"all {count} names that the trainers rely on, and its loss on made-up log-probabilities"
-    )
-
-
 def check_devices() -> Iterator[Check]:
     import torch
 

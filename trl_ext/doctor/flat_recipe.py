@@ -47,7 +47,7 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
     classes = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
     script_args, args, model_args, dataset_args = parse_flat(recipe, classes, [*overrides, *on_cpu])
     try:
-        trainer._refuse_options(args)
+        trainer.refuse_options(args)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     report.add(Check("ok", "keys", f"{len(recipe.mapping)} keys, all known"))

@@ -1,9 +1,9 @@
 """
-A tile of logits: a few whole rows of `h Wᵀ` in fp32, and everything that is read off them at once.
+Reads everything off a tile of logits at once: a few whole rows of `h Wᵀ` in fp32.
 
 In: the products of one or two models' hidden states and LM heads. Out: a few numbers per row, and the gradient of
-`log p(y) + κ KL(q‖p)` with respect to the product. On CUDA one Triton program per row does it
-(`logits_tile_triton.py`); elsewhere torch does, in blocks that stay in the cache. The torch path is the readable one, and
+`log p(y) + κ KL(q‖p)` with respect to the product. On CUDA it is one Triton program per row
+(`logits_tile_triton.py`), elsewhere torch in blocks that stay in the cache. The torch path is the readable one, and
 the oracle of the other.
 """
 
@@ -15,11 +15,11 @@ from transformers.utils import is_triton_available
 
 # Elements that torch works on at a time, by device: 1 MiB in fp32 on a CPU, 64 MiB on a GPU without Triton
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
-# Columns of a bf16 head that are converted at a time where a GEMM cannot take bf16 and return fp32 (on a CPU)
+# Columns of a bf16 head that are converted at a time on a CPU, whose GEMM cannot take bf16 and return fp32
 VOCAB_CHUNK_SIZE = 8192
-# Below this |log p − log q|, φ is summed as a series: eˣ − 1 − x has no digits left there
+# Below this |log p − log q|, φ is summed as a series: eˣ − 1 − x loses all digits there
 SMALL_DRIFT = 0.25
-# What is read off a row, in this order
+# Statistics of a row, in this order
 STATISTICS = ("log_probs", "ref_log_probs", "position_kl", "entropy", "mean_logits", "is_top1")
 
 
@@ -43,7 +43,7 @@ def matmul_fp32(
     if a.device.type == "cuda":
         w = weight.to(a.dtype)
         return torch.mm(a, w.t() if transposed else w, out_dtype=torch.float32, out=out)
-    # A CPU's GEMM returns what it is given, so the head goes through fp32, some columns at a time
+    # A CPU's GEMM returns its inputs' dtype, so the head is converted to fp32, some columns at a time
     a = a.float()
     for start in range(0, weight.size(0), VOCAB_CHUNK_SIZE):
         columns = slice(start, min(start + VOCAB_CHUNK_SIZE, weight.size(0)))
@@ -66,7 +66,7 @@ def fold_tile(
     gradient: torch.Tensor | None,
 ) -> None:
     """
-    Read the statistics, and the gradient tile, off n rows of logits.
+    Read the statistics and the gradient tile off n rows of logits.
 
     Args:
         z, ref_z (`torch.Tensor` of shape `(n, V)`):
@@ -137,7 +137,7 @@ def _transform_(z: torch.Tensor, head: Head) -> torch.Tensor:
 
 
 def _log_softmax_(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log p`, in the place of the logits, and `p`."""
+    """Replace the logits by `log p`, and return it and `p`."""
     z -= z.amax(dim=-1, keepdim=True)
     p = z.exp()
     total = p.sum(dim=-1, keepdim=True)
@@ -146,8 +146,8 @@ def _log_softmax_(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _kl_terms(log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """
-    The terms of `KL(q‖p) = Σ q φ(x)` with `x = log p − log q` and `φ(x) = eˣ − 1 − x ≥ 0`: never negative, and exact
-    for small drifts, where the terms of `Σ q (log q − log p)` cancel. Where q is 0 (a masked vocabulary), `q φ` is p.
+    The terms of `KL(q‖p) = Σ q φ(x)` with `x = log p − log q` and `φ(x) = eˣ − 1 − x ≥ 0`: never negative, and accurate
+    for small drifts, for which the terms of `Σ q (log q − log p)` cancel. If q is 0 (a masked vocabulary), `q φ` is p.
     """
     x = log_p - log_q
     series = x / 720

@@ -1,6 +1,6 @@
 """
-`logits_tile.fold_tile` on CUDA: one Triton program per row, which walks the row twice. The first walk finds both models'
-`log Z`; the second has the KL, the entropy and the gradient. The equations are commented in `logits_tile.py`.
+`logits_tile.fold_tile` on CUDA: one Triton program per row, which reads the row twice, first for both models' `log Z`, then for the KL,
+the entropy and the gradient. `logits_tile.py` explains the equations.
 """
 
 import torch
@@ -63,7 +63,7 @@ def _fold_kernel(
     HAS_GRADIENT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # rows times columns may pass 2³¹
+    row = tl.program_id(0).to(tl.int64)  # rows times columns may exceed 2³¹
     z_ptr += row * z_stride
     ref_z_ptr += row * ref_z_stride
     gradient_ptr += row * gradient_stride
@@ -91,7 +91,7 @@ def _fold_kernel(
             ref_largest, ref_total = _fold_exp(ref_largest, ref_total, ref_z, mask)
     log_total = tl.log(total)  # of the exponentials of z − largest
 
-    # Read before the gradient takes the place of the logits
+    # Read before the gradient overwrites the logits
     z_label = _logits(z_ptr, bias_ptr, label, True, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
     ref_log_total, ref_log_prob = 0.0, 0.0
     if HAS_REFERENCE:
@@ -148,9 +148,9 @@ def fold_tile(
     stats: torch.Tensor,
     gradient: torch.Tensor | None,
 ) -> None:
-    """The Triton path of [`~kernels.logits_tile.fold_tile`]; its arguments, whose rows are contiguous."""
+    """The Triton path of [`~kernels.logits_tile.fold_tile`], with the same arguments. Rows must be contiguous."""
     has_reference, has_gradient = ref_z is not None, gradient is not None
-    # A pointer that is not read must be one all the same
+    # An unused pointer must be valid all the same
     ref_z, ref_head = (ref_z, ref_head) if has_reference else (z, head)
     gradient = gradient if has_gradient else z
     with torch.cuda.device_of(z):  # Triton launches on the current one

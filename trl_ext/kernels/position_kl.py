@@ -1,20 +1,20 @@
 """
-Log-probabilities and the KL at each position, from hidden states and LM heads, in fewer head GEMMs than DPO itself.
+Computes log-probabilities and the KL at each position from hidden states and LM heads, in fewer head GEMMs than DPO.
 
 In: hidden states of N completion positions under the policy and the reference, both heads, the labels. Out: a few numbers
 per position. Neither model's `[N, V]` logits exist in full: they are walked in tiles of whole rows, in fp32.
 
 Per token, with policy logits z, distributions p (policy) and q (reference) and label y, `d log p(y)/dz = onehot(y) − p` and
-`d KL(q‖p)/dz = p − q`. The weight κ of the KL against the log-probability is known before the loss is (TDPO1: 1; TDPO2: 0
-on the chosen side, α on the rejected one), so one differentiable output `u = log p(y) + κ KL` is enough, and its gradient
-tile `G = onehot(y) − (1−κ)p − κq` can be formed in the forward, while both tiles of logits are at hand:
+`d KL(q‖p)/dz = p − q`. The weight κ of the KL relative to the log-probability is known before the loss (TDPO1: 1; TDPO2: 0
+for chosen, α for rejected), so one differentiable output `u = log p(y) + κ KL` is enough, and its gradient
+tile `G = onehot(y) − (1−κ)p − κq` can be formed in the forward, when both tiles of logits exist:
 
 - frozen head (LoRA, QLoRA): keep the Jacobian `∂u/∂h = G W`, `[N, H]`; the backward is elementwise. 3 GEMMs of
-  `2·N·V·H` FLOP in all (policy, reference, Jacobian), where TRL's DPO has 4.
-- trained head: `∂/∂W = (g·G)ᵀ h` needs the upstream gradient g, so G is kept too: 4 GEMMs, TRL's DPO has 5. Rows of G
-  beyond `kept_gradient_bytes` are recomputed in the backward: 6 for those.
+  `2·N·V·H` FLOP in all (policy, reference, Jacobian); TRL's DPO has 4.
+- trained head: `∂/∂W = (g·G)ᵀ h` needs the upstream gradient g, so G is kept too: 4 GEMMs; TRL's DPO has 5. Rows of G
+  beyond `kept_gradient_bytes` are recomputed in the backward, which takes 6 GEMMs for them.
 
-Without a reference, [`log_probs`] has the same two steps for plain DPO: 2 and 3 GEMMs for the policy, TRL's have 3 and 4.
+Without a reference, [`log_probs`] does the same for plain DPO: 2 and 3 GEMMs for the policy; TRL has 3 and 4.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from .logits_tile import STATISTICS, Head, fold_tile, matmul_fp32
 
 
-# Elements of a tile of logits, by device: 32 MiB in fp32 on a CPU; 256 MiB on a GPU, where fewer rows (523 at a vocabulary
-# of 128k) would starve the GEMM
+# Elements of a tile of logits, by device: 32 MiB in fp32 on a CPU; 256 MiB on a GPU (523 rows at a vocabulary of 128k), which
+# smaller GEMMs would leave idle
 TILE_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 KEPT_GRADIENT_BYTES = 2**30
 
@@ -85,7 +85,7 @@ def position_kl(
         weight (`torch.Tensor` of shape `(V, H)`), bias (`torch.Tensor` of shape `(V,)`, *optional*):
             The policy's LM head.
         ref_hidden (`torch.Tensor` of shape `(N, H_ref)`), ref_weight (`torch.Tensor` of shape `(V, H_ref)`), ref_bias (`torch.Tensor` of shape `(V,)`, *optional*):
-            The same of the reference. No gradient reaches them.
+            The reference's hidden states and head. They get no gradient.
         labels (`torch.Tensor` of shape `(N,)`):
             The next token at each position.
         kl_weight (`torch.Tensor` of shape `(N,)`):
@@ -95,13 +95,13 @@ def position_kl(
         softcap, ref_softcap (`float`, *optional*):
             Final logit soft-capping, `softcap · tanh(logits / softcap)`, applied after the scale.
         kept_gradient_bytes (`int`, *optional*, defaults to 1 GiB):
-            With a trained head, how much of the `[N, V]` gradient tile is kept from the forward to the backward.
+            With a trained head, how much of the `[N, V]` gradient tile is kept from the forward to the backward, in bytes.
 
     Returns:
         [`PositionKL`], in fp32.
 
     Raises:
-        `ValueError`: the two heads have different vocabularies, so no KL is defined between them.
+        `ValueError`: the two heads have different vocabularies.
     """
     head, ref_head = Head(weight, bias, logit_scale, softcap), Head(ref_weight, ref_bias, ref_logit_scale, ref_softcap)
     weighted, stats = _apply(hidden, head, ref_hidden, ref_head, labels, kl_weight, kept_gradient_bytes)
@@ -119,7 +119,7 @@ def log_probs(
     kept_gradient_bytes: int = KEPT_GRADIENT_BYTES,
 ) -> LogProbs:
     """
-    Compute `log π(y_t|s_t)` at N positions, and what DPO logs beside it. The arguments are those of [`position_kl`].
+    Compute `log π(y_t|s_t)` at N positions, and the statistics that DPO logs. The arguments are those of [`position_kl`].
 
     Returns:
         [`LogProbs`], in fp32.
@@ -145,7 +145,7 @@ def _apply(
         if ref_head is not None and head.weight.size(0) != ref_head.weight.size(0):
             raise ValueError(
                 f"The policy's LM head has {head.weight.size(0)} tokens and the reference's {ref_head.weight.size(0)}. A KL "
-                "over the vocabulary needs both to be the same: pass a `ref_model` with the policy's vocabulary."
+                "needs the same vocabulary: pass a `ref_model` with the policy's."
             )
         # fmt: off
         return _PositionKLFunction.apply(
@@ -156,7 +156,7 @@ def _apply(
 
 
 def _gathered(head: Head | None) -> contextlib.AbstractContextManager:
-    """ZeRO-3 gathers the head's parts for as long as this is entered."""
+    """Within this context, ZeRO-3 gathers the head's parts."""
     return contextlib.nullcontext() if head is None else maybe_gather_lm_head_ctx(head.weight, head.bias)
 
 
@@ -200,7 +200,7 @@ class _PositionKLFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.transforms = dtype, (scale, softcap, ref_scale, ref_softcap)
-        # What the recomputing path needs is saved for it alone
+        # Only the recomputing path needs these
         again = (ref_hidden, ref_weight, ref_bias, labels, kl_weight) if trains_head and kept < count else (None,) * 5
         ctx.save_for_backward(jacobian, gradient, *((hidden, weight, bias) if trains_head else (None,) * 3), *again)
         return weighted, stats
@@ -242,7 +242,7 @@ class _PositionKLFunction(torch.autograd.Function):
 
 
 class _Tiles:
-    """The logits of both models, some rows at a time, in buffers that are used again."""
+    """The logits of both models, some rows at a time, in reused buffers."""
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ class _Tiles:
         shape = (min(self.height, self.hidden.size(0)), self.head.weight.size(0))
         return torch.empty(shape, device=self.hidden.device, dtype=dtype)
 
-    # Made when they are needed first: the kept rows of G need none of them in the backward
+    # Made on first use: the backward of kept rows of G needs none of them
 
     @cached_property
     def z(self) -> torch.Tensor:
@@ -274,7 +274,7 @@ class _Tiles:
 
     @cached_property
     def gradient(self) -> torch.Tensor:
-        """The gradient tile may take the place of the logits, where it has their dtype."""
+        """The gradient tile overwrites the logits if it has their dtype."""
         return self.z if self.dtype == torch.float32 else self._buffer(self.dtype)
 
     def slices(self, first: int, last: int) -> Iterator[slice]:
@@ -282,7 +282,7 @@ class _Tiles:
             yield slice(start, min(start + self.height, last))
 
     def scratch(self, rows: slice) -> torch.Tensor:
-        """Room for the gradient tile of these rows, until the next ones are folded."""
+        """Buffer for the gradient tile of these rows, valid until the next rows are folded."""
         return self.gradient[: rows.stop - rows.start]
 
     def fold(self, rows: slice, stats: torch.Tensor, gradient: torch.Tensor | None) -> None:

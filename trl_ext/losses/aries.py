@@ -1,5 +1,5 @@
 """
-The weights of the refinement objective of ARIES (https://huggingface.co/papers/2502.05605):
+Weights of the rows in the refinement objective of ARIES (https://huggingface.co/papers/2502.05605):
 
     L_refine = (½ − β [r(y_w|y_l) − r(y_l|y_l)])² + (½ − β [r(y_w|y_w) − r(y_l|y_w)])²,  r(a|b) = log π(a|x, b, z) − log π_ref(a|x, b, z)
 
@@ -9,14 +9,14 @@ A pair has two of the squares, each β² times IPO's loss of a row whose prompt 
 
 def row_weights(direct_rows: int, refinement_rows: int, *, alpha: float = 0.8) -> tuple[float, float]:
     r"""
-    Weights of a direct and of a refinement row with which the mean over a batch is an unbiased estimate of
-    `(1 − α) L_direct + α L_refine`, whichever rows are in it: `L_direct` is the mean over the direct rows, and `L_refine` twice the
-    mean over the refinement rows, since a pair has two squares. The weights come from the dataset, not from the batch, whose
-    own shares would make the estimate biased.
+    Compute the weights of a direct and of a refinement row that make the mean over a batch an unbiased estimate of
+    `(1 − α) L_direct + α L_refine`, whichever rows are in it. `L_direct` is the mean over the direct rows, and `L_refine` twice the
+    mean over the refinement rows, since a pair has two squares. The weights come from the dataset; those of a batch's own shares would
+    make the estimate biased.
 
     Args:
         direct_rows, refinement_rows (`int`):
-            Rows of the dataset, each as often as an epoch shows it.
+            Number of rows in an epoch.
         alpha (`float`, *optional*, defaults to `0.8`):
             The paper's α.
 
@@ -24,7 +24,7 @@ def row_weights(direct_rows: int, refinement_rows: int, *, alpha: float = 0.8) -
         `tuple[float, float]`: the weight of a direct row and of a refinement row.
 
     Raises:
-        `ValueError`: a part of the objective has no rows.
+        `ValueError`: a part of the objective with a weight above 0 has no rows.
 
     Example:
 

@@ -1,6 +1,6 @@
 """
-What TDPO and self-refined DPO add to the log-ratios of a pair, in nats, as pure functions of sequence sums. The loss is DPO's, on the
-shifted log-ratios, and TRL's.
+The shifts that TDPO and self-refined DPO add to the log-ratios of a pair, in nats, as pure functions of sequence sums. The loss on the
+shifted log-ratios is TRL's DPO.
 """
 
 from typing import Literal
@@ -18,8 +18,8 @@ def tdpo_shifts(
     r"""
     Token-level DPO (https://huggingface.co/papers/2404.11999): the log-ratios are raised by the sequential KLs.
 
-    The paper takes `δ = SeqKL(y_l) − SeqKL(y_w)` off the log-ratios' difference, TDPO2 `α (SeqKL(y_l) − sg[SeqKL(y_w)])`, before the
-    factor β. Each response with its own KL is the same difference, and the paper's reward, `β (logratio + SeqKL)`.
+    The paper subtracts `δ = SeqKL(y_l) − SeqKL(y_w)` from the log-ratios' difference, TDPO2 `α (SeqKL(y_l) − sg[SeqKL(y_w)])`, before the
+    factor β. Adding each response's own KL gives the same difference, and the paper's reward `β (logratio + SeqKL)`.
 
     Args:
         chosen_kl, rejected_kl (`torch.Tensor` of shape `(B,)`):
@@ -30,7 +30,7 @@ def tdpo_shifts(
             `"tdpo1"` or `"tdpo2"`.
 
     Returns:
-        `tuple` of two `torch.Tensor` of shape `(B,)`: for the chosen and for the rejected responses.
+        `tuple` of two `torch.Tensor` of shape `(B,)`: the shifts of the chosen and of the rejected responses, in nats.
 
     Raises:
         `ValueError`: unknown `variant`.
@@ -71,13 +71,13 @@ def self_refine_shifts(
         refinement_weight (`float`, *optional*, defaults to `0.3`):
             The paper's λ. `0` is DPO.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
-            `"ipo"` is Sr-IPO, whose `λ Δ` is not divided by β. Any other takes it off the margin `u`, as Sr-DPO does.
+            `"ipo"` is Sr-IPO, whose `λ Δ` is not divided by β. Any other type subtracts it from the margin `u`, as Sr-DPO does.
         lengths (`torch.Tensor` of shape `(2, B)`, *optional*):
-            Of the responses, for a loss that takes means over their tokens: then Δ is made of means, and multiplied by the length by which
-            the loss is going to divide.
+            Numbers of tokens, for a loss of means over tokens: Δ is then made of means, and multiplied by the length by which the loss
+            will divide.
 
     Returns:
-        `tuple` of a `torch.Tensor` of shape `(B,)` and 0: for the chosen and for the rejected responses.
+        `tuple` of a `torch.Tensor` of shape `(B,)` and 0: the shifts of the chosen and of the rejected responses, in nats.
 
     Example:
 

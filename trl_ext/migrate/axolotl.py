@@ -1,9 +1,10 @@
 """
-Keys of axolotl's recipes. Facts of its configuration schema and of how it builds TRL's `DPOConfig`.
+Keys of axolotl's recipes, from its configuration schema and its code that builds TRL's `DPOConfig`.
 """
 
 from typing import Any
 
+from ..rows.formats import ANSWERS, PROMPTS, ROLES, STANDARD_ROLES, SYSTEM
 from .projects import NAME, TOKENIZER, UNUSED, Migration, Project, name_datasets, named, shown
 
 
@@ -21,23 +22,18 @@ NOT_NEEDED = (
 # Setting of a dataset -> values that need no setting here; `None` for any
 FOUND = {
     **dict.fromkeys(("type", "ds_type", "conversation", "trust_remote_code")),
-    "field_messages": ("messages", "conversations", "prompt"),
-    "field_prompt": ("prompt", "question", "instruction", "query"),
-    "field_system": ("system", "system_prompt"),
-    "field_chosen": ("chosen", "chosen_response", "response_j"),
-    "field_rejected": ("rejected", "rejected_response", "response_k"),
+    **dict.fromkeys(("field_messages", "field_prompt"), ("prompt", *PROMPTS)),
+    "field_system": SYSTEM,
+    **{f"field_{side}": (side, *names) for side, names in ANSWERS.items()},
     **{f"{name}_format": (f"{{{name}}}",) for name in ("prompt", "chosen", "rejected")},
     **dict.fromkeys(("message_field_role", "message_property_mappings.role"), ("role", "from")),
     **dict.fromkeys(("message_field_content", "message_property_mappings.content"), ("content", "value")),
-    "roles.system": ("system",),
-    "roles.user": ("user", "human"),
-    "roles.assistant": ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"),
-    "roles.tool": ("tool", "observation"),
+    **{f"roles.{role}": (role, *(name for name in ROLES if ROLES[name] == role)) for role in STANDARD_ROLES},
 }
 
 
 def method(old: dict[str, Any]) -> tuple[str, str] | None:
-    """The method of a recipe that is not DPO's or IPO's, and what shows it."""
+    """The method of a recipe for another method than DPO or IPO, and the evidence for it."""
     rl = old.get("rl")
     if rl:
         return None if rl in ("dpo", "ipo") else ({"simpo": "SimPO"}.get(str(rl), str(rl).upper()), f"`rl: {rl}`")
@@ -58,13 +54,13 @@ def step(old: dict[str, Any], migration: Migration) -> None:
 
 
 def schedule(old: dict[str, Any], migration: Migration) -> None:
-    """When to evaluate and to save: axolotl counts by epochs, and evaluates only if it has data for it."""
+    """When to evaluate and to save. axolotl counts per epoch, and evaluates only if it has evaluation data."""
     epochs = old.get("num_epochs", 1)
     for key, what in (("evals_per_epoch", "eval"), ("saves_per_epoch", "save")):
         times = old.pop(key, None)
         if times is not None:
             new = {f"{what}_strategy": "epoch"}
-            if times != 1 and times * epochs > 1:  # below 1, steps are a share of all
+            if times != 1 and times * epochs > 1:  # below 1, a number of steps is a share of all
                 new = {f"{what}_strategy": "steps", f"{what}_steps": round(1 / (times * epochs), 6)}
             old |= new
             migration.changes.append(f"`{key}: {times}` -> {named(new)}")
@@ -73,11 +69,11 @@ def schedule(old: dict[str, Any], migration: Migration) -> None:
     for key in ("eval_strategy", "eval_steps"):
         if key in old and not old.keys() & {"val_set_size", "test_datasets"}:
             del old[key]
-            migration.changes.append(f"`{key}` left out: without `val_set_size` axolotl evaluates nothing")
+            migration.changes.append(f"`{key}` left out: without `val_set_size` axolotl does not evaluate")
 
 
 def precision(old: dict[str, Any], migration: Migration) -> None:
-    """axolotl loads the weights in the precision that it trains with."""
+    """The precision of the weights. axolotl loads them in the precision of the training."""
     given = {key: old.pop(key) for key in ("bf16", "bfloat16", "fp16", "float16", "float32") if key in old}
     half = given.get("bf16") or given.get("bfloat16")
     if half:
@@ -88,12 +84,12 @@ def precision(old: dict[str, Any], migration: Migration) -> None:
         new = {"dtype": "float32", "bf16": False}
     migration.recipe |= new
     migration.changes.append(
-        f"{named(given) or 'No `bf16` and no `fp16`'} -> {named(new)}: weights are loaded as trained"
+        f"{named(given) or 'No `bf16` and no `fp16`'} -> {named(new)}: weights are loaded in the precision of the training"
     )
 
 
 def leaves(key: str, value: Any) -> list[tuple[str, Any]]:
-    """The single values in a value, with the keys that lead to them."""
+    """The single values in a nested value, with dotted keys."""
     if isinstance(value, dict):
         return [leaf for name, inner in value.items() for leaf in leaves(f"{key}.{name}", inner)]
     if isinstance(value, list):
@@ -110,8 +106,8 @@ def data(old: dict[str, Any], migration: Migration) -> None:
             known = FOUND.get(key.removeprefix(where).removeprefix("type."), ())
             if known is not None and value not in known:
                 migration.problems.append(
-                    f"{shown(key, value)}: nothing here reads it. Change the data, for example with `dataset.rename_column`: columns "
-                    "`prompt`, `chosen` and `rejected`, messages with `role` and `content`."
+                    f"{shown(key, value)}: this setting has no counterpart. Change the data, for example with `dataset.rename_column`, to columns "
+                    "`prompt`, `chosen` and `rejected` and messages with `role` and `content`."
                 )
     if not entries or any("path" not in entry for entry in entries):
         migration.problems.append("`datasets` must be a list of entries that all have a `path`. Set `dataset_name`.")
@@ -126,7 +122,10 @@ AXOLOTL = Project(
     step=step,
     keys={
         "base_model": ("model_name_or_path", NAME),
-        "sequence_len": ("max_length", f"{NAME}. axolotl drops longer pairs, here the end of their answers is cut"),
+        "sequence_len": (
+            "max_length",
+            f"{NAME}. axolotl drops longer pairs; here the end of their answers is cut off",
+        ),
         "micro_batch_size": ("per_device_train_batch_size", NAME),
         "eval_batch_size": ("per_device_eval_batch_size", NAME),
         "num_epochs": ("num_train_epochs", NAME),
@@ -153,10 +152,10 @@ AXOLOTL = Project(
         **{f"use_{name}": {True: {"report_to": [name]}} for name in ("wandb", "tensorboard", "mlflow", "trackio")},
     },
     advice={
-        "adapter": "TRL's recipes have LoRA alone: `use_peft: true` and `lora_r`",
+        "adapter": "TRL's recipes have only LoRA: `use_peft: true` and `lora_r`",
         "batch_size": "set `gradient_accumulation_steps`: `batch_size` divided by `micro_batch_size`",
         **dict.fromkeys((f"special_tokens.{name}_token" for name in ("bos", "eos", "unk")), TOKENIZER),
-        "plugins": "plugins are axolotl's. Those for speed (Liger, CutCrossEntropy) can be removed",
+        "plugins": "there are no plugins. Remove those for speed (Liger, CutCrossEntropy)",
     },
     types={
         "datasets": list[dict[str, Any]],

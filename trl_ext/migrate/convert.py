@@ -1,8 +1,8 @@
 """
-The conversion: one mapping in, one mapping out, with an account of every key.
+Converts one mapping to another, with an account of every key.
 
-Values are judged by the dataclasses that a current recipe is parsed with, so that what comes out parses; what the trainer of the
-method refuses is a problem here already.
+Values are checked with the dataclasses that parse a current recipe, so that the result parses; options that the method's trainer refuses
+are problems.
 """
 
 import copy
@@ -15,20 +15,20 @@ from ..recipe import Recipe, RecipeError, check_keys
 from ..recipe_values import LAUNCH_KEYS, is_secret, unknown_key
 from .axolotl import AXOLOTL
 from .data import from_mixer, from_mixture
-from .keys import GONE, LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, WANDB
+from .keys import LOSS_TYPES, MARKS, METHODS, NEUTRAL, RENAMED, TYPES, USE, VALUES, WANDB
 from .llama_factory import LLAMA_FACTORY
-from .projects import ADVICE, GENERIC_TEMPLATES, LEAST_MARKS, Migration, Project, shown
+from .projects import ADVICE, GENERIC_TEMPLATES, LEAST_MARKS, Migration, Project, shown, translate_values
 from .rlhflow import RLHFLOW
 
 
 def recognise(recipe: Recipe) -> Project | None:
-    """The project whose own keys a recipe has, or `None`: TRL's, or one that keeps TRL's keys, such as alignment-handbook."""
+    """The project whose keys a recipe has; `None` for TRL, or a project with TRL's keys such as alignment-handbook."""
     found = max((AXOLOTL, LLAMA_FACTORY, RLHFLOW), key=lambda project: len(project.marks & recipe.mapping.keys()))
     return found if len(found.marks & recipe.mapping.keys()) >= LEAST_MARKS else None
 
 
 def other_method(recipe: Recipe, text: str) -> tuple[str, str] | None:
-    """The method of a recipe that is not of DPO's family, and what shows it."""
+    """The method of a recipe outside of DPO's family, and the evidence for it."""
     for key, method in MARKS.items():
         if key in recipe.mapping:
             return method, f"{recipe.where(key)}: `{key}` is a key of {method}"
@@ -42,28 +42,27 @@ def other_method(recipe: Recipe, text: str) -> tuple[str, str] | None:
 
 
 def classes(method: str) -> tuple[type, tuple[type, ...]]:
-    """The trainer of a method, and the dataclasses its recipe is parsed with."""
+    """The trainer of a method, and the dataclasses that parse its recipe."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+    from .. import SelfRefineDPOTrainer, TDPOTrainer
 
-    trainer, config = {
-        "tdpo": (TDPOTrainer, TDPOConfig),
-        "self-refine-dpo": (SelfRefineDPOTrainer, SelfRefineDPOConfig),
-    }[method]
-    return trainer, (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    trainer = {"tdpo": TDPOTrainer, "self-refine-dpo": SelfRefineDPOTrainer}[method]
+    return trainer, (ScriptArguments, trainer.config_class, ModelConfig, DatasetMixtureConfig)
 
 
 def convert(recipe: Recipe, text: str, method: str) -> Migration:
     """
+    Convert a recipe.
+
     Args:
         recipe ([`~recipe.Recipe`]), text (`str`):
-            The old recipe, and its file's text: comments tell the method of some.
+            The old recipe, and its file's text, whose comments may name the method.
         method (`str`):
             `"tdpo"` or `"self-refine-dpo"`.
 
     Raises:
-        [`RecipeError`]: the recipe of another method.
+        [`RecipeError`]: the recipe is for another method.
     """
     project = recognise(recipe)
     found = other_method(recipe, text) if project is None else project.method(recipe.mapping)
@@ -71,21 +70,22 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
         name, reason = found
         whose, more = f"{reason}: this is a recipe of {name}", ""
         if project is None:
-            more = "; if it is a DPO recipe all the same, remove the key or rename the file"
+            more = "; if it is a DPO recipe after all, remove the key or rename the file"
         else:
             whose = f"{recipe.where()}: this is a recipe of {project.name} for {name} ({reason})"
         raise RecipeError(
-            f"{whose}, and trl-ext trains with preference pairs against a reference (DPO's family). Use "
-            f"{USE.get(name, 'what it was written for; TRL has no trainer of it')}{more}."
+            f"{whose}, but trl-ext trains on preference pairs with a reference (DPO's family). Use "
+            f"{USE.get(name, 'its own trainer; TRL has none for it')}{more}."
         )
     if isinstance(recipe.mapping.get("prompts"), dict):
-        raise RecipeError(f"{recipe.where('prompts')}: this is an ARIES recipe, which is current. Nothing to migrate.")
+        raise RecipeError(f"{recipe.where('prompts')}: this is a current ARIES recipe; there is nothing to migrate.")
     trainer, config_classes = classes(method)
     migration = Migration(project=project)
     old = {str(key): copy.deepcopy(value) for key, value in recipe.mapping.items()}
     if project is not None:
         _check_types(old, migration, project.types)
         project.translate(old, migration)
+    translate_values(VALUES, {}, old, migration)
     for step in (_precision, _names, _check_types, _data, _lengths, _loss, _model):
         step(old, migration)
     for key, value in list(old.items()):
@@ -101,11 +101,11 @@ def convert(recipe: Recipe, text: str, method: str) -> Migration:
     return migration
 
 
-# Steps. Each takes its keys out of `old`
+# Steps, each of which removes its keys from `old`
 
 
 def _check_types(old: dict[str, Any], migration: Migration, types: dict[str, Any] = TYPES) -> None:
-    """Move values that no step could read to the problems."""
+    """Move values of a wrong type to the problems."""
     for key in [key for key in types if old.get(key) is not None]:
         problem = _problem((make_dataclass("Keys", [(key, types[key])]),), key, old[key])
         if problem:
@@ -114,7 +114,7 @@ def _check_types(old: dict[str, Any], migration: Migration, types: dict[str, Any
 
 
 def _names(old: dict[str, Any], migration: Migration) -> None:
-    """Today's names in the places of the old ones."""
+    """Rename keys, and leave out those that are gone."""
     known = RENAMED | (migration.project.keys if migration.project else {})
     given = dict(old)
     old.clear()
@@ -136,7 +136,7 @@ def _data(old: dict[str, Any], migration: Migration) -> None:
         changes, problems = read(old, migration.recipe)
         migration.changes += changes
         migration.problems += problems
-    if old.get("dataset_splits") is not None:  # without a mixer it named the splits of `dataset_name`
+    if old.get("dataset_splits") is not None:  # without a mixer, these are the splits of `dataset_name`
         splits = old.pop("dataset_splits")
         for key, word in (("dataset_train_split", "train"), ("dataset_test_split", "test")):
             named = [split for split in ([splits] if isinstance(splits, str) else splits) if word in split]
@@ -149,18 +149,7 @@ def _precision(old: dict[str, Any], migration: Migration) -> None:
     if "torch_dtype" in old and old["torch_dtype"] is None:
         del old["torch_dtype"]
         migration.recipe["dtype"] = "float32"
-        migration.changes.append("`torch_dtype: null` -> `dtype: float32`: what it meant in transformers 4")
-    if old.get("use_flash_attention_2") is not None:
-        if old.pop("use_flash_attention_2"):
-            old.setdefault("attn_implementation", "flash_attention_2")
-            migration.changes.append(
-                "`use_flash_attention_2` -> `attn_implementation: flash_attention_2`: needs flash-attn installed; "
-                "`sdpa` does not"
-            )
-        else:
-            migration.changes.append(
-                "`use_flash_attention_2: false` left out: `attn_implementation` names another one"
-            )
+        migration.changes.append("`torch_dtype: null` -> `dtype: float32`: its meaning in transformers 4")
 
 
 def _lengths(old: dict[str, Any], migration: Migration) -> None:
@@ -172,13 +161,13 @@ def _lengths(old: dict[str, Any], migration: Migration) -> None:
     if old.get("max_length") is None and whole:
         old["max_length"] = sum(given.values())
         migration.changes.append(
-            f"`max_prompt_length` + `max_completion_length` -> `max_length: {old['max_length']}`: one bound for both"
+            f"`max_prompt_length` + `max_completion_length` -> `max_length: {old['max_length']}`: one limit for both"
         )
         return
     for key, value in given.items():
         migration.changes.append(
-            f"`{key}: {value}` left out: TRL removed it. `max_length` ({old.get('max_length') or 'by default 1024'}) bounds "
-            "prompt and answer together and cuts the end of the answer; a row whose prompt alone fills it is left out, and "
+            f"`{key}: {value}` left out: TRL removed it. `max_length` ({old.get('max_length') or 'by default 1024'}) limits "
+            "prompt and answer together and cuts off the end of the answer; rows whose prompt alone fills it are left out and "
             "counted"
         )
 
@@ -202,7 +191,7 @@ def _loss(old: dict[str, Any], migration: Migration) -> None:
             f"{migration.recipe['loss_weights']}`: TRL's form of the NLL term"
         )
     if old.get("truncation_mode") == "keep_end":
-        migration.changes.append("`truncation_mode: keep_end` kept, but TRL 2 removes it: `keep_start` is the default")
+        migration.changes.append("`truncation_mode: keep_end` kept, but TRL 2 removes it; the default is `keep_start`")
     if "label_smoothing" in old and not old["label_smoothing"]:
         old.pop("label_smoothing")
         migration.changes.append("`label_smoothing: 0` left out: the default")
@@ -212,62 +201,46 @@ def _model(old: dict[str, Any], migration: Migration) -> None:
     tokenizer = old.pop("tokenizer_name_or_path", None)
     if tokenizer is not None:
         if tokenizer == old.get("model_name_or_path"):
-            migration.changes.append("`tokenizer_name_or_path` left out: it is the model's own")
+            migration.changes.append("`tokenizer_name_or_path` left out: it is the model's")
         else:
             migration.problems.append(
-                f"`tokenizer_name_or_path: {tokenizer}`: the tokenizer is the one beside the model. Save it there: "
+                f"`tokenizer_name_or_path: {tokenizer}`: the tokenizer is always the model's own. Save yours beside the model: "
                 f"`AutoTokenizer.from_pretrained({tokenizer!r}).save_pretrained(model_directory)`."
             )
     template = old.pop("chat_template", None)
     if migration.project and isinstance(template, str) and template not in GENERIC_TEMPLATES:
         migration.changes.append(
-            f"`chat_template: {template}` left out: the tokenizer's own is used; `trl-ext doctor` shows two rows rendered with it"
+            f"`chat_template: {template}` left out: the tokenizer's own is used; `trl-ext doctor` shows two rendered rows"
         )
     elif template is not None:
         migration.problems.append(
-            "`chat_template`: the template is the tokenizer's. If the model has none, set `tokenizer.chat_template`, save "
-            "tokenizer and model in one directory, and name it in `model_name_or_path`; if it has its own, remove the key."
-        )
-    reentrant = old.pop("gradient_checkpointing_use_reentrant", None)
-    if reentrant is not None:
-        old["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
-        migration.changes.append(
-            "`gradient_checkpointing_use_reentrant` -> `gradient_checkpointing_kwargs.use_reentrant`"
+            "`chat_template`: the template is the tokenizer's. If the tokenizer has none, set `tokenizer.chat_template`, save "
+            "tokenizer and model in one directory, and name it in `model_name_or_path`; otherwise remove the key."
         )
     for key, name in WANDB.items():
         if old.get(key) is not None:
             old["env"] = {**(old.get("env") or {}), name: str(old.pop(key))}
-            migration.changes.append(f"`{key}` -> `env.{name}`: the tracker reads its environment")
+            migration.changes.append(f"`{key}` -> `env.{name}`: the tracker reads environment variables")
 
 
 def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> None:
-    """One key that no step has taken."""
+    """Convert a key that no step has removed."""
     advice = {} if migration.project is None else ADVICE | migration.project.advice
     neutral = NEUTRAL | {name: (False, what) for name, what in advice.items()}
     if key == "warmup_ratio":
         if old.get("warmup_steps"):
-            migration.changes.append("`warmup_ratio` left out: `warmup_steps` went before it")
+            migration.changes.append("`warmup_ratio` left out: `warmup_steps` took precedence")
         elif isinstance(value, (int, float)) and 0 <= value < 1:
             migration.recipe["warmup_steps"] = value
             migration.changes.append(
                 f"`warmup_ratio` -> `warmup_steps: {value}`: below 1 it is a fraction of all steps"
             )
         else:
-            migration.problems.append(f"`warmup_ratio: {value}` is no fraction below 1. Set `warmup_steps`.")
-    elif key == "group_by_length":
-        if value:
-            migration.recipe["train_sampling_strategy"] = "group_by_length"
-        migration.changes.append("`group_by_length` -> `train_sampling_strategy`: transformers' name")
-    elif key == "adafactor":
-        if value:
-            migration.recipe["optim"] = "adafactor"
-        migration.changes.append("`adafactor` -> `optim`: transformers' name")
-    elif key in GONE:
-        migration.changes.append(f"{shown(key, value)} left out: {GONE[key]}")
+            migration.problems.append(f"`warmup_ratio: {value}` is not a fraction below 1. Set `warmup_steps`.")
     elif key in neutral:
         default, what = neutral[key]
         if value in (default, None):
-            migration.changes.append(f"`{key}` left out: it said nothing")
+            migration.changes.append(f"`{key}` left out: it had no effect")
         else:
             migration.problems.append(f"{shown(key, value)}: {what}.")
     else:
@@ -276,10 +249,10 @@ def _key(key: str, value: Any, old: dict[str, Any], migration: Migration) -> Non
 
 
 def _keep_defaults(old: dict[str, Any], migration: Migration) -> None:
-    """Defaults that moved since, written down where the old recipe relied on them."""
+    """Write down old defaults that have changed since, if the recipe relied on them."""
     if not {"bf16", "fp16", "use_cpu"} & migration.recipe.keys():
         migration.recipe["bf16"] = False
-        migration.changes.append("`bf16: false` added: without the key TRL now trains in bf16, and did not then")
+        migration.changes.append("`bf16: false` added: TRL's default is bf16 now, and was not then")
     if "dataset_mixer" in old and "optim" not in migration.recipe:
         migration.recipe["optim"] = "rmsprop"
         migration.changes.append("`optim: rmsprop` added: it was the handbook's default")
@@ -289,14 +262,14 @@ def _keep_defaults(old: dict[str, Any], migration: Migration) -> None:
 
 
 def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type) -> None:
-    """Move what a current recipe does not take, and what the trainer refuses, from the recipe to the problems."""
+    """Move keys that a current recipe does not have, and options that the trainer refuses, from the recipe to the problems."""
     known = [name for cls in config_classes for name in cls.__dataclass_fields__]
     for key in list(migration.recipe):
         if key in LAUNCH_KEYS or key == "env":
             continue
         value = migration.recipe[key]
         if isinstance(value, str) and is_secret((key,), value):
-            how = "a secret, and recipes are shared. Run `hf auth login`, or set HF_TOKEN in the environment."
+            how = "a secret does not belong in a recipe. Run `hf auth login`, or set HF_TOKEN in the environment."
             _leave_out(migration, key, f"`{key}`: {how}")
             continue
         if key not in known and migration.project is not None and not value:
@@ -304,7 +277,7 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
             migration.changes.append(f"{shown(key, value)} left out: it was off")
             continue
         if key not in known:
-            problem = f"{unknown_key(key, known)} Nothing takes its place."
+            problem = f"{unknown_key(key, known)} It has no counterpart."
             if migration.project is not None:
                 problem = (
                     f"{shown(key, value)}: a key of {migration.project.name} that has no counterpart here. Remove it."
@@ -314,11 +287,11 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
         problem = _problem(config_classes, key, value)
         if problem and isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
             migration.recipe[key] = float(value)
-            migration.changes.append(f"`{key}: {value}` -> a number: YAML reads it as text without a point")
+            migration.changes.append(f"`{key}: {value}` -> a number: without a point, YAML reads it as text")
             problem = _problem(config_classes, key, migration.recipe[key])
         if problem:
             _leave_out(migration, key, problem)
-    for key, (accepted, reason) in trainer._refused_options.items():
+    for key, (accepted, reason) in trainer.refused_options.items():
         if migration.recipe.get(key, accepted) != accepted:
             _leave_out(migration, key, f"`{key}: {migration.recipe[key]}` is not supported: {reason}")
     from ..trainers.tdpo_trainer import LOSS_TYPES as TRAINED_LOSSES

@@ -1,8 +1,8 @@
 """
-The data of an old recipe: handbook's `dataset_mixer` and `dataset_mixture` as `dataset_name`, or as TRL's `datasets:`.
+Converts the data of an old recipe: the handbook's `dataset_mixer` and `dataset_mixture` to `dataset_name`, or to TRL's `datasets:`.
 
-The weights of the handbook are shares of each dataset's rows. TRL's `fraction` is something else, a dataset's share of the
-mixture: it is never written here, and a weight becomes a slice of the split.
+The handbook's weights are shares of each dataset's rows, and become slices of a split. TRL's `fraction` is not used: it is a dataset's
+share of the mixture.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 from ..recipe import RecipeError
 
 
-# What handbook's scripts read of a preference dataset; a text `prompt` beside conversations was ignored
+# Columns that the handbook's scripts read; they ignored a text `prompt` beside conversations
 COLUMNS = ["chosen", "rejected"]
 NO_TEST_SPLIT = (
-    "TRL's `datasets:` is training data alone. Cut the evaluation off with `test_split_size: 0.05` (a share, or a number of "
+    "TRL's `datasets:` has only training data. Split off evaluation data with `test_split_size: 0.05` (a share, or a number of "
     "rows), or set `eval_strategy: 'no'`."
 )
 
@@ -21,13 +21,13 @@ NO_TEST_SPLIT = (
 def sliced(split: str, weight: Any, where: str) -> str:
     """The first rows of a split: `("train", 0.5)` is `train[:50%]`."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= 1:
-        raise RecipeError(f"{where}: a weight is a share of the rows above 0 and up to 1, got {weight!r}.")
+        raise RecipeError(f"{where}: a weight must be a share of the rows, above 0 and at most 1, got {weight!r}.")
     percent = round(weight * 100, 6)
     if percent == 100:
         return split
     if percent != int(percent):
         raise RecipeError(
-            f"{where}: a slice of a split takes whole percents, and {weight} is none. Round the weight, or slice by rows: "
+            f"{where}: a slice of a split needs whole percents, and {weight} is not one. Round the weight, or slice by rows: "
             f"`split: {split}[:5000]`."
         )
     return f"{split}[:{int(percent)}%]"
@@ -45,7 +45,7 @@ def from_mixer(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], lis
     splits = [splits] if isinstance(splits, str) else splits
     configs = old.pop("dataset_configs", None)
     if not isinstance(mixer, dict) or not mixer:
-        return [], [f"`dataset_mixer` is no mapping of datasets to weights: {mixer!r}. Set `dataset_name`."]
+        return [], [f"`dataset_mixer` is not a mapping of datasets to weights: {mixer!r}. Set `dataset_name`."]
     configs = [configs] if isinstance(configs, str) else configs or [None] * len(mixer)
     if len(configs) != len(mixer):
         return [], [f"`dataset_configs` has {len(configs)} entries for the {len(mixer)} of `dataset_mixer`."]
@@ -61,7 +61,7 @@ def from_mixer(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], lis
         if configs[0] is not None:
             new["dataset_config"] = configs[0]
         new["dataset_train_split"] = train[0]
-        changes = [f"`dataset_mixer` -> `dataset_name: {name}`: all rows of one dataset need no mixture"]
+        changes = [f"`dataset_mixer` -> `dataset_name: {name}`: one whole dataset needs no mixture"]
         if test:
             new["dataset_test_split"] = test[0]
         named = f"`dataset_train_split: {train[0]}`" + (f", `dataset_test_split: {test[0]}`" if test else "")
@@ -77,8 +77,8 @@ def from_mixer(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], lis
                 continue
             entries.append({k: v for k, v in entry.items() if v is not None} | {"columns": COLUMNS[:]})
     changes = [
-        "`dataset_mixer` -> `datasets`: TRL's form; a weight below 1, which is a share of the dataset's rows, is a slice of "
-        "the split, and `columns` are the ones the handbook reads"
+        "`dataset_mixer` -> `datasets`: TRL's form. A weight below 1, a share of the dataset's rows, becomes a slice of "
+        "the split; `columns` are those that the handbook reads"
     ]
     if entries:
         new["datasets"] = entries
@@ -112,17 +112,17 @@ def from_mixture(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], l
     new["datasets"] = entries
     changes = ["`dataset_mixture` -> `datasets`: TRL's form; `id` -> `path`, `config` -> `name`"]
     if any("weight" in entry for entry in listed):
-        how = "a slice of the split: the first rows, where the handbook shuffled" if weighted else "all rows: left out"
+        how = "a slice of the split: its first rows, while the handbook shuffled" if weighted else "all rows: left out"
         changes.append(
-            f"`weight` of the datasets -> {how}. TRL's `fraction` means another thing, a share of the mixture"
+            f"`weight` of the datasets -> {how}. TRL's `fraction` is something else, a share of the mixture"
         )
     size = mixture.get("test_split_size")
     if size is not None:
         new["test_split_size"] = size
-        changes.append("`dataset_mixture.test_split_size` -> `test_split_size`: a key of its own")
+        changes.append("`dataset_mixture.test_split_size` -> `test_split_size`: now a key of the recipe")
     if "seed" in mixture:
         changes.append(
-            f"`dataset_mixture.seed: {mixture['seed']}` left out: the evaluation split is drawn with the recipe's `seed`, and "
+            f"`dataset_mixture.seed: {mixture['seed']}` left out: the recipe's `seed` draws the evaluation split, and "
             "the trainer shuffles"
         )
     extra = set(mixture) - {"datasets", "test_split_size", "seed"}

@@ -1,5 +1,5 @@
 """
-Keys of LLaMA-Factory's recipes. Facts of its argument classes (`hparams`) and of its DPO trainer.
+Keys of LLaMA-Factory's recipes, from its argument classes (`hparams`) and its DPO trainer.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ NOT_NEEDED = (
 
 
 def method(old: dict[str, Any]) -> tuple[str, str] | None:
-    """The method of a recipe that is not of DPO's family, and what shows it."""
+    """The method of a recipe outside of DPO's family, and the evidence for it."""
     if "export_dir" in old:
         return "exporting a model", "`export_dir`"
     if "infer_backend" in old and not old.get("stage") and not old.get("do_train"):
@@ -45,12 +45,14 @@ def step(old: dict[str, Any], migration: Migration) -> None:
     if not old.get("pure_bf16"):
         half = "bfloat16" if old.get("bf16") else "float16" if old.get("fp16") else "auto"
         old["dtype"] = half if lora else "float32"
-        migration.changes.append(f"`dtype: {old['dtype']}` added: the precision of the weights in LLaMA-Factory")
+        migration.changes.append(
+            f"`dtype: {old['dtype']}` added: the precision in which LLaMA-Factory loads the weights"
+        )
     data(old, migration)
 
 
 def data(old: dict[str, Any], migration: Migration) -> None:
-    """Names of dataset_info.json, which only LLaMA-Factory reads."""
+    """Convert names of dataset_info.json, which only LLaMA-Factory reads."""
     names, directory, rows = old.pop("dataset", []), old.pop("dataset_dir", "data"), old.pop("max_samples", None)
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     entries = [{"path": name} | ({"split": f"train[:{rows}]"} if rows else {}) for name in names]
@@ -60,7 +62,7 @@ def data(old: dict[str, Any], migration: Migration) -> None:
     slices = f", and `split: train[:{rows}]` in each for `max_samples`" if rows else ""
     migration.problems.append(
         f"`dataset: {', '.join(names)}`: names of {directory}/dataset_info.json (`dataset_dir`). Write `dataset_name`, or `datasets: [{{path: ...}}]` "
-        f"for several, with the `hf_hub_url` or the file that the entry has there{slices}. Rows in LLaMA-Factory's formats are read as they are."
+        f"for several, with the `hf_hub_url` or the file that the entry has there{slices}. Rows in LLaMA-Factory's formats need no conversion."
     )
 
 
@@ -70,16 +72,16 @@ LLAMA_FACTORY = Project(
     method=method,
     step=step,
     keys={
-        "cutoff_len": ("max_length", f"{NAME}. The end of a longer answer is cut, a prompt never"),
+        "cutoff_len": ("max_length", f"{NAME}. Only the end of a longer answer is cut off, never a prompt"),
         "pref_beta": ("beta", NAME),
         "pref_loss": ("loss_type", NAME),
-        "pref_ftx": ("rpo_alpha", "an older name in TRL"),
+        "pref_ftx": ("rpo_alpha", "TRL's older name"),
         "dpo_label_smoothing": ("label_smoothing", NAME),
         "lora_rank": ("lora_r", NAME),
         "lora_target": ("lora_target_modules", f"{NAME}, a list"),
         "additional_target": ("lora_modules_to_save", f"{NAME}, a list"),
         "quantization_type": ("bnb_4bit_quant_type", NAME),
-        "template": ("chat_template", "what others call it"),
+        "template": ("chat_template", "the usual name"),
         "val_size": ("test_split_size", f"{NAME}; from 1 a number of rows"),
         **dict.fromkeys(NOT_NEEDED, UNUSED),
     },
@@ -96,8 +98,8 @@ LLAMA_FACTORY = Project(
         "enable_thinking": {True: {}},
     },
     advice={
-        "finetuning_type": "a recipe here trains LoRA (`use_peft: true`) or, as it would now, all weights",
-        "enable_thinking": "give the rows a column `chat_template_kwargs`, with `enable_thinking` in it",
+        "finetuning_type": "recipes train LoRA (`use_peft: true`) or all weights. This one would train all weights",
+        "enable_thinking": "add a column `chat_template_kwargs` with `enable_thinking` to the data",
     },
     types={"dataset": str | list[str], "dataset_dir": str, "max_samples": int, "pref_loss": str, "pref_ftx": float},
     defaults={

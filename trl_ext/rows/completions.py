@@ -1,5 +1,5 @@
 """
-Rows of a prompt and one completion: what `pairs.py` is for pairs, for SFT.
+Rows of a prompt and one completion, for SFT; `pairs.py` is the same for pairs.
 """
 
 from collections.abc import Iterable
@@ -27,19 +27,19 @@ def judge_completions(
         rows (iterable of `dict`):
             The rows.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            What renders them.
+            The tokenizer that renders them.
         what (`str`):
-            The rows, in the plural, for the findings.
+            What the rows are called in the findings, in the plural.
         vocabulary (`int`, *optional*):
-            Rows of the model's embeddings.
+            Number of the model's embeddings.
         max_length (`int`, *optional*):
-            Where sequences are cut off.
+            Length at which sequences are cut off, in tokens.
 
     Returns:
-        `tuple[list[dict], Findings]`: the rows that can be used, and what was found.
+        `tuple[list[dict], Findings]`: the usable rows, and the findings.
 
     Raises:
-        [`RecipeError`]: a row that the template fails on.
+        [`RecipeError`]: the template fails on a row.
     """
     judge = Judge(tokenizer, Findings(what), vocabulary)
     usable = []
@@ -50,8 +50,8 @@ def judge_completions(
             prompt, completion = rendered(row, tokenizer)
         except Exception as error:  # the template's own code
             raise RecipeError(
-                f"row {number:,} of the {what} cannot be rendered: {type(error).__name__}: {error}. There `prompt` is "
-                f"{show(row['prompt'])}. Change the row, or leave it out."
+                f"row {number:,} of the {what} cannot be rendered: {type(error).__name__}: {error}. Its `prompt` is "
+                f"{show(row['prompt'])}. Change the row, or remove it."
             ) from error
         if judge.row_ids(number, np.array(prompt), [np.array(completion)], max_length):
             usable.append(row)

@@ -1,9 +1,9 @@
 """
-Shapes in which preference data is published, read as TRL's: `prompt`, `chosen` and `rejected`, text or messages.
+Reads the shapes in which preference data is published as TRL's: `prompt`, `chosen` and `rejected`, text or messages.
 
-In: one row, and which of its columns hold what ([`Columns`]). Out: the row in TRL's form, and what was done to it. A shape with one
-meaning is converted and the conversion named; any other is refused by its name, with the line of `datasets` code that makes it right.
-Deliberately not here: the tokenizer, and whether a row can be trained on (`judge.py`).
+In: one row, and what its columns contain ([`Columns`]). Out: the row in TRL's form, and the names of its conversions. A shape with only
+one meaning is converted; any other is refused by name, with the line of `datasets` code that converts it. Deliberately not here: the
+tokenizer, and whether a row can be used for training (`judge.py`).
 """
 
 import ast
@@ -19,7 +19,7 @@ from ..recipe_values import RecipeError
 Messages = list[dict[str, Any]]
 Text = str | Messages | None
 
-# Names that others give to TRL's roles
+# Other names of TRL's roles
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -32,21 +32,21 @@ ROLES = {
 }
 STANDARD_ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Names that others give to TRL's columns
+# Other names of TRL's columns
 PROMPTS = ("question", "instruction", "query", "messages", "conversations")
 ANSWERS = {"chosen": ("chosen_response", "response_j"), "rejected": ("rejected_response", "response_k")}
 SYSTEM = ("system", "system_prompt")
 
-# Columns of formats that are no pairs, or pairs whose order is the user's to say -> name, what to do
+# Columns of formats that have no pairs, or pairs without an order -> name of the format, how to fix it
 REFUSED = {
     ("completion", "label"): (
         "KTO's unpaired answers",
-        "A pair needs two answers to one prompt. Train on these with `trl.KTOTrainer`, or pair the answers of each prompt.",
+        "A pair needs two answers to one prompt. Use `trl.KTOTrainer`, or pair the answers of each prompt.",
     ),
     ("instruction", "completions"): (
         "UltraFeedback's answers with ratings",
         "Rank them: `dataset.map(lambda row: (lambda a: {'prompt': row['instruction'], 'chosen': a[-1]['response'], 'rejected': "
-        "a[0]['response']})(sorted(row['completions'], key=lambda a: a['overall_score'])))`, or take "
+        "a[0]['response']})(sorted(row['completions'], key=lambda a: a['overall_score'])))`, or use "
         "HuggingFaceH4/ultrafeedback_binarized.",
     ),
     ("prompt", "answers"): (
@@ -56,28 +56,28 @@ REFUSED = {
     ),
     ("response_0", "response_1"): (
         "two answers and a label (PKU-SafeRLHF)",
-        "Say which label: `dataset.map(lambda row: {'chosen': row[f\"response_{row['better_response_id']}\"], 'rejected': "
+        "Choose a label: `dataset.map(lambda row: {'chosen': row[f\"response_{row['better_response_id']}\"], 'rejected': "
         "row[f\"response_{1 - row['better_response_id']}\"]})`.",
     ),
     ("response1", "response2"): (
         "two answers and a score (HelpSteer3)",
-        "Say which is better: `dataset.filter(lambda row: row['overall_preference'] != 0).map(lambda row: {'prompt': row['context'], "
+        "Apply the label: `dataset.filter(lambda row: row['overall_preference'] != 0).map(lambda row: {'prompt': row['context'], "
         "'chosen': [{'role': 'assistant', 'content': row['response1' if row['overall_preference'] < 0 else 'response2']}], "
         "'rejected': [{'role': 'assistant', 'content': row['response2' if row['overall_preference'] < 0 else 'response1']}]})`.",
     ),
     ("response_a", "response_b"): (
         "two answers and a winner",
-        "Say which is better: `dataset.map(lambda row: {'chosen': row['response_a' if row['winner'] == 'model_a' else 'response_b'], "
+        "Apply the label: `dataset.map(lambda row: {'chosen': row['response_a' if row['winner'] == 'model_a' else 'response_b'], "
         "'rejected': row['response_b' if row['winner'] == 'model_a' else 'response_a']})`, ties left out.",
     ),
     ("conversation_a", "conversation_b"): (
         "two conversations and a winner (Chatbot Arena)",
-        "Say which is better: `dataset.filter(lambda row: row['winner'] in ('model_a', 'model_b')).map(lambda row: {'chosen': "
+        "Apply the label: `dataset.filter(lambda row: row['winner'] in ('model_a', 'model_b')).map(lambda row: {'chosen': "
         "row['conversation_' + row['winner'][-1]], 'rejected': row['conversation_' + 'ba'['ab'.index(row['winner'][-1])]]})`.",
     ),
     ("output_1", "output_2"): (
         "two answers and a preference (AlpacaFarm)",
-        "Say which is better: `dataset.map(lambda row: {'chosen': row[f\"output_{row['preference']}\"], 'rejected': "
+        "Apply the label: `dataset.map(lambda row: {'chosen': row[f\"output_{row['preference']}\"], 'rejected': "
         "row[f\"output_{3 - row['preference']}\"]})`.",
     ),
     ("human_ref_A", "human_ref_B"): (
@@ -87,20 +87,20 @@ REFUSED = {
     ),
     ("prompt", "completion"): (
         "prompts with one answer",
-        "Preference training needs two answers to each prompt; `trl.SFTTrainer` trains on one.",
+        "Preference training needs two answers to each prompt. Use `trl.SFTTrainer` for one.",
     ),
     ("messages",): (
         "conversations to imitate",
-        "Preference training needs two answers to each prompt; `trl.SFTTrainer` trains on one.",
+        "Preference training needs two answers to each prompt. Use `trl.SFTTrainer` for one.",
     ),
     ("conversations",): (
         "conversations to imitate (ShareGPT)",
-        "Preference training needs two answers to each prompt; `trl.SFTTrainer` trains on one.",
+        "Preference training needs two answers to each prompt. Use `trl.SFTTrainer` for one.",
     ),
 }
 
 
-# Formats of pairs by their columns, of which the first that fits is meant
+# Columns -> name of the format; the first that fits is reported
 NAMES = {
     ("question", "response_j", "response_k"): "StackExchange's pairs",
     ("chosen_response", "rejected_response"): "Argilla's columns",
@@ -115,13 +115,13 @@ NAMES = {
 @dataclass(frozen=True)
 class Columns:
     """
-    Which columns hold what, `None` if none does.
+    The names of the columns, `None` for a missing one.
 
     Args:
         chosen, rejected (`str`), prompt, system (`str`, *optional*):
-            The answers, the prompt and a system message.
+            Columns of the answers, the prompt and a system message.
         input, history (`str`, *optional*):
-            LLaMA-Factory's: text after the instruction, and earlier turns in pairs.
+            LLaMA-Factory's columns: text after the instruction, and earlier turns in pairs.
         format (`str`, *optional*):
             Name of the format.
     """
@@ -137,10 +137,10 @@ class Columns:
     @classmethod
     def of(cls, names: list[str]) -> "Columns":
         """
-        Find them by name.
+        Find the columns by name.
 
         Raises:
-            [`RecipeError`]: the columns of another kind of data, by its name, or of none that is known.
+            [`RecipeError`]: the columns are those of another kind of data, which is named, or unknown.
         """
         answers = {}
         for ours, others in ANSWERS.items():
@@ -182,11 +182,11 @@ class Pair:
 
     Args:
         prompt, chosen, rejected (`str`, `list[dict]` or `None`):
-            Text, messages, or nothing.
+            Text, messages, or `None`.
         done (`list[str]`):
-            Names of what was done to it, keys of [`CONVERSIONS`].
+            Names of its conversions, keys of [`CONVERSIONS`].
         fault (`str`, *optional*):
-            Why it has no form to be trained in: a key of `judge.REASONS`.
+            Why it cannot be used: a key of `judge.REASONS`.
     """
 
     prompt: Text
@@ -200,7 +200,7 @@ class Pair:
         return isinstance(self.chosen, list) or isinstance(self.rejected, list) or isinstance(self.prompt, list)
 
 
-# What was done to rows, after "N rows: "
+# Conversion -> its description, followed by the number of rows
 CONVERSIONS = {
     "json": "messages written as JSON in text are read as messages",
     "sharegpt": "ShareGPT's turns (`from`, `value`) are read as messages",
@@ -214,11 +214,11 @@ CONVERSIONS = {
     "system": "the column `system` is read as the system message",
     "question": "a text prompt beside answers that are messages is read as the user's message",
     "answer": "answers that are text beside a prompt of messages are read as the assistant's",
-    "beginning": "a text prompt that stands in the conversations themselves is left out",
-    "repeated": "the prompt that stood again at the beginning of both answers is taken off them",
-    "opening": "messages before the first answer, which both answers began with, are read as part of the prompt",
+    "beginning": "a text prompt that the conversations repeat is left out",
+    "repeated": "a prompt that both answers repeat is removed from them",
+    "opening": "common messages before the first answer are read as part of the prompt",
     "dialogue": "dialogues of `Human:` and `Assistant:` (HH-RLHF) are split before their last answer",
-    "kwargs": "missing `chat_template_kwargs` are read as none",
+    "kwargs": "missing `chat_template_kwargs` are read as empty",
 }
 
 
@@ -230,11 +230,11 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
         row (`dict`):
             The row.
         columns ([`Columns`]):
-            Which of its columns hold what.
+            The names of its columns.
         as_messages (`bool`, *optional*, defaults to `False`):
-            Read text as messages: of a dataset in which other rows are messages.
+            Whether to read text as messages, for a dataset in which other rows are messages.
         cut_prompt (`bool`, *optional*, defaults to `False`):
-            Take a text prompt off answers that begin with it: of a dataset in which most do.
+            Whether to remove a text prompt from answers that begin with it, for a dataset in which most do.
     """
     done: list[str] = []
     chosen, rejected = (read_text(row.get(name), done) for name in (columns.chosen, columns.rejected))
@@ -244,7 +244,7 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
         return Pair(prompt, chosen, rejected, fault=fault)
     whole = all(isinstance(answer, list) and answer and not is_answer(answer[0]) for answer in (chosen, rejected))
     if whole and columns.prompt != "prompt":
-        prompt = None  # the conversations hold it
+        prompt = None  # the conversations contain it
     elif columns.prompt not in ("prompt", None) and prompt:
         done.append("column")
     if (columns.chosen, columns.rejected) != ("chosen", "rejected"):
@@ -268,7 +268,7 @@ def read_pair(row: dict[str, Any], columns: Columns, as_messages: bool = False, 
 
 
 def form_fault(text: Any) -> str | None:
-    """What keeps a value from being text or messages."""
+    """Why a value is neither text nor messages, or `None` if it is."""
     if isinstance(text, list) and text and all(isinstance(item, str) for item in text):
         return "several"
     if text is not None and not isinstance(text, str) and not are_messages(text):
@@ -286,7 +286,7 @@ def are_messages(value: Any) -> bool:
 
 
 def _read_messages(pair: Pair, system: str | None, history: Messages) -> None:
-    """A pair whose parts are messages, or become messages."""
+    """Read a pair whose parts are messages, or become messages."""
     if isinstance(pair.chosen, str) or isinstance(pair.rejected, str):
         pair.chosen, pair.rejected = (
             [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
@@ -318,9 +318,9 @@ def _read_messages(pair: Pair, system: str | None, history: Messages) -> None:
     elif asked and not (is_answer(chosen[0]) and is_answer(rejected[0])):
         pair.fault = "another prompt"
         return
-    if not prompt:  # what chosen and rejected share, as in TRL's `extract_prompt`
+    if not prompt:  # the common beginning, as in TRL's `extract_prompt`
         opening = len(shared)
-        if opening == min(len(chosen), len(rejected)):  # nothing would be left of one: its last answer is
+        if opening == min(len(chosen), len(rejected)):  # one would be empty: keep its last answer
             opening = max((i for i, message in enumerate(shared) if is_answer(message)), default=0)
     else:
         opening = next((i for i, message in enumerate(shared) if is_answer(message)), len(shared))
@@ -339,7 +339,7 @@ _ANSWER = "\n\nAssistant:"
 
 
 def _read_texts(pair: Pair, cut_prompt: bool) -> None:
-    """A pair of texts."""
+    """Read a pair of texts."""
     prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
     if all(is_dialogue(answer) for answer in (chosen, rejected)):
         shared = chosen[: shared_length(chosen, rejected)]
@@ -370,25 +370,25 @@ def repeats_prompt(pair: Pair) -> bool:
 
 
 def begins_with(text: str, prompt: str) -> bool:
-    """Whether a text begins with a prompt, and then with another word: not "11" with "1"."""
+    """Whether a text begins with a prompt and goes on with another word: "11" does not begin with "1"."""
     rest = text[len(prompt) :]
     return text.startswith(prompt) and not (prompt[-1:].isalnum() and rest[:1].isalnum())
 
 
 def is_dialogue(text: str) -> bool:
-    """Whether a text is a dialogue in the form of HH-RLHF."""
+    """Whether a text is a dialogue in HH-RLHF's form."""
     return text.lstrip().startswith("Human:") and _ANSWER in text
 
 
 def shared_length(sequence: Sequence, other: Sequence) -> int:
-    """How many items both begin with."""
+    """The length of the common beginning."""
     return next(
         (i for i, (a, b) in enumerate(zip(sequence, other, strict=False)) if a != b), min(len(sequence), len(other))
     )
 
 
 def read_text(value: Any, done: list[str]) -> Text:
-    """A column's value as text or messages; what is neither stays as it is. Appends to `done` what was done to it."""
+    """A column's value as text or messages; any other value is returned unchanged. Conversions are appended to `done`."""
     if isinstance(value, str):
         parsed = parsed_messages(value)
         if parsed is None:
@@ -409,7 +409,7 @@ def read_text(value: Any, done: list[str]) -> Text:
 
 
 def parsed_messages(text: str) -> Messages | None:
-    """Messages that are written as JSON or as a Python literal (pandas' CSV), or `None` for any other text."""
+    """Parse messages written as JSON or as a Python literal (pandas' CSV); `None` for any other text."""
     if text.lstrip().startswith('"[{'):  # JSON in JSON
         try:
             text = json.loads(text)
@@ -430,7 +430,7 @@ def parsed_messages(text: str) -> Messages | None:
 
 
 def is_message(value: Any) -> bool:
-    """Whether a value that was written as text is a message, in TRL's form or in ShareGPT's, rather than any other JSON."""
+    """Whether a parsed value is a message, in TRL's form or in ShareGPT's, rather than other JSON."""
     if not isinstance(value, dict):
         return False
     role = (
@@ -447,7 +447,7 @@ _ROLE = re.compile(rf"['\"](role|from)['\"]\s*:\s*['\"]({'|'.join((*STANDARD_ROL
 
 
 def looks_like_messages(text: Any) -> bool:
-    """Whether a text was messages once, in a form that nothing reads: an array printed by NumPy, JSON that was cut off."""
+    """Whether a text looks like messages that cannot be parsed: an array printed by NumPy, or JSON that was cut off."""
     return (
         isinstance(text, str)
         and re.match(r"\s*\[?\s*\{\s*['\"](role|from|content|value)['\"]\s*:", text) is not None
@@ -456,7 +456,7 @@ def looks_like_messages(text: Any) -> bool:
 
 
 def read_message(message: dict[str, Any], done: list[str]) -> dict[str, Any]:
-    """A message with `role` and `content` in TRL's names, without the keys that Arrow fills up with nulls."""
+    """A message with TRL's names of `role` and `content`, without the null keys that Arrow adds."""
     if "role" not in message and {"from", "value"} <= message.keys():
         message = {"role": message["from"], "content": message["value"], **message}
         message = {key: value for key, value in message.items() if key not in ("from", "value")}
@@ -505,7 +505,7 @@ def is_answer(message: dict[str, Any]) -> bool:
 
 
 def split_system(messages: Messages) -> tuple[Messages, Messages]:
-    """The system's messages at the beginning, and the others."""
+    """Split the system messages at the beginning from the others."""
     count = next((i for i, m in enumerate(messages) if m.get("role") not in ("system", "developer")), len(messages))
     return messages[:count], messages[count:]
 
@@ -515,5 +515,5 @@ def has_system(messages: Messages) -> bool:
 
 
 def is_filled(value: Any) -> bool:
-    """Whether there is something in a value: text that is not blank, a list with something in it."""
+    """Whether a value is not empty: text that is not blank, or a list with items."""
     return bool(value.strip()) if isinstance(value, str) else bool(value)

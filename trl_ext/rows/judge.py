@@ -1,9 +1,9 @@
 """
-Whether a row can be trained on, judged for every row, in the words that trainers, recipes, ARIES and doctor share.
+Judges of every row whether it can be used for training, in messages that trainers, recipes, ARIES and doctor share.
 
 In: a prompt and its answers (none for prompts alone, one for SFT, two for pairs), and later their token ids. Out: [`Findings`], which
-count what cannot be used by reason, with the first row's number, what was seen there and what to change. How roles fare is asked of the
-chat template itself, once for each sequence of roles.
+count unusable rows by reason, with the number of the first row, what was found there and how to fix it. Whether roles are accepted is
+tried with the chat template itself, once for each sequence of roles.
 """
 
 import json
@@ -26,26 +26,26 @@ MOST_DROPPED = 0.5
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-# Reason -> what is wrong with these rows, and what to change
+# Reason -> what is wrong with these rows, and how to fix it
 REASONS = {
     "empty answer": ("have an empty answer", "Remove them, or fill in both answers."),
     "no prompt": ("have no prompt", "Fill in `prompt`, or rename the column that holds the question to it."),
-    "identical": ("have identical answers", "There is nothing to prefer: remove them."),
+    "identical": ("have identical answers", "Remove them: neither answer can be preferred."),
     "another prompt": (
         "have a `prompt` that their conversations do not begin with",
         "Make the prompt messages too: `[{'role': 'user', 'content': ...}]`.",
     ),
     "answered": (
-        "have a prompt that ends with the assistant's message, after which the answer would be a second one",
+        "have a prompt that ends with an assistant message, so that the answer would be a second one",
         "End the prompt before the answer: `dataset.map(lambda row: {'prompt': row['prompt'][:-1]})`.",
     ),
     "parted dialogues": (
-        "have dialogues of `Human:` and `Assistant:` that part before their last answer",
-        "Give what they share as `prompt`, and one answer each as `chosen` and `rejected`.",
+        "have dialogues of `Human:` and `Assistant:` that differ before their last answer",
+        "Put the common beginning into `prompt`, and one answer each into `chosen` and `rejected`.",
     ),
-    "mixed kinds": ("mix text and messages", "Make all prompts and answers one kind."),
+    "mixed kinds": ("mix text and messages", "Convert all prompts and answers to one kind."),
     "unreadable": (
-        "have text that was messages once, and is not JSON",
+        "have text that looks like messages but is not valid JSON",
         "Save the data as JSON lines or Parquet, which keep lists: `dataset.to_json('pairs.jsonl')`.",
     ),
     "several": (
@@ -54,29 +54,29 @@ REASONS = {
     ),
     "not text": (
         "have a prompt, an answer or a `content` that is not text",
-        "Make it text: `dataset.cast_column('chosen', datasets.Value('string'))` for a column of numbers.",
+        "Convert it to text: `dataset.cast_column('chosen', datasets.Value('string'))` for a column of numbers.",
     ),
     "no content": ("have a message whose `content` is null", "Fill it in, or remove the message."),
     "options": (
-        "have `tools` or `chat_template_kwargs` that the chat template cannot be given",
+        "have `tools` or `chat_template_kwargs` that cannot be passed to the chat template",
         "`tools` is a list of JSON schemas, `chat_template_kwargs` a mapping.",
     ),
     "last role": (
-        "have an answer that does not begin and end with the assistant's message",
-        "Both answers to a prompt are messages of the role `assistant`; the user's belong in `prompt`.",
+        "have an answer that does not begin and end with an assistant message",
+        "Answers are messages of the role `assistant`. Move the user's messages to `prompt`.",
     ),
     "role": (
         "have roles that the chat template drops or refuses",
-        "Use `system`, `user` and `assistant` in the order that the template takes, and give each message a `content`.",
+        "Use `system`, `user` and `assistant` in an order that the template accepts, and give each message a `content`.",
     ),
     "rendered turn": (
-        "are text that already holds the chat template's own tokens, so that Sr-DPO's prompt would stand outside of the turn",
-        "Make them messages, and let the template render them.",
+        "are text that already contains the chat template's tokens, so that Sr-DPO's prompt would be outside of the user's turn",
+        "Convert them to messages, which the template renders.",
     ),
-    "no tokens": ("have an answer without a token after rendering", "Look at the roles and the chat template."),
+    "no tokens": ("have an answer without tokens after rendering", "Check the roles and the chat template."),
     "identical ids": (
         "have answers that are the same tokens after rendering",
-        "Remove them, or raise `max_length` if they differ further on.",
+        "Remove them, or raise `max_length` if they differ later.",
     ),
     "too long": (
         "have a prompt that alone fills `max_length`",
@@ -88,31 +88,31 @@ REASONS = {
     ),
 }
 
-# The same for what is trained on all the same
+# The same for rows that are used all the same
 WARNINGS = {
     "repeated": (
         "begin both answers with the whole question",
-        "If it is not meant to be learned, take it off: `dataset.map(lambda row: {'chosen': row['chosen'][len(row['prompt']):]})`.",
+        "If the model is not meant to learn it, remove it: `dataset.map(lambda row: {'chosen': row['chosen'][len(row['prompt']):]})`.",
     ),
     "unread": (
-        "have something in another column that may hold the question, which is not read",
-        "If it belongs to the prompt, put it there.",
+        "have another column that may contain the question and is not read",
+        "If it belongs to the prompt, move it there.",
     ),
     "system column": (
-        "have a column `system`, which is not read beside a text prompt",
-        "Put it into the prompt, or make the prompt messages: the column is their system message then.",
+        "have a column `system`, which is not read if the prompt is text",
+        "Put it into the prompt, or convert the prompt to messages: then the column is their system message.",
     ),
     "plain text": (
-        "are plain text, and the tokenizer has a chat template, which is not applied to text",
-        "If the model is to chat, make them messages: `prompt: [{'role': 'user', 'content': ...}]`.",
+        "are plain text, to which the tokenizer's chat template is not applied",
+        "If the model is meant to chat, convert them to messages: `prompt: [{'role': 'user', 'content': ...}]`.",
     ),
     "rendered": (
-        "are text that already holds the chat template's own tokens",
-        "Make them messages, and let the template render them.",
+        "are text that already contains the chat template's tokens",
+        "Convert them to messages, which the template renders.",
     ),
     "two BOS": (
-        "begin with two BOS tokens, one of the text and one that the tokenizer adds",
-        "Take the BOS token out of the text.",
+        "begin with two BOS tokens, one in the text and one that the tokenizer adds",
+        "Remove the BOS token from the text.",
     ),
 }
 
@@ -120,19 +120,19 @@ WARNINGS = {
 @dataclass
 class Findings:
     """
-    Counts by reason, with the first row of each.
+    Counts of rows by reason, with the first row of each.
 
     Args:
         what (`str`):
-            The rows, in the plural: `"rows of the train dataset"`.
+            What the rows are called, in the plural: `"rows of the train dataset"`.
 
     Attributes:
         total (`int`):
-            Rows looked at.
+            Number of rows judged.
         dropped, warned (`Counter`):
-            Rows that cannot be used, and those that are used though something is odd, by reason.
+            Rows that cannot be used, and rows that are used although something is odd, by reason.
         first (`dict`):
-            For each reason, the number of its first row, from 1, and what was seen there.
+            For each reason, the number of its first row, counted from 1, and what was found there.
     """
 
     what: str
@@ -150,7 +150,7 @@ class Findings:
         self.first.setdefault(reason, (number, seen))
 
     def lines(self, counts: Counter[str]) -> list[str]:
-        """A line for each reason: how many, what is wrong, the first of them, what to change."""
+        """A line for each reason: how many rows, what is wrong, the first of them, and how to fix it."""
         words = REASONS | WARNINGS
         lines = []
         for reason, count in counts.most_common():
@@ -173,10 +173,10 @@ class Findings:
         """
         Args:
             most (`float`, *optional*):
-                Largest share that may be dropped; `None` for any, as long as a row is left.
+                Largest share of rows that may be dropped; `None` for any share below all.
 
         Raises:
-            [`RecipeError`]: more were dropped than that, or all.
+            [`RecipeError`]: more rows were dropped, or all.
         """
         count = self.dropped.total()
         if not count or (count < self.total and (most is None or count <= most * self.total)):
@@ -187,17 +187,17 @@ class Findings:
 
 class Judge:
     """
-    Judges rows before rendering, and asks the chat template about their roles.
+    Judges rows before rendering, tries their roles with the chat template, and judges their tokens.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
-            What renders them.
+            The tokenizer or processor that renders them.
         findings ([`Findings`]):
-            Where it counts.
+            The counts to add to.
         vocabulary (`int`, *optional*):
-            Rows of the model's embeddings. Default: not looked at.
+            Number of the model's embeddings. Default: not checked.
         takes_rendered (`bool`, *optional*, defaults to `True`):
-            Whether text that was rendered before can be trained on.
+            Whether text that was already rendered can be used.
     """
 
     def __init__(
@@ -225,15 +225,15 @@ class Judge:
 
     def row(self, number: int, prompt: Text, answers: Sequence[Text], row: dict[str, Any]) -> bool:
         """
-        Count a row.
+        Judge and count a row.
 
         Args:
             number (`int`):
-                Of the row, from 1.
+                Number of the row, from 1.
             prompt (`str`, `list[dict]` or `None`), answers (sequence of the same):
-                In TRL's form.
+                The prompt and its answers in TRL's form.
             row (`dict`):
-                All of its columns.
+                All of its columns, in any form.
 
         Returns:
             `bool`: whether it can be used.
@@ -259,7 +259,7 @@ class Judge:
         return True
 
     def _fault(self, prompt: Text, answers: Sequence[Text], row: dict[str, Any]) -> tuple[str, str] | None:
-        """Reason and what was seen, or `None`."""
+        """The reason why a row cannot be used and what was found, or `None`."""
         for answer in answers:
             if is_empty(answer):
                 return "empty answer", "" if answer is None else show(answer)
@@ -274,12 +274,12 @@ class Judge:
             return "identical", show(answers[0])
         if prompt is None or (not is_filled(prompt) and (isinstance(prompt, list) or _other_prompts(row))):
             others = _other_prompts(row)
-            return "no prompt", f"`{others[0]}` holds something" if others else f"columns {', '.join(row)}"
+            return "no prompt", f"`{others[0]}` is not empty" if others else f"columns {', '.join(row)}"
         for token in self._beyond:
             if any(token in str(text) for text in texts):
                 return (
                     "no embedding",
-                    f"{show(token)}, of which the model with {self._vocabulary:,} embeddings has none",
+                    f"{show(token)} is beyond the model's {self._vocabulary:,} embeddings",
                 )
         if len(kinds) > 1:
             return "mixed kinds", ", ".join("messages" if isinstance(text, list) else "text" for text in texts)
@@ -299,8 +299,8 @@ class Judge:
                 return "last role", f"roles {_roles(prompt)} | {_roles(answer)}"
         if self.template is None:
             raise RecipeError(
-                "the rows are messages, and the tokenizer has no chat template. Give it one (`trl.clone_chat_template`), or make the "
-                "rows plain text."
+                "the rows are messages, but the tokenizer has no chat template. Add one (`trl.clone_chat_template`), or convert the "
+                "rows to plain text."
             )
         try:
             template_options(row)
@@ -314,8 +314,8 @@ class Judge:
 
     def _probe(self, prompt: Messages, answer: Messages, row: dict[str, Any]) -> str | None:
         """
-        What the template does to this sequence of roles, or `None` if it renders all of them: each text is one that can be found again.
-        Messages with more than a text (tool calls) are taken as they are.
+        What the template does wrong with this sequence of roles, or `None` if it renders all of them. Each text is replaced by a mark that can
+        be found in the rendered text; messages with tool calls stay as they are.
         """
         if self._takes_parts:  # templates of processors take parts; TRL makes them
             return None
@@ -336,7 +336,7 @@ class Judge:
             rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
             if not answer:
                 self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        except Exception as error:  # the template's own code: whatever it raises is what it says of these roles
+        except Exception as error:  # the template's own code may raise anything
             return f"the template refuses them: {error}"
         missing = [role for role, mark in marks if mark not in rendered]
         return f"the template drops {', '.join(f'`{role}`' for role in missing)}" if missing else None
@@ -349,12 +349,12 @@ class Judge:
             prepared (`datasets.Dataset`):
                 With TRL's columns `prompt_ids`, `chosen_ids` and `rejected_ids`.
             numbers (sequence of `int`):
-                The number of each of its rows, for the findings.
+                The number of each row, for the findings.
             max_length (`int`, *optional*):
-                Where sequences are cut off, at their end; `None` where they are not, or at their beginning.
+                Length at which the end of sequences is cut off; `None` if it is not cut.
 
         Returns:
-            `np.ndarray`: of shape `(len(prepared),)`, whether each row can be used.
+            `np.ndarray` of shape `(len(prepared),)`: whether each row can be used.
         """
         usable = np.ones(len(prepared), dtype=bool)
         start = 0
@@ -374,7 +374,7 @@ class Judge:
         answers: Sequence[np.ndarray],
         max_length: int | None,
     ) -> bool:
-        """Count one row by its token ids; the arguments are those of [`ids`]. Returns whether it can be used."""
+        """Judge and count one row by its token ids, with the arguments of [`ids`]. Returns whether it can be used."""
         found = self._fault_of_ids(prompt, answers, max_length)
         if found is not None:
             self.findings.drop(found[0], number, found[1])
@@ -404,21 +404,21 @@ class Judge:
 
 
 def template_options(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row's own columns pass to the chat template: tools and `chat_template_kwargs`."""
+    """The arguments that a row's own columns give to the chat template: tools and `chat_template_kwargs`."""
     tools = row.get("tools")
     tools = json.loads(tools) if is_filled(tools) and isinstance(tools, str) else tools
     return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
 
 
 def is_empty(answer: Any) -> bool:
-    """Whether an answer, text or messages, has nothing in its text or its last message."""
+    """Whether an answer is empty: text without a character, or messages whose last one has neither content nor tool calls."""
     if isinstance(answer, list) and answer and isinstance(answer[-1], dict):
         answer = answer[-1].get("content") or answer[-1].get("tool_calls")
     return not is_filled(answer)
 
 
 def _other_prompts(row: dict[str, Any]) -> list[str]:
-    """Columns beside an empty prompt that look like one."""
+    """Non-empty columns that may contain the prompt of a row whose `prompt` is empty."""
     names = ("question", "instruction", "query", "input", "system", "messages", "conversations")
     return [name for name in names if is_filled(row.get(name))]
 
@@ -436,7 +436,7 @@ def _roles(messages: Messages) -> str:
 
 
 def _kind(message: dict[str, Any]) -> list[str]:
-    """What tells a message from others of the same role: its keys, and all of one that holds more than a text."""
+    """What distinguishes a message for the template: its role and keys, and its whole content if it has tool calls."""
     if message.get("tool_calls"):
         return [message["role"], json.dumps(message, default=str)]
     return [message["role"], *sorted(message)]

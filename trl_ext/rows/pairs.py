@@ -1,14 +1,12 @@
 """
-Preference rows on their way into a trainer: read in whatever shape they have (`formats.py`), judged (`judge.py`), tokenized by TRL's own
-code, and judged again by their tokens. One boundary: what a chat template, TRL or `datasets` raises on the way becomes a
-[`RecipeError`] with the row and what is in it.
-
-A dataset that is in TRL's form already goes through unchanged.
+Prepares preference rows for a trainer: reads them in any known shape (`formats.py`), judges them (`judge.py`), lets TRL tokenize them, and
+judges the tokens. Whatever a chat template, TRL or `datasets` raises on the way becomes a [`RecipeError`] with the row and its
+content. A dataset in TRL's form stays as it is.
 """
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,10 +34,10 @@ from .judge import MOST_DROPPED, TOKENS, Findings, Judge
 
 logger = get_logger(__name__)
 
-# Columns that may hold a part of the question
+# Columns that may contain a part of the question
 QUESTIONS = ("question", "instruction", "query", "input", "history")
 
-# Rows of a stream that are looked at before the training
+# Rows of a stream that are judged before the training
 STREAMED_ROWS = 1000
 
 Rows = Dataset | IterableDataset
@@ -53,11 +51,11 @@ class Account:
 
     Args:
         findings ([`~rows.judge.Findings`]):
-            What was left out, and what is odd.
+            Rows that were left out, and odd ones.
         converted (`Counter`):
-            Rows by what was done to them, keys of [`~rows.formats.CONVERSIONS`].
+            Number of rows by conversion, keys of [`~rows.formats.CONVERSIONS`].
         format (`str`, *optional*):
-            Name of the format that the columns are of, if it is not TRL's own.
+            Name of the columns' format, if it is not TRL's own.
     """
 
     findings: Findings
@@ -66,12 +64,12 @@ class Account:
 
     @property
     def conversion(self) -> str | None:
-        """What was done to rows that are not in TRL's form, or `None` if all are."""
+        """The conversions of rows that were not in TRL's form, as a sentence, or `None` if all were."""
         if not self.converted:
             return None
         what = self.findings.what + (f" ({self.format})" if self.format else "")
         counts = "; ".join(f"{CONVERSIONS[done]} ({count:,})" for done, count in self.converted.most_common())
-        return f"The {what} are brought into TRL's form: {counts}."
+        return f"The {what} are converted to TRL's form: {counts}."
 
     @property
     def lines(self) -> list[str]:
@@ -89,7 +87,7 @@ def prepare_pairs(
     max_dropped: float | None = MOST_DROPPED,
 ) -> tuple[Rows, Account]:
     """
-    Rows that can be trained on, tokenized as DPOTrainer does.
+    Select the rows that can be used for training, and tokenize them as DPOTrainer does.
 
     Args:
         dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
@@ -103,18 +101,18 @@ def prepare_pairs(
         tokenize (`Callable`):
             TRL's own preparation, `(rows, args) -> rows` with `prompt_ids`, `chosen_ids` and `rejected_ids`.
         vocabulary (`int`, *optional*):
-            Rows of the model's embeddings. Default: not looked at.
+            Number of the model's embeddings. Default: not checked.
         takes_rendered (`bool`, *optional*, defaults to `True`):
-            Whether text that was rendered before can be trained on: not by Sr-DPO, which puts its prompt into the user's turn.
+            Whether text that was already rendered can be used. Sr-DPO cannot: it puts its prompt into the user's turn.
         max_dropped (`float`, *optional*, defaults to `0.5`):
-            Largest share of the rows that may be left out; `None` for any, as long as a row is left.
+            Largest share of rows that may be left out; `None` for any share below all.
 
     Returns:
-        `tuple`: the rows, and the [`Account`] of them. Of a stream, only the first 1,000 rows are in the account; of the others,
-        those that cannot be used are left out as they come.
+        `tuple`: the rows, and the [`Account`] of them. A stream's account covers its first 1,000 rows; later rows that cannot be
+        used are left out without a count.
 
     Raises:
-        [`RecipeError`]: another kind of data, nothing that can be trained on, or too much that cannot.
+        [`RecipeError`]: the data are no preference pairs, no row can be used, or too many cannot.
     """
     account = Account(Findings(f"rows of the {name} dataset"))
     judge = Judge(processing_class, account.findings, vocabulary, takes_rendered)
@@ -124,10 +122,10 @@ def prepare_pairs(
         raise RecipeError(f"the {name} dataset has no rows. A preference dataset has one pair per row.")
     if dataset.format["type"] == "custom":
         raise RecipeError(
-            f"the {name} dataset has a transform, which would be applied again to the tokens. Apply it once, with `dataset.map(...)` "
-            "instead of `dataset.set_transform(...)`."
+            f"the {name} dataset has a transform, which would be applied to the tokens again. Use `dataset.map(...)` instead of "
+            "`dataset.set_transform(...)`."
         )
-    if dataset.format["type"] is not None:  # of NumPy, pandas ...: its values would not be Python's
+    if dataset.format["type"] is not None:  # NumPy, pandas ...: its values would not be Python objects
         dataset = dataset.with_format(None)
     rows, usable = standard_rows(dataset, judge, account)
     account.findings.check(max_dropped)
@@ -135,7 +133,7 @@ def prepare_pairs(
     if len(numbers) < len(rows):
         rows = rows.select([number - 1 for number in numbers])
     uncut = copy.copy(args)
-    uncut.max_length = None  # TRL would leave out rows that are too long, without a count
+    uncut.max_length = None  # TRL leaves out rows that are too long without counting them
     try:
         prepared = tokenize(rows, uncut)
     except Exception as error:
@@ -143,7 +141,7 @@ def prepare_pairs(
     cut = args.max_length if args.truncation_mode == "keep_start" else None
     can = judge.ids(prepared, numbers, cut)
     account.findings.check(max_dropped)
-    # TRL caches precomputed references by the fingerprint, of which the length is a part where TRL itself leaves rows out
+    # TRL caches precomputed references by the fingerprint, which depends on the length if TRL itself leaves rows out
     fingerprint = Hasher.hash((prepared._fingerprint, args.max_length, args.truncation_mode, can.tolist()))
     kept = range(len(prepared)) if can.all() else can.nonzero()[0]
     return prepared.select(kept, new_fingerprint=fingerprint), account
@@ -152,12 +150,10 @@ def prepare_pairs(
 def standard_rows(
     dataset: Dataset, judge: Judge, account: Account, always: bool = False
 ) -> tuple[Dataset, list[bool]]:
-    """Rows in TRL's form, as they are if they have it already (unless `always`), and which of them can be used."""
+    """Convert rows to TRL's form (unchanged if they have it, unless `always`), and say which can be used."""
     columns = Columns.of(dataset.column_names)
     account.format = columns.format
-    looked_at = _Dataset(columns)
-    for row in _read(dataset, columns):
-        looked_at.add(row)
+    looked_at = _Dataset(columns, _read(dataset, columns))
     as_messages, cut_prompt = looked_at.as_messages, looked_at.cut_prompt
     usable, done = [], Counter()
     for number, row in enumerate(_read(dataset, columns), start=1):
@@ -168,14 +164,14 @@ def standard_rows(
         return dataset, usable
     if as_messages and judge.template is None and not looked_at.messages:
         raise RecipeError(
-            f"`{columns.system}` holds a system message, and the tokenizer has no chat template to put it in. Put it into the prompt: "
+            f"`{columns.system}` contains a system message, but the tokenizer has no chat template for it. Put it into the prompt: "
             f"`dataset.map(lambda row: {{'prompt': row['{columns.system}'] + '\\n\\n' + row['{columns.prompt}']}})`, and remove "
             f"`{columns.system}`."
         )
     if looked_at.no_options:
         done["kwargs"] = looked_at.no_options
     account.converted.update(done)
-    # TRL would look into these for messages too, in an order that differs from process to process
+    # TRL looks for messages in these columns too, in an order that differs from process to process
     gone = [name for name in ("messages", "completion") if name in dataset.column_names]
     if not (always or done or gone):
         return dataset, usable
@@ -190,7 +186,7 @@ def standard_rows(
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         converted = _columns(read_pair(row, columns, as_messages, cut_prompt), columns)
-        # What is left out anyway must fit into the columns too
+        # Rows that are left out later must fit into the columns too
         fits, empty = (are_messages, []) if kind != Value("string") else (is_text, "")
         converted = {key: value if fits(value) else empty for key, value in converted.items()}
         if "chat_template_kwargs" in row:
@@ -203,47 +199,40 @@ def standard_rows(
 
     try:
         rows = dataset.map(convert, features=features, remove_columns=gone, desc="Reading preference pairs")
-    except Exception as error:  # half a character, and what else no file can hold
-        raise RecipeError(f"the rows cannot be brought into TRL's form: {type(error).__name__}: {error}") from error
+    except Exception as error:  # for example half a surrogate pair, which no file can store
+        raise RecipeError(f"the rows cannot be converted to TRL's form: {type(error).__name__}: {error}") from error
     return rows, usable
 
 
 class _Dataset:
-    """What only the whole dataset says: decisions that no row is taken alone for."""
+    """Decisions that depend on the whole dataset, not on a single row."""
 
-    def __init__(self, columns: Columns):
-        self._columns = columns
-        self.texts = self.messages = self.repeated = self.systems = self.no_options = 0
-
-    def add(self, row: dict[str, Any]) -> None:
-        pair = read_pair(row, self._columns)
-        self.messages += pair.fault is None and pair.is_conversational and not {"system", "history"} & set(pair.done)
-        self.systems += bool({"system", "history"} & set(pair.done))
-        self.texts += isinstance(pair.prompt, str)
-        self.repeated += repeats_prompt(pair)
-        options = row.get("chat_template_kwargs", {})
-        # Arrow gives every row all keys, as nulls
-        missing = options is None or (isinstance(options, dict) and None in options.values())
-        self.no_options += missing or row.get("tools") == ""
-
-    @property
-    def as_messages(self) -> bool:
-        return bool(self.messages or self.systems)
-
-    @property
-    def cut_prompt(self) -> bool:
-        return 2 * self.repeated > self.texts
+    def __init__(self, columns: Columns, rows: Iterable[dict[str, Any]]):
+        texts = repeated = systems = self.messages = self.no_options = 0
+        for row in rows:
+            pair = read_pair(row, columns)
+            has_system = bool({"system", "history"} & set(pair.done))
+            self.messages += pair.fault is None and pair.is_conversational and not has_system
+            systems += has_system
+            texts += isinstance(pair.prompt, str)
+            repeated += repeats_prompt(pair)
+            options = row.get("chat_template_kwargs", {})
+            # Arrow gives every row all keys, as nulls
+            missing = options is None or (isinstance(options, dict) and None in options.values())
+            self.no_options += missing or row.get("tools") == ""
+        self.as_messages = bool(self.messages or systems)
+        self.cut_prompt = 2 * repeated > texts
 
 
 def _read(dataset: Dataset, columns: Columns):
-    """The columns that decide anything, as Python objects."""
+    """The columns that are read, as Python objects."""
     others = ("system", "messages", "conversations", "completion", "tools", "chat_template_kwargs")
     names = [*columns.read, *QUESTIONS, *others]
     return dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names])
 
 
 def _columns(pair: Pair, columns: Columns) -> dict[str, Any]:
-    """The pair as TRL's columns; of texts without a prompt, it is what both begin with, as TRL has it."""
+    """The pair as TRL's columns. For texts without a prompt column, the prompt is their common beginning, as in TRL."""
     texts = {"chosen": pair.chosen, "rejected": pair.rejected}
     if pair.prompt is None and columns.prompt is None and all(map(is_text, texts.values())):
         return extract_prompt(texts)
@@ -254,7 +243,7 @@ def _judge(number: int, pair: Pair, columns: Columns, judge: Judge, row: dict[st
     if pair.fault is None:
         prompt = pair.prompt
         if prompt is None and columns.prompt is None and not pair.is_conversational:
-            prompt = ""  # TRL takes what both share at their beginning
+            prompt = ""  # TRL takes the common beginning
         usable = judge.row(number, prompt, [pair.chosen, pair.rejected], row)
         unread = [name for name in QUESTIONS if name not in columns.read and is_filled(row.get(name))]
         if usable and unread and columns.prompt is not None:
@@ -268,7 +257,7 @@ def _judge(number: int, pair: Pair, columns: Columns, judge: Judge, row: dict[st
 
 
 def _named(error: Exception, rows: Dataset, numbers: list[int], tokenize: Callable[[Dataset], Any]) -> RecipeError:
-    """The error with the first row that raises it by itself."""
+    """The error, with the first row that raises it on its own."""
     for index, number in enumerate(numbers):
         row = rows.select([index])
         try:
@@ -277,7 +266,7 @@ def _named(error: Exception, rows: Dataset, numbers: list[int], tokenize: Callab
             values = {key: show(value) for key, value in row[0].items() if key in ("prompt", "chosen", "rejected")}
             seen = "; ".join(f"`{key}` is {value}" for key, value in values.items())
             return RecipeError(
-                f"row {number:,} cannot be rendered: {type(own).__name__}: {own}. There {seen}. Change the row, or leave it out: "
+                f"row {number:,} cannot be rendered: {type(own).__name__}: {own}. Its {seen}. Change the row, or remove it: "
                 f"`dataset.select(i for i in range(len(dataset)) if i != {number - 1})`."
             )
     return RecipeError(f"the rows cannot be prepared: {type(error).__name__}: {error}")
@@ -291,7 +280,7 @@ def _prepare_stream(
     tokenize: Callable[[Rows, DPOConfig], Rows],
     max_dropped: float | None,
 ) -> IterableDataset:
-    """Decide by the first rows, and leave out later ones that cannot be used as they come."""
+    """Decide by the first rows; later rows that cannot be used are left out as they come."""
     head = list(dataset.take(STREAMED_ROWS))
     if not head:
         raise RecipeError("the stream has no rows. A preference dataset has one pair per row.")
@@ -299,9 +288,8 @@ def _prepare_stream(
     sample = Dataset.from_list(head, on_mixed_types="use_json")
     _, usable = standard_rows(sample, judge, account)
     account.findings.check(max_dropped)
-    columns, looked_at = Columns.of(sample.column_names), _Dataset(Columns.of(sample.column_names))
-    for row in sample:
-        looked_at.add(row)
+    columns = Columns.of(sample.column_names)
+    looked_at = _Dataset(columns, sample)
     quiet = copy.copy(judge)
     quiet.findings = Findings("rows")
 
@@ -314,7 +302,7 @@ def _prepare_stream(
 
     def can_use(row: dict[str, Any]) -> bool:
         pair = read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt)
-        # TRL decides by the first row whether it is messages
+        # TRL decides by the first row whether the dataset is conversational
         return pair.is_conversational == looked_at.as_messages and _judge(0, pair, columns, quiet, row)
 
     dataset = dataset.filter(can_use).map(convert)
@@ -322,7 +310,7 @@ def _prepare_stream(
         prepared = tokenize(dataset, args)
         next(iter(prepared))
     except StopIteration:
-        raise RecipeError("every row of the stream has a prompt that alone fills `max_length`. Raise it.") from None
+        raise RecipeError("no row of the stream has a prompt shorter than `max_length`. Raise it.") from None
     except Exception as error:
         raise RecipeError(f"the stream cannot be prepared: {type(error).__name__}: {error}") from error
     cut = args.max_length if args.truncation_mode == "keep_start" else None

@@ -1,4 +1,4 @@
-"""The tokenizer or processor of a model, as all parts of the package load it."""
+"""Loads a model's tokenizer or processor, in the same way for all parts of the package."""
 
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -7,16 +7,16 @@ def load_processing_class(
     name: str, config: PreTrainedConfig, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """
-    A model's tokenizer, or its processor if it takes more than text.
+    Load a model's tokenizer, or its processor if the model takes more than text.
 
-    A text-only model may name an image processor that it does not have (Gemma 3's small ones do): DPOTrainer, which asks for the
-    processor in any case, cannot load it.
+    A text-only model may name an image processor that it does not have (Gemma 3's small ones do). DPOTrainer, which always asks for the
+    processor, cannot load it.
 
     Args:
         name (`str`):
             A directory, or a name on the Hub.
         config ([`~transformers.PreTrainedConfig`]):
-            The model's.
+            The model's configuration.
         revision (`str`, *optional*), trust_remote_code (`bool`, *optional*, defaults to `False`):
             As for `from_pretrained`.
     """
@@ -25,5 +25,5 @@ def load_processing_class(
 
 
 def tokenizer_of(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """The tokenizer, of a processor too."""
+    """The tokenizer itself, also of a processor."""
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class

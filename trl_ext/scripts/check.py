@@ -1,5 +1,5 @@
 """
-The arguments of a training that is about to be launched, made once to see whether they are accepted: `python -m trl_ext.scripts.check tdpo
+Parses the arguments of a training once before it is launched, so that an error appears once: `python -m trl_ext.scripts.check tdpo
 --config recipe.yaml`.
 """
 
@@ -13,7 +13,7 @@ from .preference import exit_code
 def check(argv: Sequence[str]) -> None:
     """
     Raises:
-        [`RecipeError`]: they are not.
+        [`RecipeError`]: an argument is not accepted.
     """
     name, *arguments = argv
     import_module(f".{name}", __package__).parse_args(arguments)

@@ -1,9 +1,9 @@
 """
-One preference-training run: the counterpart of TRL's `scripts/dpo.py`, for the trainers of this package.
+Runs one preference training: the counterpart of TRL's `scripts/dpo.py`, for the trainers of this package.
 
-In: the arguments after `trl-ext tdpo`. Out: a trained model in `output_dir`. The only changes w.r.t. TRL's script: keys are
-strict, a dataset may be a local file, and what can be wrong with options, checkpoint, model path or data is said before any
-model is loaded.
+In: the arguments after `trl-ext tdpo`. Out: a trained model in `output_dir`. The only changes w.r.t. TRL's script: unknown keys
+are errors, a dataset may be a local file, and errors in options, checkpoint, model path or data are reported before any model is
+loaded.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
 
     from ..rows.pairs import Account
-    from ..trainers.shifted_dpo_trainer import ShiftedDPOTrainer
+    from ..trainers.tdpo_trainer import TokenLevelTrainer
 
 
-# What DPOTrainer reads of a row
+# Columns that DPOTrainer reads
 PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 
 
 def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
-    """Run; a [`RecipeError`] becomes one `error:` on stderr and exit code 2."""
+    """Call `run(argv)`. A [`RecipeError`] becomes one `error:` line on stderr and exit code 2."""
     die_with_launcher()
     try:
         run(list(argv))
@@ -48,25 +48,25 @@ def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
 def parse_args(
     config_class: type, argv: Sequence[str], prog: str | None = None
 ) -> tuple["ScriptArguments", "DPOConfig", "ModelConfig", "DatasetMixtureConfig"]:
-    """Parse `--config recipe.yaml --key value ...` into TRL's four dataclasses, `config_class` in the place of `DPOConfig`."""
+    """Parse `--config recipe.yaml --key value ...` into TRL's four dataclasses, with `config_class` instead of `DPOConfig`."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
     path, overrides = take_flag(argv, "config")
     return parse_flat(path, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig), overrides, prog)
 
 
-def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Sequence[str]) -> None:
+def train(trainer_class: type["TokenLevelTrainer"], argv: Sequence[str]) -> None:
     """
     Parse, check, train, save.
 
     Raises:
-        [`RecipeError`]: anything in the recipe, on the command line or in the data that cannot work.
+        [`RecipeError`]: an error in the recipe, on the command line or in the data.
     """
-    script_args, training_args, model_args, dataset_args = parse_args(config_class, argv)
+    script_args, training_args, model_args, dataset_args = parse_args(trainer_class.config_class, argv)
     from ..trainers.trackers import check_trackers
 
     try:
-        trainer_class._refuse_options(training_args)
+        trainer_class.refuse_options(training_args)
         check_trackers(training_args)
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -84,7 +84,7 @@ def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Se
     for dataset, name in ((train_dataset, "train"), (eval_dataset, "eval")):
         if dataset is None:
             continue
-        try:  # before the model is loaded; the trainer does it again, out of the cache of `datasets`, and says what was found
+        try:  # before the model is loaded; the trainer repeats it from the cache of `datasets` and logs the findings
             vocabulary = config.get_text_config().vocab_size
             look_at_rows(dataset, processing_class, training_args, name, vocabulary, trainer_class.takes_rendered)
         except RecipeError as error:
@@ -107,7 +107,7 @@ def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Se
             args=training_args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            # As it was when the rows were looked at: the cache of `datasets` knows it by its state, which use changes
+            # A fresh one: the cache of `datasets` is keyed by the tokenizer's state, which use changes
             processing_class=load_tokenizer(model_args, config, training_args.trust_remote_code),
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
@@ -138,13 +138,13 @@ def train(trainer_class: type["ShiftedDPOTrainer"], config_class: type, argv: Se
 
 
 def find_checkpoint(args: "DPOConfig") -> str | None:
-    """`resume_from_checkpoint` as a path: `true` stands for the last checkpoint in `output_dir`."""
+    """`resume_from_checkpoint` as a path. `true` means the last checkpoint in `output_dir`."""
     asked = args.resume_from_checkpoint
     if asked is None or str(asked).lower() == "false":
         return None
     if str(asked).lower() != "true":
         if not Path(asked).is_dir():
-            raise RecipeError(f"`resume_from_checkpoint`: {asked} is no directory.{_checkpoints(args.output_dir)}")
+            raise RecipeError(f"`resume_from_checkpoint`: {asked} is not a directory.{_checkpoints(args.output_dir)}")
         return asked
 
     from transformers.trainer_utils import get_last_checkpoint
@@ -152,14 +152,14 @@ def find_checkpoint(args: "DPOConfig") -> str | None:
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if last is None:
         raise RecipeError(
-            f"`resume_from_checkpoint: true`, but {args.output_dir} holds no checkpoint. Leave the key out to start anew."
+            f"`resume_from_checkpoint: true`, but {args.output_dir} has no checkpoint. Leave the key out to start from the beginning."
         )
     return last
 
 
 def _checkpoints(output_dir: str) -> str:
     found = sorted(str(path) for path in Path(output_dir).glob("checkpoint-*"))
-    return f" There is: {', '.join(found)}." if found else ""
+    return f" Available: {', '.join(found)}." if found else ""
 
 
 def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> "PreTrainedConfig":
@@ -168,7 +168,7 @@ def check_model(model_args: "ModelConfig", trust_remote_code: bool) -> "PreTrain
 
     name = model_args.model_name_or_path
     if name is None:
-        raise RecipeError("`model_name_or_path` is missing: a directory, or a model's name on the Hub.")
+        raise RecipeError("`model_name_or_path` is missing. Set it to a directory, or to a model's name on the Hub.")
     problem = broken_weights(Path(name)) if Path(name).is_dir() else folder_problem(name)
     if problem:
         raise RecipeError(f"`model_name_or_path`: {problem}")
@@ -187,19 +187,17 @@ def load_tokenizer(
     The tokenizer or processor that the trainer will use.
 
     Raises:
-        [`RecipeError`]: there is none, or it cannot be read.
+        [`RecipeError`]: it is missing or cannot be read.
     """
     from ..rows.processing import load_processing_class, tokenizer_of
 
     name = model_args.model_name_or_path
     try:
         processing_class = load_processing_class(name, config, model_args.model_revision, trust_remote_code)
-    except Exception as error:  # of a broken file each library raises its own
+    except Exception as error:  # each library raises its own for a broken file
         raise RecipeError(f"`model_name_or_path`: the tokenizer of {name} cannot be read: {error}") from error
     tokenizer = tokenizer_of(processing_class)
-    tokenizer.pad_token = (
-        tokenizer.pad_token or tokenizer.eos_token
-    )  # as DPOTrainer does, which changes its state in any case
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # as DPOTrainer does
     return processing_class
 
 
@@ -216,10 +214,10 @@ def look_at_rows(
     takes_rendered: bool = True,
 ) -> "tuple[Dataset | IterableDataset, Account] | None":
     """
-    Prepare rows as the trainer will, before the model is loaded. Images are left to the trainer: `None`.
+    Prepare rows as the trainer will, before the model is loaded. Returns `None` for images, which only the trainer prepares.
 
     Raises:
-        [`RecipeError`]: nothing can be trained on, or more than half cannot.
+        [`RecipeError`]: no row can be used for training, or more than half cannot.
     """
     from ..trainers.prepared import prepared_pairs
 
@@ -242,24 +240,24 @@ def load_pairs(
         script_args ([`~trl.ScriptArguments`]):
             `dataset_name` may be a Hub dataset, a local file, a directory of files, or what `save_to_disk` wrote.
         dataset_args ([`~trl.DatasetMixtureConfig`]):
-            A mixture, in which a `path` may be a local file too. `test_split_size` holds for both: a share below 1, or a
-            number of rows.
+            A mixture; a `path` in it may be a local file too. `test_split_size` is a share below 1, or a number of rows, with or without a
+            mixture.
         evaluate (`bool`):
-            Whether an evaluation split is wanted.
+            Whether to load an evaluation split.
         seed (`int`):
-            For `test_split_size`. TRL splits without a seed, so that two runs, or two processes of one run, differ.
+            Seed of the split that `test_split_size` makes. TRL splits without one, so that two runs, or two processes of one run, differ.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
-            For a mixture of datasets with different columns, which are brought into one form.
+            Converts a mixture of datasets with different columns to one form.
 
     Raises:
-        [`RecipeError`]: no such data, no such split, no rows, or no preference pairs.
+        [`RecipeError`]: the data or the split does not exist, has no rows, or has no preference pairs.
     """
     import datasets
 
     train_split, size = script_args.dataset_train_split, dataset_args.test_split_size
     test_split = script_args.dataset_test_split if evaluate or size else None
     if dataset_args.datasets and script_args.dataset_name:
-        raise RecipeError("Both `datasets` and `dataset_name` are given. Remove one.")
+        raise RecipeError("Both `datasets` and `dataset_name` are set. Remove one.")
     if dataset_args.datasets:
         name = ", ".join(entry.path for entry in dataset_args.datasets)
         splits = {train_split: _loaded(name, lambda: _mixture(dataset_args, processing_class))}
@@ -268,27 +266,27 @@ def load_pairs(
         splits = _loaded(name, lambda: _load(script_args))
     else:
         raise RecipeError(
-            "No dataset: give `dataset_name`, a file such as pairs.jsonl or a name on the Hub, or a list `datasets:`."
+            "No dataset. Set `dataset_name` to a file such as pairs.jsonl or to a name on the Hub, or set a list `datasets:`."
         )
     if size is not None:
         if train_split == test_split:
             raise RecipeError(
-                f"`dataset_train_split` and `dataset_test_split` are both `{train_split}`, and `test_split_size` makes one of "
-                "each. Leave `dataset_test_split` out."
+                f"`dataset_train_split` and `dataset_test_split` are both `{train_split}`, but `test_split_size` makes two "
+                "splits. Leave `dataset_test_split` out."
             )
         if dataset_args.streaming or script_args.dataset_streaming:
             raise RecipeError("`test_split_size` cannot split a streaming dataset. Turn streaming off.")
-        rows = int(size) if size >= 1 else size  # TRL's field is a number; from 1 it is meant in rows
+        rows = int(size) if size >= 1 else size  # from 1 it is a number of rows, as TRL's own field
         halves = _loaded(name, lambda: splits[train_split].train_test_split(test_size=rows, seed=seed))
         splits = {train_split: halves["train"], test_split: halves["test"]}
     for key, split in (("dataset_train_split", train_split), ("dataset_test_split", test_split)):
         if split is None:
             continue
         if split not in splits:
-            way_out = f"Set `{key}`"
+            fix = f"Set `{key}`"
             if key == "dataset_test_split":
-                way_out += ", or `test_split_size: 0.1`, or `eval_strategy: 'no'`"
-            raise RecipeError(f"{name} has no split `{split}`, only {', '.join(splits)}. {way_out}.")
+                fix += ", or `test_split_size: 0.1`, or `eval_strategy: 'no'`"
+            raise RecipeError(f"{name} has no split `{split}`, only {', '.join(splits)}. {fix}.")
         if isinstance(splits[split], datasets.Dataset) and len(splits[split]) == 0:
             raise RecipeError(f"{name}: no rows in the split `{split}`. A preference dataset has one pair per row.")
     return splits[train_split], splits[test_split] if evaluate else None
@@ -301,7 +299,7 @@ def _load(script_args: "ScriptArguments"):
     path = Path(name).expanduser()
     if is_data_file(name):
         splits = datasets.load_dataset(**builder_arguments(name), streaming=streaming)
-        # One file has one split; it is the one asked for
+        # A file has one split, whatever it is called
         return {script_args.dataset_train_split: splits["train"]}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(str(path))
@@ -312,7 +310,7 @@ def _load(script_args: "ScriptArguments"):
 
 
 def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Dataset | IterableDataset":
-    """A mixture as TRL's `get_dataset` makes it; datasets with different columns are brought into TRL's form first."""
+    """A mixture as TRL's `get_dataset` makes it. Datasets with different columns are converted to TRL's form first."""
     import datasets
     from trl import get_dataset
 
@@ -330,28 +328,30 @@ def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Da
     fractions = [entry.fraction for entry in dataset_args.datasets]
     if any(fraction is not None for fraction in fractions):
         if None in fractions:
-            raise RecipeError("`fraction` must be set for all of `datasets` or for none of them.")
+            raise RecipeError("`fraction` must be set for all entries of `datasets`, or for none.")
         if dataset_args.streaming:
-            raise RecipeError("`fraction` needs datasets of known length: turn streaming off.")
+            raise RecipeError("`fraction` needs datasets of known length. Turn streaming off.")
         whole = sum(fractions)
         total = min(len(part) * whole / fraction for part, fraction in zip(parts, fractions, strict=True) if fraction)
         parts = [part.select(range(round(f * total / whole))) for part, f in zip(parts, fractions, strict=True)]
     if not dataset_args.streaming and any(part.features != parts[0].features for part in parts):
         if processing_class is None:
             raise RecipeError(
-                "they have different columns, and are brought into one form with the model's tokenizer: name a model."
+                "the datasets have different columns, and converting them to one form needs the model's tokenizer. Name a model."
             )
         names = [entry.path for entry in dataset_args.datasets]
         parts = [_standard(part, name, processing_class) for part, name in zip(parts, names, strict=True)]
         kinds = {name: part.features["prompt"] for part, name in zip(parts, names, strict=True)}
         text = [name for name, kind in kinds.items() if kind == datasets.Value("string")]
         if 0 < len(text) < len(kinds):
-            raise RecipeError(f"{' and '.join(text)} hold text, and the others messages. Make all of them one kind.")
+            raise RecipeError(
+                f"{' and '.join(text)} contain text, and the others messages. Convert all of them to one kind."
+            )
     return datasets.concatenate_datasets(parts)
 
 
 def _standard(part: "Dataset", name: str, processing_class: Any) -> "Dataset":
-    """The rows of one dataset of a mixture that can be used, with nothing but `prompt`, `chosen` and `rejected`."""
+    """The usable rows of one dataset of a mixture, with the columns that DPOTrainer reads."""
     from ..rows.judge import Findings, Judge
     from ..rows.pairs import Account, standard_rows
 
@@ -367,20 +367,22 @@ def _standard(part: "Dataset", name: str, processing_class: Any) -> "Dataset":
 
 
 def tell(lines: list[str]) -> None:
-    """Print to stderr, in the first of several processes."""
+    """Print to stderr, in the first process of a node only."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for line in lines:
             print(printable(line), file=sys.stderr)  # noqa: T201
 
 
 def _loaded(name: str, load: Callable):
-    """Load; what `datasets` raises for missing, unreadable or malformed data is the user's to know, with its cause."""
+    """Call `load()`. Whatever `datasets` raises for missing, unreadable or malformed data becomes a [`RecipeError`] with its cause."""
     try:
         return load()
     except RecipeError:
         raise
-    except Exception as error:  # `datasets` has its own, and lets through Arrow's, pandas' and those of its decoders
-        if "corresponds to no data" in str(error):  # what `datasets` says of a file without rows
+    except (
+        Exception
+    ) as error:  # besides its own errors, `datasets` lets through those of Arrow, pandas and its decoders
+        if "corresponds to no data" in str(error):  # the message of `datasets` for a file without rows
             raise RecipeError(f"{name}: no rows. A preference dataset has one pair per row.") from error
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise RecipeError(f"{name}: cannot be loaded: {error}{cause}") from error

@@ -20,9 +20,9 @@ def parse_args(argv: Sequence[str], prog: str | None = None) -> tuple:
 
 
 def run(argv: Sequence[str]) -> None:
-    from .. import SelfRefineDPOConfig, SelfRefineDPOTrainer
+    from .. import SelfRefineDPOTrainer
 
-    preference.train(SelfRefineDPOTrainer, SelfRefineDPOConfig, argv)
+    preference.train(SelfRefineDPOTrainer, argv)
 
 
 if __name__ == "__main__":

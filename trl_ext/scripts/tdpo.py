@@ -20,9 +20,9 @@ def parse_args(argv: Sequence[str], prog: str | None = None) -> tuple:
 
 
 def run(argv: Sequence[str]) -> None:
-    from .. import TDPOConfig, TDPOTrainer
+    from .. import TDPOTrainer
 
-    preference.train(TDPOTrainer, TDPOConfig, argv)
+    preference.train(TDPOTrainer, argv)
 
 
 if __name__ == "__main__":

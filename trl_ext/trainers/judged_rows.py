@@ -1,11 +1,13 @@
 """
-Rows of any known shape for a [`~trl.DPOTrainer`], judged before it trains on them; `trl_ext/rows` says how.
+Lets a [`~trl.DPOTrainer`] take rows of any known shape, and judges them before training (`trl_ext/rows`).
 """
+
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from trl import DPOConfig, DPOTrainer
@@ -20,7 +22,7 @@ logger = get_logger(__name__)
 
 
 def model_config(model: str | nn.Module, args: DPOConfig | None) -> PreTrainedConfig:
-    """The configuration of a model that is given as such or by its name."""
+    """The configuration of a model, given as an object or by its name."""
     if isinstance(model, nn.Module):
         return model.config
     options = (None if args is None else args.model_init_kwargs) or {}
@@ -30,10 +32,10 @@ def model_config(model: str | nn.Module, args: DPOConfig | None) -> PreTrainedCo
 
 def count_truncated(dataset: Dataset, max_length: int) -> tuple[int, int]:
     """
-    What `max_length` cuts off a tokenized preference dataset.
+    Count the tokens of a tokenized preference dataset that `max_length` cuts off.
 
     Returns:
-        `tuple[int, int]`: rows with a sequence that is longer, and the tokens beyond, of chosen and rejected together.
+        `tuple[int, int]`: rows with a longer sequence, and the tokens beyond `max_length` in chosen and rejected together.
     """
     rows = tokens = 0
     for table in dataset.select_columns(list(TOKENS)).with_format("arrow").iter(batch_size=1000):
@@ -45,18 +47,20 @@ def count_truncated(dataset: Dataset, max_length: int) -> tuple[int, int]:
 
 class JudgedRows:
     """
-    Mixin for a [`~trl.DPOTrainer`]: datasets may have any known shape, what cannot be trained on is left out and counted, and the tokenizer
-    of a text-only model is loaded without an image processor that it names.
+    Mixin for a [`~trl.DPOTrainer`]: datasets may have any known shape, rows that cannot be used are left out and counted, and a text-only
+    model's tokenizer is loaded without the image processor that it may name.
 
     Args:
         max_dropped (`float`, *optional*, defaults to `0.5`):
-            Largest share of a dataset's rows that may be left out; `None` for any, as long as a row is left.
+            Largest share of a dataset's rows that may be left out; `None` for any share below all.
 
     Raises:
-        [`RecipeError`], a `ValueError`: data of another kind, nothing that can be trained on, or too much that cannot.
+        [`RecipeError`], a `ValueError`: the data are no preference pairs, no row can be used, or too many cannot.
     """
 
-    # Whether text that was rendered with the chat template before can be trained on
+    # Columns that the trainer reads besides those of a pair
+    columns: ClassVar[tuple[str, ...]] = ()
+    # Whether text that was already rendered with the chat template can be used
     takes_rendered = True
 
     def __init__(
@@ -72,6 +76,13 @@ class JudgedRows:
         max_dropped: float | None = MOST_DROPPED,
         **kwargs,
     ):
+        if self.columns and isinstance(train_dataset, Dataset | IterableDataset):
+            found = list(next(iter(train_dataset), {}))
+            if missing := [name for name in self.columns if name not in found]:
+                raise ValueError(
+                    f"{type(self).__name__} reads `{'`, `'.join(missing)}` of each row, and the first row of `train_dataset` has "
+                    f"only {', '.join(found)}. Add the column, for example with `dataset.add_column`."
+                )
         self._max_dropped = max_dropped
         config = model_config(model, args)
         self._vocabulary = config.get_text_config().vocab_size

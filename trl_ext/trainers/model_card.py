@@ -1,5 +1,5 @@
 """
-Model cards: TRL's template, with the data and the recipe that TRL's leaves out, and no links to what is not on the Hub.
+Model cards: TRL's template with the data and the recipe added, and without links to what is not on the Hub.
 """
 
 import os
@@ -18,41 +18,24 @@ from trl.trainer.utils import generate_model_card, get_config_model_id
 
 logger = get_logger(__name__)
 
-# Settings that say where and how a run was watched, not what was trained
-LEFT_OUT = {
-    *(
-        "output_dir",
-        "run_name",
-        "report_to",
-        "logging_dir",
-        "project",
-        "trackio_space_id",
-        "disable_tqdm",
-        "log_level",
-    ),
-    *("hub_token", "hub_model_id", "hub_strategy", "hub_private_repo", "push_to_hub", "resume_from_checkpoint"),
-    *(
-        "local_rank",
-        "deepspeed",
-        "fsdp",
-        "fsdp_config",
-        "accelerator_config",
-        "parallelism_config",
-        "model_init_kwargs",
-    ),
-}
+# Settings of a run's environment, which say nothing about the training
+LEFT_OUT = frozenset(
+    "output_dir run_name report_to logging_dir project trackio_space_id disable_tqdm log_level hub_token hub_model_id hub_strategy "
+    "hub_private_repo push_to_hub resume_from_checkpoint local_rank deepspeed fsdp fsdp_config accelerator_config parallelism_config "
+    "model_init_kwargs".split()
+)
 NEXT_SECTION = "### Framework versions"
 CHAT_CALL = 'generator([{"role": "user", "content": question}], '
 
 
 def settings(args: TrainingArguments) -> dict:
-    """The settings that differ from the defaults of their fields. (Making a second `args` would reset accelerate's state.)"""
+    """The settings that differ from their fields' defaults. (A second `args` with the defaults would reset accelerate's state.)"""
     defaults = {
         field.name: field.default_factory() if field.default_factory is not MISSING else field.default
         for field in fields(args)
     }
     given = {key: value for key, value in args.to_dict().items() if key not in LEFT_OUT and value != defaults.get(key)}
-    if "pad_token" in given:  # which transformers takes for a secret
+    if "pad_token" in given:  # transformers hides it as a secret
         given["pad_token"] = args.pad_token
     return {key: value for key, value in given.items() if isinstance(value, (str, int, float, bool, list))}
 
@@ -69,7 +52,7 @@ def model_settings(model: PreTrainedModel | PeftModel, base: str | None) -> dict
             ("lora_target_modules", lora.target_modules),
             ("lora_target_parameters", lora.target_parameters),
         ):
-            if targets:  # experts have parameters without modules
+            if targets:  # weights of experts are parameters without modules
                 found[name] = targets if isinstance(targets, str) else sorted(targets)
     return found
 
@@ -77,7 +60,7 @@ def model_settings(model: PreTrainedModel | PeftModel, base: str | None) -> dict
 def trl_card(
     base: str | None, name: str, repo: str, dataset: str | None, tags: list[str], method: str, paper: dict[str, str]
 ) -> ModelCard:
-    """TRL's card of a model that no trainer holds; `paper` as a trainer's `_paper`."""
+    """TRL's card for a model without a trainer; `paper` is like a trainer's `_paper`."""
     return generate_model_card(
         base_model=base,
         model_name=name,
@@ -95,15 +78,17 @@ def trl_card(
 
 def completed(card: str, base: str | None, chat: bool, sections: dict[str, str]) -> str:
     """
+    Adapt a card to local models and add sections to it.
+
     Args:
         card (`str`):
             A card from TRL's template.
         base (`str`, *optional*):
             The base model, a name on the Hub or a path.
         chat (`bool`):
-            Whether the model takes messages; the template's example gives it some.
+            Whether the model takes messages, as in the template's example.
         sections (`dict[str, str]`):
-            What to add under these headings, before the versions.
+            Heading -> text of the sections to add before the versions.
 
     Returns:
         `str`: the card.
@@ -121,11 +106,11 @@ def recipe_section(recipe: dict) -> str:
 
 
 def complete_card(trainer: DPOTrainer, source: str | None) -> None:
-    """Add the data and the recipe to the card that TRL has written for a trainer; `source` is what the data are called."""
+    """Add the data and the recipe to the card that TRL has written for a trainer; `source` is the name of the data."""
     args, rows, base = trainer.args, trainer.train_dataset, get_config_model_id(trainer.model.config)
     count = f"{len(rows):,} preference pairs" if isinstance(rows, Dataset) else "A stream"
     file = Path(args.output_dir) / "README.md"
-    try:  # a checkpoint writes its card first: whatever an adapter or a config may be, a card stops no training
+    try:  # a checkpoint writes its card first, and an error in a card must not end the training
         recipe = recipe_section(
             {**model_settings(trainer.accelerator.unwrap_model(trainer.model), base), **settings(args)}
         )

@@ -1,10 +1,10 @@
 """
-All pairs of a batch in one sequence without padding, and, if asked, what they begin with computed once.
+Packs all pairs of a batch into one sequence without padding; with `share_prompt`, common beginnings are computed once.
 
-In: a collated batch, `[chosen, rejected]` along the first dimension. Out: one sequence of the tokens that exist, who sees whom,
-and where to find each token of the batch again. With `share_prompt`, the tokens are `[prefix | prompt chosen rejected | prompt chosen
-rejected | ...]`: both answers stand behind one prompt, and all prompts behind what all rows begin with. Exact, as long as nothing but
-attention passes from one token to the next: [`why_not_packed`] says where it is not.
+In: a collated batch, `[chosen, rejected]` along the first dimension. Out: one sequence of its tokens, an attention mask,
+and the place of each token of the batch. With `share_prompt`, the tokens are `[prefix | prompt chosen rejected | prompt chosen
+rejected | ...]`: both answers follow one prompt, and all prompts follow the common beginning of all rows. This is exact as long as only
+attention carries information from token to token; [`why_not_packed`] refuses other models.
 """
 
 from collections.abc import Iterator
@@ -21,23 +21,23 @@ from transformers.utils.generic import is_flash_attention_requested
 from trl import DPOConfig
 
 
-# Architectures whose packed sequences the tests compare with the sequences themselves
+# Architectures for which the tests compare packed with unpacked sequences
 EXACT_MODEL_TYPES = {
     *("cohere", "cohere2", "gemma", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite", "llama", "ministral"),
     *("mistral", "mixtral", "olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3"),
     *("qwen3_moe", "smollm3", "stablelm", "starcoder2"),
 }
-PACKED_SDPA = "packed_sdpa"  # what SDPA is called where it takes packed sequences run by run
-ATTENTION = (PACKED_SDPA, "sdpa", "eager", "flex_attention")  # those that can leave one answer out
-# What all rows begin with is computed once from so many tokens on: behind it, no run is causal without a mask any more
+PACKED_SDPA = "packed_sdpa"  # name of the SDPA that computes packed sequences run by run
+ATTENTION = (PACKED_SDPA, "sdpa", "eager", "flex_attention")  # implementations with arbitrary masks
+# Shortest common beginning of all rows that is computed once: behind it, every run needs a mask
 LEAST_PREFIX = 16
 
 
 class RunMask(torch.Tensor):
     """
-    Who sees whom in a packed sequence, in the place of a mask of shape `(1, 1, S, S)`: integers of shape `(1, 1, N, 4)` on the CPU. A
-    row is a run of tokens, in the sequence's order: its length, how much of the sequence's start it sees (the prefix), how much of the
-    start of the run before it sees (the prompt), and the sliding window, `0` for none. Each token also sees those of its run before it.
+    The attention mask of a packed sequence, instead of one of shape `(1, 1, S, S)`: integers of shape `(1, 1, N, 4)` on the CPU. Each
+    row is a run of tokens, in order: its length, the number of tokens it sees at the sequence's start (the prefix), the number it sees at
+    the start of the run before (the prompt), and the sliding window, `0` for none. Each token also sees the earlier tokens of its run.
     """
 
 
@@ -50,14 +50,14 @@ def attention_by_runs(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    transformers' SDPA, which takes a [`RunMask`] too: one product per run, with the keys that it sees and no others.
+    transformers' SDPA that also takes a [`RunMask`]: one product per run, with only the keys that the run sees.
 
     Returns:
         `tuple[torch.Tensor, None]`: the attention's output, `(1, S, heads, head size)`.
     """
     if not isinstance(attention_mask, RunMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    kwargs["is_causal"] = True  # of a run without a mask
+    kwargs["is_causal"] = True  # for runs without a mask
     runs = attention_mask[0, 0].tolist()
     queries, keys, values = (x.split([length for length, *_ in runs], dim=2) for x in (query, key, value))
     longest_prefix = max(prefix for _, prefix, _, _ in runs)
@@ -85,7 +85,7 @@ AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
 
 
 def take_packed_pairs(model: PreTrainedModel) -> None:
-    """Have a model with SDPA compute packed sequences run by run. Nothing changes for other sequences, or for other attention."""
+    """Let a model with SDPA compute packed sequences run by run. Other sequences, and models with other attention, are unaffected."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(PACKED_SDPA)
 
@@ -93,15 +93,15 @@ def take_packed_pairs(model: PreTrainedModel) -> None:
 @dataclass
 class PackedPairs:
     """
-    B pairs in one sequence of S tokens. Deliberately not a `dict` of `input_ids`: accelerate and PEFT would look into it.
+    B pairs in one sequence of S tokens. Deliberately not a `dict` of `input_ids`, which accelerate and PEFT would look into.
     """
 
     input_ids: torch.Tensor  # (1, S)
-    position_ids: torch.Tensor  # (1, S), the columns of the batch
-    places: torch.Tensor  # (2B, W), where the tokens of the batch are in the sequence; for padding anywhere
-    prefix: int  # the tokens at its start that all pairs share
-    lengths: list[tuple[int, int, int]]  # of each pair's prompt, without prefix, and of its chosen and rejected
-    padding: int  # tokens at the end that are none of the batch's
+    position_ids: torch.Tensor  # (1, S), columns in the batch
+    places: torch.Tensor  # (2B, W), indices of the batch's tokens in the sequence; arbitrary for padding
+    prefix: int  # number of tokens at the start that all pairs share
+    lengths: list[tuple[int, int, int]]  # per pair: prompt without prefix, chosen, rejected
+    padding: int  # number of padding tokens at the end
 
     @classmethod
     def from_batch(
@@ -117,7 +117,7 @@ class PackedPairs:
             input_ids, attention_mask (`torch.Tensor` of shape `(2B, W)`):
                 The batch, padded on either side.
             share_prompt (`bool`):
-                Whether what both sequences of a pair begin with, and what all pairs begin with, is computed once.
+                Whether the common beginning of a pair's sequences, and that of all pairs, is computed once.
             pad_to_multiple_of (`int`, *optional*):
                 Pad S to a multiple of this value.
         """
@@ -126,11 +126,11 @@ class PackedPairs:
         if share_prompt:
             (chosen, rejected), (chosen_mask, rejected_mask) = input_ids.chunk(2), mask.chunk(2)
             same = (chosen == rejected) & (chosen_mask == rejected_mask)
-            shared = same.cumprod(dim=1).bool()  # (B, W): the columns before the first difference
+            shared = same.cumprod(dim=1).bool()  # (B, W): columns before the first difference
             same = ((input_ids == input_ids[0]) & (mask == mask[0])).all(dim=0)
             prefix = same.cumprod(dim=0).bool()  # (W,)
             prefix = prefix & ((prefix & mask[0]).sum() >= LEAST_PREFIX) & (pairs > 1)
-        own = mask & ~torch.cat([prefix.expand(pairs, -1), shared])  # (2B, W): the tokens to compute beside the prefix
+        own = mask & ~torch.cat([prefix.expand(pairs, -1), shared])  # (2B, W): tokens to compute besides the prefix
         own[0] = mask[0]
         # Pair by pair, (B, 2W)
         tokens, ids, columns = (
@@ -157,8 +157,8 @@ class PackedPairs:
 
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """
-        The sequence as runs of tokens, each of which sees itself causally: its length, and how much of the sequence's start and
-        of the start of the run before it sees.
+        The sequence as runs of tokens with causal attention: the length of each, and the number of tokens that it sees at the sequence's
+        start and at the start of the run before.
         """
         first = self.prefix  # the first pair's prompt follows the prefix
         for prompt, chosen, rejected in self.lengths:
@@ -168,7 +168,7 @@ class PackedPairs:
         yield self.padding, 0, 0
 
     def model_inputs(self, backbone: PreTrainedModel) -> dict:
-        """What the model without its head takes, the mask in the form that its attention takes."""
+        """The inputs of the model without its head, with the mask in the form of its attention implementation."""
         inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
         if is_flash_attention_requested(backbone.config):
             lengths = [length for length, *_ in self.runs() if length > 0]
@@ -186,12 +186,12 @@ class PackedPairs:
         if backbone.config._attn_implementation == PACKED_SDPA:
             return torch.tensor([[[[*run, window or 0] for run in self.runs()]]]).as_subclass(RunMask)
         device, positions = self.input_ids.device, self.position_ids[0]
-        # The prefix is 0, and each pair's parts have three numbers
+        # The prefix has number 0, and each pair's parts have three numbers
         lengths = torch.tensor(
             [self.prefix, *(part for pair in self.lengths for part in pair), self.padding], device=device
         )
         parts = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # (S,)
-        prompts = (parts - 1) // 3 * 3 + 1  # (S,): the number of the prompt before each token
+        prompts = (parts - 1) // 3 * 3 + 1  # (S,): number of each token's prompt
 
         def visible(batch, head, query, key):
             seen = (parts[key] == parts[query]) | (parts[key] == prompts[query]) | (parts[key] == 0)
@@ -199,7 +199,7 @@ class PackedPairs:
 
         return create_causal_mask(
             config=backbone.config,
-            # Of which only the shape, the type and the device are looked at
+            # Only its shape, type and device are used
             inputs_embeds=torch.empty(*self.input_ids.shape, 0, dtype=backbone.dtype, device=device),
             attention_mask=None,
             past_key_values=None,
@@ -208,25 +208,31 @@ class PackedPairs:
 
     def take(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """
-        The states of some tokens of the batch.
+        Select the states of some tokens of the batch.
 
         Args:
             states (`torch.Tensor` of shape `(1, S, ...)`):
-                Of the packed sequence.
+                States of the packed sequence.
             mask (`torch.Tensor` of shape `(2B, T)`):
-                Set for the N tokens, in the batch's first T columns.
+                True for the N tokens, in the batch's first T columns.
 
         Returns:
-            `torch.Tensor` of shape `(N, ...)`: as `states_of_the_batch[:, :T][mask]`.
+            `torch.Tensor` of shape `(N, ...)`: what `states_of_the_batch[:, :T][mask]` would be.
         """
         return states[0, self.places[:, : mask.size(1)].to(mask.device)[mask]]
 
     def take_router_logits(
         self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Those of the experts' routers, `(S, E)` for each layer, as `(N, E)` of the batch's N tokens."""
+        """The logits of the experts' routers, `(S, E)` for each layer, as `(N, E)` for the batch's N tokens."""
         mask = attention_mask.bool()
         return tuple(self.take(logits[None], mask.to(logits.device)) for logits in router_logits)
+
+
+def has_virtual_tokens(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> bool:
+    """Whether prompt-learning PEFT, of a loaded model or a new adapter, puts virtual tokens before each sequence."""
+    adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
+    return any(isinstance(adapter, PromptLearningConfig) for adapter in adapters)
 
 
 def why_not_packed(
@@ -237,23 +243,20 @@ def why_not_packed(
     share_prompt: bool = False,
 ) -> str | None:
     """
-    The reason why a model's pairs cannot stand beside each other in one sequence, and what to change; `None` if they can.
+    Why a model's pairs cannot be packed into one sequence, and what to change; `None` if they can.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            As the trainers take it; of a path, only the configuration is read.
+            The trainers' argument; only the configuration is read from a path.
         args ([`~trl.DPOConfig`]):
-            For a path: `model_init_kwargs` and `trust_remote_code`.
+            `model_init_kwargs` and `trust_remote_code` are used for a path.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Of an adapter that the model is going to have.
+            An adapter that the model will get.
         share_prompt (`bool`, *optional*, defaults to `False`):
-            Whether both answers of a pair stand behind one prompt.
+            Whether both answers of a pair follow one prompt.
     """
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
-    if any(isinstance(adapter, PromptLearningConfig) for adapter in adapters):
-        return (
-            "prompt-learning PEFT (prompt, prefix or p-tuning) puts tokens of its own before each sequence. Use LoRA."
-        )
+    if has_virtual_tokens(model, peft_config):
+        return "prompt-learning PEFT (prompt, prefix or p-tuning) puts virtual tokens before each sequence. Use LoRA."
     if isinstance(model, str):
         options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
         config = AutoConfig.from_pretrained(model, **options)
@@ -264,19 +267,19 @@ def why_not_packed(
         is_transformers_own = type(model.base_model).__module__.startswith("transformers.models.")
     name, attention = config.model_type, config._attn_implementation
     if not is_transformers_own:
-        return f"this {name} has modelling code of its own, whose positions and masks are not known."
+        return f"this {name} has custom modelling code, whose positions and masks are unknown."
     cache = DynamicCache(config=config.get_text_config())
     if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
         return f"{name} has recurrent, convolutional or linear-attention layers, which would carry one answer into the next."
     if name not in EXACT_MODEL_TYPES:
         return f"it is not known to be exact for {name}, only for {', '.join(sorted(EXACT_MODEL_TYPES))}."
-    if attention in (None, *ATTENTION):  # None: a path, and transformers takes SDPA
+    if attention in (None, *ATTENTION):  # None: a path, for which transformers chooses SDPA
         return None
     if not is_flash_attention_requested(requested_attention_implementation=attention):
         return f"`attn_implementation={attention!r}` is not known to keep packed sequences apart. Load the model with 'sdpa' or 'flex_attention'."
     if share_prompt:
         return (
             f"`attn_implementation={attention!r}` cannot put two answers behind one prompt. Load the model with 'sdpa' or "
-            "'flex_attention', or take `padding_free` alone."
+            "'flex_attention', or set `padding_free` alone."
         )
     return None

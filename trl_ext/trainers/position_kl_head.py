@@ -1,8 +1,8 @@
 """
-Forward flags that give a causal LM the position KL, in the way TRL's `add_fused_lm_head` gives it log-probabilities.
+Adds forward flags to a causal LM that compute the position KL, as TRL's `add_fused_lm_head` adds one for log-probabilities.
 
-The reference is called with `completion_states=True` and answers with its hidden states at the completion positions and
-the head that goes with them; the policy is called with `reference=` those states and answers with per-token results. Both
+The reference is called with `completion_states=True` and returns its hidden states at the completion positions and
+its head; the policy is called with `reference=` those states and returns per-token results. Both
 run inside the model's own forward, where PEFT has the right adapter active and DDP, FSDP2 and ZeRO-3 see the use of the
 head.
 """
@@ -53,16 +53,16 @@ class PositionKLOutput(FusedCausalLMOutput):
 
 
 @dataclass
-class SharedPrompts:
-    """B prompts in two parts. Deliberately not a `dict` of `input_ids`: accelerate and PEFT would look into it."""
+class CachedPrompts:
+    """B prompts in two parts. Deliberately not a `dict` of `input_ids`, which accelerate and PEFT would look into."""
 
-    prefix_ids: torch.Tensor  # (1, L), the tokens that all of them begin with; L may be 0
-    input_ids: torch.Tensor  # (B, P), the rest of each, padded on the left; P is at least 1
+    prefix_ids: torch.Tensor  # (1, L), the common beginning of all prompts; L may be 0
+    input_ids: torch.Tensor  # (B, P), the rest of each prompt, padded on the left; P is at least 1
     attention_mask: torch.Tensor  # (B, P)
 
 
-def takes_shared_prompts(model: PreTrainedModel) -> bool:
-    """Whether [`states_after_shared_prompts`] is exact for a model: positions can be given, and nothing but keys and values is cached."""
+def takes_cached_prompts(model: PreTrainedModel) -> bool:
+    """Whether [`states_after_cached_prompts`] is exact for a model: it takes positions, and caches only keys and values."""
     layers = DynamicCache(config=model.config.get_text_config()).layers
     return (
         "position_ids" in inspect.signature(type(model.base_model).forward).parameters
@@ -71,23 +71,23 @@ def takes_shared_prompts(model: PreTrainedModel) -> bool:
     )
 
 
-def states_after_shared_prompts(
-    backbone: PreTrainedModel, prompts: SharedPrompts, input_ids: torch.Tensor, attention_mask: torch.Tensor
+def states_after_cached_prompts(
+    backbone: PreTrainedModel, prompts: CachedPrompts, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
     """
-    The states that predict 2B completions of B prompts, each prompt computed once, and what all prompts begin with once
-    for all: L + B (P + 2R) positions in the place of 2B (L + P + R). For models with a key-value cache, without gradients.
+    Compute the states that predict 2B completions of B prompts, with each prompt computed once, and the common beginning of all
+    prompts once: L + B (P + 2R) positions instead of 2B (L + P + R). For models with a key-value cache, without gradients.
 
     Args:
         backbone ([`~transformers.PreTrainedModel`]):
             The model without its LM head.
-        prompts ([`SharedPrompts`]):
+        prompts ([`CachedPrompts`]):
             The prompts.
         input_ids, attention_mask (`torch.Tensor` of shape `(2B, R)`):
             The completions, chosen and then rejected, padded on the right.
 
     Returns:
-        `torch.Tensor` of shape `(2B, R, H)`: at t, the state from which token t of the completion is predicted.
+        `torch.Tensor` of shape `(2B, R, H)`: state t predicts token t of the completion.
     """
     prefix_ids, prompt_ids, mask = prompts.prefix_ids, prompts.input_ids, prompts.attention_mask
     pairs, length, device = prompt_ids.size(0), prefix_ids.size(1), prompt_ids.device
@@ -96,7 +96,7 @@ def states_after_shared_prompts(
     config = backbone.config.get_text_config()
     if (
         any(DynamicCache(config=config).is_sliding) or config.model_type == "gpt_neo"
-    ):  # whose windows its cache does not know
+    ):  # its cache does not know its windows
         # A window counts the padding between two parts, so the prompts go in one, all padding to its left
         order = mask.argsort(dim=1, stable=True)
         prompt_ids = torch.cat([prefix_ids.expand(pairs, -1), prompt_ids], dim=1).gather(1, order)
@@ -131,7 +131,7 @@ def states_after_shared_prompts(
 
 def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
     """
-    Scale and soft-capping that a text config applies to its logits, under the names `add_fused_lm_head` knows.
+    The scale and soft cap that a text config applies to its logits, under the names that `add_fused_lm_head` knows.
 
     Returns:
         `tuple[float, float | None]`: the multiplier (`1.0` for none) and the soft cap (`None` for none).
@@ -148,21 +148,21 @@ def logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
 
 def add_position_kl_head(model: PreTrainedModel) -> None:
     """
-    Add three flags to `model.forward`. Without one of them the forward is unchanged.
+    Add three flags to `model.forward`. Without them the forward is unchanged.
 
     - `completion_states=True` returns [`CompletionStates`].
-    - `reference=...`, such states of the reference, returns a [`PositionKLOutput`]. `kl_weight=(κ_chosen, κ_rejected)` says how
-      much of the KL goes into the gradient, for all pairs or, as a tensor `(2, B)`, for each, and `separate_sft=True` asks for
+    - `reference=...`, such states of the reference, returns a [`PositionKLOutput`]. `kl_weight=(κ_chosen, κ_rejected)` is the
+      weight of the KL in the gradient, for all pairs or, as a tensor `(2, B)`, for each, and `separate_sft=True` adds
       `sft_log_probs`.
     - `completion_log_probs=True` returns a [`~trl.trainer.utils.FusedCausalLMOutput`], as TRL's `fused_lm_head=True` does.
-      With `shared_prompts=...`, [`SharedPrompts`], `input_ids` are the completions alone, `(2B, R)`, and each prompt is computed
+      With `cached_prompts=...`, [`CachedPrompts`], `input_ids` are the completions alone, `(2B, R)`, and each prompt is computed
       once for its two completions; no gradient.
 
-    With `packed_pairs=...`, [`PackedPairs`] of the same batch, the model itself sees these, and the rest stays as it is.
+    With `packed_pairs=...`, [`PackedPairs`] of the same batch, the model computes these; the outputs stay the same.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model to patch, not wrapped by PEFT (patch its base model).
+            Causal language model to patch. Of a PEFT model, patch the base model.
     """
     original_forward = model.forward
     text_config = model.config.get_text_config()
@@ -177,7 +177,7 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
         labels=None,
         completion_states=False,
         completion_log_probs=False,
-        shared_prompts=None,
+        cached_prompts=None,
         packed_pairs: PackedPairs | None = None,
         reference=None,
         kl_weight=(0.0, 0.0),
@@ -191,9 +191,9 @@ def add_position_kl_head(model: PreTrainedModel) -> None:
 
         # The backbone and the head are looked up on each call, since FSDP and PEFT replace them after patching
         backbone = self.base_model
-        if shared_prompts is not None:
-            hidden = states_after_shared_prompts(
-                backbone, shared_prompts, kwargs["input_ids"], kwargs["attention_mask"]
+        if cached_prompts is not None:
+            hidden = states_after_cached_prompts(
+                backbone, cached_prompts, kwargs["input_ids"], kwargs["attention_mask"]
             )  # (2B, R, H)
         elif packed_pairs is not None:
             backbone_outputs = backbone(**{**kwargs, **packed_pairs.model_inputs(backbone)})

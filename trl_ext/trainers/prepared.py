@@ -1,4 +1,4 @@
-"""The rows a trainer trains on, without a trainer: what it does to them, on a tokenizer alone."""
+"""Prepares rows as a trainer does, with a tokenizer alone."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ..rows.processing import tokenizer_of
 
 @dataclass
 class _Preparing:
-    """What `DPOTrainer._prepare_dataset` reads of the trainer (TRL 1.16)."""
+    """What `DPOTrainer._prepare_dataset` (TRL 1.16) reads from the trainer."""
 
     _tokenizer: PreTrainedTokenizerBase
 
@@ -26,11 +26,11 @@ def prepared_pairs(
     takes_rendered: bool = True,
 ) -> tuple[Dataset | IterableDataset, Account]:
     """
-    Tokenized pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`, as the trainers of this package make them, and the account of
-    them; the arguments are those of [`~rows.pairs.prepare_pairs`].
+    Tokenize pairs as the trainers of this package do. The arguments, and the account that is returned with the rows, are those of
+    [`~rows.pairs.prepare_pairs`].
 
     Raises:
-        [`RecipeError`]: nothing can be trained on, or more than half cannot.
+        [`RecipeError`]: no row can be used for training, or more than half cannot.
     """
     preparing = _Preparing(tokenizer_of(processing_class))
 

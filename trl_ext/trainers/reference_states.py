@@ -1,6 +1,6 @@
 """
-The reference's last hidden states at the responses, as columns of a dataset: with the reference's head they are its whole next-token
-distribution, exactly, at H numbers a token. What `precompute_ref_log_probs` keeps for TDPO, on disk beside the dataset's cache.
+Stores the reference's last hidden states at the responses as columns of a dataset. With the reference's head they give its exact
+next-token distribution, at H numbers a token. `precompute_ref_log_probs` uses it for TDPO, on disk beside the dataset's cache.
 """
 
 import os
@@ -21,12 +21,12 @@ COLUMNS = ("ref_chosen_states", "ref_rejected_states")
 @dataclass
 class DataCollatorWithStates:
     """
-    Adds `ref_states`, the bytes of the states `(N, H)` of a batch's N response tokens, to the batches of another collator, if the rows have
-    them.
+    Adds `ref_states` to the batches of another collator, if the rows have them: the bytes of the states `(N, H)` of a batch's N response
+    tokens.
 
     Args:
         collator (`Callable`):
-            The other one.
+            The other collator.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -43,14 +43,16 @@ class DataCollatorWithStates:
 
 def as_rows(hidden: torch.Tensor, mask: torch.Tensor) -> list[tuple[bytes, ...]]:
     """
+    Split the states of a batch into rows.
+
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`):
             The states of a batch's N response tokens.
         mask (`torch.Tensor` of shape `(2B, T)`):
-            Set for these.
+            True for these tokens.
 
     Returns:
-        `list` of B pairs of bytes: the states of chosen and of rejected.
+        `list` of B pairs of `bytes`: the states of chosen and of rejected.
     """
     parts = hidden.cpu().contiguous().split(mask.sum(dim=1).tolist())
     rows = [part.view(torch.uint8).numpy().tobytes() for part in parts]
@@ -59,8 +61,10 @@ def as_rows(hidden: torch.Tensor, mask: torch.Tensor) -> list[tuple[bytes, ...]]
 
 def check_room(dataset: Dataset, bytes_per_token: int, file: str) -> None:
     """
+    Check that the states fit on the disk.
+
     Raises:
-        `OSError`: the states of all responses do not fit on the disk.
+        `OSError`: there is not enough space for the states of all responses.
     """
     answers = dataset.select_columns(["chosen_ids", "rejected_ids"]).with_format("arrow")
     lengths = (
@@ -78,7 +82,7 @@ def check_room(dataset: Dataset, bytes_per_token: int, file: str) -> None:
 
 
 def write(file: str, rows: Iterable[list[tuple[bytes, ...]]]) -> None:
-    """Write the rows of all batches; what is under the final name is whole."""
+    """Write the rows of all batches. The file gets its final name when it is complete."""
     schema = pa.schema([(column, pa.large_binary()) for column in COLUMNS])
     with pa.OSFile(f"{file}.tmp", "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in rows:

@@ -11,19 +11,18 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
-from trl import DPOConfig
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, pad
+from trl.trainer.utils import global_then_local_main_first, pad
 
 from ..losses.shifts import self_refine_shifts
-from .position_kl_head import SharedPrompts, takes_shared_prompts
+from .position_kl_head import CachedPrompts, takes_cached_prompts
 from .self_refine_dpo_config import SelfRefineDPOConfig
-from .tdpo_trainer import TokenLevelTrainer, learns_prompt
+from .tdpo_trainer import TokenLevelTrainer
 
 
-# What the collator adds for the refinement function
+# Tensors that the collator adds for the refinement function
 AUGMENTED_TENSORS = (
     "augmented_prefix_ids",
     "augmented_prompt_ids",
@@ -31,13 +30,13 @@ AUGMENTED_TENSORS = (
     "completion_ids",
     "completion_attention_mask",
 )
-# Columns of precomputed log-probabilities under the reference, of chosen and rejected given p ⊕ x
+# Columns of the reference's precomputed log-probabilities of chosen and rejected given p ⊕ x
 REF_AUGMENTED_LOGPS = ("ref_augmented_chosen_logps", "ref_augmented_rejected_logps")
 
 
 def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str = "user") -> str | list[dict]:
     """
-    The paper's `p ⊕ x`: put the refinement prompt before the query.
+    Put the refinement prompt before the query, the paper's `p ⊕ x`.
 
     Args:
         prompt (`str` or `list[dict]`):
@@ -45,10 +44,10 @@ def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str =
         refinement_prompt (`str`):
             The prompt p. An empty one leaves the prompt as it is.
         role (`str`, *optional*, defaults to `"user"`):
-            The message that takes p: the first one of this role, `"user"` or `"system"`.
+            Role of the message that gets p, the first one of `"user"` or `"system"`.
 
     Raises:
-        `ValueError`: a plain-text prompt with `role="system"`, no user message, or content that is not text.
+        `ValueError`: a plain-text prompt with `role="system"`, a prompt without a user message, or content that is not text.
 
     Example:
 
@@ -61,7 +60,9 @@ def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str =
         return prompt
     if isinstance(prompt, str):
         if role != "user":
-            raise ValueError("`refinement_prompt_role='system'` needs conversational prompts; these are plain text.")
+            raise ValueError(
+                "`refinement_prompt_role='system'` needs conversational prompts, but these are plain text. Use 'user'."
+            )
         return f"{refinement_prompt} {prompt}"
     messages = copy.deepcopy(prompt)
     message = next((message for message in messages if message["role"] == role), None)
@@ -69,7 +70,7 @@ def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str =
         return [{"role": "system", "content": refinement_prompt}, *messages]
     if message is None or not isinstance(message["content"], str):
         raise ValueError(
-            f"The refinement prompt goes before the text of the first {role} message, and this prompt has none: {prompt}"
+            f"The refinement prompt goes before the text of the first {role} message, but this prompt has no such text: {prompt}"
         )
     separator = " " if role == "user" else "\n\n"
     message["content"] = f"{refinement_prompt}{separator}{message['content']}"
@@ -79,22 +80,22 @@ def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str =
 @dataclass
 class DataCollatorForSelfRefinement(DataCollatorForPreference):
     """
-    [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] that adds, for B pairs, what follows the augmented prompts:
+    [`~trl.trainer.dpo_trainer.DataCollatorForPreference`] that adds the augmented prompts and their completions. For B pairs:
 
-    - `augmented_prefix_ids` (`torch.Tensor` of shape `(1, L)`): the tokens with which all the prompts p ⊕ x begin, p among
-      them where the chat template puts it first,
+    - `augmented_prefix_ids` (`torch.Tensor` of shape `(1, L)`): the common beginning of all prompts p ⊕ x, with p in it if
+      the chat template puts p first,
     - `augmented_prompt_ids`, `augmented_prompt_mask` (`torch.Tensor` of shape `(B, P)`): the rest of the prompts, padded on the left,
     - `completion_ids`, `completion_attention_mask` (`torch.Tensor` of shape `(2B, R)`): the completions alone, padded on
       the right, exactly the tokens that truncation left in `input_ids`. p ⊕ x and a completion together may therefore
       exceed `max_length` by the length of the refinement prompt.
 
-    Precomputed reference log-probabilities of the augmented pairs are collated as those of the plain ones are.
+    Precomputed log-probabilities of the augmented pairs are collated like those of the plain ones.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         prompts = [torch.tensor(example["augmented_prompt_ids"]) for example in examples]
-        # Nothing is shared within one pair that is not shared by its completions; and each prompt keeps a last token
+        # A single pair shares its prompt anyhow; and each prompt keeps its last token
         shared = len(os.path.commonprefix([p[:-1].tolist() for p in prompts])) if len(prompts) > 1 else 0
         completions = [
             ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
@@ -117,20 +118,20 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
     """
     Trainer for quality-aware self-refined DPO and IPO (Sr-DPO, Sr-IPO, https://huggingface.co/papers/2405.21040).
 
-    The only change w.r.t. [`~trl.DPOTrainer`] is that the margin of each pair is lowered by `λ Δ` before TRL's loss sees it, where Δ (Eq. 12)
-    is DPO's own margin under a prompt that asks for the best answer, without gradient. Arguments, datasets, PEFT and the
+    The only change w.r.t. [`~trl.DPOTrainer`] is that the margin of each pair is lowered by `λ Δ` before TRL's loss sees it. Δ (Eq. 12)
+    is DPO's own margin, without gradient, under a prompt that asks for the best answer. Arguments, datasets, PEFT and the
     reference model are [`~trl.DPOTrainer`]'s; `args` may be a plain [`~trl.DPOConfig`], which takes the defaults of
     [`SelfRefineDPOConfig`].
 
-    Logged besides DPOTrainer's metrics: `refinement/margin` and `refinement/margin_std` (Δ), `refinement/share`
+    Logged in addition to DPOTrainer's metrics: `refinement/margin` and `refinement/margin_std` (Δ), `refinement/share`
     (`λ mean|Δ| / mean|u|`, with u DPO's margin), `refinement/accuracies` (share of pairs with Δ > 0: the paper's accuracy on
     prompt-augmented pairs) and `refinement/marginal` (the paper's average marginal, `logratio(y_w|x) − logratio(y_l|x)`, in
     nats).
 
     Raises:
-        `ValueError`: an option that has no meaning here (`ld_alpha`, `f_divergence_type`, `label_smoothing` without a loss that reads it,
-        `loss_type="sft"` alone, `variant` with `use_weighting` or prompt-learning PEFT), or a model that cannot do with
-        `share_prompt`, before any model is loaded; a vision dataset.
+        `ValueError`: an option without a meaning here (`ld_alpha`, `f_divergence_type`, `label_smoothing` without a loss that reads it,
+        `loss_type="sft"` alone, `variant` with `use_weighting` or prompt-learning PEFT), or a model for which
+        `share_prompt` is not exact, raised before any model is loaded; or a vision dataset.
 
     Example:
 
@@ -161,65 +162,51 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
             }"""),
     }
 
+    config_class = SelfRefineDPOConfig
     takes_rendered = False
+    _precomputes_augmented = False
     _own_columns = (*TokenLevelTrainer._own_columns, "augmented_prompt_ids", *REF_AUGMENTED_LOGPS)
     _own_inputs = (*TokenLevelTrainer._own_inputs, *AUGMENTED_TENSORS, *REF_AUGMENTED_LOGPS)
 
-    def __init__(
-        self,
-        model,
-        ref_model=None,
-        args: DPOConfig | None = None,
-        data_collator=None,
-        *pos,
-        peft_config=None,
-        **kwargs,
-    ):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = SelfRefineDPOConfig(f"{model_name.split('/')[-1]}-Self-Refine-DPO")
-        self._refuse_options(args)
-        config = args if isinstance(args, SelfRefineDPOConfig) else SelfRefineDPOConfig  # a plain DPOConfig: defaults
+    def __init__(self, *pos, **kwargs):
+        super().__init__(*pos, **kwargs)
+        if self._is_vision_dataset:
+            raise ValueError(
+                "SelfRefineDPOTrainer does not support vision datasets: TRL renders their prompts batch by batch, after "
+                "the refinement prompt would be added. Use `trl.DPOTrainer`."
+            )
+
+    def _take_options(self, args, learns_prompt):
+        super()._take_options(args, learns_prompt)
+        config = self._config(args)
         self.refinement_weight = config.refinement_weight
         self.refinement_prompt = config.refinement_prompt
         self.refinement_prompt_role = config.refinement_prompt_role
         self.ipo_length_normalization = config.ipo_length_normalization
-        self._learns_prompt = learns_prompt(model, peft_config)
-        self._set_token_level(config, args, model, peft_config)
-        # λ = 0 is DPOTrainer, to the last bit; WPO's weights come from TRL's head
-        self._own_head = self.refinement_weight > 0 and not self._learns_prompt and not args.use_weighting
-        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
-        self._precomputes_augmented = False
-
-        super().__init__(model, ref_model, args, data_collator, *pos, peft_config=peft_config, **kwargs)
-
-        if self._is_vision_dataset:
-            raise ValueError(
-                "SelfRefineDPOTrainer does not support vision datasets: their prompts are rendered batch by batch, out of "
-                "its reach. Use `trl.DPOTrainer`."
-            )
+        self._learns_prompt = learns_prompt
+        # λ = 0 is DPOTrainer to the last bit; WPO's weights come from TRL's head
+        self._own_head = self.refinement_weight > 0 and not learns_prompt and not args.use_weighting
 
     @classmethod
-    def _refuse_options(cls, args):
-        super()._refuse_options(args)
-        config = args if isinstance(args, SelfRefineDPOConfig) else SelfRefineDPOConfig
-        if args.use_weighting and config.variant is not None:
+    def refuse_options(cls, args):
+        super().refuse_options(args)
+        if args.use_weighting and cls._config(args).variant is not None:
             raise ValueError(
-                f"`use_weighting=True` is not supported by {cls.__name__} with `variant`: its head has no such weights. "
+                f"`use_weighting=True` is not supported by {cls.__name__} with `variant`, whose head has no such weights. "
                 "Leave one of them out."
             )
 
     def _prepare(self):
-        if type(self.data_collator) is DataCollatorForPreference:  # TRL's own; one of the user's stays
+        if type(self.data_collator) is DataCollatorForPreference:  # TRL's default; a user's collator stays
             self.data_collator = DataCollatorForSelfRefinement(**vars(self.data_collator))
         super()._prepare()
 
     @property
-    def _shares_prompts(self) -> bool:
-        """Whether chosen and rejected can continue one key-value cache of their augmented prompt."""
+    def _caches_prompts(self) -> bool:
+        """Whether chosen and rejected can continue the key-value cache of their augmented prompt."""
         model = self.accelerator.unwrap_model(self.model)
         model = model.get_base_model() if is_peft_model(model) else model
-        return not self._learns_prompt and takes_shared_prompts(model)
+        return not self._learns_prompt and takes_cached_prompts(model)
 
     # Data: each row gets the token ids of its augmented prompt
 
@@ -236,8 +223,8 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
                 template_kwargs = {"tools": tools, **example.get("chat_template_kwargs", {})}
                 generation = {"add_generation_prompt": True}
             ids = _tokenize(processing_class, prompt, **generation, **template_kwargs)["input_ids"]
-            # Where the template renders the prompt differently alone than before a completion, DPOTrainer leaves the end of
-            # the prompt out of the sequence; so does this
+            # If the template renders the prompt alone otherwise than before a completion, DPOTrainer leaves the end of
+            # the prompt out of the sequence, and so does this
             whole = [_tokenize(processing_class, prompt + c, **template_kwargs)["input_ids"] for c in completions]
             return {"augmented_prompt_ids": ids[: min(common_prefix_length(ids, w) for w in whole)]}
 
@@ -259,7 +246,7 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
         model_hash = self._precompute_model_hash
         self._precomputes_augmented, self._precompute_model_hash = True, f"{model_hash}-augmented"
         try:
-            # Log-probabilities are enough here, with a `variant` too
+            # With a `variant` too, log-probabilities are enough here
             augmented = super(TokenLevelTrainer, self)._precompute_ref_logps(dataset, f"augmented {name}", batch_size)
         finally:
             self._precomputes_augmented, self._precompute_model_hash = False, model_hash
@@ -276,7 +263,7 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
     def _reference_forward(self, inputs):
         if missing := set(AUGMENTED_TENSORS) - inputs.keys():
             raise ValueError(
-                f"The batch has no {', '.join(sorted(missing))}: a custom `data_collator` must collate `augmented_prompt_ids` too. Derive "
+                f"The batch has no {', '.join(sorted(missing))}. A custom `data_collator` must collate `augmented_prompt_ids` too; derive "
                 "it from `trl_ext.trainers.self_refine_dpo_trainer.DataCollatorForSelfRefinement`."
             )
         if self.precompute_ref_logps:
@@ -303,11 +290,11 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
         """Log-probabilities of chosen and rejected given `p ⊕ x`, each `(B,)`."""
         prefix_ids, prompt_ids, prompt_mask, ids, mask = (inputs[name] for name in AUGMENTED_TENSORS)
         labels = ids.masked_fill(mask == 0, -100)
-        # FlashAttention takes no two answers behind one prompt
+        # FlashAttention cannot put two answers behind one prompt
         packs = self._packs and not is_flash_attention_requested(self.model.config)
-        if self._shares_prompts and not packs:
-            prompts = SharedPrompts(prefix_ids, prompt_ids, prompt_mask)
-            batch = {"input_ids": ids, "attention_mask": mask, "shared_prompts": prompts, "completion_log_probs": True}
+        if self._caches_prompts and not packs:
+            prompts = CachedPrompts(prefix_ids, prompt_ids, prompt_mask)
+            batch = {"input_ids": ids, "attention_mask": mask, "cached_prompts": prompts, "completion_log_probs": True}
         else:
             prefix_ids = prefix_ids.expand(prompt_ids.size(0), -1)
             prompt_ids = torch.cat([prefix_ids, prompt_ids], dim=1).repeat(2, 1)  # (2B, L + P)

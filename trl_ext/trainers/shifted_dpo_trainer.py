@@ -1,13 +1,13 @@
 """
-DPO on shifted log-ratios: the base of the preference trainers of this package, and of your own.
+DPO on shifted log-ratios: the base class of this package's preference trainers, and of your own.
 
-DPO sees `log π(y|x) − log π_ref(y|x)` of both responses of a pair, and every loss of TRL is a function of these. A method that moves
-them by some nats is therefore DPO with other numbers, and TRL's own `_compute_loss` runs as it is: once for each loss type, on shifted
-log-ratios, and once for the metrics, on the log-ratios as they are. Deliberately not here: any loss, and any metric of TRL's.
+Every loss of TRL's DPO is a function of `log π(y|x) − log π_ref(y|x)` of both responses of a pair. A method that shifts these log-ratios
+is therefore DPO with other numbers, and TRL's own `_compute_loss` runs unchanged: once for each loss type, on shifted log-ratios, and
+once for the metrics, on the unshifted ones. Deliberately not here: losses, and metrics that TRL has.
 
-It relies on three things that TRL does not document, and `tests/test_trl_contract.py` pins: what `_compute_loss` calls is its argument
-`model`; it reads the reference's log-probabilities from the batch after that call if they are precomputed; it multiplies a pair's loss
-by weights made from `log_sum_sq_probs` if `use_weighting` is set.
+It relies on three properties of `_compute_loss` that TRL does not document and `tests/test_trl_contract.py` checks: it calls its argument
+`model`; it reads precomputed log-probabilities of the reference from the batch after that call; and with `use_weighting` it multiplies a
+pair's loss by weights made from `log_sum_sq_probs`.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import nn
 from transformers.utils import ModelOutput
@@ -35,27 +34,26 @@ from .token_batches import TokenBatches
 from .upstream import keep_nf4_trainable, load_adapter_weights, load_sharded_reference, unshard_head
 
 
-# Losses that cannot be multiplied by weights of the pairs -> why
+# Losses that cannot be multiplied by weights of the pairs -> reason
 WITHOUT_WEIGHTS = {
-    "aot": "it sorts the pairs, and each would have the weight of another",
-    "aot_unpaired": "it sorts the pairs, and each would have the weight of another",
-    "hinge": "TRL multiplies it in place, which its gradient does not survive (`tests/trainers/test_upstream.py`)",
+    "aot": "it sorts the pairs, so that each would get the weight of another",
+    "aot_unpaired": "it sorts the pairs, so that each would get the weight of another",
+    "hinge": "TRL multiplies it in place, which breaks its gradient (`tests/trainers/test_upstream.py`)",
 }
 
 
 @dataclass(frozen=True)
 class Term:
     """
-    One of the losses that are added up.
+    One of the losses whose sum is trained on.
 
     Args:
         loss_type (`str`):
-            TRL's name of the loss.
+            TRL's name for the loss.
         weight (`float`):
-            What it is multiplied by.
+            Factor of the loss in the sum.
         of_sums (`bool`, *optional*, defaults to `False`):
-            For `"ipo"` and `"sigmoid_norm"`: take the log-ratios of the responses, as IPO's paper does, where TRL takes their means over the
-            tokens.
+            For `"ipo"` and `"sigmoid_norm"`: use the log-ratios of whole responses, as IPO's paper does, instead of TRL's means over tokens.
     """
 
     loss_type: str
@@ -66,13 +64,13 @@ class Term:
 @dataclass
 class Pairs:
     """
-    A batch of B pairs that both models have seen.
+    A batch of B pairs with the outputs of both models.
 
     Args:
         inputs (`dict[str, torch.Tensor]`):
-            The batch, `[chosen, rejected]` along the first dimension, and the columns that the trainer asks for.
+            The batch, `[chosen, rejected]` along the first dimension, with the trainer's `columns`.
         outputs ([`~trl.trainer.utils.FusedCausalLMOutput`]):
-            The policy's, for each token: `log_probs`, `entropy`, `mean_logits`, `is_top1`, `(2B, T)`.
+            The policy's outputs for each token, `(2B, T)`: `log_probs`, `entropy`, `mean_logits`, `is_top1`.
         ref_logps (`torch.Tensor` of shape `(2, B)`):
             Log-probabilities of the chosen and of the rejected responses under the reference, in nats.
     """
@@ -83,16 +81,16 @@ class Pairs:
 
     @property
     def mask(self) -> torch.Tensor:
-        """Which tokens are of a response, `(2B, T)`, aligned with the outputs."""
+        """Mask of the responses' tokens, `(2B, T)`, aligned with the outputs."""
         return self.inputs["completion_mask"][:, 1:].bool()
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Tokens of the responses as TRL's means count them, at least 1, `(2, B)`."""
+        """Number of tokens of the responses by which TRL's means divide, at least 1, `(2, B)`."""
         return self.inputs["completion_mask"].sum(dim=1).clamp(min=1.0).view(2, -1)
 
     def sums(self, per_token: torch.Tensor) -> torch.Tensor:
-        """Sum an output over the responses, `(2B, T)` to `(2, B)`. It must be zero elsewhere, as those of the models are."""
+        """Sum an output over the responses, `(2B, T)` to `(2, B)`. It must be zero elsewhere, as the models' outputs are."""
         # Prompt-learning PEFT prepends virtual tokens to the outputs; keep the positions of the real tokens
         return per_token[:, -self.mask.size(1) :].sum(dim=1).view(2, -1)
 
@@ -114,9 +112,9 @@ class DataCollatorWithColumns:
 
     Args:
         collator (`Callable`):
-            The other one.
+            The other collator.
         columns (`tuple[str, ...]`):
-            Their names. One that the other collator makes itself stays as it is.
+            Names of the columns. The other collator may make some of them itself.
     """
 
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -128,7 +126,7 @@ class DataCollatorWithColumns:
             if name not in batch:
                 if any(name not in example for example in examples):
                     raise ValueError(
-                        f"A row has no `{name}`, which the trainer reads of each; it has {', '.join(examples[0])}."
+                        f"A row has no `{name}`, which the trainer needs. Its columns: {', '.join(examples[0])}."
                     )
                 batch[name] = torch.tensor([example[name] for example in examples])
         return batch
@@ -136,7 +134,7 @@ class DataCollatorWithColumns:
 
 @contextlib.contextmanager
 def having(owner: object, **attributes) -> Iterator[None]:
-    """Set attributes that are there, for a while."""
+    """Set existing attributes within a `with` block."""
     before = {name: getattr(owner, name) for name in attributes}
     vars(owner).update(attributes)
     try:
@@ -148,15 +146,15 @@ def having(owner: object, **attributes) -> Iterator[None]:
 class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose log-ratios are shifted, pair by pair, before TRL's own losses see them. The only change w.r.t.
-    [`~trl.DPOTrainer`] is what its `_compute_loss` is given; options, losses and metrics are its own, and `rewards/*` and `logps/*` are
-    those without the shift.
+    [`~trl.DPOTrainer`] is the input of its `_compute_loss`; options, losses and metrics are its own, and `rewards/*` and `logps/*` are
+    unshifted.
 
-    A subclass overrides [`logratio_shifts`], and if it likes [`pair_weights`] and [`pair_metrics`]. `columns` are the names of the
-    dataset's columns, of numbers, that these find in `pairs.inputs`.
+    A subclass overrides [`logratio_shifts`], and optionally [`pair_weights`] and [`pair_metrics`]. `columns` names the columns of
+    numbers that these methods read from `pairs.inputs`.
 
     Raises:
-        `ValueError`: the first row of `train_dataset` has not all of `columns`; `loss_type="aot"` with `ld_alpha`; [`pair_weights`] with a
-        loss that has none for each pair, or with "hinge".
+        `ValueError`: the first row of `train_dataset` lacks one of `columns`; `loss_type="aot"` with `ld_alpha`; [`pair_weights`] with a
+        loss that is not a mean over pairs, or with "hinge".
 
     Example:
 
@@ -172,16 +170,14 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     ```
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
-    # Besides `columns`: columns of the dataset, and keys of a batch, that are not for the model
+    # Besides `columns`: columns of the dataset, and keys of a batch, that the model must not get
     _own_columns: ClassVar[tuple[str, ...]] = ()
     _own_inputs: ClassVar[tuple[str, ...]] = ()
-    # Option -> (the only accepted value, why, and what to do instead)
-    _refused_options: ClassVar[dict[str, tuple[object, str]]] = {}
-    # Whether log-probabilities come from the head of this package rather than from TRL's: the same numbers, but for rounding, in
-    # fewer head GEMMs
+    # Option -> (the only accepted value, the reason and what to do instead)
+    refused_options: ClassVar[dict[str, tuple[object, str]]] = {}
+    # Whether log-probabilities come from this package's head instead of TRL's: the same up to rounding, in fewer head GEMMs
     _own_head = False
-    # Whether all pairs are computed in one sequence, without padding; `share_prompt` puts both answers of a pair behind one prompt
+    # Whether all pairs are computed in one sequence without padding. With `share_prompt`, both answers of a pair follow one prompt
     padding_free = False
     _packs = False
     _is_prepared = False
@@ -189,18 +185,10 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *pos, **kwargs):
         padding_free = args is not None and args.padding_free
         if args is not None:
-            self._refuse_options(args)
+            self.refuse_options(args)
             self._set_packing(args, kwargs.get("peft_config"), model, ref_model)
-        dataset = pos[1] if len(pos) > 1 else kwargs.get("train_dataset")
-        if self.columns and isinstance(dataset, (Dataset, IterableDataset)):
-            found = list(next(iter(dataset), {}))
-            if missing := [name for name in self.columns if name not in found]:
-                raise ValueError(
-                    f"{type(self).__name__} reads `{'`, `'.join(missing)}` of each row, and the first row of `train_dataset` has "
-                    f"only {', '.join(found)}. Add the column, for example with `dataset.add_column`."
-                )
         self._ref_weights = ref_model.state_dict() if isinstance(ref_model, nn.Module) else None
-        # DPOTrainer (1.16) says that it ignores `padding_free`
+        # DPOTrainer (1.16) ignores `padding_free` with a warning
         with having(args, padding_free=False) if padding_free else contextlib.nullcontext():
             super().__init__(model, ref_model, args, *pos, **kwargs)
         self.padding_free = padding_free
@@ -208,7 +196,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         self._prepare()
 
     def _prepare(self) -> None:
-        """What is left to do once the models are there; DPOTrainer's constructor needs it earlier if it precomputes the reference."""
+        """Finish the set-up once the models are loaded; DPOTrainer's constructor needs it earlier to precompute the reference."""
         if self._is_prepared:
             return
         self._is_prepared = True
@@ -226,15 +214,15 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
             self.data_collator = DataCollatorWithColumns(self.data_collator, self.columns)
 
     @classmethod
-    def _refuse_options(cls, args: DPOConfig) -> None:
-        """Raise a `ValueError` that names the option, the reason and what to do, before any model is loaded."""
-        for name, (accepted, reason) in cls._refused_options.items():
+    def refuse_options(cls, args: DPOConfig) -> None:
+        """Raise a `ValueError` with the option, the reason and what to do, before any model is loaded."""
+        for name, (accepted, reason) in cls.refused_options.items():
             if getattr(args, name) != accepted:
                 raise ValueError(f"`{name}={getattr(args, name)!r}` is not supported by {cls.__name__}: {reason}")
         if "aot" in args.loss_type and args.ld_alpha is not None:
             raise ValueError(
                 f"`loss_type='aot'` with `ld_alpha={args.ld_alpha}` is not supported by {cls.__name__}: AOT sorts the policy's log-"
-                "probabilities apart from the reference's, and a shift among tokens that are reweighted is not one. Use one of the two."
+                "probabilities apart from the reference's, so that the shift would be reweighted too. Use one of the two."
             )
         if cls._weighs_pairs() and (unweighed := [name for name in args.loss_type if name in WITHOUT_WEIGHTS]):
             raise ValueError(
@@ -243,8 +231,8 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
 
     def _set_packing(self, args: DPOConfig, peft_config: PeftConfig | None, *models) -> None:
         """
-        Have all of `models` that there are compute the pairs of a batch in one sequence, for `padding_free` and for `share_prompt`. Before
-        `super().__init__`.
+        Check that the models can compute the pairs of a batch in one sequence, if `padding_free` or `share_prompt` asks for it. Called
+        before `super().__init__`.
         """
         asked = {"padding_free": args.padding_free, "share_prompt": self.share_prompt}
         names = "` and `".join(f"{name}=True" for name in asked if asked[name])
@@ -253,11 +241,11 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         if not names:
             return
         advice = (
-            f"Or leave out `{names}`: the sequences of a batch are then padded, and each prompt is computed twice."
+            f"Or leave out `{names}`: then the sequences of a batch are padded, and each prompt is computed twice."
         )
         if args.use_weighting:
             raise ValueError(
-                f"`use_weighting=True` is not supported with `{names}`: the head that takes packed sequences has no such weights. {advice}"
+                f"`use_weighting=True` is not supported with `{names}`: the head for packed sequences has no such weights. {advice}"
             )
         for model in models:
             reason = (
@@ -267,37 +255,37 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
                 raise ValueError(f"`{names}` is not supported here: {reason} {advice}")
         self._packs = self._own_head = True
 
-    # What a subclass says
+    # For a subclass to override
 
     def logratio_shifts(self, pairs: Pairs, term: Term) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """
-        What is added to the log-ratios before the loss.
+        Compute the shifts that are added to the log-ratios before the loss.
 
         Args:
             pairs ([`Pairs`]):
                 The batch.
             term ([`Term`]):
-                Which of the losses is computed; `"sft"` never is asked for. IPO and `"sigmoid_norm"` divide the shifted log-ratios by
-                the `lengths` of the responses.
+                The loss that is computed, never `"sft"`. IPO and `"sigmoid_norm"` divide the shifted log-ratios by the `lengths` of the
+                responses.
 
         Returns:
-            `tuple` of two `torch.Tensor` of shape `(B,)` or `float`: of the chosen and of the rejected responses, in nats. A gradient that
-            they have reaches the policy.
+            `tuple` of two `torch.Tensor` of shape `(B,)` or `float`: the shifts of the chosen and of the rejected responses, in nats.
+            Their gradient, if any, reaches the policy.
         """
         return 0.0, 0.0
 
     def pair_weights(self, pairs: Pairs, term: Term) -> torch.Tensor | None:
         """
-        What the losses of the pairs are multiplied by, `(B,)`, each at least 0 and without gradient; `None` for 1. The batch's loss is
-        the mean of the products. `"sft"` is not asked for; `"aot"`, `"aot_unpaired"` and `"hinge"` are refused.
+        Compute the weights of the pairs' losses, `(B,)`, each at least 0 and without gradient; `None` for 1. The batch's loss is the
+        mean of the products. The weights do not apply to `"sft"`; `"aot"`, `"aot_unpaired"` and `"hinge"` are refused.
         """
         return None
 
     def pair_metrics(self, pairs: Pairs) -> dict[str, torch.Tensor]:
-        """Values of the pairs by the metric's name, each `(B,)`; logged are their means over the pairs of all processes."""
+        """Compute metrics by name, each `(B,)`. Their means over the pairs of all processes are logged."""
         return {}
 
-    # TRL's loss on what the subclass says
+    # TRL's loss with the subclass's shifts
 
     def _terms(self) -> list[Term]:
         return [Term(*term) for term in zip(self.loss_types, self.loss_weights, strict=True)]
@@ -308,7 +296,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         pairs = term = None
 
         def policy(fused_lm_head=False, **kwargs):
-            """In the place of the model: runs it once, and shows TRL what it is to see for a term."""
+            """Stands in for the model: runs it once, and returns what TRL sees for a term."""
             nonlocal pairs
             if not fused_lm_head:  # the logits for `compute_metrics`
                 return model(**kwargs)
@@ -319,7 +307,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
                 seen.copy_(values)
             return outputs
 
-        # Without a term: TRL's metrics of the log-ratios as they are, the experts' auxiliary loss and the logits
+        # Without a term: TRL's metrics on unshifted log-ratios, the experts' auxiliary loss and the logits
         buffers = self._reference_buffers(batch)
         with having(self, loss_types=[], loss_weights=[], precompute_ref_logps=True):
             result = super()._compute_loss(policy, {**batch, **buffers}, return_outputs)
@@ -338,14 +326,14 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
 
     @staticmethod
     def _reference_buffers(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Where TRL looks for the log-probabilities of a precomputed reference, to be filled."""
+        """Buffers that TRL reads like the log-probabilities of a precomputed reference."""
         size, device = batch["input_ids"].size(0) // 2, batch["input_ids"].device
         return {f"ref_{side}_logps": torch.zeros(size, device=device) for side in ("chosen", "rejected")}
 
     def _shifted(self, pairs: Pairs, term: Term) -> tuple[ModelOutput, torch.Tensor]:
         """
-        What TRL sees of a term: the policy's outputs and the reference's log-probabilities `(2, B)`, from which the shift is taken, so that
-        the log-ratios have it.
+        What TRL sees for a term: the policy's outputs, and the reference's log-probabilities `(2, B)` minus the shift, which shifts the
+        log-ratios.
         """
         outputs, ref_logps = pairs.outputs, pairs.ref_logps
         if term.loss_type == "sft":
@@ -354,7 +342,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         shifts = torch.stack([shift.expand(ref_logps.size(1)) for shift in shifts])  # (2, B)
         changes = {}
         if term.loss_type == "aot":
-            # Sorts the policy's log-probabilities apart from the reference's, so that those take the shift
+            # AOT sorts the policy's log-probabilities apart from the reference's, so the policy's get the shift
             *first, last = outputs.log_probs.split([outputs.log_probs.size(1) - 1, 1], dim=1)
             changes["log_probs"] = torch.cat([*first, last + shifts.reshape(-1, 1)], dim=1)
         elif term.of_sums:  # TRL divides by the lengths
@@ -372,8 +360,8 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
 
     def _weighted(self, pairs: Pairs, weights: torch.Tensor | None) -> torch.Tensor:
         """
-        `log_sum_sq_probs` with which TRL multiplies each pair's loss by its weight. Its own factor (WPO, Eq. 2) is `exp` of the mean over the
-        response of `log_probs − log_sum_sq_probs`, for chosen and rejected; so that of chosen is given the weight.
+        `log_sum_sq_probs` that make TRL multiply each pair's loss by its weight. TRL's factor (WPO, Eq. 2) is `exp` of the mean over the
+        response of `log_probs − log_sum_sq_probs`, for chosen and rejected; the weight goes into the factor of chosen.
         """
         length = pairs.mask.size(1)
         log_probs = pairs.outputs.log_probs.detach()[:, -length:]  # (2B, T)
@@ -384,19 +372,19 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         return torch.where(pairs.mask, neutral - log_weights, neutral)
 
     def _term_loss(self, pairs: Pairs, term: Term, loss: torch.Tensor) -> torch.Tensor:
-        """A term's loss, for a subclass to look at."""
+        """Return a term's loss; a subclass may record it."""
         return loss
 
     # The models
 
     def _trls(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The part of a batch that TRL knows, and passes on to the models."""
+        """The part of a batch that TRL knows and passes on to the models."""
         return {name: value for name, value in inputs.items() if name not in (*self.columns, *self._own_inputs)}
 
     def _model_kwargs(self, kwargs: dict[str, Any], share_prompt: bool | None = None) -> dict[str, Any]:
         """
-        What a model takes for a batch, from what TRL calls it with: `input_ids`, `attention_mask` and `labels`, each `(2B, T + 1)`, and
-        options. The one place where a batch is packed; `share_prompt` says in which way, if not in the trainer's.
+        The arguments of a model, packed if asked for, from TRL's: `input_ids`, `attention_mask` and `labels`, each `(2B, T + 1)`, and
+        options. `share_prompt` overrides the trainer's.
         """
         if not self._packs:
             return kwargs
@@ -415,7 +403,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
 
     @property
     def _log_probs_flag(self) -> dict[str, bool]:
-        """What asks a model for log-probabilities."""
+        """The argument that asks a model for log-probabilities."""
         return {"completion_log_probs": True} if self._own_head else {"fused_lm_head": True}
 
     def compute_ref_log_probs(self, model, inputs):
@@ -426,7 +414,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
 
     def _with_reference(self, inputs: dict[str, torch.Tensor], forward: Callable) -> Any:
         """
-        Returns what `forward(**kwargs)` does, called as TRL calls the reference: under its adapter and precision, without gradient.
+        Call `forward(**kwargs)` as TRL calls the reference, under its adapter and precision and without gradient, and return its result.
         """
         found = []
 
@@ -438,7 +426,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         return found[0]
 
     def _reference_forward(self, inputs: dict[str, torch.Tensor]) -> Any:
-        """What [`_policy_forward`] gets of the reference: here its log-probabilities, `(2, B)`."""
+        """Run the reference for [`_policy_forward`]; here it returns log-probabilities, `(2, B)`."""
         if self.precompute_ref_logps:
             return torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         return torch.stack(self.compute_ref_log_probs(self.ref_model or self.model, inputs))
@@ -446,7 +434,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     def _policy_forward(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], reference: Any, kwargs: dict[str, Any]
     ) -> Pairs:
-        """Run the policy on what TRL calls it with."""
+        """Run the policy with TRL's arguments."""
         if not self._own_head:
             unshard_head(self.model)
         return Pairs(inputs, model(**self._model_kwargs(kwargs), **self._log_probs_flag), reference)
@@ -454,7 +442,7 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
     # Metrics
 
     def _record_metrics(self, pairs: Pairs) -> None:
-        """Record the metrics that TRL does not have."""
+        """Record the metrics beyond TRL's."""
         for name, values in self.pair_metrics(pairs).items():
             self._record(name, self.accelerator.gather(values.detach()).mean().item())
 
@@ -474,21 +462,20 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
 
     def train(self, *pos, **kwargs):
         """
-        [`~transformers.Trainer.train`], of a model that has something to train.
+        [`~transformers.Trainer.train`], after a check that there are parameters to train.
 
         Raises:
-            `ValueError`: an adapter that was loaded frozen. Not in the constructor: such a model can be evaluated, and TRL asks for a
-            `train_dataset` in any case.
+            `ValueError`: the adapter was loaded frozen. The constructor does not raise, since such a model can be evaluated.
         """
         if is_peft_model(self.model) and not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(
-                "The model is a `PeftModel` without a trainable parameter: nothing would be trained. PEFT freezes an adapter that it "
-                "loads; load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
+                "The model is a `PeftModel` without trainable parameters, because PEFT freezes an adapter that it loads. Load it with "
+                "`PeftModel.from_pretrained(..., is_trainable=True)`."
             )
         return super().train(*pos, **kwargs)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """TRL's card, with the data and the recipe. `dataset_name` may be a path; only one on the Hub is linked."""
+        """Write TRL's card with the data and the recipe. `dataset_name` may be a path; only names on the Hub are linked."""
         on_disk = dataset_name is not None and os.path.exists(dataset_name)
         super().create_model_card(model_name, None if on_disk else dataset_name, tags)
         if self.is_world_process_zero():

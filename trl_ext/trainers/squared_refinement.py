@@ -2,9 +2,9 @@
 The preference trainers with the squared refinement loss of ARIES (https://huggingface.co/papers/2502.05605), for datasets whose
 rows have a `turn`: 0 for direct answering, 1 for refining.
 
-A row for direct answering takes the trainer's own loss, one for refining the square, and their weights make a batch's mean an
-unbiased estimate of `(1 − α) L_direct + α L_refine`. They are for `trl_ext.aries`, which makes such rows. Where both kinds of rows
-take the same loss, the trainers themselves will do.
+A row for direct answering has the trainer's own loss, one for refining has the square, and their weights make a batch's mean an
+unbiased estimate of `(1 − α) L_direct + α L_refine`. They are for `trl_ext.aries`, which makes such rows. If both kinds of rows
+have the same loss, use the trainers themselves.
 """
 
 from collections import Counter
@@ -22,16 +22,16 @@ class SquaredRefinement:
     Mixin for a [`TokenLevelTrainer`]. The only change is the loss of the rows whose `turn` is 1: with the log-ratios' sums and without a
     shift, `(½ − β [r(y_w) − r(y_l)])²`, which is β² times IPO's loss as its paper writes it.
 
-    Logged besides: `objective/direct` and `objective/refinement`, the mean loss of a batch's rows of either kind, without weights.
+    Also logged: `objective/direct` and `objective/refinement`, the unweighted mean losses of a batch's rows of either kind.
 
     Args:
         objective_alpha (`float`):
             The paper's α.
         *pos, **kwargs:
-            The trainer's own.
+            The trainer's own arguments.
 
     Raises:
-        `ValueError`: several preference losses in `loss_type`, or one without a loss for each row; `use_weighting`; a dataset without
+        `ValueError`: several preference losses in `loss_type`, or one without a loss for each row; `use_weighting`; or a dataset without
         rows of both kinds.
     """
 
@@ -39,7 +39,7 @@ class SquaredRefinement:
 
     def __init__(self, *pos, objective_alpha: float, **kwargs):
         super().__init__(*pos, **kwargs)
-        # TRL has dropped the rows whose prompt alone fills `max_length`
+        # Rows whose prompt alone fills `max_length` are gone by now
         counts = Counter(self.train_dataset["turn"])
         self._row_weights = row_weights(counts[0], counts[1], alpha=objective_alpha)
         [self._weight] = [term.weight for term in super()._terms() if term.loss_type != "sft"]
@@ -47,15 +47,15 @@ class SquaredRefinement:
         self._direct_kl_weight = self._kl_weight
 
     @classmethod
-    def _refuse_options(cls, args):
-        super()._refuse_options(args)
+    def refuse_options(cls, args):
+        super().refuse_options(args)
         if args.use_weighting:
             raise ValueError(
-                f"`use_weighting=True` is not supported by {cls.__name__}: the rows have weights. Leave it `False`."
+                f"`use_weighting=True` is not supported by {cls.__name__}: the rows have weights already. Leave it `False`."
             )
         if len(set(args.loss_type) - {"sft"}) > 1:
             raise ValueError(
-                f"`loss_type={args.loss_type!r}` has several preference losses, and the squared objective has one L_direct. "
+                f"`loss_type={args.loss_type!r}` has several preference losses, but the squared objective has one L_direct. "
                 'Name one, and "sft" beside it if you like.'
             )
 
@@ -71,7 +71,7 @@ class SquaredRefinement:
 
     def _policy_forward(self, model, inputs, reference, kwargs):
         if self.variant is not None:
-            # TDPO's gradient of the KL is taken beside the log-probability's, in the head; the square has no KL
+            # The head adds TDPO's gradient of the KL to the log-probability's; the square has no KL
             direct = (inputs["turn"] == 0).float()
             self._kl_weight = torch.outer(torch.tensor(self._direct_kl_weight, device=direct.device), direct)  # (2, B)
         return super()._policy_forward(model, inputs, reference, kwargs)
@@ -84,18 +84,18 @@ class SquaredRefinement:
         if weight > 0:
             parts = torch.stack([loss.detach() * rows.numel() / weight, rows.sum()]).unsqueeze(0)
             total, count = self.accelerator.gather(parts).sum(dim=0).tolist()
-            if count > 0:  # nothing for a batch without any
+            if count > 0:  # nothing to log for a batch without such rows
                 self._record(("objective/direct", "objective/refinement")[turn], total / count)
         return loss
 
 
 class SquaredRefinementDPOTrainer(SquaredRefinement, TokenLevelTrainer):
-    """DPO's loss for direct answering, the squares for refining."""
+    """DPO's loss for direct answering, squares for refining."""
 
 
 class SquaredRefinementTDPOTrainer(SquaredRefinement, TDPOTrainer):
-    """TDPO's loss for direct answering, the squares for refining."""
+    """TDPO's loss for direct answering, squares for refining."""
 
 
 class SquaredRefinementSelfRefineDPOTrainer(SquaredRefinement, SelfRefineDPOTrainer):
-    """Sr-DPO's loss for direct answering, the squares for refining."""
+    """Sr-DPO's loss for direct answering, squares for refining."""

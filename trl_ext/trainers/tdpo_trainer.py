@@ -6,21 +6,22 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from datasets.fingerprint import Hasher
-from peft import PeftModel, PromptLearningConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trl import DPOConfig
 from trl.trainer.utils import get_config_model_id
 
 from ..losses.shifts import tdpo_shifts
+from .packed_pairs import has_virtual_tokens
 from .position_kl_head import CompletionStates
 from .reference_states import COLUMNS as STATE_COLUMNS
 from .reference_states import DataCollatorWithStates, as_rows, check_room, write
 from .shifted_dpo_trainer import Pairs, ShiftedDPOTrainer
 from .tdpo_config import TDPOConfig
+from .token_level_config import TokenLevelConfig
 
 
-# The losses of TRL that are functions of shifted log-ratios; a new one is refused until somebody has looked at it
+# TRL's losses that are functions of log-ratios; a new one is refused until it has been checked
 LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
@@ -28,25 +29,20 @@ LOSS_TYPES = (
 READ_LABEL_SMOOTHING = ("exo_pair", "robust", "aot", "aot_unpaired")
 
 
-def learns_prompt(model, peft_config) -> bool:
-    """Whether an adapter, of a loaded model or to be made, puts virtual tokens before each sequence."""
-    adapters = model.peft_config.values() if isinstance(model, PeftModel) else [peft_config]
-    return any(isinstance(adapter, PromptLearningConfig) for adapter in adapters)
-
-
 class TokenLevelTrainer(ShiftedDPOTrainer):
     """
-    Base of the two trainers of this package: log-ratios shifted by the KL at each position, `Σ_t KL(π_ref(·|s_t) ‖ π(·|s_t))`, if there is
-    a `variant` of TDPO.
+    Base class of both trainers of this package. With a `variant` of TDPO, log-ratios are shifted by the sum of the KLs at each position,
+    `Σ_t KL(π_ref(·|s_t) ‖ π(·|s_t))`.
     """
 
+    config_class = TokenLevelConfig
     variant: str | None = None
     _kl_weight: tuple[float, float] | torch.Tensor | None = None
     _separate_sft = False
     _ref_head: CompletionStates | None = None
     _own_columns = STATE_COLUMNS
     _own_inputs = ("ref_states",)
-    _refused_options = {
+    refused_options = {
         "ld_alpha": (
             None,
             "it reweights the tokens of DPO's own log-ratios. Leave it unset, or use `trl.DPOTrainer`.",
@@ -58,13 +54,13 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
     }
 
     @classmethod
-    def _refuse_options(cls, args):
-        super()._refuse_options(args)
+    def refuse_options(cls, args):
+        super().refuse_options(args)
         for loss_type in args.loss_type:
             if loss_type not in (*LOSS_TYPES, "sft"):
                 raise ValueError(
-                    f"`loss_type={loss_type!r}` is not supported by {cls.__name__}, which knows {[*LOSS_TYPES, 'sft']}. Use "
-                    "one of these, or `trl.DPOTrainer` for the other losses."
+                    f"`loss_type={loss_type!r}` is not supported by {cls.__name__}, which has {[*LOSS_TYPES, 'sft']}. Use "
+                    "one of these, or `trl.DPOTrainer` for other losses."
                 )
         if set(args.loss_type) == {"sft"}:
             raise ValueError(
@@ -77,16 +73,31 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
                 f"{', '.join(READ_LABEL_SMOOTHING)} read it. Leave it at 0, or use 'robust'."
             )
 
-    def _set_token_level(self, config, args: DPOConfig, model, peft_config) -> None:
-        """Ask for the KL at each position and the gradient that `config.variant` takes from it. Before `super().__init__`."""
+    def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *pos, peft_config=None, **kwargs):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{model_name.split('/')[-1]}-{self._name.replace(' ', '-')}")
+        self.refuse_options(args)
+        self._take_options(args, learns_prompt=has_virtual_tokens(model, peft_config))
+        super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)
+
+    @classmethod
+    def _config(cls, args: DPOConfig) -> TokenLevelConfig | type[TokenLevelConfig]:
+        """The holder of this package's options: `args`, or for a plain `DPOConfig` the class with its defaults."""
+        return args if isinstance(args, cls.config_class) else cls.config_class
+
+    def _take_options(self, args: DPOConfig, learns_prompt: bool) -> None:
+        """Read this package's options from `args`. Called before `super().__init__`."""
+        config = self._config(args)
+        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
         self.variant, self.alpha = config.variant, config.alpha
-        if self.variant is not None and learns_prompt(model, peft_config):
+        if self.variant is not None and learns_prompt:
             raise ValueError(
                 f"`variant={self.variant!r}` is not supported with prompt-learning PEFT (prompt, prefix or p-tuning): its "
                 "virtual tokens shift the positions at which the two distributions are compared. Use LoRA."
             )
-        # Share of the KL of chosen and of rejected in the gradient: with it one Jacobian is enough. SFT on the chosen answers needs
-        # the log-probability's alone, which TDPO1 does not leave there.
+        # Weights of the KLs of chosen and rejected in the gradient, with which one Jacobian is enough. SFT on the chosen answers needs
+        # the gradient of the log-probability alone, which TDPO1 adds to the KL's
         self._kl_weight = {None: None, "tdpo1": (1.0, 1.0), "tdpo2": (0.0, self.alpha)}[self.variant]
         self._separate_sft = self.variant == "tdpo1" and "sft" in args.loss_type
 
@@ -121,7 +132,7 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
         )
 
     def _reference_forward(self, inputs):
-        """With a `variant`, the reference's states: its log-probabilities are computed beside the KL, in the policy's forward."""
+        """With a `variant`, return the reference's states; the policy's forward computes its log-probabilities with the KL."""
         if self.variant is None:
             return super()._reference_forward(inputs)
         if self.precompute_ref_logps:
@@ -145,15 +156,15 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         """
-        With a `variant`, the reference's states at the responses instead of log-probabilities, and a copy of its head if that is trained.
-        Rounding depends on a batch's padding, so that the KL of a policy that is the reference is 0 but for rounding.
+        With a `variant`, store the reference's states at the responses instead of log-probabilities, and a copy of its head if the head is
+        trained. Rounding depends on a batch's padding, so the KL of a policy equal to the reference is 0 only up to rounding.
         """
-        if self.variant is None or isinstance(dataset, IterableDataset):  # which TRL refuses
+        if self.variant is None or isinstance(dataset, IterableDataset):  # TRL refuses streams
             return super()._precompute_ref_logps(dataset, name, batch_size)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                f"`precompute_ref_log_probs=True` is not supported by {type(self).__name__} under FSDP or DeepSpeed, which part the reference's "
-                "head. Leave it `False`; with LoRA the reference costs no memory, since it is the model without adapter."
+                f"`precompute_ref_log_probs=True` is not supported by {type(self).__name__} under FSDP or DeepSpeed, which shard the reference's "
+                "head. Leave it `False`; with LoRA the reference is the model without adapter and needs no memory."
             )
         self._prepare()
         head = self._reference_states(self._prepare_inputs(self.data_collator([dataset[0]])))
@@ -189,7 +200,7 @@ class TokenLevelTrainer(ShiftedDPOTrainer):
     def _policy_forward(self, model, inputs, reference, kwargs):
         """
         With a `variant`, `log_probs` have the value of the log-probabilities and the gradient of `log π + κ KL`; the value of the shift is
-        taken from the reference's.
+        subtracted from the reference's log-probabilities.
         """
         if self.variant is None:
             return super()._policy_forward(model, inputs, reference, kwargs)
@@ -207,14 +218,14 @@ class TDPOTrainer(TokenLevelTrainer):
     loss sees them. Arguments, datasets, PEFT and the reference model are [`~trl.DPOTrainer`]'s; `args` may be a plain
     [`~trl.DPOConfig`], which trains TDPO2 with the paper's α.
 
-    Logged besides DPOTrainer's metrics: `position_kl/chosen`, `position_kl/rejected` (sequence sums in nats),
+    Logged in addition to DPOTrainer's metrics: `position_kl/chosen`, `position_kl/rejected` (sequence sums in nats),
     `position_kl/margin` (chosen − rejected), and the paper's rewards `β (logratio + SeqKL)` as `rewards_tdpo/chosen`
     and `rewards_tdpo/rejected`.
 
     Raises:
-        `ValueError`: an option that has no meaning for TDPO (`ld_alpha`, `use_weighting`, `f_divergence_type`, `label_smoothing` without a
-        loss that reads it, `loss_type="sft"` alone, prompt-learning PEFT), or a model that cannot do with `share_prompt`, before any
-        model is loaded.
+        `ValueError`: an option without a meaning for TDPO (`ld_alpha`, `use_weighting`, `f_divergence_type`, `label_smoothing` without a
+        loss that reads it, `loss_type="sft"` alone, prompt-learning PEFT), or a model for which `share_prompt` is not exact. Raised before
+        any model is loaded.
 
     Example:
 
@@ -245,21 +256,10 @@ class TDPOTrainer(TokenLevelTrainer):
                 eprint       = {arXiv:2404.11999},
             }"""),
     }
-    _refused_options = TokenLevelTrainer._refused_options | {
+    config_class = TDPOConfig
+    refused_options = TokenLevelTrainer.refused_options | {
         "use_weighting": (
             False,
-            "WPO weighs a pair by the policy's probabilities alone, and the head that computes the KL has no such weights. Leave it "
-            "`False`, or use `trl.DPOTrainer`.",
+            "the head that computes the KL has no weights of WPO. Leave it `False`, or use `trl.DPOTrainer`.",
         ),
     }
-
-    def __init__(self, model, ref_model=None, args: DPOConfig | None = None, *pos, peft_config=None, **kwargs):
-        if args is None:
-            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = TDPOConfig(f"{model_name.split('/')[-1]}-TDPO")
-        self._refuse_options(args)
-        config = args if isinstance(args, TDPOConfig) else TDPOConfig  # a plain DPOConfig takes the defaults
-        self._set_token_level(config, args, model, peft_config)
-        self.share_prompt, self.max_batch_tokens = config.share_prompt, config.max_batch_tokens
-
-        super().__init__(model, ref_model, args, *pos, peft_config=peft_config, **kwargs)

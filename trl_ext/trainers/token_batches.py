@@ -1,10 +1,10 @@
 """
-Batches of so many tokens instead of so many pairs: the pairs of a device's batch go through the model in parts, each of which holds at
-most `max_batch_tokens` of the tokens that are computed, with the gradient of the whole batch.
+Batches by tokens instead of pairs: a device's batch goes through the model in parts of at most `max_batch_tokens` computed tokens, with
+the gradient of the whole batch.
 
-In: the batches that the trainer makes in any case, so that the order of the rows, the optimizer's steps and their schedule, and resuming
-stay as they are. Out: the same gradient, from as few forwards as the tokens need. Deliberately not here: a sampler, with which the
-number of pairs of an optimizer step would depend on their lengths.
+In: the trainer's own batches, so that the order of the rows, the optimizer's steps, their schedule and resuming stay the same. Out: the
+same gradient, from as few forwards as the tokens need. Deliberately not here: a sampler, which would make the number of pairs of an
+optimizer step depend on their lengths.
 """
 
 import contextlib
@@ -14,22 +14,22 @@ from torch import nn
 from trl import DPOConfig
 
 
-# Losses that are no means over pairs: `sft` is one over tokens, the others sort the pairs of a batch
+# Losses that are not means over pairs: `sft` is a mean over tokens, the others sort the pairs of a batch
 NOT_OF_PAIRS = ("sft", "aot", "aot_unpaired")
 
 
 def fill(tokens: torch.Tensor, max_tokens: int) -> list[int]:
     """
-    Part a sorted batch, in the same way on all devices, so that these keep step.
+    Divide a sorted batch into parts, in the same way on all devices, so that they stay in step.
 
     Args:
         tokens (`torch.Tensor` of shape `(devices, B)`):
             Tokens of each pair of each device's batch, the longest first.
         max_tokens (`int`):
-            How many a part may have on any device; one pair may have more.
+            Largest number of tokens of a part on any device; a single pair may have more.
 
     Returns:
-        `list[int]`: the number of pairs of each part, in order; B in all.
+        `list[int]`: the number of pairs of each part, in order. They add up to B.
     """
     sizes, filled = [], torch.full_like(tokens[:, 0], max_tokens)
     for pair in tokens.unbind(dim=1):
@@ -42,7 +42,7 @@ def fill(tokens: torch.Tensor, max_tokens: int) -> list[int]:
 
 
 def pair_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor, share_prompt: bool) -> torch.Tensor:
-    """Tokens of each pair of a batch `(2B, W)` that a packed sequence computes, `(B,)`; what all pairs share counts for each."""
+    """The tokens of each pair of a batch `(2B, W)` that a packed sequence computes, `(B,)`. Those that all pairs share count for each."""
     mask = attention_mask.bool()
     tokens = mask.sum(dim=1).view(2, -1).sum(dim=0)
     if share_prompt:
@@ -54,41 +54,45 @@ def pair_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor, share_pro
 
 class TokenBatches:
     """
-    Mixin for a [`~trl.DPOTrainer`] whose batches are packed. Logged beside its metrics: `batch/pairs` and `batch/tokens`, of a forward on
-    a device.
+    Mixin for a [`~trl.DPOTrainer`] whose batches are packed. Also logged: `batch/pairs` and `batch/tokens`, the mean numbers of a forward
+    on a device.
     """
 
     max_batch_tokens: int | None = None
     share_prompt = False
-    _share = 1.0  # of a part's pairs in the batch
+    _share = 1.0  # share of the batch's pairs in the current part
 
     @staticmethod
     def _check_token_batches(max_batch_tokens: int, packs: bool, args: DPOConfig) -> None:
         """
+        Check the options that are known before a model is loaded.
+
         Raises:
-            `ValueError`: fewer than one token, batches with padding, or a loss that is no mean over pairs.
+            `ValueError`: fewer than one token, batches with padding, or a loss that is not a mean over pairs.
         """
         name = f"`max_batch_tokens={max_batch_tokens}`"
         if max_batch_tokens < 1:
             raise ValueError(f"`max_batch_tokens` must be at least 1, got {max_batch_tokens}. Try 8192.")
         if not packs:
-            raise ValueError(f"{name} counts the tokens of batches without padding. Set `padding_free=True` too.")
+            raise ValueError(f"{name} needs batches without padding. Set `padding_free=True` too.")
         if found := set(args.loss_type) & set(NOT_OF_PAIRS):
             raise ValueError(
-                f"{name} is not supported with `loss_type={sorted(found)}`: it is no mean over pairs, so that the parts of a batch do not "
+                f"{name} is not supported with `loss_type={sorted(found)}`: it is not a mean over pairs, so that the parts of a batch do not "
                 "add up to it. Leave one of the two out."
             )
 
     def _check_parts(self) -> None:
         """
+        Check what is known once the model is loaded.
+
         Raises:
-            `ValueError`: DeepSpeed, or an auxiliary loss of experts, with `max_batch_tokens`.
+            `ValueError`: `max_batch_tokens` with DeepSpeed or with an auxiliary loss of experts.
         """
         if self.max_batch_tokens is not None and (self.is_deepspeed_enabled or self.aux_loss_enabled):
             why = (
                 "under DeepSpeed, which steps after each backward. Leave it out."
                 if self.is_deepspeed_enabled
-                else "with an auxiliary loss, which is no mean over pairs. Set `router_aux_loss_coef=0`, or leave it out."
+                else "with an auxiliary loss, which is not a mean over pairs. Set `router_aux_loss_coef=0`, or leave it out."
             )
             raise ValueError(f"`max_batch_tokens={self.max_batch_tokens}` is not supported {why}")
 
@@ -111,9 +115,9 @@ class TokenBatches:
             try:
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                     losses.append(super().training_step(model, self._pairs_of(inputs, pairs), num_items_in_batch))
-            finally:  # after an error too: `auto_find_batch_size` goes on
+            finally:  # also after an error, since `auto_find_batch_size` tries again
                 self._share = 1.0
-        for name, values in metrics.items():  # of the parts, to those of the batch
+        for name, values in metrics.items():  # of the parts become those of the batch
             of_parts = values[before.get(name, 0) :]
             if len(of_parts) == len(sizes):
                 mean = sum(value * size for value, size in zip(of_parts, sizes, strict=True)) / len(order)
@@ -127,7 +131,7 @@ class TokenBatches:
         return loss if self._share == 1.0 else loss * self._share
 
     def _pairs_of(self, inputs: dict[str, torch.Tensor], pairs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """A batch of some of a batch's B pairs. Its tensors have a row for each pair, for each sequence, or one for all."""
+        """Select some of a batch's B pairs. Its tensors have a row for each pair, for each sequence, or one for all."""
         size = inputs["input_ids"].size(0) // 2
         rows = {1: slice(None), size: pairs, 2 * size: torch.cat([pairs, pairs + size])}
         return {name: x[rows[x.size(0)]] for name, x in inputs.items()}

@@ -1,4 +1,4 @@
-"""Experiment trackers: `report_to`, as transformers' trainers take it."""
+"""Experiment trackers, transformers' `report_to`."""
 
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -6,8 +6,10 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 def check_trackers(args: TrainingArguments) -> None:
     """
+    Check `report_to` before a model is loaded.
+
     Raises:
-        `ValueError`: a tracker of `report_to` is not known or not installed. A trainer would say so after the model was loaded.
+        `ValueError`: a tracker of `report_to` is unknown or not installed.
     """
     for callback_class in get_reporting_integration_callbacks(args.report_to):
         try:

@@ -1,6 +1,6 @@
 """
-Faults of the libraries below that a training would run into, each worked around in one place, with the upstream issue or the test that
-fails once it is mended there (`tests/trainers/test_upstream.py`).
+Works around faults of the libraries below, each in one place, with the upstream issue or the test that fails once it is fixed there
+(`tests/trainers/test_upstream.py`).
 """
 
 import os
@@ -18,23 +18,23 @@ from trl import DPOTrainer
 
 def load_adapter_weights(model: PeftModel, path: str | Path, adapter_name: str) -> None:
     """
-    Load saved weights into an adapter that `model` has. Resuming needs it: beside a "ref" adapter, transformers (5.17) loads the
-    adapters in a checkpoint's subfolders and leaves the trained one, at its root, as it was.
+    Load saved weights into an adapter of `model`. Resuming needs it: beside a "ref" adapter, transformers (5.17) loads the
+    adapters in a checkpoint's subfolders but not the trained one, at its root.
     """
     set_peft_model_state_dict(model, load_peft_weights(str(path), device="cpu"), adapter_name=adapter_name)
 
 
 def load_sharded_reference(trainer: DPOTrainer, weights: dict[str, torch.Tensor] | None) -> None:
     """
-    Give all processes their part of the reference. With `fsdp_cpu_ram_efficient_loading` the main process alone has
-    loaded its weights, the others have zeros; accelerate sends them the policy's from there when it shards it, but TRL (1.16)
-    shards the reference as it is.
+    Give all processes their part of the reference. With `fsdp_cpu_ram_efficient_loading` only the main process has
+    loaded its weights, and the others have zeros; accelerate broadcasts the policy's weights when it shards it, but TRL (1.16)
+    shards the reference without a broadcast.
 
     Args:
         trainer ([`~trl.DPOTrainer`]):
-            With its models, of which the policy is not sharded yet.
+            The trainer, whose policy is not sharded yet.
         weights (`dict[str, torch.Tensor]`, *optional*):
-            The reference's. Default: the policy's.
+            The reference's weights. Default: the policy's.
     """
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
@@ -45,8 +45,8 @@ def load_sharded_reference(trainer: DPOTrainer, weights: dict[str, torch.Tensor]
 
 def own_device() -> dict[str, None]:
     """
-    What a model is loaded with in one of several processes, each of which has its own device: TRL (1.16) would spread the reference
-    over all GPUs under FSDP.
+    The loading arguments of a model in one of several processes with a device each: TRL (1.16) would spread the reference over all GPUs
+    under FSDP.
     """
     return {"device_map": None} if "WORLD_SIZE" in os.environ else {}
 
@@ -54,7 +54,7 @@ def own_device() -> dict[str, None]:
 def keep_nf4_trainable(model: nn.Module) -> None:
     """
     On a CPU with AVX512-BF16, bitsandbytes (0.50) packs NF4 weights for inference in the first forward of an evaluation and
-    does not unpack them for training: from then on no gradient passes them. Leave them as they are.
+    does not unpack them for training, so that no gradient passes through them any more. Prevent the packing.
     """
     if not is_bitsandbytes_available():
         return
@@ -67,8 +67,8 @@ def keep_nf4_trainable(model: nn.Module) -> None:
 
 def unshard_head(model: nn.Module) -> None:
     """
-    Under FSDP2, TRL (1.16) reads the head's weight without calling the head. If that is a unit of its own, TRL gathers the
-    weight itself, and each process would train its part of the head on its own pairs only. Called before a forward with gradient.
+    Gather the head before a forward with gradient. Under FSDP2, TRL (1.16) reads the head's weight without calling the head. If the head
+    is a unit of its own, TRL gathers the weight itself, and each process would train its part of the head on its own pairs only.
     """
     head = model.get_output_embeddings()
     if isinstance(head, FSDPModule) and torch.is_grad_enabled():
@@ -77,9 +77,8 @@ def unshard_head(model: nn.Module) -> None:
 
 def gathered_parameter(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """
-    The whole of a parameter that FSDP2 has sharded and its own hooks do not gather, as those of a head that is a unit of its own and
-    never called. By default torch (2.13) takes the gradient to be the same in all processes, and each would train its part on its own
-    pairs only.
+    Gather a parameter that FSDP2 has sharded and whose hooks do not run, such as the weight of a head that is a unit of its own and never
+    called. By default torch (2.13) assumes the same gradient in all processes, and each would train its part on its own pairs only.
     """
     if not isinstance(parameter, DTensor):
         return parameter

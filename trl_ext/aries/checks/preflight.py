@@ -153,7 +153,7 @@ def check_trainer(config: AriesConfig, recipe: Recipe, section: str, number: int
         args = config_class(**settings.config)
         check_trackers(args)
         if issubclass(trainer_class, ShiftedDPOTrainer):
-            trainer_class._refuse_options(args)
+            trainer_class.refuse_options(args)
             # If a recipe leaves these out, the model decides
             said = settings.config
             most = said.get("max_batch_tokens")
