@@ -142,6 +142,19 @@ def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
     )
 
 
+def score_by_run(turn: int, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> Markup:
+    """A line per run, of one turn."""
+
+    def draw(axes: Axes) -> None:
+        for index, (name, points) in enumerate(lines.items()):
+            offset = (index - (len(lines) - 1) / 2) * DODGE
+            line(axes, [(number + offset, metrics) for number, metrics in points], name, index)
+        round_axis(axes, sorted({number for points in lines.values() for number, _ in points}))
+        score_axis(axes, f"mean score of {turn_name(turn)}")
+
+    return render(f"score-of-y{turn}", f"Mean score of y{turn} by round, one line for each run", draw)
+
+
 def line(axes: Axes, points: list[tuple[float, dict[str, Any]]], label: str, index: int) -> None:
     """Scores with their intervals."""
     points = [(x, turn) for x, turn in points if turn["score"] is not None]

@@ -21,11 +21,6 @@ EXACT_WORDS = 1000
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORDS = re.compile(rf"\s*(?:[{_CJK}]|[^\W{_CJK}]+|[^\w\s])|\s+")
 
-# What a browser would act on or not show: controls but for tab and newline, what reorders text, lone surrogates, tags
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
 # What happened to an answer's score: the most telling first, since a prompt is of one kind only
 KINDS = (
     "worse after refining",
@@ -35,16 +30,6 @@ KINDS = (
     "no change",
     "not scored",
 )
-
-
-def visible(text: str) -> str:
-    """Text with nothing in it that acts unseen: controls, what reorders text, and lone surrogates as their escapes."""
-
-    def escaped(match: re.Match) -> str:
-        code = ord(match.group())
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return _UNSEEN.sub(escaped, text.replace("\r\n", "\n"))
 
 
 def shorten(text: str) -> tuple[str, int]:
