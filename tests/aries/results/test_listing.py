@@ -26,7 +26,12 @@ def runs(tmp_path_factory):
 
 
 def test_runs_are_found_at_any_depth(runs):
-    assert [str(path.relative_to(runs)) for path in run_directories(runs)] == ["a b", "broken", "group/stopped", "judged"]
+    assert [str(path.relative_to(runs)) for path in run_directories(runs)] == [
+        "a b",
+        "broken",
+        "group/stopped",
+        "judged",
+    ]
     assert list(run_directories(runs / "judged")) == [runs / "judged"]
     assert list(run_directories(runs, depth=1)) == [runs / "a b", runs / "broken", runs / "judged"]
 

@@ -104,7 +104,9 @@ def flat_text(page: Page) -> str:
 def test_the_answer_by_hand(page):
     """y1: 3 of 10 right, then 8 of 10, and 5 set right by training: +0.5. y2: 5, then 8: +0.3. Refining: 8 and 8."""
     text = flat_text(page)
-    answer = "the direct answers of round 1 score higher than at the start, and its refined answers show no clear change"
+    answer = (
+        "the direct answers of round 1 score higher than at the start, and its refined answers show no clear change"
+    )
     assert f"In part: {answer}." in text
     change = r"0.300 → 0.800 \+0.500 \[0.\d+, 0.\d+\] Higher: the interval lies above 0. y1, initial model to round 1, 10 prompts."
     assert re.search(change, text)
@@ -224,7 +226,12 @@ def test_what_to_keep_in_mind(tmp_path):
     guard.write_text(json.dumps(json.loads(guard.read_text()) | {"decision": "warned"}))
     run.log_event(event="note", round=1, stage="scores", note="3 replies without a verdict")
     said = " ".join(warnings(read_run(run.path)))
-    for part in ("grew from 2 to 4 tokens", "Round 1: the chosen answers", "turns, not rounds", "3 replies without a verdict"):
+    for part in (
+        "grew from 2 to 4 tokens",
+        "Round 1: the chosen answers",
+        "turns, not rounds",
+        "3 replies without a verdict",
+    ):
         assert part in said
 
     # A judge's scores do not say whether training made the answers better, and the page does not either

@@ -66,7 +66,7 @@ def test_died_in_a_stage(run, capsys):
     run.log_event(event="start", round=2, stage="training (tdpo)")
     out = printed(run, capsys)
     assert f"{run.path}: not running: it ended without a word, round 2, training (tdpo) (20" in out
-    assert f"To continue: trl-ext aries run --config {run.recipe}" in out
+    assert f"To continue: trl-ext aries run {run.path}" in out
 
 
 def test_died_between_stages(run):
@@ -79,7 +79,7 @@ def test_stopped_by_an_error(run, capsys):
     run.log_event(event="stopped", round=2, stage="guard", error="round 2 would train\nWays out: ...")
     out = printed(run, capsys)
     assert "stopped: round 2, guard (20" in out and "round 2 would train\n" in out and "Ways out" not in out
-    assert f"To continue: trl-ext aries run --config {run.recipe}" in out
+    assert f"To continue: trl-ext aries run {run.path}" in out
 
 
 def test_finished(run, capsys):

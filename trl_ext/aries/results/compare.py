@@ -110,7 +110,9 @@ def remarks(columns: list[Column]) -> list[str]:
     """What the differences are, or why there are none."""
     first, compared = columns[0], [column.letter for column in columns[1:] if column.obstacle is None]
     lines = [
-        f"{column.letter} is not compared with A: {column.obstacle}" for column in columns if column.obstacle is not None
+        f"{column.letter} is not compared with A: {column.obstacle}"
+        for column in columns
+        if column.obstacle is not None
     ]
     if compared:
         shown = ", ".join(f"{letter} − A" for letter in compared)
@@ -129,7 +131,9 @@ def score_rows(columns: list[Column]) -> list[dict[str, Any]]:
             scores.append([metrics and metrics["score"] for metrics in found])
             if column is not columns[0] and column.obstacle is None:
                 changes.append((column.letter, round_changes(columns[0].run, column.run, number, len(found))))
-        rows.append({"name": "before round 1" if number == 0 else rounds[number], "scores": scores, "changes": changes})
+        rows.append(
+            {"name": "before round 1" if number == 0 else rounds[number], "scores": scores, "changes": changes}
+        )
     return rows
 
 

@@ -39,17 +39,17 @@ def list_runs(directory: Path) -> int:
     table = Table(title=f"{len(rows)} run{'s' if len(rows) > 1 else ''} in {directory}", title_justify="left")
     for column, options in (
         ("run", {"overflow": "fold"}),
-        ("started", {}),
-        ("what", {"overflow": "fold"}),
-        ("rounds", {"justify": "right"}),
         ("state", {"overflow": "fold"}),
-        ("best score", {"justify": "right"}),
+        ("best score", {"overflow": "fold"}),
+        ("rounds", {}),
+        ("what", {"overflow": "fold"}),
+        ("started", {}),
     ):
         table.add_column(column, **options)
     for each in rows:
         best = each["best"]
         score = f"{best['score']:.3f} ({best['where']})" if best else "-"
-        cells = (each["name"], minute(each["started"]), each["what"], each["rounds"], each["state"], score)
+        cells = (each["name"], each["state"], score, each["rounds"], each["what"], minute(each["started"]))
         table.add_row(*map(Text, cells))
     progress = RunProgress(0)
     progress.show(table)

@@ -56,8 +56,7 @@ def status(config: AriesConfig) -> int:
             counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
             say(f"           dropped: {counts or 'none'}")
     if state.kind in ("stopped", "died"):
-        # As it was recorded: with what the command line had added
-        say(f"To continue: trl-ext aries run --config {run.recipe}")
+        say(f"To continue: trl-ext aries run {run.path}")
     print_results(run, config, progress)
     return 0
 
@@ -76,7 +75,7 @@ def print_results(run: RunDir, config: AriesConfig, progress: RunProgress) -> No
         progress.results(metrics, config.refinements.turns, config.sft is not None, prompts_kind(run))
 
 
-def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, recipe: Path, elapsed: str) -> None:
+def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, elapsed: str) -> None:
     """What to do with a finished run."""
     last, policy = run.round(config.rounds), policy_after(run, config, config.rounds)
     other = "tdpo" if config.training.get("trainer", "dpo") == "dpo" else "dpo"
@@ -87,5 +86,5 @@ def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, recipe: 
         + (f"  {run.report}  # how it went, for a browser\n" if run.report.exists() else "")
         + f"  less {last.pairs}  # what it learned from\n"
         f"  less {last.evaluation}  # its answers, y1 to y{config.refinements.turns}\n"
-        f"  {program} aries run --config {recipe} --output_dir {run.path}-{other} --training.trainer {other}"
+        f"  {program} aries run {run.path} --output_dir {run.path}-{other} --training.trainer {other}"
     )
