@@ -279,6 +279,16 @@ class TestAries:
             (3, "runs/again", Path("moved/recipe.yaml")),
         ]
 
+    def test_overrides_do_not_take_the_environment_out_of_the_recipe(self, run, monkeypatch):
+        """What is copied into the run directory."""
+        from trl_ext.aries.rounds import recipe_text
+        from trl_ext.recipe import apply_overrides, export_env, load_yaml
+
+        monkeypatch.setenv("TRL_EXT_TEST", "0")
+        recipe = export_env(apply_overrides(load_yaml("r.yaml"), ["--rounds", "2"]))
+        copied = yaml.safe_load(recipe_text(recipe))
+        assert (copied["rounds"], copied["env"]) == (2, {"TRL_EXT_TEST": 1})
+
     def test_a_failed_stage(self, calls, capfd):
         assert main(["aries", "run", "r.yaml", "--rounds", "9"]) == 1
         assert capfd.readouterr().err == "error: training failed, see runs/a/logs/training.log\n"
