@@ -135,7 +135,6 @@ class TestErrors:
                 [],
                 ["accelerate_config: dpp is neither a file nor one of ddp, deepspeed_zero2"],
             ),
-            ({"num_processes": 1, "alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"model_name_or_path": None}, [], ["`model_name_or_path` is missing"]),
             ({"model_name_or_path": "./nowhere"}, [], ["`model_name_or_path`: no such folder: ./nowhere."]),
             ({"dataset_name": None}, [], ["No dataset: give `dataset_name`"]),
@@ -415,19 +414,40 @@ class TestTraining:
         assert done.returncode == 0, done.stderr
         assert "Model saved to out." in done.stdout
 
-    def test_accelerate_config_launches(self, recipe, monkeypatch, capfd):
-        """`--accelerate_config NAME` goes through `accelerate launch`, with the recipe's own launch keys."""
+    @pytest.mark.slow
+    def test_accelerate_config_launches(self, recipe, laptop, capfd):
+        """`--accelerate_config NAME` goes through `accelerate launch`, after a check in a process of its own."""
+        assert main(["tdpo", "--config", write(recipe | {"accelerate_config": laptop, "alpha": -1})]) == 2
+        assert "`alpha` must be at least 0" in capfd.readouterr().err
+        assert main(["tdpo", "--config", write(recipe | {"accelerate_config": laptop, "max_steps": 1})]) == 0
+        assert "Model saved to out." in capfd.readouterr().out
+
+    def test_what_is_launched(self, recipe, laptop, monkeypatch):
+        """First the check, and if it succeeds the training, with the recipe's environment."""
+        launched, codes = [], iter([0, 5, 2])
+        monkeypatch.setattr("trl_ext.processes.run_launcher", lambda *call: launched.append(call) or next(codes))
+        monkeypatch.setenv("TRL_EXT_TEST", "0")
+        path = write(recipe | {"accelerate_config": laptop, "env": {"TRL_EXT_TEST": "1"}})
+        assert main(["tdpo", "--config", path, "--beta", "0.5"]) == 5
+        script = ["--config", path, "--beta", "0.5"]
+        launch = ["--quiet", "--config_file", str(Path("accelerate_configs/laptop.yaml").resolve())]
+        assert launched == [
+            ("trl_ext.scripts.check", ["tdpo", *script]),
+            ("accelerate.commands.launch", [*launch, "--module", "trl_ext.scripts.tdpo", *script]),
+        ]
+        assert os.environ["TRL_EXT_TEST"] == "1"
+        assert main(["tdpo", "--config", path]) == 2 and len(launched) == 3
+
+    @pytest.fixture
+    def laptop(self, workdir, monkeypatch) -> str:
+        """The name of a configuration of accelerate for one process."""
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
         config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_machines": 1}
         Path("accelerate_configs").mkdir()
         Path("accelerate_configs/laptop.yaml").write_text(
             yaml.safe_dump(config | {"num_processes": 1, "debug": False})
         )
-        path = write(recipe | {"accelerate_config": "laptop", "max_steps": 1, "env": {"TRL_EXT_TEST": "1"}})
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-        monkeypatch.setenv("TRL_EXT_TEST", "0")
-        assert main(["tdpo", "--config", path]) == 0
-        assert "Model saved to out." in capfd.readouterr().out
-        assert Path("out/model.safetensors").is_file()
+        return "laptop"
 
 
 class TestData:

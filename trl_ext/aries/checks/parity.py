@@ -160,7 +160,7 @@ def fault_message(job: dict[str, Any], measured: dict[str, Any]) -> str:
     return f"{message} To generate anew, delete {' and '.join(job['answers'])}, and run again."
 
 
-def distinct(policies: dict[str, dict[str, Any]]) -> dict[str, str]:
+def first_names(policies: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Each name with the first name of the same policy."""
     return {name: next(n for n, p in policies.items() if p == policy) for name, policy in policies.items()}
 
@@ -182,7 +182,7 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     def load(path: str) -> PreTrainedModel:
         return load_base(path, dtype, quantization, **job["loading"])
 
-    first = distinct(job["policies"])
+    first = first_names(job["policies"])
     logps = policy_logps({name: job["policies"][name] for name in dict.fromkeys(first.values())}, rows, load)
     per_token = {name: torch.cat(values) for name, values in logps.items()}
     policy = per_token.pop("policy")

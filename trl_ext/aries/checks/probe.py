@@ -47,7 +47,7 @@ def main(job: dict[str, Any], report: Reporter) -> None:
     def load(path: str) -> PreTrainedModel:
         return load_base(path, dtype, quantization, **loading)
 
-    names = dict.fromkeys(distinct(policies).values())
+    names = dict.fromkeys(first_names(policies).values())
     logps = policy_logps({name: policies[name] for name in names}, rows, load)
     positions = [spread(len(text)) for text in texts]
     write_json(
