@@ -1,6 +1,6 @@
 """
-Policies: what the policy after a round is. It is what the round's training made, unless the guard left the round untrained, and as
-long as the health check has not set it aside.
+Policies: which model or adapter is the policy after a round. It is what the round's training made, unless the guard left the round
+untrained or the health check set it aside.
 
 In: the run directory. Out: paths; nothing is loaded.
 """
@@ -25,8 +25,8 @@ class Policy:
 
 def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
     """
-    The policy after a round; without SFT, the one before round 1 is the model as it came, and a round that the guard left
-    out leaves it as it was.
+    The policy after a round. A round that the guard skipped keeps the one before it; before round 1, without SFT, it is the model as it
+    came.
     """
     base = config.model["model_name_or_path"]
     if is_skipped(run.round(number)):
@@ -38,7 +38,7 @@ def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
 
 
 def product(round_dir: RoundDir, config: AriesConfig) -> Path:
-    """What the round's training makes: a model, or an adapter."""
+    """What the round's training makes: a model or an adapter."""
     return round_dir.adapter if config.model.get("use_peft") else round_dir.model
 
 
@@ -55,17 +55,17 @@ def is_decided(round_dir: RoundDir, config: AriesConfig) -> bool:
 
 
 def set_aside(round_dir: RoundDir, config: AriesConfig) -> None:
-    """Put what the round's training made where no stage takes it for the round's policy."""
+    """Move what the round's training made to a place where no stage uses it."""
     round_dir.set_aside.mkdir(exist_ok=True)
     product(round_dir, config).rename(_aside(round_dir, config))
 
 
 def take_back(run: RunDir, config: AriesConfig, number: int) -> bool:
     """
-    Whether a policy that was set aside is taken back, since the recipe's bounds are others now.
+    Whether a policy that was set aside is taken back, because the recipe now has other bounds.
 
     Raises:
-        [`RecipeError`]: it is beyond these too.
+        [`RecipeError`]: it is beyond the new bounds too.
     """
     round_dir = run.round(number)
     aside = _aside(round_dir, config)
@@ -79,7 +79,7 @@ def take_back(run: RunDir, config: AriesConfig, number: int) -> bool:
 
 
 def degenerate(run: RunDir, config: AriesConfig, number: int, found: list[str]) -> RecipeError:
-    """The error that ends a run whose policy has been set aside."""
+    """The error that ends a run whose policy was set aside."""
     last_good = policy_after(run, config, number - 1)
     aside = str(_aside(run.round(number), config))
     return RecipeError(policy_stop_message(number, found, aside, last_good.adapter or last_good.model))

@@ -74,7 +74,10 @@ class Report:
         """Print the totals, and return the exit code: 0 if nothing failed."""
         counts = self.counts
         self.console.print(
-            Text(f"\n{counts['ok']} ok, {counts['warning']} warning{'s' * (counts['warning'] != 1)}, {counts['failed']} failed", style="bold")
+            Text(
+                f"\n{counts['ok']} ok, {counts['warning']} warning{'s' * (counts['warning'] != 1)}, {counts['failed']} failed",
+                style="bold",
+            )
         )
         return 1 if counts["failed"] else 0
 

@@ -116,7 +116,7 @@ def test_round_0_is_the_model_as_it_came(recipe, installed):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--round", "2"], "`--round`: 2 has not been trained; there are 0, 1."),
+        (["--round", "2"], "`--round`: round 2 is not trained; 0, 1 can"),
         (["--limit", "10"], "command line: unknown key `limit`"),
     ],
 )

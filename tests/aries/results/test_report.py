@@ -437,10 +437,10 @@ def test_a_run_that_got_so_far(tmp_path, finished, kept):
 
 def test_a_run_that_stopped_says_why(tmp_path):
     run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER], rounds=2)
-    run.log_event(event="stopped", round=2, stage="guard", error="round 2 would train the policy away\nWays out: ...")
+    run.log_event(event="stopped", round=2, stage="guard", error="round 2 would train the policy away\nTry ...")
     write_report(run.path)
     text = flat_text(Page(run.report.read_text()))
-    assert "The run stopped in round 2, guard" in text and "round 2 would train the policy away Ways out: ..." in text
+    assert "The run stopped in round 2, guard" in text and "round 2 would train the policy away Try ..." in text
 
 
 def test_metrics_of_earlier_versions(tmp_path):

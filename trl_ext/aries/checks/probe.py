@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ..children import Reporter, child_main
 from ..data.records import read_jsonl, write_json
 from ..generation.drafts import encode_prompt
-from .parity import TOLERANCES, distinct, engine_quantization, load_base, policy_logps
+from .parity import TOLERANCES, engine_quantization, first_names, load_base, policy_logps
 
 
 # Enough tokens to tell policies apart, and about a second for a server: of each of so many prompts, so many tokens

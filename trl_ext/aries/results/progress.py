@@ -1,6 +1,6 @@
 """
-What a run prints: one live bar with an ETA per stage on a terminal, in a log a line per stage and one a minute while it goes on, and the
-closing table; or one JSON object per line.
+What a run prints. On a terminal, a live bar with an ETA for each stage; in a log, a line when a stage ends and one a minute until
+then; with `--log_format json`, one JSON object per line. Also the tables at the end.
 """
 
 import json
@@ -19,13 +19,13 @@ from rich.table import Table
 from ...terminal import printable
 
 
-# Tables are laid out for this many columns; a log has no width of its own
+# Columns of a table in a log, which has no width
 TABLE_WIDTH = 100
-# The style of a line that `--quiet` prints too
+# Style of the lines that `--quiet` prints too
 WARNING = "yellow"
-# Between two lines of a log about the same stage
+# Seconds between two lines of a log about the same stage
 LOG_SECONDS = 60.0
-# Between two looks at whether one is due
+# Seconds between two checks whether a line is due
 BEAT_SECONDS = 1.0
 
 
@@ -36,11 +36,11 @@ class StageProgress:
 
     Args:
         round (`int`), stage (`str`):
-            Which one.
+            Which stage.
         first (`int`), done (`int`), total (`int`):
-            Of its answers, steps, ...: those that were there at its start, that are now, that are to be.
+            Number of its answers, steps, ...: at its start, now, and in the end.
         seconds (`float`):
-            Since its first report.
+            Time since its first report.
     """
 
     round: int
@@ -52,7 +52,7 @@ class StageProgress:
 
     @property
     def rate(self) -> float | None:
-        """How many there are in a second, since the first report; `None` before there is one more."""
+        """How many are done in a second since the first report; `None` before the first one."""
         return (self.done - self.first) / self.seconds if self.done > self.first and self.seconds > 0 else None
 
     @property
@@ -67,13 +67,7 @@ class StageProgress:
 
 class Pulse:
     """
-    How a stage goes, for a log: a line every [`LOG_SECONDS`], also while nothing comes.
-
-    Args:
-        round (`int`), stage (`str`):
-            Which one.
-        clock (`Callable[[], float]`):
-            Seconds, from anywhere.
+    The lines of a log about a running stage: one every [`LOG_SECONDS`], even if nothing happens. `clock` gives seconds from any origin.
     """
 
     def __init__(self, round: int, stage: str, clock: Callable[[], float]):
@@ -84,12 +78,12 @@ class Pulse:
 
     def update(self, done: int, total: int) -> None:
         with self._lock:
-            if self._began is None or total != self._at.total:  # of another kind: each scorer counts its own
+            if self._began is None or total != self._at.total:  # another scorer, which counts its own
                 self._began, self._at.first = self._clock(), done
             self._at.done, self._at.total = done, total
 
     def due(self) -> StageProgress | None:
-        """How far the stage is, when a line is due; a total of 0 is none yet."""
+        """How far the stage is if a line is due, else `None`. A total of 0 means that there was no report yet."""
         with self._lock:
             now = self._clock()
             if now < self._next:
@@ -100,7 +94,7 @@ class Pulse:
 
     @contextmanager
     def beating(self, say: Callable[[StageProgress], None]) -> Iterator[None]:
-        """Call `say` whenever a line is due, from a thread of its own."""
+        """Call `say` from a thread whenever a line is due."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -120,6 +114,8 @@ class Pulse:
 
 class RunProgress:
     """
+    Prints text.
+
     Args:
         rounds (`int`):
             Rounds of the run.
@@ -128,7 +124,7 @@ class RunProgress:
         quiet (`bool`, *optional*, defaults to `False`):
             Print warnings only.
         clock (`Callable[[], float]`, *optional*, defaults to `time.monotonic`):
-            Seconds, from anywhere.
+            Gives seconds from any origin.
     """
 
     def __init__(
@@ -145,10 +141,7 @@ class RunProgress:
         self._round_seconds: list[float] = []
 
     def say(self, text: str, style: str | None = None) -> None:
-        """
-        Print a line as it is: no markup read from paths or generated text, no control sequences, no wrapping. Yellow ones are
-        warnings.
-        """
+        """Print a line as it is: no markup, no control sequences, no wrapping. Yellow lines are warnings."""
         if self.quiet and style != WARNING:
             return
         self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
@@ -195,7 +188,7 @@ class RunProgress:
         self.say(f"{label:<38}{count:>8}  {self.clock() - start:6.1f} s")
 
     def show(self, table: Table) -> None:
-        """Print a table; in a log, with room for its columns."""
+        """Print a table; a log gets enough columns for it."""
         if self.quiet:
             return
         if not self.console.is_terminal:
@@ -203,16 +196,18 @@ class RunProgress:
         self.console.print(table)
 
     def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> None:
-        """The round × turn table, and what else is known of the last round's answers; arguments as of [`score_table`]."""
+        """
+        Print the table of scores by round and turn, and what else is known of the last round's answers. Arguments as in [`score_table`].
+        """
         self.show(score_table(metrics, turns, has_sft, kind))
         if "correct_score" in metrics[max(metrics)]:  # not in the metrics of earlier versions
             self.show(answers_table(metrics, has_sft))
 
     def stopped(self, number: int, stage: str, error: str) -> None:
-        """An error ends the run. Here the command line prints it."""
+        """An error ended the run. The command line prints it, so nothing is printed here."""
 
     def end_round(self, number: int, seconds: float) -> None:
-        """Say how long the round took and how long the rest should take."""
+        """Print how long the round took and how long the rest should take."""
         self._round_seconds.append(seconds)
         left = (self.rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
         rest = f", about {duration(left)} to go" if number < self.rounds else ""
@@ -221,9 +216,9 @@ class RunProgress:
 
 class JsonProgress(RunProgress):
     """
-    The same as JSON lines: `time`, `level` (`info`, `warning`, `error`), `event` and what belongs to it. Events: `start`, `progress`
-    (every [`LOG_SECONDS`]: `done`, `total`, `rate` in a second, `eta` in seconds; `null` before they are known) and `end` of a stage,
-    `message`, `round`, `metrics`, `stopped`.
+    Prints the same as JSON lines: `time`, `level` (`info`, `warning`, `error`), `event` and its fields. Events: `start`, `progress` (every
+    [`LOG_SECONDS`]: `done`, `total`, `rate` per second, `eta` in seconds; `null` before they are known) and `end` of a stage, `message`,
+    `round`, `metrics`, `stopped`.
     """
 
     def log(self, event: str, level: str = "info", **fields: Any) -> None:
@@ -309,18 +304,17 @@ def duration(seconds: float) -> str:
 
 def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> Table:
     """
-    Rounds down, answers y1..y_turns across: mean score on the evaluation prompts, and below it its 95 % interval, so that
-    four turns fit on 100 columns.
+    Mean scores on the evaluation prompts with 95 % intervals: rounds down, answers y1, y2, ... across. Four turns fit on 100 columns.
 
     Args:
         metrics (`dict[int, dict]`):
-            Of each evaluated round, from [`~aries.scoring.evaluation.evaluation_metrics`].
+            Metrics of each evaluated round, from [`~aries.scoring.evaluation.evaluation_metrics`].
         turns (`int`):
             Answers per chain.
         has_sft (`bool`):
             Whether round 0 is the policy after SFT or the model as it came.
         kind (`str`):
-            Of the prompts, from [`~aries.checks.overlap.prompts_kind`].
+            What to call the prompts, from [`~aries.checks.overlap.prompts_kind`].
     """
     prompts = max((m["prompts"] for m in metrics.values()), default=0)
     interval = (
@@ -338,8 +332,7 @@ def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, k
 
 def score_cell(turn: dict[str, Any], prompts: int) -> str:
     """
-    Mean, of how many answers where not every prompt has a scored one, and on a second line the interval; ± standard error
-    in the metrics of versions that had none.
+    The mean, its number of answers if some prompts have none, and on a second line the interval; ± standard error for version 0.1.0.
     """
     if turn["score"] is None:
         return "-"
@@ -352,12 +345,8 @@ def score_cell(turn: dict[str, Any], prompts: int) -> str:
 
 def answers_table(metrics: dict[int, dict[str, Any]], has_sft: bool) -> Table:
     """
-    What a mean score does not say, of the last evaluated round, answers y1..y_turns down: how often it beats round 0's answer,
-    what refining changed, and how long the answers are beside round 0's.
-
-    Args:
-        metrics (`dict[int, dict]`), has_sft (`bool`):
-            As in [`score_table`].
+    What a mean score does not say about the last evaluated round, answers down: win rate over round 0, changes by refining, lengths
+    compared with round 0's. Arguments as in [`score_table`].
     """
     last = max(metrics)
     table = Table(title=f"Answer by answer: {policy_name(last, has_sft)}", title_justify="left")
@@ -387,7 +376,7 @@ def policy_name(number: int, has_sft: bool) -> str:
 
 
 def interval_line(interval: list[float] | None) -> str:
-    """Three decimals, two from 10: no wider for a reward model's scores than four columns allow."""
+    """The interval on a line of its own, with three decimals, or two from 10 so that a reward model's scores fit."""
     if interval is None:
         return ""
     low, high = (f"{bound:.{3 if abs(bound) < 10 else 2}f}" for bound in interval)

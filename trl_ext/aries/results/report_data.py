@@ -177,8 +177,8 @@ def change(before: Sequence[float | None], after: Sequence[float | None], sample
 
 def changes(run: RunRecord) -> dict[str, Change | None]:
     """
-    Of the last evaluated policy: its direct answers against the first one's (`direct`), its last answers against the first
-    one's (`refined`), and its last answers against its own direct ones (`refining`).
+    How the last evaluated policy changed: its direct answers compared with the first policy's (`direct`), its last refinements with the
+    first policy's (`refined`), and its last refinements with its own direct answers (`refining`).
     """
     first, last = run.evaluated[0], run.evaluated[-1]
     draw, end, later = run.draw, run.turns, first is not last and not run.judged
@@ -229,7 +229,7 @@ def warnings(run: RunRecord) -> list[str]:
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted keys, their values as text; empty sections included."""
+    """Settings by dotted keys, their values as text; empty sections included."""
     found = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
@@ -243,7 +243,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def time_table(run: RunRecord) -> dict[str, Any]:
-    """Seconds of each stage by round, in the order of their first start, and how many runs of stages were cut short."""
+    """Seconds of each stage by round, in the order of their first start, and how many stages were interrupted."""
     by_stage: dict[str, dict[int, float]] = {}
     interrupted = 0
     for round_ in run.rounds:
@@ -266,7 +266,7 @@ def time_table(run: RunRecord) -> dict[str, Any]:
 
 
 def drop_table(run: RunRecord) -> list[dict[str, Any]]:
-    """Pairs made and not made: one entry per reason, with the count of each round, the most frequent first."""
+    """For each reason why pairs were not made, its count by round; the most frequent reason first."""
     rounds = [round_ for round_ in run.rounds if round_.drops is not None]
     reasons = {reason for round_ in rounds for reason in round_.drops["dropped"]}
     rows = [
@@ -278,8 +278,8 @@ def drop_table(run: RunRecord) -> list[dict[str, Any]]:
 
 def curve(run: RunRecord, metric: str, sft: bool = False) -> list[tuple[str, list[float], list[float]]]:
     """
-    A logged metric of the training: for each round that has it, its name, the steps, counted on from round to round, and
-    the values. The SFT is a curve of its own.
+    A logged metric of the training: for each round that has it, its name, the steps, counted on from round to round, and the values. The
+    SFT is a curve of its own.
     """
     segments, offset = [], 0
     for round_ in run.rounds:
@@ -295,7 +295,7 @@ def curve(run: RunRecord, metric: str, sft: bool = False) -> list[tuple[str, lis
 
 
 def training_table(run: RunRecord) -> list[dict[str, Any]]:
-    """What each training was: steps, rows, and the last value that was logged of each metric."""
+    """For each training its rows and the last logged value of each metric."""
     rows = []
     for round_ in run.rounds:
         if round_.history:

@@ -1,8 +1,8 @@
 """
-Tracking: a round's metrics, sent to the trackers that the recipe's `training.report_to` names, through accelerate's.
+Tracking: send a round's metrics to the trackers in the recipe's `training.report_to`, through accelerate's classes.
 
-A run is one run there, which every round and every restart continues; each training is another beside it, in the same group. The
-process of its own keeps what trackers import and start out of the loop.
+A run is one run in the tracker, which every round and every restart continues. Each training is another run in the same group. A child
+process keeps the trackers' imports and threads out of the loop.
 """
 
 import os
@@ -28,7 +28,9 @@ def is_tracked(config: AriesConfig) -> bool:
 
 
 def run_name(run: RunDir) -> str:
-    """The run's name in a tracker: its directory's, and an id that another run in a directory of this name does not have."""
+    """
+    The run's name in a tracker: its directory's name and an id, since other runs may be in a directory of this name.
+    """
     if not run.tracking.exists():
         name = re.sub(r"[^\w.-]", "-", run.path.resolve().name)
         write_json(run.tracking, {"name": f"{name}-{secrets.token_hex(4)}"})
@@ -37,7 +39,7 @@ def run_name(run: RunDir) -> str:
 
 def tracked_training(job: dict[str, Any], run: RunDir, config: AriesConfig, number: int) -> dict[str, str]:
     """
-    Name a training in its job, and return the environment that transformers' callbacks read: one that was killed continues its
+    Name a training in its job, and return the environment for transformers' callbacks, so that a training that was killed continues its
     run in the tracker too.
     """
     if not is_tracked(config):
@@ -53,7 +55,9 @@ def tracked_training(job: dict[str, Any], run: RunDir, config: AriesConfig, numb
 
 
 def round_values(run: RunDir, number: int) -> dict[str, float]:
-    """The numbers of an evaluated round, flat: per turn, its KL, pairs, generated tokens, and seconds by stage."""
+    """
+    Numbers of an evaluated round with flat keys: metrics by turn, KL, pairs, generated tokens, and seconds by stage.
+    """
     round_dir = run.round(number)
     metrics, cost, drops = map(read_json, (round_dir.metrics, round_dir.cost, round_dir.drops))
     values: dict[str, Any] = {"round": number}
@@ -73,7 +77,9 @@ def round_values(run: RunDir, number: int) -> dict[str, float]:
 
 
 def track(run: RunDir, config: AriesConfig, number: int, progress: RunProgress) -> None:
-    """Send a round's metrics to the trackers, those of the trainings went there. A run does not fail by them."""
+    """
+    Send a round's metrics to the trackers; the trainings report themselves. A failure is a warning and does not stop the run.
+    """
     if not is_tracked(config):
         return
     log = run.round(number).logs / "tracking.log"
@@ -105,7 +111,7 @@ def main(job: dict[str, Any], progress: Callable[[int, int], None]) -> None:
     PartialState(cpu=True)  # accelerate's logger asks for it
     names = map(str, get_available_trackers()) if job["report_to"] == ["all"] else job["report_to"]
     for name in names:
-        if name not in TRACKERS:  # these have the trainer's metrics alone
+        if name not in TRACKERS:  # others get the trainings only
             continue
         project, options = job["project"] or PROJECT, {"name": job["name"], "resume": "allow"}
         if name == "tensorboard":
