@@ -18,7 +18,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, str]:
-    from trl_ext.cli import ACTIONS, make_parser
+    from trl_ext.arguments import ACTIONS, make_parser
     from trl_ext.completion import script
 
     return {shell: script(make_parser(), shell, ACTIONS) for shell in ("bash", "zsh", "fish", "tcsh")}

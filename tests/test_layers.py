@@ -20,6 +20,7 @@ PACKAGE = Path(trl_ext.__file__).parent
 # turn YAML into dataclasses and know no trainer; `processes` knows nothing of what runs in them.
 MAY_IMPORT = {
     "processes": set(),
+    "arguments": set(),
     "recipe_values": set(),
     "recipe": {"recipe_values"},
     "outputs": {"recipe_values"},
@@ -57,7 +58,7 @@ MAY_IMPORT = {
             "aries",
             "scripts",
         ),
-        *("doctor", "migrate", "launch", "completion"),
+        *("arguments", "doctor", "migrate", "launch", "completion"),
     },
     "completion": {"recipe_values", "trainers", "aries"},
     "__init__": {"trainers"},  # the public names, lazily

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.arguments import ACTIONS, TRAINERS, make_parser, split_passed_args
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.training import train as training
-from trl_ext.cli import ACTIONS, TRAINERS, make_parser, named_run, split_launch_args, split_passed_args
+from trl_ext.cli import named_run, split_launch_args
 from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import apply_overrides, check_keys, export_env, load_yaml, parse_section, take_flag
 from trl_ext.scripts import self_refine_dpo, tdpo

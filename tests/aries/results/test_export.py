@@ -149,7 +149,7 @@ def test_what_cannot_be_exported_is_refused(recipe, capfd):
     Path("full/kept").write_text("kept")
     for options, message in (
         (["--round", "1", "--output", "full"], "error: --output: full is there already, and is not overwritten."),
-        (["--round", "2", "--output", "new"], "error: `--round`: round 2 is not finished; 1 can be named.\n"),
+        (["--round", "2", "--output", "new"], "error: `--round`: round 2 of run is not finished; 1 can be named.\n"),
         (["--round", "0", "--output", "new"], "error: `--round`: round 0 of a run without SFT"),
     ):
         assert export(*options) == 2

@@ -19,8 +19,9 @@ from rich.text import Text
 from ...recipe import RecipeError
 from ..scoring.evaluation import of_turn
 from .pages import write_page
-from .progress import RunProgress, duration, interval_line
+from .progress import RunProgress, duration
 from .report_data import Change, RunRecord, change, flat, read_run, time_table
+from .tables import interval_line
 
 
 # Settings that differ between any two runs

@@ -17,8 +17,8 @@ from ..data.records import read_json, read_jsonl
 from ..run_dir import RoundDir, RunDir
 from ..scoring.evaluation import Scores, both_scored, difference_interval, of_turn
 from .cost import stage_times
-from .progress import policy_name
 from .state import RunState, read_state
+from .tables import policy_name
 
 
 # Metrics of a turn that version 0.1.0 did not write
