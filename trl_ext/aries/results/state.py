@@ -109,5 +109,7 @@ def chosen_round(run: RunDir, number: int | None, found: list[int], what: str) -
     if not found:
         raise RecipeError(f"{run.path} has no {what} round yet. `trl-ext aries run {run.path}` continues it.")
     if number is not None and number not in found:
-        raise RecipeError(f"`--round`: round {number} of {run.path} is not {what}; {', '.join(map(str, found))} can be named.")
+        raise RecipeError(
+            f"`--round`: round {number} of {run.path} is not {what}; {', '.join(map(str, found))} can be named."
+        )
     return found[-1] if number is None else number
