@@ -6,16 +6,16 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-import trl_ext.aries
+import trl_ext
+from tests.aries.results.test_report import AFTER, BEFORE, TEXTS
+from tests.made_run import make_run
 from trl_ext.aries.children import ChildError
 from trl_ext.cli import main, split_launch_args
 from trl_ext.launch import find_accelerate_config
@@ -101,7 +101,7 @@ class TestEntry:
         assert out.startswith(f"usage: trl-ext {command}")
         assert ("--refinement_weight" in out) == (command == "self-refine-dpo")
 
-    @pytest.mark.parametrize("argv", [["tpdo"], ["--versio"], ["aries"], ["aries", "run"]])
+    @pytest.mark.parametrize("argv", [["tpdo"], ["--versio"], ["aries"], ["aries", "list", "a", "b"]])
     def test_usage_errors(self, argv, capsys):
         with pytest.raises(SystemExit) as info:
             main(argv)
@@ -135,7 +135,6 @@ class TestErrors:
                 [],
                 ["accelerate_config: dpp is neither a file nor one of ddp, deepspeed_zero2"],
             ),
-            ({"num_processes": 1, "alpha": -1}, [], ["x.yaml: `alpha` must be at least 0"]),
             ({"model_name_or_path": None}, [], ["`model_name_or_path` is missing"]),
             ({"model_name_or_path": "./nowhere"}, [], ["`model_name_or_path`: no such folder: ./nowhere."]),
             ({"dataset_name": None}, [], ["No dataset. Set `dataset_name`"]),
@@ -237,79 +236,92 @@ class TestLaunch:
 
 
 class TestAries:
-    @dataclass
-    class Config:
-        """Stands in for AriesConfig, which has far more."""
-
-        rounds: int = 3
-        output_dir: str = "runs/r"
+    @pytest.fixture
+    def run(self, workdir):
+        """A finished run in runs/made, and r.yaml, whose run it is."""
+        run = make_run(Path("runs/made"), TEXTS, [BEFORE, AFTER])
+        recipe = json.loads(run.recipe.read_text())
+        Path("r.yaml").write_text(yaml.safe_dump(recipe | {"env": {"TRL_EXT_TEST": 1}}))
+        return run
 
     @pytest.fixture
-    def calls(self, workdir, monkeypatch):
-        """What the CLI asked of stand-ins for the loop and what looks at it; a run of 9 rounds fails in a stage."""
+    def calls(self, run, monkeypatch):
+        """What the loop is called with; a run of 9 rounds fails in a stage."""
         calls = []
-        names = ("rounds", "status", "config", "report", "compare")
-        rounds, status, config, report, compare = (ModuleType(f"trl_ext.aries.{name}") for name in names)
 
-        def run(config, recipe, **options):
-            calls.append(("run", config, recipe.path, recipe.where("rounds"), options))
+        def stand_in(config, recipe, **options):
+            calls.append((config.rounds, config.output_dir, recipe.path, recipe.where("rounds"), options))
             if config.rounds == 9:
                 raise ChildError("training failed, see runs/a/logs/training.log")
             return 0
 
-        rounds.run = run
-        status.status = lambda config: calls.append(("status", config)) or 3
-        config.AriesConfig = self.Config
-        report.report = lambda path: calls.append(("report", path)) or 0
-        compare.compare = lambda a, b: calls.append(("compare", a, b)) or 0
-        for module in (rounds, status, config, report, compare):
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-            monkeypatch.setattr(trl_ext.aries, module.__name__.rpartition(".")[2], module, raising=False)
+        monkeypatch.setattr("trl_ext.aries.rounds.run", stand_in)
         monkeypatch.setenv("TRL_EXT_TEST", "0")
-        Path("r.yaml").write_text("rounds: 1\nenv:\n  TRL_EXT_TEST: 1\n")
         return calls
 
-    def test_hands_over_the_recipe(self, calls):
+    def test_run_gets_the_recipe_and_what_the_command_line_adds(self, calls):
+        options = {"log_format": "text", "quiet": False}
+        expected = (2, "runs/made", Path("r.yaml"), "command line", options)
         assert main(["aries", "run", "--config", "r.yaml", "--rounds", "2"]) == 0
         assert os.environ["TRL_EXT_TEST"] == "1"
-        assert main(["aries", "status", "--config=r.yaml"]) == 3
-        options = {"log_format": "text", "quiet": False}
-        assert calls == [("run", self.Config(2), Path("r.yaml"), "command line", options), ("status", self.Config(1))]
+        assert main(["aries", "run", "r.yaml", "--rounds=2"]) == 0
+        assert main(["aries", "run", "--quiet", "r.yaml", "--rounds=2", "--log_format", "json"]) == 0
+        assert calls == [expected, expected, (*expected[:4], {"log_format": "json", "quiet": True})]
 
-    def test_logs(self, calls):
-        assert main(["aries", "run", "--quiet", "--config", "r.yaml", "--rounds=2", "--log_format", "json"]) == 0
-        assert calls == [
-            ("run", self.Config(2), Path("r.yaml"), "command line", {"log_format": "json", "quiet": True})
+    def test_run_continues_a_run_directory_wherever_it_is_now(self, calls):
+        """With its own recipe."""
+        Path("runs/made").rename("moved")
+        assert main(["aries", "run", "moved"]) == 0
+        assert main(["aries", "run", "moved", "--rounds", "3", "--output_dir", "runs/again"]) == 0
+        assert [call[:3] for call in calls] == [
+            (1, "moved", Path("moved/recipe.yaml")),
+            (3, "runs/again", Path("moved/recipe.yaml")),
         ]
 
-    def test_reports(self, calls, capfd):
-        """Of a run directory, or of a recipe with its overrides; a run directory has none."""
-        assert main(["aries", "report", "runs/a"]) == 0
-        assert main(["aries", "report", "--config", "r.yaml", "--rounds", "2", "--output_dir", "runs/b"]) == 0
-        assert main(["aries", "report", "--output_dir=runs/c", "--config=r.yaml"]) == 0
-        assert main(["aries", "compare", "runs/a", "runs/b"]) == 0
-        assert calls == [
-            *(("report", Path(path)) for path in ("runs/a", "runs/b", "runs/c")),
-            ("compare", Path("runs/a"), Path("runs/b")),
-        ]
-        assert "`aries report` needs a run directory, or a recipe" in error_of(capfd, ["aries", "report"])
-        for argv in (["report", "runs/a"], ["compare", "runs/a", "runs/b"]):
-            error = error_of(capfd, ["aries", *argv, "--rounds=2"])
-            assert error.startswith(
-                "error: command line: unexpected argument `--rounds=2`. Overrides belong to a recipe"
-            )
-        error = error_of(capfd, ["aries", "report", "--config", "r.yaml", "runs/a"])
-        assert error.startswith("error: command line: unexpected argument `runs/a`")
+    def test_overrides_do_not_take_the_environment_out_of_the_recipe(self, run, monkeypatch):
+        """What is copied into the run directory."""
+        from trl_ext.aries.rounds import recipe_text
+        from trl_ext.recipe import apply_overrides, export_env, load_yaml
+
+        monkeypatch.setenv("TRL_EXT_TEST", "0")
+        recipe = export_env(apply_overrides(load_yaml("r.yaml"), ["--rounds", "2"]))
+        copied = yaml.safe_load(recipe_text(recipe))
+        assert (copied["rounds"], copied["env"]) == (2, {"TRL_EXT_TEST": 1})
 
     def test_a_failed_stage(self, calls, capfd):
-        assert main(["aries", "run", "--config", "r.yaml", "--rounds", "9"]) == 1
+        assert main(["aries", "run", "r.yaml", "--rounds", "9"]) == 1
         assert capfd.readouterr().err == "error: training failed, see runs/a/logs/training.log\n"
 
-    def test_errors(self, workdir, capfd):
-        assert error_of(capfd, ["aries", "status", "--config", "no.yaml"]) == "error: no.yaml: no such recipe file.\n"
-        Path("r.yaml").write_text("rounds: 1\n")
-        error = error_of(capfd, ["aries", "run", "--config", "r.yaml", "stray"])
-        assert error == "error: command line: unexpected argument `stray`. Overrides are `--section.key value`.\n"
+    @pytest.mark.parametrize("named", [["runs/made"], ["r.yaml"], ["--config", "r.yaml"]])
+    def test_a_run_directory_or_a_recipe(self, run, capfd, named):
+        assert main(["aries", "status", *named]) == 0
+        assert "runs/made: finished" in capfd.readouterr().out
+        assert main(["aries", "report", *named]) == 0
+        assert main(["aries", "answers", *named, "--output", "answers.json"]) == 0
+        assert len(json.loads(Path("answers.json").read_text())) == 10
+        for action in (["export", "--output", "model", "--round", "7"], ["pairs", "--output", "pairs"]):
+            assert "runs/made" in error_of(capfd, ["aries", action[0], *named, *action[1:]])
+
+    def test_compare_and_list(self, run, capfd):
+        assert main(["aries", "compare", "runs/made", "r.yaml", "--output", "c.html"]) == 0
+        assert main(["aries", "list"]) == 0
+        assert Path("c.html").is_file() and Path("runs/index.html").is_file()
+
+    @pytest.mark.parametrize(
+        ("argv", "parts"),
+        [
+            (["status", "--config", "no.yaml"], ["no.yaml: no such recipe file"]),
+            (["status", "no.yaml"], ["no.yaml: no such recipe file"]),
+            (["status"], ["`aries status` needs a run directory or a recipe"]),
+            (["status", "runs"], ["runs is not a run directory", "trl-ext aries list runs"]),
+            (["run", "r.yaml", "stray"], ["command line: unexpected argument `stray`"]),
+            (["report", "--config", "r.yaml", "runs/made"], ["command line: unexpected argument `runs/made`"]),
+            (["compare", "runs/made"], ["got 1"]),
+        ],
+    )
+    def test_errors(self, run, capfd, argv, parts):
+        error = error_of(capfd, ["aries", *argv])
+        assert all(part in error for part in parts)
 
 
 def logged(output_dir: str = "out") -> list[dict]:
@@ -402,19 +414,40 @@ class TestTraining:
         assert done.returncode == 0, done.stderr
         assert "Model saved to out." in done.stdout
 
-    def test_accelerate_config_launches(self, recipe, monkeypatch, capfd):
-        """`--accelerate_config NAME` goes through `accelerate launch`, with the recipe's own launch keys."""
+    @pytest.mark.slow
+    def test_accelerate_config_launches(self, recipe, laptop, capfd):
+        """`--accelerate_config NAME` goes through `accelerate launch`, after a check in a process of its own."""
+        assert main(["tdpo", "--config", write(recipe | {"accelerate_config": laptop, "alpha": -1})]) == 2
+        assert "`alpha` must be at least 0" in capfd.readouterr().err
+        assert main(["tdpo", "--config", write(recipe | {"accelerate_config": laptop, "max_steps": 1})]) == 0
+        assert "Model saved to out." in capfd.readouterr().out
+
+    def test_what_is_launched(self, recipe, laptop, monkeypatch):
+        """First the check, and if it succeeds the training, with the recipe's environment."""
+        launched, codes = [], iter([0, 5, 2])
+        monkeypatch.setattr("trl_ext.processes.run_launcher", lambda *call: launched.append(call) or next(codes))
+        monkeypatch.setenv("TRL_EXT_TEST", "0")
+        path = write(recipe | {"accelerate_config": laptop, "env": {"TRL_EXT_TEST": "1"}})
+        assert main(["tdpo", "--config", path, "--beta", "0.5"]) == 5
+        script = ["--config", path, "--beta", "0.5"]
+        launch = ["--quiet", "--config_file", str(Path("accelerate_configs/laptop.yaml").resolve())]
+        assert launched == [
+            ("trl_ext.scripts.check", ["tdpo", *script]),
+            ("accelerate.commands.launch", [*launch, "--module", "trl_ext.scripts.tdpo", *script]),
+        ]
+        assert os.environ["TRL_EXT_TEST"] == "1"
+        assert main(["tdpo", "--config", path]) == 2 and len(launched) == 3
+
+    @pytest.fixture
+    def laptop(self, workdir, monkeypatch) -> str:
+        """The name of a configuration of accelerate for one process."""
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
         config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "use_cpu": True, "num_machines": 1}
         Path("accelerate_configs").mkdir()
         Path("accelerate_configs/laptop.yaml").write_text(
             yaml.safe_dump(config | {"num_processes": 1, "debug": False})
         )
-        path = write(recipe | {"accelerate_config": "laptop", "max_steps": 1, "env": {"TRL_EXT_TEST": "1"}})
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-        monkeypatch.setenv("TRL_EXT_TEST", "0")
-        assert main(["tdpo", "--config", path]) == 0
-        assert "Model saved to out." in capfd.readouterr().out
-        assert Path("out/model.safetensors").is_file()
+        return "laptop"
 
 
 class TestData:

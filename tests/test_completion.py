@@ -18,10 +18,10 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture(scope="module")
 def scripts() -> dict[str, str]:
-    from trl_ext.cli import make_parser
+    from trl_ext.arguments import ACTIONS, make_parser
     from trl_ext.completion import script
 
-    return {shell: script(make_parser(), shell) for shell in ("bash", "zsh", "fish", "tcsh")}
+    return {shell: script(make_parser(), shell, ACTIONS) for shell in ("bash", "zsh", "fish", "tcsh")}
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,15 @@ def scripts() -> dict[str, str]:
         (["tdpo", "--accelerate_c"], {"--accelerate_config"}),
         (["self-refine-dpo", "--refinement_w"], {"--refinement_weight"}),
         (["aries", "run", "--config", "my_rec"], {"my_recipe.yaml"}),
+        (["aries", "status", "my_"], {"my_recipe.yaml", "my_run"}),
+        (["aries", "compare", "my_run", "my_ru"], {"my_run"}),
+        (["aries", "list", "my_"], {"my_run"}),
     ],
 )
 def test_bash_completes(scripts, tmp_path, words, found):
     Path(tmp_path / "completion.bash").write_text(scripts["bash"])
     Path(tmp_path / "my_recipe.yaml").write_text("")
+    Path(tmp_path / "my_run").mkdir()
     done = subprocess.run(["bash", "-c", ASK, "ask", "trl-ext", *words], cwd=tmp_path, capture_output=True, text=True)
     assert set(done.stdout.split()) == found, done.stderr
 

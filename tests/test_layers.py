@@ -21,6 +21,7 @@ PACKAGE = Path(trl_ext.__file__).parent
 MAY_IMPORT = {
     "processes": set(),
     "fork_server": {"processes"},
+    "arguments": set(),
     "recipe_values": set(),
     "recipe_checks": {"recipe_values"},
     "recipe": {"recipe_checks", "recipe_values"},
@@ -71,7 +72,7 @@ MAY_IMPORT = {
             "aries",
             "scripts",
         ),
-        *("doctor", "migrate", "launch", "completion"),
+        *("arguments", "doctor", "migrate", "launch", "completion"),
     },
     "completion": {"recipe_values", "trainers", "aries"},
     "__init__": {"trainers"},  # the public names, lazily

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.arguments import ACTIONS, TRAINERS, make_parser, split_passed_args
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.training import train as training
-from trl_ext.cli import TRAINERS, make_parser, split_launch_args, split_passed_args
+from trl_ext.cli import named_run, split_launch_args
 from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import apply_overrides, check_keys, export_env, load_yaml, parse_section, take_flag
 from trl_ext.scripts import self_refine_dpo, tdpo
@@ -152,11 +153,14 @@ def check_trl_ext(arguments: list[str]) -> None:
             [*(["aries", "run"] if "prompts" in mapping else ["tdpo"]), "--config", str(args.config), *rest]
         )
     if args.command == "aries":
-        if args.action == "compare" or args.config is None:
-            assert args.action == "compare" or args.run is not None
+        if args.action not in ACTIONS:
             assert rest == []
             return
-        recipe = export_env(apply_overrides(load_yaml(ROOT / args.config), rest))
+        named, overrides = named_run(args, rest)
+        if named.startswith("runs/"):
+            assert overrides == []
+            return
+        recipe = export_env(apply_overrides(load_yaml(ROOT / named), overrides))
         trainer = parse_section(recipe, AriesConfig).training.get("trainer", "dpo")
         check_keys(recipe, [training.TRAINERS[trainer][1]], ("training",), also=("trainer", "reference"))
         return

@@ -9,13 +9,13 @@ import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext.arguments import TRAINERS
 from trl_ext.aries.checks import preflight
 from trl_ext.aries.config import LOOP_KEYS, AriesConfig
 from trl_ext.aries.data.templates import compile_template
 from trl_ext.aries.scoring.verifier import load_verifier
 from trl_ext.aries.training.settings import TrainerSettings
 from trl_ext.aries.training.train import trainer_classes
-from trl_ext.cli import TRAINERS
 from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import Recipe, check_keys, export_env, load_yaml, parse_flat, parse_section
 from trl_ext.trainers.shifted_dpo_trainer import ShiftedDPOTrainer

@@ -12,31 +12,35 @@ from .trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from .trainers.tdpo_config import TDPOConfig
 
 
-FILES, DIRECTORIES = ("--config", "old"), ("--output_dir", "run", "runs")
+FILES, DIRECTORIES = {"--config", "old", "output", "run", "runs"}, {"--output_dir", "directory"}
 
 
-def script(parser: argparse.ArgumentParser, shell: str) -> str:
+def script(parser: argparse.ArgumentParser, shell: str, run_actions: Iterable[str]) -> str:
     """
     Args:
         parser (`argparse.ArgumentParser`):
-            The command line's parser; the recipe keys are added to it.
+            The command line's; the keys of recipes are added to it.
         shell (`str`):
             `"bash"`, `"zsh"`, `"fish"` or `"tcsh"`.
+        run_actions (iterable of `str`):
+            The actions of `aries` that take a run directory or a recipe.
 
     Returns:
-        `str`: the script for the shell to source.
+        `str`: the script that the shell reads.
     """
     commands = subparsers(parser)
     add_flags(commands["tdpo"], trainer_keys(TDPOConfig))
     add_flags(commands["self-refine-dpo"], trainer_keys(SelfRefineDPOConfig))
     actions = subparsers(commands["aries"])
     add_flags(actions["run"], aries_keys())
+    for name in run_actions:
+        actions[name].add_argument("run", nargs="?", metavar="RUN")
     for each in (*commands.values(), *actions.values()):
         for action in each._actions:  # where shtab looks for completions
             names = {*action.option_strings, action.dest}
-            if names & {*FILES, "output"}:
+            if names & FILES:
                 action.complete = shtab.FILE
-            elif names & {*DIRECTORIES}:
+            elif names & DIRECTORIES:
                 action.complete = shtab.DIRECTORY
     return shtab.complete(parser, shell)
 
@@ -65,7 +69,7 @@ def trainer_keys(config: type) -> Iterator[str]:
 
 
 def aries_keys() -> Iterator[str]:
-    """The dotted keys of an ARIES recipe; `training` has those of all its trainers."""
+    """The dotted keys of an ARIES recipe; `training` has the keys of all trainers."""
     from trl import ModelConfig, SFTConfig
 
     from .aries.config import LOOP_KEYS, AriesConfig

@@ -1,6 +1,6 @@
 """
-Inputs: what a recipe names and a run reads. All of it is opened before any work is done, so that what is missing shows then; and the
-hashes of local files keep a run that is continued to the same ones.
+Inputs: everything a recipe names and a run reads. It is opened before any work, so that missing files show early; hashes of local files
+make sure that a run continues with the same ones.
 """
 
 import os
@@ -23,13 +23,15 @@ from .scoring.verifier import verifier_file
 @dataclass
 class Inputs:
     """
+    What a run reads.
+
     Args:
         prompts ([`~aries.data.prompts.Prompts`]), round_size (`int`):
-            The prompts of all rounds, and how many of them a round takes.
+            The prompts of all rounds, and how many a round takes.
         evaluation_prompts (`list[dict]`):
-            The held-out ones.
+            The held-out prompts.
         sft_rows (`list[dict]`), sft_dropped (`dict[str, int]`):
-            The rows for SFT, none without it, and how many cannot be used, by reason.
+            The rows for SFT, if any, and how many cannot be used, by reason.
     """
 
     prompts: Prompts
@@ -49,10 +51,10 @@ def read_inputs(config: AriesConfig) -> Inputs:
     Open what the recipe names.
 
     Raises:
-        [`RecipeError`]: something is missing, or cannot be used.
+        [`RecipeError`]: something is missing or cannot be used.
     """
     check_sources(config)
-    Strategy(config.refinements)  # a template that cannot be used shows before a million prompts are read
+    Strategy(config.refinements)  # a broken template shows before a million prompts are read
     for scorer in config.scores.each():
         if scorer.verifier is not None:
             verifier_file(scorer.verifier)
@@ -66,7 +68,7 @@ def read_inputs(config: AriesConfig) -> Inputs:
 def check_sources(config: AriesConfig) -> None:
     """
     Raises:
-        [`RecipeError`]: what is evaluated on is what is trained on: one file, which has no splits, or the same split of a dataset.
+        [`RecipeError`]: training and evaluation read the same file, which has no splits, or the same split of a dataset.
     """
     evaluated = [_source(entry) for entry in config.evaluation.entries()]
     sections = {"prompts": config.prompts.entries(), "evaluation": config.evaluation.entries()}
@@ -76,19 +78,19 @@ def check_sources(config: AriesConfig) -> None:
         for entry in entries:
             if _source(entry)[0] == "file" and "[" in entry.split:
                 raise RecipeError(
-                    f"`{section}`: `split: {entry.split}` does nothing to {entry.path}, since a file has no splits. Make two files of it, or "
-                    "name a directory or a dataset on the Hub."
+                    f"`{section}`: `split: {entry.split}` has no effect on {entry.path}, since a file has no splits. Split it into two "
+                    "files, or name a directory or a dataset on the Hub."
                 )
             if section != "evaluation" and _source(entry) in evaluated:
                 raise RecipeError(
                     f"`{section}` and `evaluation` both name {entry.path}"
                     + (", and a file has no splits" if _source(entry)[0] == "file" else f", split {entry.split!r}")
-                    + ": the policy would be evaluated on what it learns from. Make two files of it, or name another split."
+                    + ": the policy would be evaluated on its training data. Split it into two files, or name another split."
                 )
 
 
 def _source(entry: DatasetConfig) -> tuple:
-    """What rows an entry stands for."""
+    """Identifies the rows that an entry stands for."""
     path = Path(entry.path).expanduser()
     if os.path.isfile(path):
         return "file", path.resolve()
@@ -103,12 +105,12 @@ def read_sft_rows(config: AriesConfig) -> tuple[list[dict[str, Any]], dict[str, 
     usable, dropped = usable_sft_rows(rows, dataset)
     finding = share_finding("rows of `sft.dataset`", dropped, len(rows), config.health)
     if finding or not usable:
-        raise RecipeError(f"`sft.dataset`: {finding or 'no row can be used'}. Look at {dataset}, or raise the bound.")
+        raise RecipeError(f"`sft.dataset`: {finding or 'no row can be used'}. Check {dataset}, or raise the bound.")
     return usable, dropped
 
 
 def local_inputs(config: AriesConfig, launch: Launch | None) -> dict[str, Path | None]:
-    """What the recipe reads, by the key that names it; `None` for what is not on this machine."""
+    """Local paths that the recipe reads, by the key that names them; `None` for what is not on this machine."""
     named = {
         "model.model_name_or_path": config.model["model_name_or_path"],
         **named_data("prompts", config.prompts.entries()),
@@ -127,7 +129,7 @@ def local_inputs(config: AriesConfig, launch: Launch | None) -> dict[str, Path |
 
 
 def input_hashes(inputs: dict[str, Path | None]) -> dict[str, str | None]:
-    """SHA-256 of what [`local_inputs`] found, by key; of a model's directory, the files that it is loaded from."""
+    """SHA-256 of what [`local_inputs`] found; for a model's directory, of the files it is loaded from."""
     return {
         key: None if path is None else sha256(path, model_files(path) if (path / "config.json").exists() else None)
         for key, path in inputs.items()
@@ -135,7 +137,7 @@ def input_hashes(inputs: dict[str, Path | None]) -> dict[str, str | None]:
 
 
 def named_data(section: str, entries: list[DatasetConfig]) -> dict[str, str]:
-    """What a section's datasets name that may be a local path, by the key that names it."""
+    """What a section's datasets name that may be a local path, by key."""
     if len(entries) == 1 and not entries[0].data_files and not entries[0].data_dir:
         return {f"{section}.dataset": entries[0].path}
     named = {}

@@ -1,6 +1,6 @@
 """
-The manifest: what closes a round, and so the last of its files. Where the round came from, what was decided in it, how much was dropped
-and why, what was installed, and the hashes of what it made.
+The manifest, which closes a round and is its last file: the round's parent, its decisions, what was dropped and why, package versions, and
+the hashes of its files.
 """
 
 import platform
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any] | None:
-    """Commit of the trl_ext checkout in use, or `None` for an installed package."""
+    """Commit of the trl_ext checkout in use; `None` for an installed package."""
     source = Path(trl_ext.__file__).parent
     git = ["git", "-C", str(source)]
     try:

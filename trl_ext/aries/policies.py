@@ -27,8 +27,8 @@ class Policy:
 
 def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
     """
-    The policy after a round; without SFT, the one before round 1 is the model as it came, and a round that the guard left
-    out leaves it as it was.
+    The policy after a round. A round that the guard skipped keeps the one before it; before round 1, without SFT, it is the model as it
+    came.
     """
     base = config.model["model_name_or_path"]
     if is_skipped(run.round(number)):
@@ -40,7 +40,7 @@ def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
 
 
 def product(round_dir: RoundDir, config: AriesConfig) -> Path:
-    """What the round's training makes: a model, or an adapter."""
+    """What the round's training makes: a model or an adapter."""
     return round_dir.adapter if config.model.get("use_peft") else round_dir.model
 
 

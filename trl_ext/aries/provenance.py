@@ -1,8 +1,8 @@
 """
-Provenance: what a run reads of its own is what it made.
+Provenance: make sure that a run continues with the files it made.
 
-The SHA-256 of a file is noted in its round's `made.json` once the stage that made it has ended; the manifest takes the notes over. A run
-that continues compares before it does anything. What is still being written, and a trainer's checkpoints, are not looked at.
+The SHA-256 of a file is noted in its round's `made.json` when the stage that made it ends, and moves to the manifest later. A run that
+continues compares before it does anything else. Unfinished files and a trainer's checkpoints are not compared.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from .policies import policy_after
 from .run_dir import RunDir
 
 
-# Of a closed round, what later rounds read besides its policy
+# Files of a closed round that later rounds read besides its policy
 READ_LATER = ("evaluation_prompts.jsonl", "evaluation.jsonl", "evaluation_scores.jsonl")
 
 
 def made_files(run: RunDir, number: int) -> list[Path]:
-    """What a round may have made, in the order it is made."""
+    """What a round may have made, in the order in which it is made."""
     round_dir = run.round(number)
     return [
         *([run.evaluation_prompts] if number == 0 else []),
@@ -31,7 +31,7 @@ def made_files(run: RunDir, number: int) -> list[Path]:
 
 
 def made(run: RunDir, number: int) -> dict[str, str]:
-    """SHA-256 of what a round has made, by name: as it was noted, and, of what was not noted yet, as it is now."""
+    """SHA-256 of what a round has made, by name: as noted, or as it is now if there is no note yet."""
     noted = read_json(run.round(number).made) or {}
     there = [path for path in made_files(run, number) if _found(run, number, path) is not None]
     return {path.name: noted.get(path.name) or sha256(_found(run, number, path)) for path in there}
@@ -43,17 +43,17 @@ def note_made(run: RunDir, rounds: int) -> None:
         round_dir = run.round(number)
         if round_dir.path.exists() and not round_dir.manifest.exists():
             now = made(run, number)
-            now.pop(round_dir.metrics.name, None)  # written anew until the manifest is
+            now.pop(round_dir.metrics.name, None)  # rewritten until the manifest is there
             if now != (read_json(round_dir.made) or {}):
                 write_json(round_dir.made, now)
 
 
 def check_made(run: RunDir, config: AriesConfig) -> None:
     """
-    Compare what an unfinished run has made with what was noted, of the policies those that are still needed.
+    Compare what an unfinished run has made with the notes; of the policies, only those still needed.
 
     Raises:
-        [`RecipeError`]: a file is another one, or is gone and cannot be made again.
+        [`RecipeError`]: a file has changed, or is gone and cannot be made again.
     """
     is_open = next(n for n in range(config.rounds + 2) if not run.round(n).manifest.exists())
     needed = {_path(run, config, n) for n in (0, max(is_open - 1, 0), is_open)}
@@ -72,11 +72,13 @@ def check_made(run: RunDir, config: AriesConfig) -> None:
 
 def check_policy(run: RunDir, config: AriesConfig, number: int) -> None:
     """
+    Check the policy after a round before it is used outside the run.
+
     Raises:
-        [`RecipeError`]: the policy after a round, which is about to be used outside of the run, is not what the run made.
+        [`RecipeError`]: it is not what the run made.
     """
     path = _path(run, config, number)
-    for n in range(number, -1, -1):  # a round that was left untrained has an earlier one's
+    for n in range(number, -1, -1):  # an untrained round has an earlier one's
         for file in (run.round(n).model, run.round(n).adapter):
             if str(file) == path:
                 check_file(run, n, file)
@@ -84,8 +86,10 @@ def check_policy(run: RunDir, config: AriesConfig, number: int) -> None:
 
 def check_file(run: RunDir, number: int, path: Path) -> None:
     """
+    Check a file of a round before it is used outside the run.
+
     Raises:
-        [`RecipeError`]: a file of a round, which is about to be used outside of the run, is not what the run made.
+        [`RecipeError`]: it is not what the run made.
     """
     noted = (read_json(run.round(number).manifest) or {}).get("sha256") or read_json(run.round(number).made) or {}
     if path.name in noted:
@@ -110,13 +114,15 @@ def _places(run: RunDir, number: int, path: Path) -> Iterator[Path]:
 def _compare(run: RunDir, number: int, path: Path, expected: str, closed: bool = True, is_needed: bool = True) -> None:
     found = _found(run, number, path)
     if found is None:
-        if not is_needed:  # it is made again, or nobody reads it any more
+        if not is_needed:  # it is made again, or no longer read
             return
-        raise RecipeError(f"{path} is gone, and the run goes on from it. Bring it back, or set another `output_dir`.")
+        raise RecipeError(
+            f"{path} is missing, but the run needs it to continue. Restore it, or set another `output_dir`."
+        )
     actual = sha256(found)
     if actual != expected:
-        again = "" if closed else f", or delete {found} if the run is to make it again"
+        again = "" if closed else f", or delete {found} to have it made again"
         raise RecipeError(
-            f"{found} is not what the run made in round {number} (SHA-256 {actual[:12]}…, expected {expected[:12]}…), and the run would go "
-            f"on with it. Bring the run's own back{again}, or set another `output_dir`."
+            f"{found} is not what the run made in round {number} (SHA-256 {actual[:12]}…, expected {expected[:12]}…), and the run would "
+            f"continue with it. Restore the original{again}, or set another `output_dir`."
         )

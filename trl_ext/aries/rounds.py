@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..launch import Launch, recipe_launch
-from ..recipe import COMMAND_LINE, Recipe, RecipeError
+from ..recipe import COMMAND_LINE, Recipe, RecipeError, load_yaml
 from .checks.gates import decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
 from .checks.overlap import count_overlap, overlap_lines
 from .checks.set_aside import degenerate, set_aside, take_back
@@ -86,14 +86,16 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
             loop.round(number)
         loop.evaluate_last()
     print_results(loop.dir, config, progress)
-    print_next(loop.dir, config, progress, recipe.path, duration(time.monotonic() - start))
+    print_next(loop.dir, config, progress, duration(time.monotonic() - start))
     return 0
 
 
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as it was written, or, with overrides from the command line, as it was meant."""
     if COMMAND_LINE in recipe.locations.values():
-        return yaml.safe_dump(recipe.mapping, sort_keys=False, allow_unicode=True)
+        env = load_yaml(recipe.path).at("env")  # taken out of the mapping when it was exported
+        mapping = recipe.mapping if env is None else {"env": env, **recipe.mapping}
+        return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
     return recipe.path.read_text(encoding="utf-8")
 
 

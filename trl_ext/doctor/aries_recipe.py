@@ -1,4 +1,4 @@
-"""An ARIES recipe: what its loop checks before it starts, the prompts as they are rendered, and the memory of every stage."""
+"""Checks of an ARIES recipe: what the loop checks before it starts, rendered prompts, and the memory of each stage."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ from ..launch import Launch, recipe_launch
 from ..recipe import Recipe, RecipeError, parse_section
 from ..rows.processing import tokenizer_of
 from .checks import Check, Report
-from .flat_recipe import check_memory, find_shape, left_out
+from .flat_recipe import check_memory, find_shape, no_estimate
 from .memory import BYTES, Estimate, Item, concurrency, engine_dtype, engine_memory, overhead, training_memory
 from .samples import SAMPLED_ROWS, check_bos, checkpoint_dtype, percent, read_model, show
 from .shape import Shape, classifier_parameters
@@ -44,7 +44,7 @@ ANSWER, FULL_TEXT = "(the answer)", "<think>\n(the thought)\n</think>\n\n(the an
 def check(recipe: Recipe, probe: bool, report: Report) -> None:
     """
     Raises:
-        [`RecipeError`]: what the rest depends on is wrong.
+        [`RecipeError`]: the remaining checks depend on something that is wrong.
     """
     report.heading(f"{recipe.path}, for trl-ext aries")
     config = parse_section(recipe, AriesConfig)
@@ -64,7 +64,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
     if model is not None:
         report.attempt("memory", estimates, config, model[0], report)
     if not probe or report.counts["failed"]:
-        report.add(left_out(probe))
+        report.add(no_estimate(probe))
         return
     from .probe import probe_aries
 
@@ -77,26 +77,22 @@ def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
     needed = ["prompt", *sorted(set().union(*map(columns_of, config.scores.each())))]
     missing = [column for column in needed if column not in columns]
     found = f"found {', '.join(columns)}; needed {', '.join(needed)}"
-    way_out = (
-        f"No column {', '.join(missing)}: add it to the prompts, or let the scorer do without." if missing else None
-    )
-    report.add(Check("failed" if missing else "ok", "columns", found, way_out))
+    fix = f"Add a column {', '.join(missing)} to the prompts, or use another scorer." if missing else None
+    report.add(Check("failed" if missing else "ok", "columns", found, fix))
     kind = "messages" if inputs.conversational else "text"
     found = f"{len(inputs.prompts):,} prompts ({kind}), {inputs.round_size:,} a round × {config.rounds} rounds, "
     found += f"{len(inputs.evaluation_prompts):,} for evaluation"
     report.add(Check("ok", "rows", found + (f", {len(inputs.sft_rows):,} for SFT" if inputs.sft_rows else "")))
     lines = overlap_lines(count_overlap(inputs.prompts, inputs.evaluation_prompts, inputs.sft_rows))
-    for line in lines or ["no evaluation prompt is trained on, and no row is there twice"]:
+    for line in lines or ["no evaluation prompt is trained on, and no row is repeated"]:
         report.add(Check("warning" if lines else "ok", "overlap", line))
 
 
 def columns_of(scorer: ScorerConfig) -> set[str]:
-    """Columns beside `prompt` that a scorer asks for by name: a verifier's parameters, a judge's variables."""
+    """Columns other than `prompt` that a scorer needs: a verifier's parameters, a judge's variables."""
     if scorer.verifier is not None:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.chdir(os.getcwd()),
-        ):  # it may print, and go elsewhere
+        # It may print and change the directory
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.chdir(os.getcwd()):
             return needed_columns(load_verifier(scorer.verifier))
     if scorer.judge is not None:
         return find_undeclared_variables(Environment().parse(scorer.judge.template)) - JUDGE_VARIABLES
@@ -104,8 +100,8 @@ def columns_of(scorer: ScorerConfig) -> set[str]:
 
 
 def check_settings(config: AriesConfig, inputs: Inputs, recipe: Recipe, launch: Launch | None, report: Report) -> None:
-    """The loop's own checks: scorers against columns, the trainer's keys, the tokenizer, reward models."""
-    # In a directory of its own: the run's is left as it is
+    """Run the loop's own checks: scorers, the trainer's keys, the tokenizer, reward models, servers."""
+    # In a temporary directory: the run's stays as it is
     with tempfile.TemporaryDirectory() as directory:
         loop = Rounds(replace(config, output_dir=directory), inputs, launch=launch)
         try:
@@ -117,7 +113,9 @@ def check_settings(config: AriesConfig, inputs: Inputs, recipe: Recipe, launch: 
         except ChildError as error:
             report.add(Check("failed", "settings", str(error).splitlines()[-1]))
         else:
-            report.add(Check("ok", "settings", "scorers, trainer, tokenizer, reward models and servers are accepted"))
+            report.add(
+                Check("ok", "settings", "the loop accepts scorers, trainer, tokenizer, reward models and servers")
+            )
         for event in loop.dir.read_events():
             if event["event"] == "note":
                 report.add(Check("warning", "settings", event["note"]))
@@ -126,10 +124,12 @@ def check_settings(config: AriesConfig, inputs: Inputs, recipe: Recipe, launch: 
 def check_samples(
     config: AriesConfig, inputs: Inputs, template: Template, tokenizer: PreTrainedTokenizerBase, report: Report
 ) -> None:
-    """The prompts and, around a placeholder, the refinement prompts of two samples; how many cannot be answered."""
+    """Two prompts and their refinement prompts as rendered, and how many prompts are too long."""
     if inputs.conversational and tokenizer.chat_template is None:
-        return  # among the settings
-    report.add(Check("ok", "samples", "the first two prompts, and the refinement prompts around a draft"))
+        return  # reported with the settings
+    report.add(
+        Check("ok", "samples", "the first two prompts, and their refinement prompts with a placeholder for the draft")
+    )
     for row in inputs.prompts[:2]:
         ids = encode_prompt(tokenizer, row["prompt"])
         show(report, "prompt", ids, tokenizer)
@@ -148,22 +148,20 @@ def check_samples(
         direct += len(encode_prompt(tokenizer, row["prompt"])) + sampling[0].max_tokens > limit
         around = len(encode_prompt(tokenizer, _around(row["prompt"], template))) - empty
         refined += around + sampling[0].max_tokens + answers > limit
-    way_out = (
-        "Raise `generation.max_model_len`, or lower `drafts.max_tokens`: these chains stop with `prompt_too_long`."
-    )
+    fix = "Raise `generation.max_model_len`, or lower `drafts.max_tokens`: these chains stop with `prompt_too_long`."
     text = f"{percent(direct, len(rows))} prompts are too long for `drafts.max_tokens` in `max_model_len: {limit}`"
-    report.add(Check("warning" if direct else "ok", "lengths", text, way_out if direct else None))
+    report.add(Check("warning" if direct else "ok", "lengths", text, fix if direct else None))
     if config.refinements.strategy == "chain":
-        text = f"{percent(refined, len(rows))} chains would be, to refine the longest draft that is allowed"
+        text = f"{percent(refined, len(rows))} chains would be too long to refine the longest possible draft"
         many = refined > 0.05 * len(rows)
-        report.add(Check("warning" if many else "ok", "refinements", text, way_out if many else None))
+        report.add(Check("warning" if many else "ok", "refinements", text, fix if many else None))
 
 
 def check_learned(config: AriesConfig, prompt: Any, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
-    """A row as it is trained on, and what the chat template adds to its answer: thinking models are given an empty thought."""
+    """A training row as rendered, with a warning if the chat template adds to the answer, such as an empty thought."""
     text = FULL_TEXT if config.pairs.learn == "full_text" else ANSWER
     row = render_row(tokenizer, prompt, text)
-    is_text = isinstance(prompt, str)  # else the template has written the special tokens
+    is_text = isinstance(prompt, str)  # otherwise the template adds the special tokens
     show(report, "training row", tokenizer(row, add_special_tokens=is_text)["input_ids"], tokenizer)
     start = prompt if is_text else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     if row.startswith(start + text):
@@ -178,7 +176,7 @@ def check_learned(config: AriesConfig, prompt: Any, tokenizer: PreTrainedTokeniz
         Check(
             "warning",
             "answer",
-            f"{found}, and training teaches what it makes of a row",
+            f"{found}, and the model learns the row as rendered",
             "With an empty thought, the model learns to answer without one. To learn the thought as well, set `pairs.learn: full_text` and "
             "`generation.answer_pattern`.",
         )
@@ -190,7 +188,7 @@ def _around(prompt: Any, template: Template) -> Any:
 
 
 def estimates(config: AriesConfig, model_config: PreTrainedConfig, report: Report) -> None:
-    """The memory of the engine, unless it is on servers, of each reward model and of training, which take turns on the GPU."""
+    """Memory of the engine (unless servers generate), each reward model and training, which take turns on the GPU."""
     model_args = ModelConfig(**config.model)
     shape = find_shape(model_config, model_args, config.trust_remote_code, report)
     if shape is None:
@@ -211,7 +209,7 @@ def estimates(config: AriesConfig, model_config: PreTrainedConfig, report: Repor
     try:
         args = config_class(**settings.config | on_any_machine)
     except (TypeError, ValueError):
-        return  # among the settings
+        return  # reported with the settings
     args.bf16 = config.training.get("bf16", not config.training.get("fp16", False))
     args.fp16 = config.training.get("fp16", False)
     if model_args.dtype not in (None, "auto"):
@@ -226,11 +224,11 @@ def _engine_room(shape: Shape, config: AriesConfig, dtype: str, engine: Estimate
         return
     fit = concurrency(shape, config.generation, dtype, engine, torch.cuda.mem_get_info(0)[1])
     share = config.generation.gpu_memory_utilization
-    report.detail(f"{'':>10}  in {share:.0%} of cuda:0, {fit} sequences of `max_model_len` fit side by side")
+    report.detail(f"{'':>10}  in {share:.0%} of cuda:0, {fit} sequences of `max_model_len` fit at once")
 
 
 def reward_memory(name: str, revision: str | None) -> Estimate:
-    """A reward model's weights, in the checkpoint's data type."""
+    """Memory of a reward model's weights, in the checkpoint's data type."""
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a check says: one line with its state, what was looked at and what was found, and the way out below it."""
+"""A check, and the report that prints it: its state, what was looked at and what was found on one line, and a fix below."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,23 +23,23 @@ class Check:
             `"ok"`, `"warning"` or `"failed"`.
         what, found (`str`):
             What was looked at, and what there is.
-        way_out (`str`, *optional*):
+        fix (`str`, *optional*):
             What to do about it.
     """
 
     state: Literal["ok", "warning", "failed"]
     what: str
     found: str
-    way_out: str | None = None
+    fix: str | None = None
 
 
 class Report:
     """
-    Prints checks as they come, in plain lines where stdout is no terminal, and counts them.
+    Prints checks as they come, without colours if stdout is not a terminal, and counts them.
 
     Args:
         console ([`~rich.console.Console`], *optional*):
-            Where to. Default: stdout.
+            Where to print. Default: stdout.
     """
 
     def __init__(self, console: Console | None = None):
@@ -49,12 +49,12 @@ class Report:
     def add(self, check: Check) -> None:
         self.counts[check.state] += 1
         line = Text(f"{check.state:<8}", style=STYLES[check.state]).append(f" {check.what:<14} ", style="bold")
-        self.console.print(line.append(printable(check.found), style="not bold default"))
-        if check.way_out:
-            self.console.print(Text(f"{'':<9}-> {printable(check.way_out)}"))
+        self.console.print(line.append(escaped(check.found), style="not bold default"))
+        if check.fix:
+            self.console.print(Text(f"{'':<9}-> {escaped(check.fix)}"))
 
     def attempt(self, what: str, step: Callable[..., T], *args: Any) -> T | None:
-        """What a step returns; where it finds bad input, a failed check for each line of the message, and `None`."""
+        """Call a step and return its result; if it raises [`RecipeError`], add a failed check for each line and return `None`."""
         try:
             return step(*args)
         except RecipeError as error:
@@ -63,24 +63,27 @@ class Report:
         return None
 
     def heading(self, text: str) -> None:
-        self.console.print(Text(f"\n{printable(text)}", style="bold"))
+        self.console.print(Text(f"\n{escaped(text)}", style="bold"))
 
     def detail(self, text: str, indent: int = 9) -> None:
-        """Lines below a check."""
-        for line in printable(text).split("\n"):
+        """Print lines below a check."""
+        for line in escaped(text).split("\n"):
             self.console.print(Text(" " * indent + line))
 
     def end(self) -> int:
-        """The last line; the exit code is 0 where nothing failed."""
+        """Print the totals, and return the exit code: 0 if nothing failed."""
         counts = self.counts
         self.console.print(
-            Text(f"\n{counts['ok']} ok, {counts['warning']} to look at, {counts['failed']} failed", style="bold")
+            Text(
+                f"\n{counts['ok']} ok, {counts['warning']} warning{'s' * (counts['warning'] != 1)}, {counts['failed']} failed",
+                style="bold",
+            )
         )
         return 1 if counts["failed"] else 0
 
 
-def printable(text: str) -> str:
-    """The text without what a terminal would act on: data may hold escape sequences."""
+def escaped(text: str) -> str:
+    """The text with control characters as escapes: data may hold sequences that a terminal would act on."""
     return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

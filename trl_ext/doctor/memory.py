@@ -1,9 +1,8 @@
 """
-GPU memory of a stage, by arithmetic: [`Item`]s with their bytes and how they come about. One device, nothing sharded.
+GPU memory of a stage, by arithmetic: [`Item`]s with their bytes and how they were computed. One device, nothing sharded.
 
-Weights, gradients, optimizer states, adapters and the KV cache are exact. Activations are what autograd keeps of the model's
-layers in 16 bits, counted on the meta device, for sequences of full length: an upper bound for shorter ones. The rest is
-[house]: `OVERHEAD`, and the tiles of this package's kernels.
+Weights, gradients, optimizer states, adapters and the KV cache are exact. Activations are what autograd keeps of the model's layers,
+counted on the meta device for sequences of full length, so they are an upper bound for shorter ones. `OVERHEAD` is our guess.
 """
 
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from .checks import gigabytes
 from .shape import BYTES, Shape
 
 
-OVERHEAD = 10**9  # [house]: CUDA's context, workspaces, what the allocator cannot use
-# `optim` -> (states per parameter, bytes of each; None: the parameter's own type). Others are counted as AdamW
+OVERHEAD = 10**9  # CUDA's context, workspaces and fragmentation; our guess
+# `optim` -> (states per parameter, bytes of each or None for the parameter's own type). Others count as AdamW
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_apex_fused"), (2, None)),
     **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), (2, 1)),
@@ -31,7 +30,7 @@ OPTIMIZERS = {
 
 @dataclass
 class Item:
-    """One line of an estimate: what, its bytes, and the arithmetic."""
+    """One line of an estimate: its name, its bytes, and the arithmetic."""
 
     what: str
     bytes: int
@@ -57,19 +56,19 @@ def training_memory(
     shape: Shape, model_args: ModelConfig, args: DPOConfig, dtype: str, has_ref_adapter: bool = False
 ) -> Estimate:
     """
-    A step of preference training, at its largest: all sequences of `max_length` tokens.
+    The largest step of preference training: every sequence has `max_length` tokens.
 
     Args:
         shape ([`~doctor.shape.Shape`]), model_args ([`~trl.ModelConfig`]), args ([`~trl.DPOConfig`]):
-            The model and what the recipe says.
+            The model and the recipe's settings.
         dtype (`str`):
             Data type of the weights, `"float32"`, `"bfloat16"` or `"float16"`.
         has_ref_adapter (`bool`, *optional*, defaults to `False`):
-            Whether the reference is an adapter of its own: ARIES' rounds after the first.
+            Whether the reference is a second adapter, as in ARIES' rounds after the first.
     """
     items = [base_weights("policy", shape, model_args, dtype)]
     if model_args.use_peft:
-        # TRL puts the adapters on quantized bases into bfloat16; PEFT puts the others into float32
+        # TRL casts adapters on quantized bases to bfloat16; PEFT keeps others in float32
         size = 2 if model_args.load_in_4bit or model_args.load_in_8bit else 4
         trained, where = shape.lora, "LoRA"
         items.append(Item("adapter", size * trained, f"{trained:,} parameters × {size} B"))
@@ -93,7 +92,7 @@ def training_memory(
 
 
 def step_memory(shape: Shape, model_args: ModelConfig, args: DPOConfig) -> list[Item]:
-    """What a forward and backward hold: activations, hidden states of the answers, tiles of logits."""
+    """Memory of a forward and backward pass: activations, hidden states of the answers, tiles of logits."""
     length = args.max_length or 1024
     tokens = 2 * args.per_device_train_batch_size * length
     size = 2 if args.bf16 or args.fp16 else 4
@@ -120,7 +119,7 @@ def step_memory(shape: Shape, model_args: ModelConfig, args: DPOConfig) -> list[
 
 
 def base_weights(what: str, shape: Shape, model_args: ModelConfig, dtype: str) -> Item:
-    """The weights of a model, quantized where the recipe says so."""
+    """The weights of a model, quantized if the recipe says so."""
     linear = sum(shape.linear)
     rest = f"{shape.parameters - linear:,} parameters × {BYTES[dtype]} B ({dtype})"
     if model_args.load_in_4bit:
@@ -134,8 +133,8 @@ def base_weights(what: str, shape: Shape, model_args: ModelConfig, dtype: str) -
 
 def engine_memory(shape: Shape, generation: GenerationConfig, dtype: str, lora_rank: int | None) -> Estimate:
     """
-    vLLM on one of `tensor_parallel_size` GPUs, with as much KV cache as one sequence of `max_model_len` needs: the least with
-    which it starts. It takes more, up to `gpu_memory_utilization`.
+    vLLM's minimum on one of `tensor_parallel_size` GPUs, with KV cache for one sequence of `max_model_len`. It takes more if it can, up
+    to `gpu_memory_utilization`.
     """
     parts = generation.tensor_parallel_size
     split = "" if parts == 1 else f" / {parts} GPUs"
@@ -154,12 +153,12 @@ def engine_memory(shape: Shape, generation: GenerationConfig, dtype: str, lora_r
 
 
 def kv_bytes(shape: Shape, dtype: str) -> int:
-    """Bytes of the KV cache per token, whose type is the engine's."""
+    """Bytes of the KV cache per token, in the engine's data type."""
     return shape.kv_elements * BYTES[dtype]
 
 
 def concurrency(shape: Shape, generation: GenerationConfig, dtype: str, estimate: Estimate, total: int) -> int:
-    """Sequences of `max_model_len` that fit into what `gpu_memory_utilization` leaves on a GPU of `total` bytes."""
+    """How many sequences of `max_model_len` fit on a GPU of `total` bytes within `gpu_memory_utilization`."""
     token = kv_bytes(shape, dtype) // generation.tensor_parallel_size
     others = estimate.total - generation.max_model_len * token
     return max(0, int(generation.gpu_memory_utilization * total - others)) // (generation.max_model_len * token)
@@ -170,7 +169,7 @@ def overhead() -> Item:
 
 
 def engine_dtype(generation: GenerationConfig, checkpoint: str) -> str:
-    """The data type that vLLM takes: for `auto` the checkpoint's, and 16 bits for a float32 one."""
+    """vLLM's data type: for `auto` the checkpoint's, or bfloat16 if that is float32."""
     if generation.dtype != "auto":
         return generation.dtype
     return "bfloat16" if checkpoint == "float32" else checkpoint

@@ -1,8 +1,8 @@
 """
-The time of a recipe from a little of it: a real start of the engine, real steps of the trainer, in a directory that is removed.
+Estimate a recipe's time from a short run: a real start of the engine and real training steps, in a temporary directory.
 
-Both are estimates. Steps are timed one micro-batch at a time, after the first; the engine with fewer requests at once than in a
-round, where it is faster per request.
+Steps are timed one micro-batch at a time, after the first. The engine is timed with fewer requests at once than in a round, so the
+estimate is too high.
 """
 
 import json
@@ -39,7 +39,7 @@ MODULES = {"tdpo": "trl_ext.scripts.tdpo", "self-refine-dpo": "trl_ext.scripts.s
 
 
 def probe_training(command: str, recipe: Recipe, overrides: Sequence[str], args: DPOConfig, rows: int) -> Check:
-    """`STEPS` steps of one micro-batch each, of the recipe's model on its data."""
+    """Run `STEPS` steps of one micro-batch each, of the recipe's model on its data."""
     with tempfile.TemporaryDirectory() as directory:
         changes = {
             "output_dir": directory,
@@ -59,14 +59,17 @@ def probe_training(command: str, recipe: Recipe, overrides: Sequence[str], args:
         seconds, code, tail = timed_steps(launcher_command(MODULES[command], *arguments))
     if code != 0 or len(seconds) < 2:
         return Check(
-            "failed", "time", f"the probe's process: {ended(code)}: {tail}", "Run it to see all: `max_steps: 2`."
+            "failed",
+            "time",
+            f"the probe failed: {ended(code)}: {tail}",
+            "Run it with `--max_steps 2` to see the error.",
         )
     each = (seconds[-1] - seconds[0]) / (len(seconds) - 1)
     return Check("ok", "time", training_time(each, args, rows))
 
 
 def timed_steps(command: list[str]) -> tuple[list[float], int, str]:
-    """When each step was logged, the exit code, and the last line."""
+    """Run a training, and return when each step was logged, the exit code, and the last line."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     options |= {"text": True, "errors": "replace", "env": {**os.environ, **ENVIRONMENT, **one_gpu()}}
     seconds, lines = [], []
@@ -80,7 +83,7 @@ def timed_steps(command: list[str]) -> tuple[list[float], int, str]:
 
 
 def training_time(each: float, args: DPOConfig, rows: int) -> str:
-    """From the seconds of a micro-batch to the whole training, on one device."""
+    """The time of a whole training on one device, from the seconds of a micro-batch."""
     size = args.per_device_train_batch_size
     if args.max_steps > 0:
         count = args.max_steps * args.gradient_accumulation_steps
@@ -105,7 +108,7 @@ class ProbedRounds(Rounds):
 
 
 def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> Iterator[Check]:
-    """A start of the engine, some chains, and training steps on their answers."""
+    """Start the engine, generate some chains, and train on their answers."""
     with tempfile.TemporaryDirectory() as directory:
         steps = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "save_strategy": "no", "report_to": "none"}
         short = {"output_dir": directory, "rounds": 1, "sft": None, "parity": replace(config.parity, samples=0)}
@@ -123,7 +126,10 @@ def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> I
                 yield Check("ok", "time", steps_time(loop, config, chosen, directory))
         except ChildError as error:
             yield Check(
-                "failed", "time", f"the probe failed: {last_line(str(error))}", "Run the recipe to see all of it."
+                "failed",
+                "time",
+                f"the probe failed: {last_line(str(error))}",
+                "Run the recipe to see the whole error.",
             )
 
 
@@ -139,13 +145,13 @@ def engine_time(loop: ProbedRounds, config: AriesConfig, count: int, rows: int) 
 
 
 def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, Any]], directory: str) -> str:
-    """Steps on rows made of the probe's own answers: the last of each chain over the first."""
+    """Train on pairs of the probe's own answers, the last of each chain over the first."""
     round_dir = loop.dir.round(1)
     chains = [chain for chain in load_chains(prompts, round_dir.answers) if chain.answers]
     pairs = [Pair(chain, chain.answers[-1], chain.answers[0], None, None) for chain in chains]
     rows = [row for pair in pairs for row in preference_rows(pair, loop.template, PairsConfig())]
     if not rows:
-        return "training: left out, no chain of the probe has an answer"
+        return "training: skipped, since no chain of the probe has an answer"
     write_jsonl(round_dir.pairs, rows)
     with loop.stage(1, "training") as update:
         loop.run_training(1, Path(directory, "training.log"), update)

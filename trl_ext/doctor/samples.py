@@ -1,4 +1,4 @@
-"""What a recipe's model sees: its configuration and tokenizer, and texts as they are rendered."""
+"""A recipe's model and tokenizer, and rendered texts as the model sees them."""
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -16,29 +16,27 @@ def read_model(
     name: str, revision: str | None, trust_remote_code: bool, key: str
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase | ProcessorMixin]:
     """
-    A model's configuration and its tokenizer or processor, as the training loads them; no weights.
+    A model's configuration and its tokenizer or processor, as the training loads them, without weights.
 
     Raises:
-        [`RecipeError`]: neither there nor reachable, in one line.
+        [`RecipeError`]: the model is neither local nor on the Hub.
     """
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **options)
         return config, load_processing_class(name, config, **options)
-    except Exception as error:  # of a broken file each library raises its own
+    except Exception as error:  # each library raises its own errors for broken files
         cause = load_problem(name, error).strip().splitlines()[0]
-        raise RecipeError(
-            f"`{key}`: {cause} Is the name right, are you logged in (`hf auth login`), is there a network?"
-        ) from error
+        raise RecipeError(f"`{key}`: {cause} Check the name, the login (`hf auth login`) and the network.") from error
 
 
 def checkpoint_dtype(config: PreTrainedConfig) -> str:
-    """The data type that the checkpoint names; float32 where it names none."""
+    """The checkpoint's data type; float32 if it names none."""
     return str(config.dtype or "float32").removeprefix("torch.")
 
 
 def show(report: Report, title: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """A rendered text with its number of tokens, special tokens included, its middle left out where it is long."""
+    """Print a rendered text with its special tokens and its length in tokens; a long text without its middle."""
     text = tokenizer.decode(ids)
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2
@@ -48,12 +46,12 @@ def show(report: Report, title: str, ids: list[int], tokenizer: PreTrainedTokeni
 
 
 def check_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Check | None:
-    """Two BOS tokens at the start: one from the template, one from the tokenizer."""
+    """A warning if the text starts with two BOS tokens, one from the template and one from the tokenizer."""
     bos = tokenizer.bos_token_id
     if bos is None or ids[:2] != [bos, bos]:
         return None
-    way_out = "The data or the chat template has a BOS of its own, and the tokenizer adds another: take one away."
-    return Check("warning", "BOS", "two BOS tokens at the start", way_out)
+    fix = "The data or the chat template has a BOS, and the tokenizer adds another: remove one."
+    return Check("warning", "BOS", "two BOS tokens at the start", fix)
 
 
 def percent(part: int, whole: int) -> str:

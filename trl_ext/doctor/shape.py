@@ -1,6 +1,6 @@
 """
-A model's sizes from its configuration alone: it is built on the meta device, where tensors have shapes and no memory, and what
-cannot be read off it is found by running it there. No weights are loaded.
+A model's sizes from its configuration alone. The model is built, and run once, on the meta device, where tensors have shapes but no
+memory. No weights are loaded.
 """
 
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ class Shape:
     """
     Args:
         parameters (`int`):
-            All of them, tied ones once.
+            Number of parameters; tied ones count once.
         linear (`list[int]`):
-            Parameters of each linear layer that is quantized: all but the output head.
+            Parameters of each linear layer that can be quantized: all but the output head.
         linear_rows (`int`):
-            Output features of those, together: 8-bit weights have a scale each.
+            Output features of those layers together; 8-bit weights have one scale for each.
         layers, hidden, vocabulary (`int`):
             As in the configuration.
         kv_elements (`int`):
             Elements of the KV cache per token.
         saved_bytes (`int`):
-            What autograd keeps of a forward through the layers, per token, in 16 bits; with the adapter where there is one.
+            Bytes that autograd keeps of a forward pass through the layers, per token, in 16 bits, with the adapter if there is one.
         lora (`int`):
             Trainable parameters of the adapter; 0 without one.
     """
@@ -67,9 +67,9 @@ def model_shape(config: PreTrainedConfig, model_args: ModelConfig, trust_remote_
     """
     Args:
         config ([`~transformers.PreTrainedConfig`]):
-            Of a causal language model.
+            Configuration of a causal language model.
         model_args ([`~trl.ModelConfig`]):
-            Says whether there is an adapter, and which.
+            Whether there is an adapter, and which.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
@@ -97,7 +97,7 @@ def model_shape(config: PreTrainedConfig, model_args: ModelConfig, trust_remote_
 
 
 def _kv_elements(model: nn.Module) -> int:
-    """Per token, read off the cache of a forward: every layer's keys and values."""
+    """Elements of all layers' keys and values per token, read off the cache of a forward pass."""
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
@@ -106,8 +106,8 @@ def _kv_elements(model: nn.Module) -> int:
 
 def saved_bytes(model: nn.Module, tokens: int) -> int:
     """
-    What autograd keeps of a forward of one sequence through the model without its head: each storage once, weights left
-    out. It grows with the tokens, and the attention's own part, which fused kernels do not keep, is small for a few.
+    Bytes that autograd keeps of a forward pass of one sequence through the model without its head, weights not included. With few
+    tokens, the attention matrices, which fused kernels do not keep, are a small part.
     """
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
@@ -115,12 +115,12 @@ def saved_bytes(model: nn.Module, tokens: int) -> int:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that its address is not used again
+            kept[storage._cdata] = storage  # kept alive, so that its address is not reused
         return tensor
 
     device = next(model.parameters()).device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-    # Ready-made: transformers would look into the values of anything less, which the meta device lacks
+    # A complete mask: transformers would read the values of any other, and meta tensors have none
     mask = torch.zeros(1, 1, tokens, tokens, dtype=torch.bfloat16, device=device)
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     model.train()
@@ -130,7 +130,7 @@ def saved_bytes(model: nn.Module, tokens: int) -> int:
 
 
 def classifier_parameters(config: PreTrainedConfig, trust_remote_code: bool = False) -> int:
-    """Parameters of a reward model."""
+    """Number of parameters of a reward model."""
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):

@@ -73,7 +73,7 @@ def test_interval_resamples_whole_prompts():
 def test_reports():
     assert pair_lines(measure_pairs([pair(1.0, 0.0)]), "trained") == []
     [line] = pair_lines(measure_pairs([pair(None, None)]), "trained")
-    assert "no scores, so the guard cannot see" in line
+    assert "`scores.verifier`" in line
     [line] = pair_lines(measure_pairs([pair(1.0, 0.0, tokens=(16, 10))]), "trained")
     assert "1.60 times as long" in line and "pairs.max_length_ratio" in line
     [line] = pair_lines(measure_pairs([pair(0.0, 1.0)]), "warned")
@@ -137,7 +137,7 @@ def test_without_scores_the_round_is_trained_on_and_the_run_says_what_it_cannot_
     loop.pair(1)
     loop.guard(1)
     assert decision(loop) == "trained"
-    assert "the guard cannot see" in capsys.readouterr().out
+    assert "`scores.verifier`" in capsys.readouterr().out
 
 
 def test_a_stopped_run_says_why_and_continues_only_when_told_to(a_round, capsys):

@@ -149,11 +149,8 @@ def test_what_cannot_be_exported_is_refused(recipe, capfd):
     Path("full/kept").write_text("kept")
     for options, message in (
         (["--round", "1", "--output", "full"], "error: --output: full is there already, and is not overwritten."),
-        (["--output", "new"], "error: round 2 of run is not finished. --round names another: 1.\n"),
-        (
-            ["--round", "0", "--output", "new"],
-            "error: --round: round 0 of a run without SFT is the model as it came.\n",
-        ),
+        (["--round", "2", "--output", "new"], "error: `--round`: round 2 of run is not finished; 1 can be named.\n"),
+        (["--round", "0", "--output", "new"], "error: `--round`: round 0 of a run without SFT"),
     ):
         assert export(*options) == 2
         assert message in capfd.readouterr().err
@@ -165,5 +162,5 @@ def test_a_model_that_is_not_the_policy_is_found(recipe, base):
     recipe()
     row = {"prompt_token_ids": list(range(6, 16)), "token_ids": list(range(6, 14))}
     policy = Policy(str(base), "run/round_01/adapter")
-    with pytest.raises(ChildError, match=r"is not the policy, and is removed: .*from the base model's by 0\)"):
+    with pytest.raises(ChildError, match=r"is not the policy, and was removed: .*from the base model's by 0\)"):
         measure(policy, Policy(str(base), None), [row] * 4, {}, {"use_cpu": True})

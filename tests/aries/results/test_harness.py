@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trl_ext.arguments import split_passed_args
 from trl_ext.aries.policies import Policy
 from trl_ext.aries.results.harness import lm_eval_command
-from trl_ext.cli import main, split_passed_args
+from trl_ext.cli import main
 from trl_ext.recipe import RecipeError
 
 
@@ -116,7 +117,7 @@ def test_round_0_is_the_model_as_it_came(recipe, installed):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--round", "2"], "`--round`: 2 has not been trained; there are 0, 1."),
+        (["--round", "2"], "`--round`: round 2 of run is not trained; 0, 1 can be named"),
         (["--limit", "10"], "command line: unknown key `limit`"),
     ],
 )

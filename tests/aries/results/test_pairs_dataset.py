@@ -4,7 +4,6 @@ of the Hub's API that its client uses.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,36 +114,28 @@ def test_that_there_are_no_pairs_is_said_at_once(run):
     assert done.stdout == "2\n"
 
 
-def push(hub, output: str, token: str) -> subprocess.CompletedProcess:
-    command = ["aries", "pairs", "--config", "r.yaml", "--output", output, "--push_to_hub", "me/my-pairs", "--private"]
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": token,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "trl_ext.cli", *command], env=environment, capture_output=True, text=True
-    )
+def test_an_upload_is_what_lies_here(run, monkeypatch, capfd):
+    def push(output: str, token: str) -> tuple[int, str]:
+        monkeypatch.setenv("HF_TOKEN", token)
+        code = main(["aries", "pairs", "run", "--output", output, "--push_to_hub", "me/my-pairs", "--private"])
+        return code, capfd.readouterr().err
 
-
-def test_an_upload_is_what_lies_here(run):
     with running_hub() as hub:
-        done = push(hub, "my-pairs", "hf_right")
-        assert done.returncode == 0, done.stderr
+        for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        assert push("my-pairs", "hf_right")[0] == 0
         assert hub.repos["dataset/me/my-pairs"]["visibility"] == "private"
         assert {
             name: content for name, content in hub.files["dataset/me/my-pairs"].items() if name != ".gitattributes"
         } == {file.name: file.read_bytes() for file in Path("my-pairs").iterdir()}
         assert 'load_dataset("me/my-pairs"' in Path("my-pairs/README.md").read_text()
 
-        refused = push(hub, "other", "hf_wrong")  # before any work
-        assert refused.returncode == 2 and not Path("other").exists()
-        assert "error: --push_to_hub: the dataset me/my-pairs cannot be made: " in refused.stderr
-        assert "`hf auth login`" in refused.stderr and "hf_wrong" not in refused.stderr
+        code, error = push("other", "hf_wrong")  # before any work
+        assert code == 2 and not Path("other").exists()
+        assert "error: --push_to_hub: the dataset me/my-pairs cannot be made: " in error
+        assert "`hf auth login`" in error and "hf_wrong" not in error
 
         hub.refuse = 403  # the files stay
-        failed = push(hub, "kept", "hf_right")
-        assert failed.returncode == 1 and Path("kept/round_01.jsonl").exists()
-        assert "To try again: hf upload me/my-pairs kept --repo-type dataset" in failed.stderr
+        code, error = push("kept", "hf_right")
+        assert code == 1 and Path("kept/round_01.jsonl").exists()
+        assert "hf upload me/my-pairs kept --repo-type dataset" in error

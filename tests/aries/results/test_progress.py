@@ -9,15 +9,8 @@ import pytest
 from rich.console import Console
 
 from trl_ext.aries.data.records import Answer, Chain
-from trl_ext.aries.results.progress import (
-    JsonProgress,
-    Pulse,
-    RunProgress,
-    StageProgress,
-    answers_table,
-    progress_line,
-    score_table,
-)
+from trl_ext.aries.results.progress import JsonProgress, Pulse, RunProgress, StageProgress, progress_line
+from trl_ext.aries.results.tables import answers_table, score_table
 from trl_ext.aries.scoring.evaluation import evaluation_metrics
 
 

@@ -18,9 +18,10 @@ import pytest
 from tests.made_run import make_run
 
 from trl_ext.aries.data.records import write_json
-from trl_ext.aries.results.report import headline, number, report, write_report
+from trl_ext.aries.results.pages import decimals, visible
+from trl_ext.aries.results.report import headline, report, write_report
 from trl_ext.aries.results.report_data import Change, change, curve, drop_table, read_run, time_table, warnings
-from trl_ext.aries.results.report_samples import KINDS, SHOWN_CHARACTERS, choose, kind_of, samples, visible, word_diff
+from trl_ext.aries.results.report_samples import KINDS, SHOWN_CHARACTERS, choose, kind_of, samples, word_diff
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.recipe import RecipeError
 
@@ -103,13 +104,15 @@ def flat_text(page: Page) -> str:
 def test_the_answer_by_hand(page):
     """y1: 3 of 10 right, then 8 of 10, and 5 set right by training: +0.5. y2: 5, then 8: +0.3. Refining: 8 and 8."""
     text = flat_text(page)
-    answer = "the direct answers of round 1 score higher than at the start, and its refined answers cannot be told from those"
-    assert f"In part: {answer} at the start." in text
+    answer = (
+        "the direct answers of round 1 score higher than at the start, and its refined answers show no clear change"
+    )
+    assert f"In part: {answer}." in text
     change = r"0.300 → 0.800 \+0.500 \[0.\d+, 0.\d+\] Higher: the interval lies above 0. y1, initial model to round 1, 10 prompts."
     assert re.search(change, text)
     assert "0.500 → 0.800 +0.300" in text
     assert re.search(
-        r"0.800 → 0.800 \+0.000 \[−0.\d+, 0.\d+\] Not told apart: the interval holds 0. y1 to y2, round 1", text
+        r"0.800 → 0.800 \+0.000 \[−0.\d+, 0.\d+\] No clear change: the interval contains 0. y1 to y2, round 1", text
     )
     assert re.search(r"round 1 0.800 ?\[0.490, 0.943\] 0.800 ?\[", text)  # Wilson's
     assert "Accuracy on 10 held-out prompts" in text  # all scores are 0 or 1
@@ -118,40 +121,20 @@ def test_the_answer_by_hand(page):
 @pytest.mark.parametrize(
     ("direct", "refined", "answer"),
     [
-        ((0.1, 0.2), (0.1, 0.2), "Yes: the direct and the refined answers of r score higher than at the start."),
-        ((0.1, 0.2), None, "Yes: the direct answers of r score higher than at the start."),
-        (
-            (-0.1, 0.2),
-            (-0.1, 0.2),
-            "Not that 100 prompts could show: the direct and the refined answers of r cannot be told",
-        ),
-        (
-            (-0.1, 0.2),
-            (-0.2, -0.1),
-            "No: the refined answers of r score lower than at the start, and its direct answers cannot",
-        ),
-        (
-            (-0.2, -0.1),
-            (-0.1, 0.2),
-            "No: the direct answers of r score lower than at the start, and its refined answers cannot",
-        ),
-        (
-            (-0.1, 0.2),
-            (0.1, 0.2),
-            "In part: the refined answers of r score higher than at the start, and its direct answers",
-        ),
-        (
-            (0.1, 0.2),
-            (-0.2, -0.1),
-            "In part: the direct answers of r score higher than at the start, but its refined answers",
-        ),
+        ("higher", "higher", "Yes: the direct and the refined answers of r score higher"),
+        ("higher", None, "Yes: the direct answers of r score higher"),
+        ("unclear", "unclear", "Not measurably, on 100 prompts: the direct and the refined answers"),
+        ("unclear", "lower", "No: the refined answers of r score lower than at the start, and its direct answers"),
+        ("lower", "unclear", "No: the direct answers of r score lower than at the start, and its refined answers"),
+        ("unclear", "higher", "In part: the refined answers of r score higher than at the start, and its direct"),
+        ("higher", "lower", "In part: the direct answers of r score higher than at the start, but its refined"),
     ],
 )
 def test_the_answer_does_not_contradict_itself(direct, refined, answer):
     run = SimpleNamespace(judged=False, evaluated=[SimpleNamespace(name="r")])
+    intervals = {"higher": [0.1, 0.2], "unclear": [-0.1, 0.2], "lower": [-0.2, -0.1]}
     compared = {
-        name: interval and Change(sum(interval) / 2, list(interval), 100)
-        for name, interval in (("direct", direct), ("refined", refined))
+        name: kind and Change(0.0, intervals[kind], 100) for name, kind in (("direct", direct), ("refined", refined))
     }
     assert headline(run, compared).startswith(answer)
 
@@ -178,7 +161,7 @@ def test_a_file_of_somebody_else_is_not_overwritten(tmp_path):
     write_report(finished)
     write_report(finished)  # our own
     (finished / "report.html").write_text("mine")
-    with pytest.raises(RecipeError, match="report.html is not a report of this package, and is not overwritten"):
+    with pytest.raises(RecipeError, match="report.html was not written by trl-ext"):
         write_report(finished)
     assert (finished / "report.html").read_text() == "mine"
 
@@ -224,7 +207,7 @@ def test_health_and_rows_left_out_of_the_sft(tmp_path):
     write_json(run.round(1).health, {"decision": "set_aside", "findings": ["x"], **measured})
     write_report(run.path)
     text = flat_text(Page(run.report.read_text(encoding="utf-8")))
-    assert "Left out of the SFT rows: 2 empty_completion." in text
+    assert "2 empty_completion." in text
     assert "round 1 set aside 0.250 0.875 –" in text
 
 
@@ -243,9 +226,13 @@ def test_what_to_keep_in_mind(tmp_path):
     guard.write_text(json.dumps(json.loads(guard.read_text()) | {"decision": "warned"}))
     run.log_event(event="note", round=1, stage="scores", note="3 replies without a verdict")
     said = " ".join(warnings(read_run(run.path)))
-    assert "Direct answers grew from 2 to 4 tokens on average." in said
-    assert "Round 1: the chosen answers did not score higher than the rejected ones; trained on all the same." in said
-    assert "compares turns, not rounds" in said and "3 replies without a verdict" in said
+    for part in (
+        "grew from 2 to 4 tokens",
+        "Round 1: the chosen answers",
+        "turns, not rounds",
+        "3 replies without a verdict",
+    ):
+        assert part in said
 
     # A judge's scores do not say whether training made the answers better, and the page does not either
     write_report(run.path)
@@ -268,7 +255,7 @@ def test_the_same_run_gives_the_same_page(finished, page):
     [(None, "–"), (0.0, "0.000"), (0.5, "0.500"), (-12.3456, "−12.35"), (0.00123, "0.00123"), (12345.6, "12,346")],
 )
 def test_numbers(value, expected):
-    assert number(value) == expected
+    assert decimals(value) == expected
 
 
 # Samples
@@ -440,7 +427,7 @@ def test_a_run_that_got_so_far(tmp_path, finished, kept):
     page = Page(run.report.read_text(encoding="utf-8"))
     text = flat_text(page)
     links = {attrs["href"].lstrip("#") for tag, attrs in page.elements if tag == "a"}
-    assert links <= {attrs.get("id") for _, attrs in page.elements} and len(links) == (6 if kept == 0 else 9)
+    assert links <= {attrs.get("id") for _, attrs in page.elements} and len(links) == (7 if kept == 0 else 10)
     assert ("No policy has been evaluated yet." in text) == (kept == 0)
     assert ("No pairs have been made yet." in text) == (kept <= 1)
     assert ("Nothing has been trained yet." in text) == (kept <= 3)
@@ -450,10 +437,10 @@ def test_a_run_that_got_so_far(tmp_path, finished, kept):
 
 def test_a_run_that_stopped_says_why(tmp_path):
     run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER], rounds=2)
-    run.log_event(event="stopped", round=2, stage="guard", error="round 2 would train the policy away\nWays out: ...")
+    run.log_event(event="stopped", round=2, stage="guard", error="round 2 would train the policy away\nTry ...")
     write_report(run.path)
     text = flat_text(Page(run.report.read_text()))
-    assert "The run stopped in round 2, guard" in text and "round 2 would train the policy away Ways out: ..." in text
+    assert "The run stopped in round 2, guard" in text and "round 2 would train the policy away Try ..." in text
 
 
 def test_metrics_of_earlier_versions(tmp_path):
@@ -471,9 +458,7 @@ def test_metrics_of_earlier_versions(tmp_path):
 
 
 def test_errors_name_the_file(tmp_path):
-    with pytest.raises(
-        RecipeError, match=r"nowhere is no run directory: it has no resolved.json. Name the `output_dir`"
-    ):
+    with pytest.raises(RecipeError, match="nowhere is not a run directory: it has no resolved.json"):
         write_report(tmp_path / "nowhere")
     run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER])
     run.round(1).guard.write_text("{")

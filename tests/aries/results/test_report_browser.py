@@ -1,6 +1,6 @@
 """
-The report in headless Chromium: nothing is run, loaded or complained about, whatever models wrote; it fits a phone, a desktop and
-paper; and its text can be read in the light and in the dark.
+The pages of runs in headless Chromium: nothing is run, loaded or complained about, whatever models wrote; they fit a phone, a desktop
+and paper; and their text can be read in the light and in the dark.
 """
 
 import re
@@ -10,6 +10,8 @@ from tests.aries.results.test_report import AFTER, BEFORE, TEXTS, hostile_run
 from tests.browser import CHROMIUM, Browser
 from tests.made_run import make_run
 
+from trl_ext.aries.results.compare import compare
+from trl_ext.aries.results.listing import list_runs
 from trl_ext.aries.results.report import write_report
 
 
@@ -63,7 +65,7 @@ def silence(browser):
     browser.requests.clear()
     yield
     assert browser.console == []
-    assert all(re.match("file://.*/report.html$|data:,$", url) for url in browser.requests), browser.requests
+    assert all(re.match(r"file://.*/\w+.html$|data:,$", url) for url in browser.requests), browser.requests
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,23 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hostile_page(tmp_path_factory):
     return write_report(hostile_run(tmp_path_factory.mktemp("runs") / "hostile").path)
+
+
+@pytest.fixture(scope="module")
+def comparison(page, hostile_page):
+    compare([page.parent, hostile_page.parent], page.parent.parent / "comparison.html")
+    return page.parent.parent / "comparison.html"
+
+
+@pytest.fixture(scope="module")
+def index(page):
+    """Of a finished run, one in a stage with a long name, and a broken one."""
+    make_run(page.parents[1] / "stopped", TEXTS, [BEFORE, AFTER], rounds=3).log_event(
+        event="stopped", round=2, stage="drafts and refinements", error="why"
+    )
+    make_run(page.parents[1] / "broken", TEXTS, [BEFORE, AFTER]).round(1).metrics.write_text("{")
+    list_runs(page.parents[1])
+    return page.parents[1] / "index.html"
 
 
 def test_hostile_text_is_inert(browser, hostile_page):
@@ -107,7 +126,7 @@ def test_the_browser_would_tell(browser, tmp_path):
 
 
 @pytest.mark.parametrize("width", [375, 1280])
-@pytest.mark.parametrize("kind", ["page", "hostile_page"])
+@pytest.mark.parametrize("kind", ["page", "hostile_page", "comparison", "index"])
 def test_it_fits_the_window(browser, request, kind, width):
     browser.open(request.getfixturevalue(kind), width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
@@ -115,9 +134,10 @@ def test_it_fits_the_window(browser, request, kind, width):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_can_be_read(browser, page, scheme):
-    """WCAG 2 AA: a contrast of 4.5, and the page is dark where it should be."""
-    browser.open(page, scheme=scheme)
+@pytest.mark.parametrize("kind", ["page", "comparison", "index"])
+def test_it_can_be_read(browser, request, kind, scheme):
+    """WCAG 2 AA: a contrast of 4.5, and the page is dark if the browser asks for it."""
+    browser.open(request.getfixturevalue(kind), scheme=scheme)
     contrast, what = browser.evaluate(CONTRAST)
     assert contrast >= 4.5, what
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")

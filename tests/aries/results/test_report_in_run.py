@@ -107,10 +107,11 @@ def test_an_error_before_any_work_leaves_no_report(tmp_path, loop):
 
 
 def test_the_package_has_its_files():
-    """What is no Python and belongs to the package is among its data, or a wheel would be without it."""
+    """Files that are not Python are among the package's data, or a wheel would not have them."""
     package = Path(trl_ext.__file__).parent
     settings = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     files = {
         p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts
     }
-    assert {file for file in files if not file.endswith(".py")} == set(settings["trl_ext"])
+    data = {p.relative_to(package).as_posix() for pattern in settings["trl_ext"] for p in package.glob(pattern)}
+    assert {file for file in files if not file.endswith(".py")} == data

@@ -65,21 +65,21 @@ def test_died_in_a_stage(run, capsys):
     """The lock went with its process; the log ends in the middle of a stage."""
     run.log_event(event="start", round=2, stage="training (tdpo)")
     out = printed(run, capsys)
-    assert f"{run.path}: not running: it ended without a word, round 2, training (tdpo) (20" in out
-    assert f"To continue: trl-ext aries run --config {run.recipe}" in out
+    assert f"{run.path}: not running: it ended without an error, round 2, training (tdpo) (20" in out
+    assert f"To continue: trl-ext aries run {run.path}" in out
 
 
 def test_died_between_stages(run):
-    assert "it ended without a word, after round 1, training (tdpo)" in str(read_state(run, 2))
+    assert "it ended without an error, after round 1, training (tdpo)" in str(read_state(run, 2))
     run.log_event(event="note", round=1, stage="scores", note="unheard")
     assert "after round 1, training (tdpo)" in str(read_state(run, 2))
 
 
 def test_stopped_by_an_error(run, capsys):
-    run.log_event(event="stopped", round=2, stage="guard", error="round 2 would train\nWays out: ...")
+    run.log_event(event="stopped", round=2, stage="guard", error="round 2 would train\nTry: ...")
     out = printed(run, capsys)
-    assert "stopped: round 2, guard (20" in out and "round 2 would train\n" in out and "Ways out" not in out
-    assert f"To continue: trl-ext aries run --config {run.recipe}" in out
+    assert "stopped: round 2, guard (20" in out and "round 2 would train\n" in out and "Try" not in out
+    assert f"To continue: trl-ext aries run {run.path}" in out
 
 
 def test_finished(run, capsys):

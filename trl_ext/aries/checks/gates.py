@@ -1,12 +1,12 @@
 """
-Gates: whether a round may be trained on, and whether what it trained may go on.
+Gates: whether a round may be trained on, and whether what it trained may continue.
 
-Before training, the round's pairs: the scores, which are also the evaluation's measure, compare the chosen with the rejected answers. In a
-rule-based round the scores take no part in the selection, so the comparison shows when refining no longer improves. A best-over-worst
-round was selected by the same scores: its chosen answers are the better ones by construction, and the gate passes it. It cannot see
-that a scorer is wrong or that a policy gets worse. No pair is dropped; `pairs.guard` says what happens to the round.
+Before training, the scores compare the round's chosen answers with its rejected ones. In a rule-based round the scores take no part in
+the selection, so the comparison shows when refining no longer improves. A best-over-worst round was selected by the same scores, so it
+always passes: the gate sees neither a wrong scorer nor a policy that got worse. No pair is dropped; `pairs.guard` decides about the round.
 
-After training, the policy beside the one before round 1: KL, length and diversity of its direct answers, within the bounds of `health`.
+After training, KL, length and diversity of the policy's direct answers are compared with the initial policy's, within the bounds of
+`health`.
 """
 
 import math
@@ -24,14 +24,14 @@ from ..scoring.evaluation import difference_interval, distinct
 
 
 RESAMPLES = 1000
-# From this ratio of mean chosen to mean rejected tokens on, a round is said to teach length. Our choice
+# Warn from this ratio of mean chosen to mean rejected tokens on. Our choice
 LONG_CHOSEN_RATIO = 1.5
-# `pairs.guard` -> what is decided about a round whose chosen answers are not the better ones
+# `pairs.guard` -> decision about a round whose chosen answers are not better
 DECISIONS = {"stop": "stopped", "skip": "skipped", "warn": "warned"}
 
 
 class PairsMeasure:
-    """The chosen answers of a round beside the rejected ones. Of a pair, its scores are kept, and no text."""
+    """Compares the chosen answers of a round with the rejected ones. It keeps the scores of pairs and no text."""
 
     def __init__(self):
         self._chosen, self._rejected, self._prompt_ids = array("d"), array("d"), []
@@ -48,9 +48,9 @@ class PairsMeasure:
     def measured(self) -> dict[str, Any]:
         """
         Returns:
-            `dict`: `compared` (pairs with both scores), `chosen_score`, `rejected_score` and `difference` (means over them, `None`
-            without any), `interval` (the difference's 95 % interval over prompts, `None` for fewer than two of them) and
-            `length_ratio` (mean chosen over mean rejected tokens, of all pairs; `None` where the rejected have no tokens).
+            `dict`: `compared` (pairs with both scores), `chosen_score`, `rejected_score` and `difference` (their means, `None` without such pairs),
+            `interval` (the difference's 95 % interval over prompts, `None` for fewer than two) and `length_ratio` (mean chosen over mean rejected
+            tokens of all pairs, `None` if the rejected have no tokens).
         """
         measured: dict[str, Any] = {"compared": len(self._prompt_ids), "chosen_score": None, "rejected_score": None}
         measured |= {"difference": None, "interval": None}
@@ -65,7 +65,7 @@ class PairsMeasure:
 
 
 def measure_pairs(pairs: Iterable[Pair]) -> dict[str, Any]:
-    """What a [`PairsMeasure`] of these pairs measures."""
+    """What [`PairsMeasure`] measures of these pairs."""
     measure = PairsMeasure()
     for pair in pairs:
         measure.add(pair)
@@ -74,8 +74,8 @@ def measure_pairs(pairs: Iterable[Pair]) -> dict[str, Any]:
 
 def mean_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float] | None:
     """
-    95 % interval of a mean difference: by resampling whole prompts, since the pairs of one chain are not independent, or, with one pair of
-    each and scores of 0 and 1, by [`~aries.scoring.evaluation.comparison_interval`]. The same values give the same interval.
+    95 % interval of a mean difference, the same for the same values. Whole prompts are resampled, since the pairs of one chain are not
+    independent; with one pair per prompt and scores of 0 and 1, it is [`~aries.scoring.evaluation.comparison_interval`].
     """
     _, prompts = np.unique(prompt_ids, return_inverse=True)
     sums, counts = np.bincount(prompts, weights=values), np.bincount(prompts)
@@ -94,8 +94,8 @@ def mean_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float]
 
 def decide(measured: dict[str, Any], guard: str) -> str:
     """
-    What happens to the round: `"trained"`, or, where the chosen answers do not score higher on average, what `pairs.guard`
-    makes of it. Without scores there is nothing to see, and the round is trained on.
+    What happens to the round: `"trained"`, or, if the chosen answers do not score higher on average, what `pairs.guard` says. Without
+    scores the round is trained on.
     """
     if measured["difference"] is None or measured["difference"] > 0:
         return "trained"
@@ -103,7 +103,7 @@ def decide(measured: dict[str, Any], guard: str) -> str:
 
 
 def pair_findings(measured: dict[str, Any]) -> str:
-    """What was measured, in words."""
+    """The measurements in words."""
     interval = measured["interval"]
     spread = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
     return (
@@ -113,38 +113,38 @@ def pair_findings(measured: dict[str, Any]) -> str:
 
 
 def pair_lines(measured: dict[str, Any], decision: str) -> list[str]:
-    """The lines to print about a round, none where all is well. A round that ends the run has [`pairs_stop_message`] besides."""
+    """The lines to print about a round, if any. A round that ends the run also has [`pairs_stop_message`]."""
     lines = []
     if measured["compared"] == 0:
         lines.append(
-            "no scores, so the guard cannot see whether the chosen answers are the better ones. With `scores.verifier` or "
-            "`scores.reward_model` it can; rule-based selection goes on without using them."
+            "no scores, so the guard cannot tell whether the chosen answers are better. Set `scores.verifier` or `scores.reward_model`; "
+            "rule-based selection does not use them."
         )
     elif decision == "skipped":
         lines.append(f"{pair_findings(measured)}: left untrained.")
     elif decision == "warned":
-        lines.append(f"{pair_findings(measured)}: training on it all the same will likely make the policy worse.")
+        lines.append(f"{pair_findings(measured)}: training on it anyway will likely make the policy worse.")
     ratio = measured["length_ratio"]
     if ratio is not None and ratio > LONG_CHOSEN_RATIO:
         lines.append(
-            f"the chosen answers are {ratio:.2f} times as long as the rejected ones on average, so the round teaches "
-            "length as well. `pairs.max_length_ratio` leaves out the most uneven pairs."
+            f"the chosen answers are {ratio:.2f} times as long as the rejected ones on average, so the round also teaches length. "
+            "`pairs.max_length_ratio` drops the most uneven pairs."
         )
     return lines
 
 
 def pairs_stop_message(number: int, measured: dict[str, Any], selection: str) -> str:
-    """The error that ends a run: what was measured, why training would make it worse, and the ways out."""
-    ways = {
+    """The error that ends a run: what was measured, why training would make the policy worse, and what to do."""
+    fixes = {
         "rule_based": "`pairs.selection: best_over_worst`, which selects by these scores; a lower "
-        "`training.learning_rate`, if refining got worse in the rounds before; fewer `rounds`, to end with the last policy",
-        "best_over_worst": "another scorer; a larger `pairs.min_margin`",
+        "`training.learning_rate`, if refining got worse over the rounds; or fewer `rounds`, to end with the last policy",
+        "best_over_worst": "another scorer, or a larger `pairs.min_margin`",
     }[selection]
     return (
         f"round {number} would train the policy away from its better answers: {pair_findings(measured)}. A preference loss "
-        "raises the chosen answers over the rejected ones, whichever are better. Ways out, under another `output_dir`: "
-        f"{ways}. Or go on in this one with `--pairs.guard skip`, which leaves the round untrained, or "
-        "`--pairs.guard warn`, which trains on it all the same."
+        "makes the chosen answers more likely than the rejected ones, whichever are better. Under another `output_dir`, try "
+        f"{fixes}. Or continue this run with `--pairs.guard skip`, which leaves the round untrained, or `--pairs.guard warn`, "
+        "which trains on it anyway."
     )
 
 
@@ -153,18 +153,17 @@ def pairs_stop_message(number: int, measured: dict[str, Any], selection: str) ->
 
 def measure_policy(chains: list[Chain], initial: list[Chain], kl_per_token: float | None) -> dict[str, Any]:
     """
-    Measure a policy beside the one before round 1, by their direct answers to the same prompts.
+    Compare a policy's direct answers with the initial policy's, on the same prompts.
 
     Args:
         chains, initial (`list[Chain]`):
-            The evaluation chains of the round and of round 0.
+            Evaluation chains of the round and of round 0.
         kl_per_token (`float`, *optional*):
-            KL to the initial policy, in nats per token; `None` where it was not estimated.
+            KL to the initial policy in nats per token, `None` if it was not estimated.
 
     Returns:
-        `dict`: `kl_per_token`; `length` and `diversity`, the mean tokens (a prompt without an answer has 0) and the `distinct_2` of the
-        direct answers, and `length_ratio` and `diversity_ratio`, both over round 0's; `None` where round 0 has nothing to compare
-        with.
+        `dict`: `kl_per_token`; `length`, the mean tokens, 0 for a prompt without an answer; `diversity`, the answers' `distinct_2`; and
+        `length_ratio` and `diversity_ratio` over round 0's, `None` if round 0 has none.
     """
     length, diversity = direct_length(chains), direct_diversity(chains)
     initial_length, initial_diversity = direct_length(initial), direct_diversity(initial)
@@ -190,13 +189,13 @@ def direct_answers(chains: Iterable[Chain]) -> list:
 
 
 def policy_findings(measured: dict[str, Any], config: HealthConfig) -> list[str]:
-    """What is beyond its bound, none where the policy is well. What was not measured is not judged."""
+    """What is beyond its bound, if anything. What was not measured is not judged."""
     found = []
     kl, length, diversity = (measured[key] for key in ("kl_per_token", "length_ratio", "diversity_ratio"))
     if config.max_kl is not None and kl is not None and not kl <= config.max_kl:  # NaN is beyond every bound
         found.append(
-            f"its KL to the initial policy is {kl:.3g} nats per token, more than `health.max_kl` ({config.max_kl:g}): it has gone "
-            "far from the policy it started from, as policies do that collapse"
+            f"its KL to the initial policy is {kl:.3g} nats per token, more than `health.max_kl` ({config.max_kl:g}): it has moved "
+            "far from the initial policy, as collapsing policies do"
         )
     if config.min_length is not None and length is not None and not length >= config.min_length:
         found.append(
@@ -206,16 +205,16 @@ def policy_findings(measured: dict[str, Any], config: HealthConfig) -> list[str]
     if config.min_diversity is not None and diversity is not None and not diversity >= config.min_diversity:
         found.append(
             f"its direct answers have {measured['diversity']:.3g} different pairs of words per pair, {diversity:.2g} times round "
-            f"0's, less than `health.min_diversity` ({config.min_diversity:g}): they repeat themselves or each other"
+            f"0's, less than `health.min_diversity` ({config.min_diversity:g}): they repeat themselves or one another"
         )
     return found
 
 
 def policy_stop_message(number: int, found: list[str], product: str, last_good: str) -> str:
-    """The error that ends a run: the diagnosis, where the policies are, and the ways out."""
+    """The error that ends a run: what is wrong with the policy, where it is, and what to do."""
     return (
         f"the policy of round {number} has degenerated: {'; '.join(found)}. It is set aside in {product}, and the last good policy is "
-        f"{last_good}. Ways out, under another `output_dir`: a lower `training.learning_rate`, fewer steps or a larger "
-        "`training.beta`; an NLL term (`loss_type: [sigmoid, sft]`); another scorer, if this one likes such answers. Or go on in this "
-        "one with other bounds, such as `--health.max_kl null`."
+        f"{last_good}. Under another `output_dir`, try a lower `training.learning_rate`, fewer steps, a larger `training.beta`, an NLL "
+        "term (`loss_type: [sigmoid, sft]`), or another scorer if this one likes such answers. Or continue this run with other bounds, "
+        "such as `--health.max_kl null`."
     )

@@ -1,8 +1,8 @@
 """
-Overlap: are the evaluation prompts held out? Those that training or SFT sees too, and prompts that are there twice, are counted.
+Overlap: whether the evaluation prompts are held out. Counts those that training or SFT sees too, and repeated rows.
 
-In: prompts. Out: counts; of every prompt two hashes are kept, and no text. Prompts are compared as they are ("exactly"), and after folding
-case and white space ("folded"), by which the others count too. Paraphrases are not seen.
+Two hashes of each prompt are kept, and no text. Prompts are compared as they are ("exactly"), and ignoring case and white space
+("folded"), which includes the former. Paraphrases are not recognised.
 """
 
 import json
@@ -24,14 +24,12 @@ def count_overlap(
     prompts: Iterable[dict[str, Any]], evaluation: Iterable[dict[str, Any]], sft: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
     """
-    Args:
-        prompts, evaluation, sft (iterables of `dict`):
-            Rows with a `prompt`; those of SFT also with a `completion` and maybe a `draft`.
+    Count overlaps and repetitions. Rows have a `prompt`; those of SFT also a `completion` and maybe a `draft`.
 
     Returns:
-        `dict`: `evaluation_prompts`, how many there are; of them, `in_prompts` and `in_sft`; and the rows that say what an earlier one said,
-        `repeated_prompts`, `repeated_evaluation_prompts` and `repeated_sft_rows` (prompt, draft and completion). All but the first are
-        counted `exactly` and `folded`.
+        `dict`: `evaluation_prompts`, their number; how many of them are `in_prompts` and `in_sft`; and the rows that repeat an earlier one:
+        `repeated_prompts`, `repeated_evaluation_prompts` and `repeated_sft_rows` (prompt, draft and completion). All but the first are counted
+        `exactly` and `folded`.
 
     Example:
 
@@ -65,7 +63,7 @@ def _add(hashes: dict[str, array], *parts: Prompt | None) -> None:
 
 
 def _text(prompt: Prompt | None) -> str:
-    """All that is said; one message of the user's is its text."""
+    """All that is said in a prompt. A single user message counts as its text."""
     if prompt is None or isinstance(prompt, str):
         return prompt or ""
     turns = [(message["role"], message["content"]) for message in prompt]
@@ -74,8 +72,12 @@ def _text(prompt: Prompt | None) -> str:
     return json.dumps(turns, default=str)
 
 
-def _common(of: array, others: array) -> int:
-    return int(np.isin(np.frombuffer(of, np.uint64), np.frombuffer(others, np.uint64)).sum()) if of and others else 0
+def _common(hashes: array, others: array) -> int:
+    return (
+        int(np.isin(np.frombuffer(hashes, np.uint64), np.frombuffer(others, np.uint64)).sum())
+        if hashes and others
+        else 0
+    )
 
 
 def _repeated(hashes: array) -> int:
@@ -83,18 +85,18 @@ def _repeated(hashes: array) -> int:
 
 
 def overlap_lines(found: dict[str, Any]) -> list[str]:
-    """What [`count_overlap`] found, in words; nothing if there is none of it."""
+    """What [`count_overlap`] found, in words; empty without a finding."""
     total = found["evaluation_prompts"]
     lines = [
-        f"{found[key]['folded']:,} of {total:,} evaluation prompts are also {where} ({found[key]['exactly']:,} of them exactly, the others but "
-        "for case or white space): their scores do not show what the policy does with prompts that it has not learned from"
-        for key, where in (("in_prompts", "among the training prompts"), ("in_sft", "among those of the SFT"))
+        f"{found[key]['folded']:,} of {total:,} evaluation prompts are also {where} ({found[key]['exactly']:,} of them exactly, the others "
+        "ignoring case and white space): their scores do not show how the policy answers unseen prompts"
+        for key, where in (("in_prompts", "among the training prompts"), ("in_sft", "among the SFT prompts"))
         if found[key]["folded"]
     ]
     for key, rows in (
         ("repeated_prompts", "training prompts repeat an earlier one"),
         ("repeated_evaluation_prompts", "evaluation prompts repeat an earlier one, and count twice"),
-        ("repeated_sft_rows", "rows of the SFT repeat an earlier one"),
+        ("repeated_sft_rows", "SFT rows repeat an earlier one"),
     ):
         if found[key]["folded"]:
             lines.append(f"{found[key]['folded']:,} {rows} ({found[key]['exactly']:,} exactly)")
@@ -102,6 +104,8 @@ def overlap_lines(found: dict[str, Any]) -> list[str]:
 
 
 def prompts_kind(run: RunDir) -> str:
-    """What the evaluation prompts of a run may be called: `"held-out"` if it was seen that they are."""
+    """
+    What to call a run's evaluation prompts: `"held-out"` if none was found among the training prompts, else `"evaluation"`.
+    """
     found = read_json(run.overlap)
     return "held-out" if found and not (found["in_prompts"]["folded"] or found["in_sft"]["folded"]) else "evaluation"

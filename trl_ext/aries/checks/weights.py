@@ -1,6 +1,5 @@
 """
-Weights on disk, looked at before any is loaded: safetensors only, since loading a pickle may run any code in it, and adapters that
-fit their base.
+Checks of weights on disk before they are loaded: safetensors only, since loading a pickle may run code; and adapters that fit their base.
 """
 
 import json
@@ -14,7 +13,7 @@ from ...model_files import PICKLES, broken_weights, folder_problem
 
 def weights_problem(name: str) -> str | None:
     """
-    What keeps a local directory from being a model to start from, or `None`; a model on the Hub is not looked at here, and loaded with
+    Why a local directory is not a model to start from, or `None`. A model on the Hub is not checked here, but loaded with
     `use_safetensors=True`.
     """
     path = Path(name)
@@ -25,7 +24,7 @@ def weights_problem(name: str) -> str | None:
         base = _adapter_config(path).get("base_model_name_or_path")
         return (
             f"{name} is a PEFT adapter on {base}, not a model. Merge it (`trl-ext aries export`, or PEFT's `merge_and_unload`) and name "
-            "the result."
+            "the merged model."
         )
     return _no_safetensors(path, "model") or broken_weights(path)
 
@@ -37,8 +36,8 @@ def _no_safetensors(path: Path, kind: str) -> str | None:
     pickles = [file for file in files if file.endswith(PICKLES)]
     if pickles:
         return (
-            f"{path} has its weights as a pickle only ({', '.join(pickles)}), and loading one may run any code in it. Where you trust "
-            f"it, load the {kind} in Python and save it with `save_pretrained`, which writes safetensors."
+            f"{path} has its weights only as a pickle ({', '.join(pickles)}), and loading one may run code. If you trust it, load the "
+            f"{kind} in Python and save it with `save_pretrained`, which writes safetensors."
         )
     return f"{path} has no weights: no *.safetensors among {', '.join(files) or 'no files'}."
 
@@ -53,15 +52,8 @@ def _adapter_config(path: Path) -> dict[str, Any]:
 
 def adapter_problem(path: Path, shapes: dict[str, tuple[int, ...]], rank: int) -> str | None:
     """
-    What keeps an adapter that a run made from being put on its base, or `None`: it was replaced, or its base was.
-
-    Args:
-        path (`Path`):
-            Its directory.
-        shapes (`dict[str, tuple[int, ...]]`):
-            Shapes of the base's weights by module name, `(out, in)`.
-        rank (`int`):
-            The recipe's `lora_r`.
+    Why an adapter that a run made does not fit its base, or `None`. `shapes` are those of the base's weights by module, `(out, in)`, and
+    `rank` is the recipe's `lora_r`.
     """
     problem = _no_safetensors(path, "adapter")
     if problem:
@@ -76,7 +68,7 @@ def adapter_problem(path: Path, shapes: dict[str, tuple[int, ...]], rank: int) -
         if part not in ("lora_A", "lora_B"):
             continue
         if module not in shapes:
-            return f"{path} has weights for {module}, which the model does not have. It was trained on another one."
+            return f"{path} has weights for {module}, which the model does not have. It was trained on another model."
         out_features, in_features = shapes[module]
         expected = (rank, in_features) if part == "lora_A" else (out_features, rank)
         if shape != expected:

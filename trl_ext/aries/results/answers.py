@@ -1,8 +1,5 @@
 """
-Answers: the evaluation answers of a round, one turn of them, in the formats that judges and other tools read.
-
-In: `evaluation_prompts.jsonl` and a round's `evaluation.jsonl`. Out: AlpacaEval's model outputs, or rows of messages. Texts are
-written as they were generated.
+Answers: one turn of a round's evaluation answers, in the formats of judges and other tools. Texts are written as they were generated.
 """
 
 from pathlib import Path
@@ -17,40 +14,21 @@ from ..provenance import check_file
 from ..run_dir import RunDir
 from ..scoring.scores import load_chains
 from .progress import RunProgress
+from .state import chosen_round
 
 
 def export_answers(config: AriesConfig, number: int | None, turn: int, file_format: str, output: Path) -> int:
     """
-    Write the answers of one turn to a file.
-
-    Args:
-        config ([`AriesConfig`]):
-            Names the run.
-        number (`int`, *optional*):
-            The round. Default: the last that has been evaluated.
-        turn (`int`):
-            1 for the direct answers, k for those after k − 1 refinements.
-        file_format (`str`):
-            `"alpaca_eval"` or `"jsonl"`.
-        output (`Path`):
-            The file to write. It must not exist.
-
-    Returns:
-        `int`: exit code, 0.
+    Write the answers of a turn (1 is the direct answer) as `"alpaca_eval"` or `"jsonl"` to a new file, and return the exit code, 0.
 
     Raises:
-        [`RecipeError`]: there is no such round or turn, its answers are not what the run made, or the file is there already, or cannot be
-        written.
+        [`RecipeError`]: there is no such round or turn, its answers are not what the run made, or the file exists or cannot be written.
     """
     for path in (output, output.with_name(output.name + ".tmp")):  # what it is called while it is written
         check_new(path)
     run = RunDir(Path(config.output_dir))
     evaluated = [n for n in range(config.rounds + 1) if run.round(n).evaluation.exists()]
-    if not evaluated:
-        raise RecipeError(f"{run.path} has no evaluated round yet. `trl-ext aries run` makes them.")
-    number = evaluated[-1] if number is None else number
-    if number not in evaluated:
-        raise RecipeError(f"`--round`: {number} has not been evaluated; there are {', '.join(map(str, evaluated))}.")
+    number = chosen_round(run, number, evaluated, "evaluated")
     if not 1 <= turn <= config.refinements.turns:
         raise RecipeError(
             f"`--turn` must be between 1, the direct answer, and {config.refinements.turns}; got {turn}."
@@ -78,7 +56,7 @@ def alpaca_eval_rows(
     chains: list[Chain], prompts: list[dict[str, Any]], turn: int, generator: str
 ) -> list[dict[str, str]]:
     """
-    AlpacaEval's model outputs: `instruction`, `output`, `generator`, and `dataset` where the prompts have this column.
+    AlpacaEval's model outputs: `instruction`, `output`, `generator`, and `dataset` if the prompts have this column.
 
     Example:
 
@@ -101,7 +79,7 @@ def alpaca_eval_rows(
 
 
 def message_rows(chains: list[Chain], turn: int, generator: str) -> list[dict[str, Any]]:
-    """Whole conversations, `messages`, with `prompt_id` and `generator`; plain text becomes the user's message."""
+    """Whole conversations as `messages`, with `prompt_id` and `generator`. Plain text becomes a user message."""
     return [
         {
             "prompt_id": chain.prompt_id,

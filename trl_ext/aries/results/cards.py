@@ -1,5 +1,5 @@
 """
-Cards for what a run made: of a model, from TRL's template, and of its pairs as a dataset.
+Cards for what a run made: a model card from TRL's template, and a dataset card for its pairs.
 """
 
 import textwrap
@@ -43,8 +43,8 @@ PAIRS_CARD = """\
 # {name}
 
 {rows:,} preference rows that ARIES (https://huggingface.co/papers/{paper_id}) made and trained on in rounds 1 to {rounds}, written by
-trl-ext {version}: the policy of the round before answers a prompt, refines its own answer, and a better and a worse answer of the chain
-become a pair.
+trl-ext {version}. In each round, the previous policy answers a prompt and refines its own answer; a better and a worse answer of this
+chain become a pair.
 
 ```python
 from datasets import load_dataset
@@ -52,16 +52,16 @@ from datasets import load_dataset
 pairs = load_dataset("{repo}", split="train")
 ```
 
-`prompt`, `chosen` and `rejected` are what TRL's `DPOTrainer` takes. Beside them, in every row:
+`prompt`, `chosen` and `rejected` are the columns of TRL's `DPOTrainer`. The others are:
 
 | column | |
 |---|---|
 | `round` | the round |
-| `turn` | 0 where the prompt is the question, 1 where it asks for a better answer than a draft |
-| `draft` | which answer that draft is, `chosen` or `rejected` |
-| `weight` | how often an epoch showed the row |
+| `turn` | 0 if the prompt is the question, 1 if it asks for a better answer than a draft |
+| `draft` | whether that draft is the `chosen` or the `rejected` answer |
+| `weight` | how often an epoch repeats the row |
 | `prompt_id` | the prompt's dataset and row |
-| `chosen_turn`, `rejected_turn`, `chosen_score`, `rejected_score` | which answers of the chain they are, and their scores |
+| `chosen_turn`, `rejected_turn`, `chosen_score`, `rejected_score` | the answers' places in the chain, and their scores |
 
 ## Prompts
 
@@ -75,14 +75,14 @@ pairs = load_dataset("{repo}", split="train")
 
 
 def public_recipe(run: RunDir) -> str:
-    """The run's recipe, without where it was written on this machine. Secrets are in no recipe."""
+    """The run's recipe without its place on this machine. Recipes never hold secrets."""
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     recipe.pop("env", None)
     return yaml.safe_dump(recipe | {"output_dir": run.path.name}, sort_keys=False, allow_unicode=True)
 
 
 def on_hub(name: str) -> bool:
-    """Whether a model or a dataset is named as on the Hub, rather than by a path."""
+    """Whether a model or a dataset is named as on the Hub rather than by a path."""
     path = Path(name).expanduser()
     return not (path.is_absolute() or name.startswith(".") or path.suffix in BUILDERS or path.exists())
 
@@ -103,20 +103,10 @@ def model_card(
     measured: dict[str, Any],
 ) -> str:
     """
-    Args:
-        run ([`RunDir`]), config ([`AriesConfig`]):
-            The run.
-        name (`str`), repo (`str`):
-            The model's name, and where it will be found: a name on the Hub or a path.
-        number (`int`), form (`str`):
-            The round, and one of `FORMS`.
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's.
-        measured (`dict`):
-            What the check at export found.
+    TRL's card, with what was trained, on what, by which recipe, and how it was evaluated.
 
-    Returns:
-        `str`: TRL's card, with what was trained, on what, by which recipe, and what the evaluation found.
+    `name` is the model's name, `repo` where it will be found (a name on the Hub or a path), `form` one of [`FORMS`], and `measured` what the
+    check at export found.
     """
     base = config.model["model_name_or_path"]
     datasets = [source for source in sources(config) if on_hub(source)]
@@ -146,7 +136,7 @@ def model_card(
 
 
 def evaluation_table(run: RunDir, number: int) -> str:
-    """Scores of the policy's answers, the direct one first, beside round 0's; empty where there are none."""
+    """Scores of the policy's answers next to round 0's, the direct answer first; empty without scores."""
     columns = {}
     for n in dict.fromkeys((0, number)):
         metrics = read_json(run.round(n).metrics)

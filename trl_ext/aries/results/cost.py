@@ -1,5 +1,5 @@
 """
-Cost: what a round took, in generated tokens and in seconds. Kept apart from the metrics, which hold no clock times.
+Cost: the generated tokens and the seconds of a round. They are kept apart from the metrics, which hold no clock times.
 """
 
 from collections.abc import Iterable
@@ -12,19 +12,17 @@ def round_cost(
     events: list[dict[str, Any]], number: int, chains: Iterable[Chain], evaluation: Iterable[Chain]
 ) -> dict[str, Any]:
     """
+    What `cost.json` holds.
+
     Args:
-        events (`list[dict]`):
-            The run's event log.
-        number (`int`):
-            The round.
+        events (`list[dict]`), number (`int`):
+            The run's event log, and the round.
         chains (iterable of [`Chain`]), evaluation (iterable of [`Chain`]):
             Its answers, and its policy's answers to the evaluation prompts.
 
     Returns:
-        `dict`: `generated_tokens`, of `drafts`, `refinements` and `evaluation`, also where no answer was found in them, but not of
-        critiques, whose tokens are not recorded; and `stages`, a list with, for each stage
-        logged under this round, `stage`, `seconds` of the runs that ended, and `interrupted`, how many did not: their time
-        is not known.
+        `dict`: `generated_tokens` of `drafts`, `refinements` and `evaluation`, without critiques, whose tokens are not recorded; and `stages`,
+        for each stage of the round its name, the `seconds` of its finished runs, and how many were `interrupted`, whose time is unknown.
     """
     drafts = refinements = 0
     for chain in chains:

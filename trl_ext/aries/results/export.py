@@ -1,8 +1,9 @@
 """
 Export: the policy of a round as a model of its own, or as an adapter, ready to be loaded or uploaded.
 
-In: a run directory. Out: a directory with the adapter merged into the base in the checkpoint's own data type (not into the NF4 base
-that QLoRA trains on), or the adapter as it is, or the weights of full fine-tuning; with the tokenizer and a model card. It gets its name only after it has been loaded and has given the policy's log-probabilities.
+In: a run directory. Out: a directory with the adapter merged into the base in the checkpoint's own data type (not into the NF4 base that
+QLoRA trains on), or the adapter as it is, or the weights of full fine-tuning; with the tokenizer and a model card. It gets its name only
+after it was loaded and gave the policy's log-probabilities.
 """
 
 import shutil
@@ -28,6 +29,7 @@ from ..run_dir import RunDir
 from .cards import FORMS, model_card
 from .hub import make_repo, upload
 from .progress import RunProgress
+from .state import chosen_round
 
 
 SAMPLES = 16  # answers whose log-probabilities are compared
@@ -42,30 +44,27 @@ def export(
     private: bool = False,
 ) -> int:
     """
-    Export the policy of a finished round.
+    Export a finished round, by default the last, and return the exit code, 0.
 
     Args:
-        config ([`AriesConfig`]):
-            What the run's recipe says.
-        number (`int`, *optional*):
-            The round; by default the last.
         output (`Path`):
             The directory to make. It must not exist, or be empty.
         form (`str`, *optional*):
-            `"merged"` (the default where an adapter was trained) or `"adapter"`; `None` for full fine-tuning, which is copied.
+            `"merged"` (the default for an adapter) or `"adapter"`; `None` for full fine-tuning, which is copied.
         repo (`str`, *optional*), private (`bool`, *optional*, defaults to `False`):
             A model repository on the Hub to upload it to.
 
-    Returns:
-        `int`: exit code, 0.
-
     Raises:
-        [`RecipeError`]: there is nothing to export in this form, `output` holds something, or the repository cannot be made.
-        [`~aries.children.ChildError`]: what was written is not the policy, and is removed; or the upload failed, and it stays.
+        [`RecipeError`]: the round cannot be exported in this form, `output` is not empty, or the repository cannot be made.
+        [`~aries.children.ChildError`]: the written model is not the policy, and is removed; or the upload failed, and the directory stays.
     """
     run, say = RunDir(Path(config.output_dir)), RunProgress(config.rounds).say
-    number = config.rounds if number is None else number
-    policy = finished_policy(run, config, number)
+    if number == 0 and config.sft is None:
+        raise RecipeError("`--round`: round 0 of a run without SFT is the model as it came.")
+    finished = [n for n in range(0 if config.sft else 1, config.rounds + 1) if run.round(n).manifest.exists()]
+    number = chosen_round(run, number, finished, "finished")
+    check_policy(run, config, number)
+    policy = policy_after(run, config, number)
     if policy.adapter is None and form is not None:
         raise RecipeError(
             f"round {number} of {run.path} has no adapter: all weights were trained. Leave out --merge and --adapter."
@@ -91,7 +90,7 @@ def export(
         tokenizer.save_pretrained(directory)
         rows = evaluation_rows(run, number, tokenizer)
         exported = Policy(policy.model, str(directory)) if form == "adapter" else Policy(str(directory), None)
-        # Only the base is of a revision; what a run makes has none
+        # Only the base has a revision
         measured = measure(policy, exported, rows, {policy.model: revision} if policy.adapter else {}, loading)
         card = model_card(run, config, output.name, repo or str(output), number, form, tokenizer, measured)
         (directory / "README.md").write_text(card, encoding="utf-8")
@@ -102,36 +101,12 @@ def export(
     )
     if not all(other["distinguishable"] for other in measured["others"].values()):
         say(
-            f"Rounding to {measured['dtype']} hides what the training changed: the policy and its base differ by less. "
-            "--adapter keeps it."
+            f"Rounding to {measured['dtype']} hides what the training changed: the policy and its base differ by less than that. "
+            "Use --adapter to keep it."
         )
     if repo is not None:
         say(upload(output, repo, "model"))
     return 0
-
-
-def finished_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
-    """
-    The policy of a round that has been evaluated.
-
-    Raises:
-        [`RecipeError`]: there is none, it is the model as it came, or it is not what the run made.
-    """
-    if number == 0 and config.sft is None:
-        raise RecipeError("--round: round 0 of a run without SFT is the model as it came.")
-    if not run.round(number).manifest.exists():
-        first = 0 if config.sft else 1
-        finished = [n for n in range(first, config.rounds + 1) if run.round(n).manifest.exists()]
-        raise RecipeError(
-            f"round {number} of {run.path} is not finished. "
-            + (
-                f"--round names another: {', '.join(map(str, finished))}."
-                if finished
-                else "No round is; `trl-ext aries run` starts or continues them."
-            )
-        )
-    check_policy(run, config, number)
-    return policy_after(run, config, number)
 
 
 def evaluation_rows(run: RunDir, number: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
@@ -154,7 +129,7 @@ def measure(
     loading: dict[str, Any],
 ) -> dict[str, Any]:
     """
-    Compare what was written, loaded anew, with the policy, in the checkpoint's data type.
+    Load what was written, and compare it with the policy in the checkpoint's data type.
 
     Raises:
         [`~aries.children.ChildError`]: it is not the policy.
@@ -175,7 +150,7 @@ def measure(
     measured |= compare(found, expected, logps, TOLERANCES[dtypes[0]])
     if measured["fault"] is not None:
         raise ChildError(
-            "what was exported is not the policy, and is removed: its log-probabilities differ from the policy's by "
+            "the exported model is not the policy, and was removed: its log-probabilities differ from the policy's by "
             f"{measured['difference']:.3g} nats per token (root mean square over {measured['tokens']} tokens; "
             + (
                 f"the tolerance is {measured['tolerance']:g})."

@@ -1,6 +1,6 @@
 """
-EleutherAI's lm-evaluation-harness on a round's policy: which model, adapter, data type and quantization the round has, and
-whatever else the user says, in one command line of `lm_eval`.
+EleutherAI's lm-evaluation-harness on a round's policy: `lm_eval` with the round's model, adapter, data type and quantization, and the
+user's own arguments.
 """
 
 from collections.abc import Sequence
@@ -14,27 +14,16 @@ from ..config import AriesConfig
 from ..policies import Policy, policy_after
 from ..provenance import check_policy
 from ..run_dir import RunDir
+from .state import chosen_round
 
 
 def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[str]) -> int:
     """
-    Evaluate a round's policy on tasks of lm-evaluation-harness.
-
-    Args:
-        config ([`AriesConfig`]):
-            Names the run.
-        number (`int`, *optional*):
-            The round. Default: the last that has been trained.
-        tasks (`str`):
-            As `lm_eval` takes them, separated by commas.
-        args (sequence of `str`):
-            More for `lm_eval`, which takes its last word: `--output_path` is this round's `lm_eval/` otherwise.
-
-    Returns:
-        `int`: exit code of `lm_eval`.
+    Run `lm_eval` on a trained round, by default the last, and return its exit code. The user's `args` come last and win; without
+    `--output_path`, results go to the round's `lm_eval/`.
 
     Raises:
-        [`RecipeError`]: `lm_eval` is not installed, or the round has not been trained, or its policy is not what the run made.
+        [`RecipeError`]: `lm_eval` is not installed, the round is not trained, or its policy is not what the run made.
     """
     if find_spec("lm_eval") is None:
         raise RecipeError(
@@ -43,11 +32,7 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
         )
     run = RunDir(Path(config.output_dir))
     trained = [n for n in range(config.rounds + 1) if is_trained(run, config, n)]
-    if not trained:
-        raise RecipeError(f"{run.path} has no trained round yet. `trl-ext aries run` makes them.")
-    number = trained[-1] if number is None else number
-    if number not in trained:
-        raise RecipeError(f"`--round`: {number} has not been trained; there are {', '.join(map(str, trained))}.")
+    number = chosen_round(run, number, trained, "trained")
     check_policy(run, config, number)
     policy, output = policy_after(run, config, number), str(run.round(number).lm_eval)
     command = lm_eval_command(policy, config.model, config.trust_remote_code, tasks, output)
@@ -55,7 +40,7 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
 
 
 def is_trained(run: RunDir, config: AriesConfig, number: int) -> bool:
-    """Whether there is a policy after the round; the one before round 1 may be the model as it came."""
+    """Whether the policy after the round exists; before round 1 it may be the model as it came."""
     policy = policy_after(run, config, number)
     path = policy.adapter or policy.model
     return path == config.model["model_name_or_path"] or Path(path).exists()
@@ -65,18 +50,10 @@ def lm_eval_command(
     policy: Policy, model: dict[str, Any], trust_remote_code: bool, tasks: str, output_path: str
 ) -> list[str]:
     """
-    The module of `lm_eval` and its command line for a policy.
-
-    Args:
-        policy ([`~aries.policies.Policy`]):
-            Model and adapter.
-        model (`dict`):
-            The recipe's `model` section.
-        trust_remote_code (`bool`), tasks (`str`), output_path (`str`):
-            Passed on.
+    The module and the command line for a policy; `model` is the recipe's section.
 
     Raises:
-        [`RecipeError`]: a path has a comma, which separates the arguments of `--model_args`.
+        [`RecipeError`]: a path has a comma, which separates the arguments in `--model_args`.
     """
     from trl import ModelConfig
 

@@ -1,8 +1,7 @@
 """
-`python -m trl_ext.aries.results.harness_quantized` is `python -m lm_eval` with one more model, `hf-bitsandbytes`: a base quantized to
-4 or 8 bits as it is loaded, which is what QLoRA rounds train on.
+`python -m lm_eval` with one more model, `hf-bitsandbytes`: a base that is quantized to 4 or 8 bits as it is loaded, as QLoRA trains on.
 
-`lm_eval` up to 0.4.13 hands `load_in_4bit=True` to `from_pretrained`, which transformers 5 no longer takes, and accepts no
+`lm_eval` up to 0.4.13 passes `load_in_4bit=True` to `from_pretrained`, which transformers 5 no longer accepts, and takes no
 `quantization_config` in its place.
 """
 

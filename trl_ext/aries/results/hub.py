@@ -1,5 +1,5 @@
 """
-Upload to the Hugging Face Hub. The token is the Hub client's own: `hf auth login`, or `HF_TOKEN` in the environment.
+Uploads to the Hugging Face Hub. The token is the Hub client's own: `hf auth login`, or `HF_TOKEN` in the environment.
 """
 
 from pathlib import Path
@@ -15,18 +15,10 @@ from ..children import ChildError
 
 def make_repo(repo: str, kind: str, private: bool) -> None:
     """
-    Make a repository, or see that it is there: what the token may not do shows before any work.
-
-    Args:
-        repo (`str`):
-            Its name, `user/name` or `name`.
-        kind (`str`):
-            `"model"` or `"dataset"`.
-        private (`bool`):
-            Whether a new one is private.
+    Make a `"model"` or `"dataset"` repository unless it exists, so that a missing permission shows before any work.
 
     Raises:
-        [`RecipeError`]: it is no name, the Hub is not reached, or refuses.
+        [`RecipeError`]: the name is not valid, or the Hub cannot be reached or refuses.
     """
     try:
         validate_repo_id(repo)
@@ -35,20 +27,17 @@ def make_repo(repo: str, kind: str, private: bool) -> None:
         raise RecipeError(f"--push_to_hub: {error}") from error
     except (httpx.HTTPError, LocalTokenNotFoundError, OSError) as error:
         raise RecipeError(
-            f"--push_to_hub: the {kind} {repo} cannot be made: {error}. Log in with `hf auth login`, or export HF_TOKEN; without "
-            "--push_to_hub everything stays on this machine."
+            f"--push_to_hub: the {kind} {repo} cannot be made: {error}. Log in with `hf auth login`, or export HF_TOKEN. Without "
+            "--push_to_hub, everything stays on this machine."
         ) from error
 
 
 def upload(folder: Path, repo: str, kind: str) -> str:
     """
-    Upload a directory to a repository that is there.
-
-    Returns:
-        `str`: the URL of the commit.
+    Upload a directory to a repository, and return the URL of the commit.
 
     Raises:
-        [`~aries.children.ChildError`]: it did not get there; the directory stays.
+        [`~aries.children.ChildError`]: the upload failed; the directory stays.
     """
     try:
         return HfApi().upload_folder(
@@ -56,5 +45,5 @@ def upload(folder: Path, repo: str, kind: str) -> str:
         )
     except (httpx.HTTPError, OSError) as error:
         raise ChildError(
-            f"{folder} was made, but not uploaded: {error}. To try again: hf upload {repo} {folder} --repo-type {kind}"
+            f"{folder} was written but not uploaded: {error}. To try again: hf upload {repo} {folder} --repo-type {kind}"
         ) from error

@@ -1,5 +1,5 @@
 """
-The pairs of a run as a dataset: what it learned from, ready for `datasets.load_dataset`, another trainer, or the Hub.
+The pairs of a run as a dataset for `datasets.load_dataset`, another trainer, or the Hub.
 """
 
 from pathlib import Path
@@ -18,33 +18,22 @@ from .progress import RunProgress
 
 def export_pairs(config: AriesConfig, output: Path, repo: str | None = None, private: bool = False) -> int:
     """
-    Write the pairs of the rounds so far, one file each, with a card.
-
-    Args:
-        config ([`AriesConfig`]):
-            What the run's recipe says.
-        output (`Path`):
-            The directory to make. It must not exist, or be empty.
-        repo (`str`, *optional*), private (`bool`, *optional*, defaults to `False`):
-            A dataset repository on the Hub to upload it to.
-
-    Returns:
-        `int`: exit code, 0.
+    Write the pairs of the trained rounds into a new directory, one file each, with a card; optionally upload them. Returns the exit code, 0.
 
     Raises:
-        [`RecipeError`]: there are no pairs, or they are not what the run made, `output` holds something, or the repository cannot be made.
+        [`RecipeError`]: there are no pairs, they are not what the run made, `output` is not empty, or the repository cannot be made.
         [`~aries.children.ChildError`]: the upload failed; `output` stays.
     """
     run, say = RunDir(Path(config.output_dir)), RunProgress(config.rounds).say
     rounds = [n for n in range(1, config.rounds + 1) if run.round(n).pairs.exists()]
     rounds = [n for n in rounds if product(run.round(n), config).exists()]
     if not rounds:
-        raise RecipeError(f"{run.path} has no trained round, so no pairs that were learned from.")
+        raise RecipeError(f"{run.path} has no trained round, and so no pairs.")
     check_new(output)
     for number in rounds:
         check_file(run, number, run.round(number).pairs)
 
-    from .cards import pairs_card  # torch and transformers: seconds, for what can be done
+    from .cards import pairs_card  # imports torch and transformers, which takes seconds
 
     if repo is not None:
         make_repo(repo, "dataset", private)

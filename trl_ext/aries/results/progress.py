@@ -1,6 +1,6 @@
 """
-What a run prints: one live bar with an ETA per stage on a terminal, in a log a line per stage and one a minute while it goes on, and the
-closing table; or one JSON object per line.
+What a run prints. On a terminal, a live bar with an ETA for each stage; in a log, a line when a stage ends and one a minute until
+then; with `--log_format json`, one JSON object per line.
 """
 
 import json
@@ -12,20 +12,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn as Eta
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ...terminal import printable
+from .tables import answers_table, score_table
 
 
-# Tables are laid out for this many columns; a log has no width of its own
+# Columns of a table in a log, which has no width
 TABLE_WIDTH = 100
-# The style of a line that `--quiet` prints too
+# Style of the lines that `--quiet` prints too
 WARNING = "yellow"
-# Between two lines of a log about the same stage
+# Seconds between two lines of a log about the same stage
 LOG_SECONDS = 60.0
-# Between two looks at whether one is due
+# Seconds between two checks whether a line is due
 BEAT_SECONDS = 1.0
 
 
@@ -36,11 +45,11 @@ class StageProgress:
 
     Args:
         round (`int`), stage (`str`):
-            Which one.
+            Which stage.
         first (`int`), done (`int`), total (`int`):
-            Of its answers, steps, ...: those that were there at its start, that are now, that are to be.
+            Number of its answers, steps, ...: at its start, now, and in the end.
         seconds (`float`):
-            Since its first report.
+            Time since its first report.
     """
 
     round: int
@@ -52,7 +61,7 @@ class StageProgress:
 
     @property
     def rate(self) -> float | None:
-        """How many there are in a second, since the first report; `None` before there is one more."""
+        """How many are done in a second since the first report; `None` before the first one."""
         return (self.done - self.first) / self.seconds if self.done > self.first and self.seconds > 0 else None
 
     @property
@@ -67,40 +76,42 @@ class StageProgress:
 
 class Pulse:
     """
-    How a stage goes, for a log: a line every [`LOG_SECONDS`], also while nothing comes.
-
-    Args:
-        round (`int`), stage (`str`):
-            Which one.
-        clock (`Callable[[], float]`):
-            Seconds, from anywhere.
+    The lines of a log about a running stage: one every [`LOG_SECONDS`], even if nothing happens. `clock` gives seconds from any origin.
     """
 
     def __init__(self, round: int, stage: str, clock: Callable[[], float]):
         self._clock, self._lock = clock, threading.Lock()
         self._at = StageProgress(round, stage, 0, 0, 0, 0.0)
-        self._began: float | None = None
-        self._next = clock() + LOG_SECONDS
+        self._start = self._first_report = clock()
+        self._next = self._start + LOG_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """How long the stage has been running."""
+        return self._clock() - self._start
 
     def update(self, done: int, total: int) -> None:
         with self._lock:
-            if self._began is None or total != self._at.total:  # of another kind: each scorer counts its own
-                self._began, self._at.first = self._clock(), done
+            if total != self._at.total:  # the first report, or another scorer, which counts its own
+                self._first_report, self._at.first = self._clock(), done
             self._at.done, self._at.total = done, total
 
-    def due(self) -> StageProgress | None:
-        """How far the stage is, when a line is due; a total of 0 is none yet."""
+    def at(self) -> StageProgress:
+        """How far the stage is. A total of 0 means that there was no report yet."""
         with self._lock:
-            now = self._clock()
-            if now < self._next:
-                return None
-            self._next = now + LOG_SECONDS
-            self._at.seconds = 0.0 if self._began is None else now - self._began
-            return replace(self._at)
+            return replace(self._at, seconds=self._clock() - self._first_report)
+
+    def due(self) -> StageProgress | None:
+        """How far the stage is if a line is due, else `None`."""
+        now = self._clock()
+        if now < self._next:
+            return None
+        self._next = now + LOG_SECONDS
+        return self.at()
 
     @contextmanager
     def beating(self, say: Callable[[StageProgress], None]) -> Iterator[None]:
-        """Call `say` whenever a line is due, from a thread of its own."""
+        """Call `say` from a thread whenever a line is due."""
         ended = threading.Event()
 
         def beat() -> None:
@@ -120,6 +131,8 @@ class Pulse:
 
 class RunProgress:
     """
+    Prints text.
+
     Args:
         rounds (`int`):
             Rounds of the run.
@@ -128,7 +141,7 @@ class RunProgress:
         quiet (`bool`, *optional*, defaults to `False`):
             Print warnings only.
         clock (`Callable[[], float]`, *optional*, defaults to `time.monotonic`):
-            Seconds, from anywhere.
+            Gives seconds from any origin.
     """
 
     def __init__(
@@ -145,10 +158,7 @@ class RunProgress:
         self._round_seconds: list[float] = []
 
     def say(self, text: str, style: str | None = None) -> None:
-        """
-        Print a line as it is: no markup read from paths or generated text, no control sequences, no wrapping. Yellow ones are
-        warnings.
-        """
+        """Print a line as it is: no markup, no control sequences, no wrapping. Yellow lines are warnings."""
         if self.quiet and style != WARNING:
             return
         self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
@@ -161,41 +171,24 @@ class RunProgress:
         Yields:
             `Callable[[int, int], None]`: to be called with (done, total).
         """
-        label = f"round {number}/{self.rounds}  {name}"
-        start = self.clock()
-        last = {"done": 0, "total": None}
+        label, pulse = f"{f'round {number}/{self.rounds}  {name}':<38}", Pulse(number, name, self.clock)
         if self.console.is_terminal and not self.quiet:
-            columns = (
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                Eta(),
-            )
-            with Progress(*columns, console=self.console, transient=True) as bars:
-                task = bars.add_task(f"{label:<38}", total=None)
+            with Progress(*columns(), console=self.console, transient=True) as bars:
+                task = bars.add_task(label, total=None)
 
                 def update(done: int, total: int) -> None:
-                    last.update(done=done, total=total)
+                    pulse.update(done, total)
                     bars.update(task, completed=done, total=total)
 
                 yield update
         else:
-            pulse = Pulse(number, name, self.clock)
-
-            def note(done: int, total: int) -> None:
-                last.update(done=done, total=total)
-                pulse.update(done, total)
-
-            with pulse.beating(lambda at: self.say(f"{label:<38}{progress_line(at, self.clock() - start)}")):
-                yield note
-        count = "" if last["total"] is None else f"{last['done']:>7,}"
-        self.say(f"{label:<38}{count:>8}  {self.clock() - start:6.1f} s")
+            with pulse.beating(lambda at: self.say(f"{label}{progress_line(at, pulse.seconds)}")):
+                yield pulse.update
+        at = pulse.at()
+        self.say(f"{label}{f'{at.done:,}' if at.total else '':>8}  {pulse.seconds:6.1f} s")
 
     def show(self, table: Table) -> None:
-        """Print a table; in a log, with room for its columns."""
+        """Print a table; a log gets enough columns for it."""
         if self.quiet:
             return
         if not self.console.is_terminal:
@@ -203,16 +196,19 @@ class RunProgress:
         self.console.print(table)
 
     def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> None:
-        """The round × turn table, and what else is known of the last round's answers; arguments as of [`score_table`]."""
+        """
+        Print the table of scores by round and turn, and what else is known of the last round's answers. Arguments as in
+        [`~aries.results.tables.score_table`].
+        """
         self.show(score_table(metrics, turns, has_sft, kind))
         if "correct_score" in metrics[max(metrics)]:  # not in the metrics of earlier versions
             self.show(answers_table(metrics, has_sft))
 
     def stopped(self, number: int, stage: str, error: str) -> None:
-        """An error ends the run. Here the command line prints it."""
+        """An error ended the run. The command line prints it, so nothing is printed here."""
 
     def end_round(self, number: int, seconds: float) -> None:
-        """Say how long the round took and how long the rest should take."""
+        """Print how long the round took and how long the rest should take."""
         self._round_seconds.append(seconds)
         left = (self.rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
         rest = f", about {duration(left)} to go" if number < self.rounds else ""
@@ -221,9 +217,9 @@ class RunProgress:
 
 class JsonProgress(RunProgress):
     """
-    The same as JSON lines: `time`, `level` (`info`, `warning`, `error`), `event` and what belongs to it. Events: `start`, `progress`
-    (every [`LOG_SECONDS`]: `done`, `total`, `rate` in a second, `eta` in seconds; `null` before they are known) and `end` of a stage,
-    `message`, `round`, `metrics`, `stopped`.
+    Prints the same as JSON lines: `time`, `level` (`info`, `warning`, `error`), `event` and its fields. Events: `start`, `progress` (every
+    [`LOG_SECONDS`]: `done`, `total`, `rate` per second, `eta` in seconds; `null` before they are known) and `end` of a stage, `message`,
+    `round`, `metrics`, `stopped`.
     """
 
     def log(self, event: str, level: str = "info", **fields: Any) -> None:
@@ -237,30 +233,18 @@ class JsonProgress(RunProgress):
 
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
-        start = self.clock()
-        last: dict[str, int] = {}
         pulse = Pulse(number, name, self.clock)
         self.log("start", round=number, stage=name)
 
-        def update(done: int, total: int) -> None:
-            last.update(done=done, total=total)
-            pulse.update(done, total)
-
         def say(at: StageProgress) -> None:
-            done, total = (at.done, at.total) if at.total else (None, None)
-            self.log(
-                "progress",
-                round=number,
-                stage=name,
-                done=done,
-                total=total,
-                rate=rounded(at.rate),
-                eta=rounded(at.eta),
-            )
+            counts = {"done": at.done, "total": at.total} if at.total else {"done": None, "total": None}
+            self.log("progress", round=number, stage=name, **counts, rate=rounded(at.rate), eta=rounded(at.eta))
 
         with pulse.beating(say):
-            yield update
-        self.log("end", round=number, stage=name, seconds=round(self.clock() - start, 3), **last)
+            yield pulse.update
+        at = pulse.at()
+        counts = {"done": at.done, "total": at.total} if at.total else {}
+        self.log("end", round=number, stage=name, seconds=round(pulse.seconds, 3), **counts)
 
     def results(self, metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> None:
         for number, of_round in metrics.items():
@@ -271,6 +255,12 @@ class JsonProgress(RunProgress):
 
     def end_round(self, number: int, seconds: float) -> None:
         self.log("round", round=number, seconds=round(seconds, 3))
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """The live bar of a stage."""
+    count, elapsed, left = MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return SpinnerColumn(), TextColumn("{task.description}"), BarColumn(None), count, elapsed, TextColumn("eta"), left
 
 
 def progress_line(at: StageProgress, seconds: float) -> str:
@@ -305,90 +295,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
-def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> Table:
-    """
-    Rounds down, answers y1..y_turns across: mean score on the evaluation prompts, and below it its 95 % interval, so that
-    four turns fit on 100 columns.
-
-    Args:
-        metrics (`dict[int, dict]`):
-            Of each evaluated round, from [`~aries.scoring.evaluation.evaluation_metrics`].
-        turns (`int`):
-            Answers per chain.
-        has_sft (`bool`):
-            Whether round 0 is the policy after SFT or the model as it came.
-        kind (`str`):
-            Of the prompts, from [`~aries.checks.overlap.prompts_kind`].
-    """
-    prompts = max((m["prompts"] for m in metrics.values()), default=0)
-    interval = (
-        ", with 95 % interval" if any("interval" in turn for m in metrics.values() for turn in m["turns"]) else ""
-    )
-    table = Table(title=f"Mean score of each answer on {prompts} {kind} prompts{interval}", title_justify="left")
-    table.add_column("policy")
-    for turn in range(1, turns + 1):
-        table.add_column(f"y{turn}" + (" (direct)" if turn == 1 else ""), justify="right")
-    for number, round_metrics in sorted(metrics.items()):
-        cells = (score_cell(turn, round_metrics["prompts"]) for turn in round_metrics["turns"])
-        table.add_row(policy_name(number, has_sft), *cells)
-    return table
-
-
-def score_cell(turn: dict[str, Any], prompts: int) -> str:
-    """
-    Mean, of how many answers where not every prompt has a scored one, and on a second line the interval; ± standard error
-    in the metrics of versions that had none.
-    """
-    if turn["score"] is None:
-        return "-"
-    count = "" if turn["scored"] == prompts else f" (n={turn['scored']})"
-    if "interval" not in turn:
-        error = "" if turn["standard_error"] is None else f" ± {turn['standard_error']:.3f}"
-        return f"{turn['score']:.3f}{error}{count}"
-    return f"{turn['score']:.3f}{count}{interval_line(turn['interval'])}"
-
-
-def answers_table(metrics: dict[int, dict[str, Any]], has_sft: bool) -> Table:
-    """
-    What a mean score does not say, of the last evaluated round, answers y1..y_turns down: how often it beats round 0's answer,
-    what refining changed, and how long the answers are beside round 0's.
-
-    Args:
-        metrics (`dict[int, dict]`), has_sft (`bool`):
-            As in [`score_table`].
-    """
-    last = max(metrics)
-    table = Table(title=f"Answer by answer: {policy_name(last, has_sft)}", title_justify="left")
-    table.add_column("answer")
-    for name in ("win rate\nover round 0", "refining\nbetter, worse", "wrong→right,\nright→wrong", "left\nas it was"):
-        table.add_column(name, justify="right")
-    table.add_column("tokens" if last == 0 else "tokens\n(round 0)", justify="right")
-    table.add_column("cut off", justify="right")
-    initial = metrics[0]["turns"] if last > 0 and 0 in metrics else [{"tokens": None}] * len(metrics[last]["turns"])
-    for turn, first in zip(metrics[last]["turns"], initial, strict=True):
-        wins, changed, flipped = turn["win_rate_round_0"], turn["changes"], turn["flips"]
-        table.add_row(
-            f"y{turn['turn']}",
-            "-" if wins is None else f"{wins['win_rate']:.3f}{interval_line(wins['interval'])}",
-            "-" if changed is None else f"{changed['improved']}, {changed['worsened']}",
-            "-" if flipped is None else f"{flipped['wrong_to_right']}, {flipped['right_to_wrong']}",
-            "-" if turn["identical"] is None else f"{turn['identical']:.0%}",
-            ("-" if turn["tokens"] is None else f"{turn['tokens']:.0f}")
-            + ("" if first["tokens"] is None else f" ({first['tokens']:.0f})"),
-            "-" if turn["truncated_share"] is None else f"{turn['truncated_share']:.0%}",
-        )
-    return table
-
-
-def policy_name(number: int, has_sft: bool) -> str:
-    return ("after SFT" if has_sft else "initial model") if number == 0 else f"round {number}"
-
-
-def interval_line(interval: list[float] | None) -> str:
-    """Three decimals, two from 10: no wider for a reward model's scores than four columns allow."""
-    if interval is None:
-        return ""
-    low, high = (f"{bound:.{3 if abs(bound) < 10 else 2}f}" for bound in interval)
-    return f"\n[{low}, {high}]"

@@ -1,30 +1,22 @@
 """
-The report: one self-contained `report.html` of a run in any state, going on, finished or stopped.
+The report: one self-contained `report.html` of a run, whether it is going on, finished or stopped.
 
-In: the run directory. Out: a page without scripts and without anything to load, that can be sent to someone. What models
-wrote goes through Jinja2's autoescape, and what a browser would act on unseen is shown by its name.
+In: the run directory. Out: a page of [`pages`], with figures drawn by matplotlib.
 """
 
 import re
-import time
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-import trl_ext
-
 from ...recipe import RecipeError
 from ..checks.overlap import prompts_kind
-from ..data.records import read_json, write_atomically
+from ..data.records import read_json
 from ..run_dir import RunDir
-from .progress import duration
+from .pages import write_page
 from .report_data import (
     Change,
     RunRecord,
-    capital,
     changes,
     curve,
     drop_table,
@@ -34,7 +26,7 @@ from .report_data import (
     training_table,
     warnings,
 )
-from .report_samples import KINDS, samples, visible
+from .report_samples import samples
 
 
 if TYPE_CHECKING:
@@ -45,15 +37,15 @@ NEEDS_MATPLOTLIB = "the report needs matplotlib (the extra `report`): `pip insta
 
 Metrics = dict[int, list[dict[str, Any]]]  # the `turns` of each evaluated round
 
-# What an interval allows to say of a policy's scores
+# Verdict on a change -> what the answers of a policy do
 FINDINGS = {
     "higher": "score higher than at the start",
     "lower": "score lower than at the start",
-    "not told apart": "cannot be told from those at the start",
+    "no clear change": "show no clear change",
     "unknown": "cannot be compared with those at the start",
 }
 
-# Title of a figure -> metrics of the trainer's log that it shows, those that there are
+# Title of a figure -> metrics of the trainer's log that it shows, if they were logged
 CURVES = {
     "Loss": ("loss",),
     "Reward accuracy": ("rewards/accuracies",),
@@ -71,10 +63,10 @@ CURVES = {
 
 def report(path: Path) -> int:
     """
-    `trl-ext aries report`: write the report of a run directory and say where it is.
+    `trl-ext aries report`: write the report of a run directory and print its path.
 
     Raises:
-        [`RecipeError`]: no run directory, a broken file in it, or matplotlib is missing.
+        [`RecipeError`]: not a run directory, a broken file in it, or matplotlib is missing.
     """
     written = write_report(path)
     print(f"{written} ({written.stat().st_size / 1024:,.0f} KiB)")  # noqa: T201
@@ -85,46 +77,7 @@ def write_report(path: Path, running: bool | None = None) -> Path:
     """Write `report.html` into a run directory; `running` as in [`~aries.results.state.read_state`]."""
     if find_spec("matplotlib") is None:
         raise RecipeError(f"{NEEDS_MATPLOTLIB}.")
-    run = read_run(path, running)
-    target = RunDir(path).report
-    if target.exists() and "by trl-ext" not in target.read_text(encoding="utf-8", errors="replace")[-500:]:
-        raise RecipeError(f"{target} is not a report of this package, and is not overwritten. Move it out of the way.")
-    write_atomically(target, [page(run)])
-    return target
-
-
-def page(run: RunRecord) -> str:
-    """The HTML of a run."""
-    environment = Environment(
-        loader=PackageLoader("trl_ext.aries.results", "."),
-        autoescape=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,  # not markup
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "duration": duration,
-        "number": number,
-        "signed": partial(number, sign="+"),
-        "interval": interval,
-        "slug": lambda text: re.sub(r"\W+", "-", text.lower()),
-        "capital": capital,
-    }
-    return environment.get_template("report.html.jinja").render(view(run))
-
-
-def number(value: float | None, sign: str = "") -> str:
-    """Three decimals, two from 10, in thousands none, three digits below a hundredth; a dash for nothing."""
-    if value is None:
-        return "–"
-    digits = 3 if abs(value) < 10 else 2 if abs(value) < 1000 else 0
-    text = f"{value:{sign}.3g}" if 0 < abs(value) < 0.01 else f"{value:{sign},.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def interval(bounds: list[float] | None) -> str:
-    return "" if bounds is None else f"[{number(bounds[0])}, {number(bounds[1])}]"
+    return write_page(RunDir(path).report, "report.html.jinja", **view(read_run(path, running)))
 
 
 def view(run: RunRecord) -> dict[str, Any]:
@@ -154,49 +107,46 @@ def view(run: RunRecord) -> dict[str, Any]:
         "training": training_table(run),
         "drops": drop_table(run),
         "samples": samples(run) if run.evaluated else None,
-        "kinds": KINDS,
         "times": time_table(run),
         "settings": flat({key: value for key, value in run.resolved.items() if key != "inputs"}),
         "inputs": run.resolved["inputs"],
         "resolved": run.resolved,
         "manifests": manifests,
         "parity": {round_.number: read_json(round_.files.parity) for round_ in run.rounds},
-        "written": time.strftime("%Y-%m-%d %H:%M %z"),
-        "version": trl_ext.__version__,
     }
 
 
 def headline(run: RunRecord, compared: dict[str, Change | None]) -> str:
-    """The answer in one or two sentences, no surer than its intervals."""
+    """Whether the policy got better, in one sentence that claims no more than the intervals do."""
     direct, refined = compared.get("direct"), compared.get("refined")
     if run.judged:
-        return "The scores of a judge say which answer of a chain is better, not whether one policy is better than another."
+        return "A judge's scores say which answer of a chain is better, not whether one policy is better than another."
     if direct is None:
-        return "There is nothing to compare yet: it takes the scores of two policies."
-    name, shown = run.evaluated[-1].name, f"Not that {direct.prompts:,} prompts could show"
+        return "There is nothing to compare yet: that takes the scores of two policies."
+    name, unclear = run.evaluated[-1].name, f"Not measurably, on {direct.prompts:,} prompts"
     if refined is None or refined.verdict == direct.verdict:
-        yes = {"higher": "Yes", "lower": "No"}.get(direct.verdict, shown)
+        yes = {"higher": "Yes", "lower": "No"}.get(direct.verdict, unclear)
         which = "direct" if refined is None else "direct and the refined"
         return f"{yes}: the {which} answers of {name} {FINDINGS[direct.verdict]}."
-    # They differ: what can be told comes first
+    # They differ: the clear one comes first
     both = sorted(
         {"direct": direct, "refined": refined}.items(), key=lambda item: item[1].verdict not in ("higher", "lower")
     )
     verdicts = {change.verdict for _, change in both}
-    yes = "In part" if "higher" in verdicts else "No" if "lower" in verdicts else shown
+    yes = "In part" if "higher" in verdicts else "No" if "lower" in verdicts else unclear
     (first, of_first), (second, of_second) = both
     but = "but" if {"higher", "lower"} <= verdicts else "and"
     return f"{yes}: the {first} answers of {name} {FINDINGS[of_first.verdict]}, {but} its {second} answers {FINDINGS[of_second.verdict]}."
 
 
 def has_flips(metrics: Metrics) -> bool:
-    """Whether right and wrong are defined."""
+    """Whether answers are right or wrong, rather than better or worse."""
     return any(turn["flips"] for turns in metrics.values() for turn in turns)
 
 
 def figures(run: RunRecord, metrics: Metrics, label: str) -> dict[str, "Markup | None"]:
-    """The figures for which there are data."""
-    from . import report_figures as draw  # matplotlib: half a second that status and errors do not need
+    """The figures for which there is data."""
+    from . import report_figures as draw  # imports matplotlib, half a second
 
     if not metrics:
         return {}

@@ -1,7 +1,7 @@
 """
-What a report says, read off the run directory: a run in any state in, plain numbers and words out. Nothing is drawn here.
+What a report says, as numbers and words. In: a run directory, whatever state the run is in. Nothing is drawn here.
 
-A file that is not there yet is `None`; one that is there and broken is an error that names it.
+A file that does not exist yet is `None`; a broken one is an error that names it.
 """
 
 import json
@@ -17,22 +17,21 @@ from ..data.records import read_json, read_jsonl
 from ..run_dir import RoundDir, RunDir
 from ..scoring.evaluation import Scores, both_scored, difference_interval, of_turn
 from .cost import stage_times
-from .progress import policy_name
 from .state import RunState, read_state
+from .tables import policy_name
 
 
-# Of a turn's metrics, those that version 0.1.0 did not write
+# Metrics of a turn that version 0.1.0 did not write
 LATER_KEYS = ("interval", "correct", "win_rate_round_0", "win_rate_previous", "changes", "flips", "token_quartiles")
 LATER_KEYS += ("truncated_share", "distinct_1", "distinct_2", "similarity", "identical")
 
-
-# Share of a turn's answers from which on it is said that they were cut off, and growth of the direct answers. [house]
+# Warn when this share of a turn's answers was cut off, or when direct answers grew by this factor. Our choice
 MANY_CUT_OFF = 0.2
 GROWTH = 1.5
 
 
 class RoundRecord:
-    """The files of one round, those that there are."""
+    """The files of one round, `None` for those that do not exist."""
 
     def __init__(self, files: RoundDir, number: int, name: str):
         self.files = files
@@ -52,7 +51,7 @@ class RoundRecord:
 
     @cached_property
     def scores(self) -> Scores:
-        """Of the answers to the evaluation prompts."""
+        """Scores of the answers to the evaluation prompts."""
         return [row["scores"] for row in read_jsonl(self.files.evaluation_scores)]
 
     @cached_property
@@ -82,13 +81,13 @@ class RunRecord:
 
     @property
     def judged(self) -> bool:
-        """Whether a judge has a part in the scores: then they compare the answers of a chain, and not one policy with another."""
+        """Whether a judge contributes to the scores, which then compare the answers of a chain rather than two policies."""
         scorers = self.resolved["scores"].get("scorers") or [self.resolved["scores"]]
         return any(scorer.get("judge") for scorer in scorers)
 
     @property
     def draw(self) -> dict[str, int]:
-        """How the intervals are drawn; version 0.1.0 had none."""
+        """Arguments of the bootstrap; version 0.1.0 had no intervals."""
         samples = self.resolved["evaluation"].get("bootstrap_samples", EvaluationConfig.bootstrap_samples)
         return {"samples": samples, "seed": self.resolved["seed"]}
 
@@ -103,17 +102,17 @@ def read_run(path: Path, running: bool | None = None) -> RunRecord:
         path (`Path`):
             A run directory.
         running (`bool`, *optional*):
-            Whether a process is at work in it; by default its lock is asked.
+            Whether a process is running in it. Default: whether its lock is held.
 
     Raises:
-        [`RecipeError`]: it is none.
+        [`RecipeError`]: not a run directory.
     """
     run = RunDir(path)
     resolved = read_json(run.resolved)
     if resolved is None:
         raise RecipeError(
-            f"{path} is no run directory: it has no {run.resolved.name}. Name the `output_dir` of a run that was started with "
-            "`trl-ext aries run`."
+            f"{path} is not a run directory: it has no {run.resolved.name}. Name the `output_dir` of a run; `trl-ext aries list DIR` "
+            "finds those under a directory."
         )
     rounds = [
         RoundRecord(run.round(number), number, policy_name(number, resolved["sft"] is not None))
@@ -132,7 +131,7 @@ def read_run(path: Path, running: bool | None = None) -> RunRecord:
 
 
 def decide_right(rounds: list[RoundRecord]) -> None:
-    """Right is what all rounds call so, or nothing: their counts would not be of the same thing."""
+    """Forget which answers are right if the rounds disagree on what right means: their counts would not be comparable."""
     metrics = [round_.metrics for round_ in rounds if round_.metrics is not None]
     if len({of_round.get("correct_score") for of_round in metrics}) > 1:
         for of_round in metrics:
@@ -160,15 +159,15 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say."""
+        """`"higher"`, `"lower"`, `"no clear change"` if the interval contains 0, or `"unknown"` without an interval."""
         if self.interval is None:
             return "unknown"
         low, high = self.interval
-        return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
+        return "higher" if low > 0 else "lower" if high < 0 else "no clear change"
 
 
 def change(before: Sequence[float | None], after: Sequence[float | None], samples: int, seed: int) -> Change | None:
-    """`after − before` over the prompts that have both; `None` without any."""
+    """`after − before` over the prompts that have both scores; `None` if there are none."""
     differences = [new - old for old, new in both_scored(list(before), list(after))]
     if not differences:
         return None
@@ -178,8 +177,8 @@ def change(before: Sequence[float | None], after: Sequence[float | None], sample
 
 def changes(run: RunRecord) -> dict[str, Change | None]:
     """
-    Of the last evaluated policy: its direct answers against the first one's (`direct`), its last answers against the first
-    one's (`refined`), and its last answers against its own direct ones (`refining`).
+    How the last evaluated policy changed: its direct answers compared with the first policy's (`direct`), its last refinements with the
+    first policy's (`refined`), and its last refinements with its own direct answers (`refining`).
     """
     first, last = run.evaluated[0], run.evaluated[-1]
     draw, end, later = run.draw, run.turns, first is not last and not run.judged
@@ -193,7 +192,7 @@ def changes(run: RunRecord) -> dict[str, Change | None]:
 
 
 def warnings(run: RunRecord) -> list[str]:
-    """What a reader must know before believing the figures."""
+    """What a reader should know before trusting the figures."""
     found = [event["note"] for event in run.events if event["event"] == "note"]
     if run.judged:
         found.append(
@@ -203,7 +202,7 @@ def warnings(run: RunRecord) -> list[str]:
     for round_ in run.rounds:
         decision = (round_.guard or {}).get("decision")
         if decision in ("skipped", "warned", "stopped"):
-            done = {"skipped": "left untrained", "warned": "trained on all the same", "stopped": "the run stopped"}
+            done = {"skipped": "left untrained", "warned": "trained on anyway", "stopped": "the run stopped"}
             found.append(
                 f"Round {round_.number}: the chosen answers did not score higher than the rejected ones; {done[decision]}."
             )
@@ -229,12 +228,8 @@ def warnings(run: RunRecord) -> list[str]:
     return found
 
 
-def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted keys, their values as text; empty sections included."""
+    """Settings by dotted keys, their values as text; empty sections included."""
     found = {}
     for key, value in settings.items():
         if isinstance(value, dict) and value:
@@ -248,7 +243,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def time_table(run: RunRecord) -> dict[str, Any]:
-    """Seconds of each stage by round, in the order of their first start, and how many runs of stages were cut short."""
+    """Seconds of each stage by round, in the order of their first start, and how many stages were interrupted."""
     by_stage: dict[str, dict[int, float]] = {}
     interrupted = 0
     for round_ in run.rounds:
@@ -271,7 +266,7 @@ def time_table(run: RunRecord) -> dict[str, Any]:
 
 
 def drop_table(run: RunRecord) -> list[dict[str, Any]]:
-    """Pairs made and not made: one entry per reason, with the count of each round, the most frequent first."""
+    """For each reason why pairs were not made, its count by round; the most frequent reason first."""
     rounds = [round_ for round_ in run.rounds if round_.drops is not None]
     reasons = {reason for round_ in rounds for reason in round_.drops["dropped"]}
     rows = [
@@ -283,8 +278,8 @@ def drop_table(run: RunRecord) -> list[dict[str, Any]]:
 
 def curve(run: RunRecord, metric: str, sft: bool = False) -> list[tuple[str, list[float], list[float]]]:
     """
-    A logged metric of the training: for each round that has it, its name, the steps, counted on from round to round, and
-    the values. The SFT is a curve of its own.
+    A logged metric of the training: for each round that has it, its name, the steps, counted on from round to round, and the values. The
+    SFT is a curve of its own.
     """
     segments, offset = [], 0
     for round_ in run.rounds:
@@ -300,7 +295,7 @@ def curve(run: RunRecord, metric: str, sft: bool = False) -> list[tuple[str, lis
 
 
 def training_table(run: RunRecord) -> list[dict[str, Any]]:
-    """What each training was: steps, rows, and the last value that was logged of each metric."""
+    """For each training its rows and the last logged value of each metric."""
     rows = []
     for round_ in run.rounds:
         if round_.history:

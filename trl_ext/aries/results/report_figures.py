@@ -1,8 +1,8 @@
 """
-Figures of a report: numbers in, inline SVG out.
+Figures of the pages: numbers in, inline SVG out.
 
-Text stays text and colours are CSS variables, so that a figure follows the page into the dark and onto paper. A series has a
-marker and a dash of its own besides its colour. The same numbers give the same bytes.
+Text stays text and colours are CSS variables, so that a figure follows the page into dark mode and onto paper. Besides its colour, each
+series has its own marker and dash. The same numbers give the same bytes.
 """
 
 import io
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 
-# Colours to draw with -> what the page makes of them
+# Placeholder colours -> CSS variables of the page
 SERIES = tuple(f"#a1000{i}" for i in range(1, 7))
 INK, GRID, GOOD, BAD = "#b10001", "#b10002", "#b10003", "#b10004"
 PAINT = {color: f"var(--series-{i})" for i, color in enumerate(SERIES, start=1)}
@@ -27,7 +27,7 @@ PAINT |= {INK: "var(--muted)", GRID: "var(--line)", GOOD: "var(--good)", BAD: "v
 MARKERS = "osD^vP"
 DASHES = ("-", (0, (5, 1.5)), (0, (2, 1)), "-.", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 1)))
 
-# Wide enough for a phone at its own size, so that text need not shrink
+# The width of a phone, so that text need not shrink
 WIDTH, HEIGHT = 4.3, 2.9
 STYLE = {
     "svg.fonttype": "none",
@@ -42,7 +42,7 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-DODGE = 0.07  # between series, so that their intervals do not hide each other
+DODGE = 0.07  # between series, so that their intervals do not overlap
 
 Turns = list[dict[str, Any]]  # the `turns` of a round's metrics
 Segment = tuple[str, list[float], list[float]]  # a round's name, steps and values of a logged metric
@@ -50,15 +50,7 @@ Segment = tuple[str, list[float], list[float]]  # a round's name, steps and valu
 
 def render(name: str, title: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> Markup:
     """
-    Draw a figure.
-
-    Args:
-        name (`str`):
-            Unique on the page: ids inside the figure begin with it.
-        title (`str`):
-            What it shows, for those who do not see it.
-        draw (`Callable[[Axes], None]`):
-            Draws it.
+    Draw a figure. `name` is unique on the page and begins the ids inside the figure; `title` describes it for screen readers.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -79,7 +71,7 @@ def render(name: str, title: str, draw: Callable[[Axes], None], height: float = 
 
 
 def inline(svg: str, name: str, title: str) -> Markup:
-    """An SVG file as a part of a page: no prolog, no background, ids and colours the page's own."""
+    """Turn an SVG file into a part of a page: no prolog, no background, the page's own ids and colours."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub("#[ab]1000[1-6]", lambda match: PAINT[match.group()], svg)
@@ -124,7 +116,7 @@ def score_by_round(metrics: dict[int, Turns], label: str) -> Markup:
 
 
 def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
-    """A line per round, the first and the last ones where there are many."""
+    """A line per round; with many rounds, only the first and the last three."""
     shown = list(metrics) if len(metrics) <= 4 else [*list(metrics)[:1], *list(metrics)[-3:]]
 
     def draw(axes: Axes) -> None:
@@ -140,6 +132,19 @@ def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
     return render(
         "score-by-turn", f"{label} from the direct answer to the last refinement, one line for each round", draw
     )
+
+
+def score_by_run(turn: int, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> Markup:
+    """A line per run, of one turn."""
+
+    def draw(axes: Axes) -> None:
+        for index, (name, points) in enumerate(lines.items()):
+            offset = (index - (len(lines) - 1) / 2) * DODGE
+            line(axes, [(number + offset, metrics) for number, metrics in points], name, index)
+        round_axis(axes, sorted({number for points in lines.values() for number, _ in points}))
+        score_axis(axes, f"mean score of {turn_name(turn)}")
+
+    return render(f"score-of-y{turn}", f"Mean score of y{turn} by round, one line for each run", draw)
 
 
 def line(axes: Axes, points: list[tuple[float, dict[str, Any]]], label: str, index: int) -> None:

@@ -1,5 +1,5 @@
 """
-Answers to look at: which prompts are shown, what changed from answer to answer, and text that is shown as it is.
+Samples: which prompts a report shows, and what changed from answer to answer.
 """
 
 import random
@@ -21,11 +21,6 @@ EXACT_WORDS = 1000
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORDS = re.compile(rf"\s*(?:[{_CJK}]|[^\W{_CJK}]+|[^\w\s])|\s+")
 
-# What a browser would act on or not show: controls but for tab and newline, what reorders text, lone surrogates, tags
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
-)
-
 # What happened to an answer's score: the most telling first, since a prompt is of one kind only
 KINDS = (
     "worse after refining",
@@ -37,16 +32,6 @@ KINDS = (
 )
 
 
-def visible(text: str) -> str:
-    """Text with nothing in it that acts unseen: controls, what reorders text, and lone surrogates as their escapes."""
-
-    def escaped(match: re.Match) -> str:
-        code = ord(match.group())
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-    return _UNSEEN.sub(escaped, text.replace("\r\n", "\n"))
-
-
 def shorten(text: str) -> tuple[str, int]:
     """The start of a text, and how many characters were left out."""
     return text[:SHOWN_CHARACTERS], max(0, len(text) - SHOWN_CHARACTERS)
@@ -54,11 +39,11 @@ def shorten(text: str) -> tuple[str, int]:
 
 def word_diff(before: str, after: str) -> list[tuple[str, str]]:
     """
-    What turns one text into another, by words.
+    What turns one text into another, word by word.
 
     Returns:
-        `list[tuple[str, str]]`: `("same" | "old" | "new", text)`. Without the old parts it is `after`; without the new ones
-        it is `before` up to white space.
+        `list[tuple[str, str]]`: `("same" | "old" | "new", text)`. Without its old parts it is `after`; without its new parts it is `before`, up
+        to white space.
 
     Example:
 
@@ -85,8 +70,8 @@ def word_diff(before: str, after: str) -> list[tuple[str, str]]:
 
 def kind_of(first: list[float | None], last: list[float | None], correct_score: float | None) -> str:
     """
-    One of [`KINDS`]: what refining did to the last policy's answers, or else what training did to the direct answer. Where
-    right is defined, a score is right or wrong.
+    One of [`KINDS`]: what refining did to the last policy's answers, or else what training did to the direct answer. With a
+    `correct_score`, only right and wrong count.
     """
 
     def worth(score: float) -> float:
@@ -104,7 +89,7 @@ def kind_of(first: list[float | None], last: list[float | None], correct_score: 
 
 
 def choose(kinds: list[str], seed: int, count: int = SAMPLES) -> list[int]:
-    """Which prompts to show: of each kind in turn, drawn with a seed, until there are enough. In the order of the kinds."""
+    """Which prompts to show: some of each kind in turn, drawn with a seed, in the order of the kinds."""
     by_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in KINDS}
     for kind, indices in by_kind.items():
         random.Random(f"{seed} {kind}").shuffle(indices)
@@ -118,8 +103,8 @@ def samples(run: RunRecord) -> dict[str, Any]:
     Prompts with the answers of the first and of the last evaluated policy.
 
     Returns:
-        `dict`: `kinds`, how many prompts there are of each, and `shown`, a list with `prompt_id`, `kind`, `messages`, `columns`
-        (the prompt's other ones) and `policies`, the answers of each.
+        `dict`: `kinds`, the number of prompts of each; and `shown`, a list with `prompt_id`, `kind`, `messages`, `columns` (the prompt's other
+        columns) and `policies`, each with its answers.
     """
     policies = list(dict.fromkeys([run.evaluated[0], run.evaluated[-1]]))
     first, last = policies[0], policies[-1]
@@ -151,7 +136,7 @@ def messages(prompt: Any) -> list[dict[str, Any]]:
 
 
 def answers(policy: RoundRecord, index: int, correct_score: float | None) -> list[dict[str, Any]]:
-    """y1, y2, ... of one prompt, each with what it changed of the answer before."""
+    """y1, y2, ... of one prompt, each with what it changed in the answer before."""
     rows, before = [], None
     for answer, score in zip(policy.chains[index]["answers"], policy.scores[index], strict=False):
         text, left_out = shorten(answer["text"])

@@ -1,5 +1,5 @@
 """
-State: is a run going on, finished, or stopped, and where? Read off its directory by those who look at it from outside.
+State: whether a run is going on, finished or stopped, and where, as its directory shows it from outside.
 """
 
 import json
@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...recipe import RecipeError
 from ..data.records import write_json
 from ..run_dir import RunDir, is_locked
 from .progress import StageProgress
 
 
-# Between two writes of `progress.json`
+# Seconds between two writes of `progress.json`
 RECORD_SECONDS = 2.0
 
 
 def recorded(update: Callable[[int, int], None], run: RunDir, number: int, name: str) -> Callable[[int, int], None]:
-    """An `update` of a stage that also writes `progress.json` now and then, for those who look at the run from outside."""
+    """Make an `update` of a stage also write `progress.json` now and then."""
     first = began = written = None
 
     def update_and_record(done: int, total: int) -> None:
@@ -35,7 +36,7 @@ def recorded(update: Callable[[int, int], None], run: RunDir, number: int, name:
 
 
 def read_progress(run: RunDir) -> StageProgress | None:
-    """What a running stage has recorded, or `None`."""
+    """What a running stage has recorded; `None` if nothing."""
     try:
         return StageProgress(**json.loads(run.progress.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -45,15 +46,17 @@ def read_progress(run: RunDir) -> StageProgress | None:
 @dataclass
 class RunState:
     """
+    State of a run.
+
     Args:
         kind (`str`):
-            `"not started"`, `"running"`, `"finished"`, `"stopped"` (it said why) or `"died"` (it could not).
+            `"not started"`, `"running"`, `"finished"`, `"stopped"` by an error, or `"died"` without one.
         round (`int`, *optional*), stage (`str`, *optional*), since (`str`, *optional*):
-            The last thing that was heard of it, and when. `None` where nothing was.
+            The last logged event, and its time.
         error (`str`, *optional*):
             Why it stopped.
         in_stage (`bool`):
-            Whether that stage had begun and not ended.
+            Whether that stage had started but not ended.
     """
 
     kind: str
@@ -73,19 +76,13 @@ class RunState:
             "running": f"running: {where}{since}",
             "finished": "finished",
             "stopped": f"stopped: {where}{since}: {(self.error or '').partition(chr(10))[0]}",
-            "died": f"not running: it ended without a word, {where}{since}. It was killed, or the machine went down",
+            "died": f"not running: it ended without an error, {where}{since}. It was killed, or the machine went down",
         }[self.kind]
 
 
 def read_state(run: RunDir, rounds: int, running: bool | None = None) -> RunState:
     """
-    Args:
-        run ([`RunDir`]):
-            The run.
-        rounds (`int`):
-            How many it is to have.
-        running (`bool`, *optional*):
-            Whether a process is at work in it; by default its lock is asked.
+    The state of a run that is to have `rounds` rounds. `running` says whether a process is working in it; by default its lock does.
     """
     events = [event for event in run.read_events() if event["event"] != "note"]
     last: dict[str, Any] = events[-1] if events else {}
@@ -100,3 +97,19 @@ def read_state(run: RunDir, rounds: int, running: bool | None = None) -> RunStat
     if not run.resolved.exists():
         return RunState("not started")
     return RunState("died", **heard)
+
+
+def chosen_round(run: RunDir, number: int | None, found: list[int], what: str) -> int:
+    """
+    The round that `--round` names, by default the last of those `found`, which are `what`: `"evaluated"`, `"trained"`, ...
+
+    Raises:
+        [`RecipeError`]: it is not among them, or there is none.
+    """
+    if not found:
+        raise RecipeError(f"{run.path} has no {what} round yet. `trl-ext aries run {run.path}` continues it.")
+    if number is not None and number not in found:
+        raise RecipeError(
+            f"`--round`: round {number} of {run.path} is not {what}; {', '.join(map(str, found))} can be named."
+        )
+    return found[-1] if number is None else number

@@ -1,5 +1,5 @@
 """
-Status: how far a run is and what came of it, read off its directory, whether a process is running in it or not.
+Status: how far a run is and its scores so far, whether a process is working in it or not.
 """
 
 import sys
@@ -15,12 +15,7 @@ from .state import read_progress, read_state
 
 
 def status(config: AriesConfig) -> int:
-    """
-    Print which stages of a run are done, whether it is running, and the scores so far.
-
-    Returns:
-        `int`: exit code, 0.
-    """
+    """Print which stages of a run are done, whether it is running, and the scores so far. Returns the exit code, 0."""
     run, progress = RunDir(Path(config.output_dir)), RunProgress(config.rounds)
     say = progress.say
     if not run.path.exists():
@@ -45,7 +40,7 @@ def status(config: AriesConfig) -> int:
         stages["evaluation"] = round_dir.evaluation
         done = {name: "done" if path.exists() else answers_so_far(path) for name, path in stages.items()}
         if is_skipped(round_dir):
-            done["training"] = "left out by the guard"
+            done["training"] = "skipped by the guard"
         if round_dir.set_aside.exists() and not product(round_dir, config).exists():
             done["training"] = "set aside as degenerate"
         words = [f"{name} {state}" for name, state in done.items()]
@@ -56,28 +51,27 @@ def status(config: AriesConfig) -> int:
             counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
             say(f"           dropped: {counts or 'none'}")
     if state.kind in ("stopped", "died"):
-        # As it was recorded: with what the command line had added
-        say(f"To continue: trl-ext aries run --config {run.recipe}")
+        say(f"To continue: trl-ext aries run {run.path}")
     print_results(run, config, progress)
     return 0
 
 
 def answers_so_far(path: Path) -> str:
-    """How far a stage that appends to its file has come."""
+    """Progress of a stage that appends to its file."""
     part = path.with_name(path.name + ".part")
     return f"{len(part.read_bytes().splitlines())} answers so far" if part.exists() else "-"
 
 
 def print_results(run: RunDir, config: AriesConfig, progress: RunProgress) -> None:
-    """What has been evaluated so far."""
+    """Print the scores so far."""
     found = {number: read_json(run.round(number).metrics) for number in range(config.rounds + 1)}
     metrics = {number: of_round for number, of_round in found.items() if of_round is not None}
     if metrics:
         progress.results(metrics, config.refinements.turns, config.sft is not None, prompts_kind(run))
 
 
-def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, recipe: Path, elapsed: str) -> None:
-    """What to do with a finished run."""
+def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, elapsed: str) -> None:
+    """Print what to do with a finished run."""
     last, policy = run.round(config.rounds), policy_after(run, config, config.rounds)
     other = "tdpo" if config.training.get("trainer", "dpo") == "dpo" else "dpo"
     # The command as it was called: `make` runs the environment's, which need not be on the path
@@ -87,5 +81,5 @@ def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, recipe: 
         + (f"  {run.report}  # how it went, for a browser\n" if run.report.exists() else "")
         + f"  less {last.pairs}  # what it learned from\n"
         f"  less {last.evaluation}  # its answers, y1 to y{config.refinements.turns}\n"
-        f"  {program} aries run --config {recipe} --output_dir {run.path}-{other} --training.trainer {other}"
+        f"  {program} aries run {run.path} --output_dir {run.path}-{other} --training.trainer {other}"
     )

@@ -1,8 +1,8 @@
 """
-Tracking: a round's metrics, sent to the trackers that the recipe's `training.report_to` names, through accelerate's.
+Tracking: send a round's metrics to the trackers in the recipe's `training.report_to`, through accelerate's classes.
 
-A run is one run there, which every round and every restart continues; each training is another beside it, in the same group. Logging is
-done in a process of its own, which keeps what trackers import and start out of the loop.
+A run is one run in the tracker, which every round and every restart continues. Each training is another run in the same group. A child
+process keeps the trackers' imports and threads out of the loop.
 """
 
 import os
@@ -25,7 +25,9 @@ def is_tracked(config: AriesConfig) -> bool:
 
 
 def run_name(run: RunDir) -> str:
-    """The run's name in a tracker: its directory's, and an id that another run in a directory of this name does not have."""
+    """
+    The run's name in a tracker: its directory's name and an id, since other runs may be in a directory of this name.
+    """
     if not run.tracking.exists():
         name = re.sub(r"[^\w.-]", "-", run.path.resolve().name)
         write_json(run.tracking, {"name": f"{name}-{secrets.token_hex(4)}"})
@@ -54,7 +56,9 @@ def training_environment(run: RunDir, config: AriesConfig, number: int) -> dict[
 
 
 def round_values(run: RunDir, number: int) -> dict[str, float]:
-    """The numbers of an evaluated round, flat: per turn, its KL, pairs, generated tokens, and seconds by stage."""
+    """
+    Numbers of an evaluated round with flat keys: metrics by turn, KL, pairs, generated tokens, and seconds by stage.
+    """
     round_dir = run.round(number)
     metrics, cost, drops = map(read_json, (round_dir.metrics, round_dir.cost, round_dir.drops))
     values: dict[str, Any] = {"round": number}
