@@ -39,6 +39,7 @@ MAY_IMPORT = {
         *("data_files", "processes", "terminal", "recipe", "recipe_values", "losses", "kernels", "rows", "trainers"),
         *("outputs", "model_files"),
     },
+    "new_task": {"outputs"},
     "migrate": {"recipe", "recipe_values", "trainers"},
     "doctor": {
         *("processes", "launch", "recipe", "recipe_values", "kernels", "rows", "trainers", "aries", "scripts"),
@@ -57,7 +58,7 @@ MAY_IMPORT = {
             "aries",
             "scripts",
         ),
-        *("doctor", "migrate", "launch", "completion"),
+        *("doctor", "migrate", "launch", "completion", "new_task"),
     },
     "completion": {"recipe_values", "trainers", "aries"},
     "__init__": {"trainers"},  # the public names, lazily

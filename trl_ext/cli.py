@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
         "lm-eval": "run lm-evaluation-harness on a round's model",
         "export": "save a round's policy as a model of its own",
         "pairs": "save the pairs of all rounds as a dataset",
+        "try-verifier": "score ten rows with the recipe's verifiers",
     }
     options = {
         "run": "[--quiet] [--log_format FORMAT] ",
@@ -93,6 +94,10 @@ def make_parser() -> argparse.ArgumentParser:
             continue
         passed = " [-- LM_EVAL_ARGS ...]" if name == "lm-eval" else ""
         action.usage = f"trl-ext aries {name} --config RECIPE {options.get(name, '')}[--section.key value ...]{passed}"
+    init = actions.add_parser("init", help="write a task that runs as it stands, to be made yours", allow_abbrev=False)
+    init.add_argument("directory", type=Path, metavar="DIR", help="the directory to make")
+    init.add_argument("--model", help="path or id of the model; a small one on the Hub by default")
+    init.add_argument("--text", action="store_true", help="prompts of plain text, for a model without a chat template")
     run = actions.choices["run"]
     run.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     run.add_argument("--log_format", choices=("text", "json"), default="text", help="json: one object per line")
@@ -211,6 +216,10 @@ def dispatch(
         from . import migrate
 
         return migrate.main(args.old, args.method, args.output)
+    if args.action == "init":
+        from .new_task import DEFAULT_MODEL, init
+
+        return init(args.directory, args.model or DEFAULT_MODEL, args.text)
     if args.action == "compare" or (args.action == "report" and args.config is None):
         return look_at_runs(args, unknown)
     if args.action == "report":  # the parser takes the value of an override for the run directory
@@ -288,6 +297,10 @@ def aries(args: argparse.Namespace, overrides: Sequence[str], passed: Sequence[s
         from .aries.results.report import report
 
         return report(Path(config.output_dir))
+    if args.action == "try-verifier":
+        from .aries.scoring.try_verifier import try_verifier
+
+        return try_verifier(config)
     if args.action == "answers":
         from .aries.results.answers import export_answers
 
