@@ -43,6 +43,7 @@ ACTIONS = {
         "[--round N] [--merge | --adapter] --output DIR [--push_to_hub REPO [--private]] ",
     ),
     "pairs": ("save the pairs of all rounds as a dataset", "--output DIR [--push_to_hub REPO [--private]] "),
+    "try-verifier": ("score ten rows with the recipe's verifiers", ""),
 }
 RUN_HELP = "RUN is the directory of a run, or a recipe. Any key of the recipe can be overridden, as in --rounds 3."
 
@@ -102,6 +103,16 @@ def add_aries(parser: argparse.ArgumentParser) -> None:
     listing.add_argument(
         "directory", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="by default runs"
     )
+
+    init = actions.add_parser(
+        "init",
+        help="write a task that runs as it stands",
+        description="Write a task that runs as it stands, to be made yours: rows, a verifier, a recipe and a README.",
+        allow_abbrev=False,
+    )
+    init.add_argument("directory", type=Path, metavar="DIR", help="the directory to make")
+    init.add_argument("--model", help="path or id of the model; by default a small one on the Hub")
+    init.add_argument("--text", action="store_true", help="prompts of plain text, for a model without a chat template")
 
     run, answers, lm_eval, export, pairs = (
         actions.choices[name] for name in ("run", "answers", "lm-eval", "export", "pairs")

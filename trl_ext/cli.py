@@ -87,6 +87,10 @@ def dispatch(
 
         print(script(parser, args.shell, ACTIONS))  # noqa: T201
         return 0
+    if args.action == "init":
+        from .new_task import DEFAULT_MODEL, init
+
+        return init(args.directory, args.model or DEFAULT_MODEL, args.text)
     if args.action == "compare":
         from .aries.results.compare import compare
 
@@ -208,6 +212,10 @@ def act(args: argparse.Namespace, config: "AriesConfig", recipe: "Recipe", passe
             from .aries.results.export import export
 
             return export(config, args.round, args.output, args.form, args.push_to_hub, args.private)
+        case "try-verifier":
+            from .aries.scoring.try_verifier import try_verifier
+
+            return try_verifier(config)
         case "pairs":
             from .aries.results.pairs_dataset import export_pairs
 

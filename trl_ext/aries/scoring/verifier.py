@@ -47,12 +47,12 @@ def verifier_file(reference: str) -> Path | None:
     file, separator, name = reference.rpartition(":")
     if file == TRL_REWARDS and name:
         return None
-    if not separator or not Path(file).is_file():
+    if not separator or not Path(file).expanduser().is_file():
         raise RecipeError(
             f"`scores.verifier`: {reference!r} names no file (looked in {Path.cwd()}). Write `path/to/file.py:function`, or "
             f"`{TRL_REWARDS}:name` for one of TRL's."
         )
-    return Path(file).resolve()
+    return Path(file).expanduser().resolve()
 
 
 def load_verifier(reference: str) -> Callable[..., Any]:

@@ -1,0 +1,85 @@
+"""
+`trl-ext aries try-verifier`: what a recipe's verifiers say of a few answers, before anything is generated.
+
+In: the first SFT rows, or the first prompts. Out: a line for each answer, with its score or what the verifier raised. The answers are an
+empty one, which a policy may give, and every other text of the row: its completion and draft, or the columns with right answers.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...recipe import RecipeError
+from ...recipe_values import show
+from ...terminal import printable
+from ..config import AriesConfig, DatasetConfig
+from ..data.prompts import in_trl_form, load_prompts, load_rows
+from ..data.records import Answer, Chain
+from .verifier import call_verifier, load_verifier, needed_columns
+
+
+ROWS = 10
+
+
+def try_verifier(config: AriesConfig, console: Console | None = None) -> int:
+    """
+    Score the answers of the first rows with each of the recipe's verifiers, and print the scores.
+
+    Returns:
+        `int`: exit code, 0 if every answer got a score or `None`, otherwise 2.
+
+    Raises:
+        [`~recipe.RecipeError`]: the recipe has no verifier, or its file or the rows cannot be read.
+    """
+    verifiers = [scorer.verifier for scorer in config.scores.each() if scorer.verifier is not None]
+    if not verifiers:
+        raise RecipeError(
+            "`scores.verifier` is missing. Write `path/to/file.py:function`; reward models and judges cannot be tried here."
+        )
+    console = console or Console(soft_wrap=True)
+    failed = False
+    for reference in verifiers:
+        function = load_verifier(reference)
+        source, rows = rows_to_try(config, needed_columns(function))
+        table = Table("row", "answer", "score", title=f"{reference} on {source}", title_justify="left")
+        for number, row in enumerate(rows, start=1):
+            chain = Chain(f"row {number}", row["prompt"])
+            columns = {key: value for key, value in row.items() if key not in ("prompt", "prompt_id", *GENERATED)}
+            for name, text in answers(row):
+                try:
+                    [score] = call_verifier(function, [(chain, Answer(1, text, 0, "stop"), columns)])
+                    found = "None" if score is None else f"{score:g}"
+                except RecipeError as error:
+                    found, failed = printable(str(error)), True
+                table.add_row(str(number), printable(f"{name}: {show(text)}"), found)
+        console.print(table)
+    return 2 if failed else 0
+
+
+# Columns of SFT rows that are answers, and no columns of a prompt
+GENERATED = ("completion", "draft")
+
+
+def rows_to_try(config: AriesConfig, needed: set[str]) -> tuple[str, Iterable[dict[str, Any]]]:
+    """The first SFT rows, if they have the columns that the verifier needs, or else the first prompts."""
+    dataset = (config.sft or {}).get("dataset")
+    if dataset is not None:
+        entry = DatasetConfig(dataset, split=config.sft.get("split", "train"))
+        rows = [in_trl_form(row) for row in islice(load_rows(entry, "sft.dataset"), ROWS)]
+        if all(needed <= row.keys() for row in rows):
+            return dataset, rows
+    entries = config.prompts.entries()
+    return entries[0].path, islice(load_prompts(entries, "prompts.dataset"), ROWS)
+
+
+def answers(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Texts to score, each with what it is."""
+    yield "empty", ""
+    for name, value in row.items():
+        if isinstance(value, list) and name == "completion":
+            value = value[-1]["content"]
+        if isinstance(value, str) and name not in ("prompt", "prompt_id"):
+            yield f"`{name}`", value
