@@ -74,11 +74,11 @@ def linear_flop(shape: Shape) -> dict[str, int]:
 def main() -> None:
     args = argument_parser(__doc__, repeats=3).parse_args()
     text = (
-        "`make bench` measures this. Trainers take turns on copies of one model and on the same batches of 8 pairs, in one process, with "
+        "`make bench` measures this: trainers in turn on copies of one model and on the same batches of 8 pairs, in one process, with "
         "LoRA and gradient checkpointing. The pairs have the lengths of HH-RLHF's (`tests/benchmarks/hh_lengths.csv`: lengths, no text). "
         "`linear FLOP` are the matrix products of the layers, counted on "
-        f"{COUNTED.batches} batches. `seconds` is the CPU time for the loss and gradients of {SHAPE.batches} batches, and `time` "
-        "the median over the repeats of its ratio to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU. "
+        f"{COUNTED.batches} batches; `seconds` is the processor's time for the loss and gradients of {SHAPE.batches} batches, and `time` "
+        "the median over the repeats of its ratio to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
         "`peak` is what a step allocates.\n\n" + environment("cpu", "fp32")
     )
     counted = linear_flop(COUNTED)

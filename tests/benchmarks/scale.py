@@ -184,12 +184,12 @@ def main() -> None:
     from .steps import environment, write  # torch with it, which no stage needs
 
     text = (
-        f"`python -m tests.benchmarks.scale --prompts {args.prompts}` measures this, and `make bench` does with 100,000 prompts. It covers the loop's own "
+        f"`python -m tests.benchmarks.scale --prompts {args.prompts}` measures this, `make bench` with 100,000 prompts: the loop's own "
         "prompts (a file of JSON lines is checked, shuffled and written), chain driver, scoring by the quickstart's verifier, and pairing, "
         f"each in a process of its own. Only the engine is a stand-in, which answers at once: {TURNS} answers to each prompt, five digits "
-        "long. CPU seconds are the process's, so that other work on the machine counts less. `peak MiB` is the largest resident memory, "
-        "including imports (`answers` is the engine's process without vLLM, with transformers and torch). The aim is at most 1,024 MiB in every "
-        "stage at a million prompts, and 20,000 answers a second through the last three stages together.\n\n"
+        "long. CPU seconds are those of the process, so that others on the machine count less; `peak MiB` is the most that was resident, "
+        "imports included (transformers and torch under `answers`, which is the engine's process without vLLM). The aim is at most 1,024 MiB in every stage "
+        "at a million prompts, and 20,000 answers a second through the last three stages together.\n\n"
         + environment("cpu", "no model")
     )
     write(rows, args.output / "scale", "A round of very many prompts", text)

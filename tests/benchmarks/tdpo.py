@@ -58,10 +58,10 @@ SHAPES = (Shape(4096, 256, 4, 4), Shape(32000, 256, 4, 4), Shape(128256, 256, 4,
 def main() -> None:
     args = argument_parser(__doc__, repeats=7).parse_args()
     text = (
-        "`make bench` measures this. Trainers take turns on copies of one model and on the same pairs, in one process. A step is "
-        "loss and gradients. `ratio` is the median over the repeats of its time to `trl.DPOTrainer`'s; `peak` is what a step "
-        "allocates. Head GEMMs are counted in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU "
-        'TRL\'s head projects every position, including prompt and padding; "completions only" is its path on a GPU. '
+        "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process. A step is "
+        "loss and gradients; `ratio` is the median over the repeats of its time to `trl.DPOTrainer`'s, `peak` what a step "
+        "allocates. Head GEMMs are counted, in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU "
+        'TRL\'s head projects every position, prompt and padding included; "completions only" is the path it takes on a GPU. '
         '"Full logits" is TDPO as its paper\'s code computes it.\n\n' + environment("cpu", "fp32")
     )
     rows = []
