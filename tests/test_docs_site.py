@@ -1,6 +1,6 @@
 """
-The site of `make docs`: every link between its pages leads somewhere (mkdocs says so, and is strict), what lies outside of `docs/` is
-in it, nothing is loaded from elsewhere, and Chromium shows it on a phone without sideways scrolling.
+The site of `make docs`: a dead link fails the build, files outside `docs/` are pages, nothing is loaded from elsewhere, and Chromium shows the pages on a phone
+without sideways scrolling.
 """
 
 import functools
@@ -22,7 +22,7 @@ from .browser import CHROMIUM, Browser
 ROOT = Path(__file__).parents[1]
 
 DRAWN_AS = {"light": "default", "dark": "slate"}
-# Type a recipe key into the search; the first results' addresses, once there are any
+# Types a recipe key into the search, waits for results, and returns their addresses
 SEARCH = """(async () => {
     const input = document.querySelector("input[name=query]");
     input.focus();
@@ -71,17 +71,17 @@ def test_every_page_is_there(site):
 
 
 def test_files_outside_docs_are_pages(site):
-    """A link to a recipe leads to its text, and one to a heading of the README to that heading."""
+    """Links to recipes, to headings of the README, and to figures lead to their place in the site."""
     recipe = (site / "project/recipes/pythia-2.8b/tdpo/config_full.yaml.html").read_text()
     assert "rmsprop" in re.sub(r"<[^>]+>", "", recipe)
     assert 'href="project/recipes/pythia-2.8b/tdpo/config_full.yaml.html"' in (site / "tdpo.html").read_text()
-    assert 'href="project/index.html#install"' in (site / "tour.html").read_text()
-    assert 'id="install"' in (site / "project/index.html").read_text()
-    assert 'src="../figures/quickstart.svg"' in (site / "project/index.html").read_text()
+    assert 'href="project/index.html#what-the-quickstart-measured"' in (site / "tour.html").read_text()
+    assert 'id="what-the-quickstart-measured"' in (site / "project/index.html").read_text()
+    assert 'src="../figures/overview.svg"' in (site / "project/index.html").read_text()
 
 
 def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
-    """The oracle of "strict": a copy of the pages with one wrong link, outside `docs/` as seen from the page, and one wrong heading."""
+    """In a copy of the pages with one dead link out of `docs/` and one dead heading."""
     for name in (
         "docs",
         "recipes",
@@ -102,7 +102,7 @@ def test_a_link_that_leads_nowhere_fails_the_build(tmp_path):
     text = tdpo.read_text() + "\n[a](../recipes/none.yaml) [b](aries.md#no-such-heading)\n"
     tdpo.unlink()
     tdpo.write_text(text)
-    hooks = docs / "hooks.py"  # it looks for the repository beside itself
+    hooks = docs / "hooks.py"  # finds the repository from its own path
     hooks.unlink()
     hooks.write_text((ROOT / "docs" / "hooks.py").read_text())
 
@@ -121,7 +121,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
 
 
 def test_code_in_tables_has_no_escapes(site):
-    """`\\|` is how a repository viewer wants a pipe in a table; the site shows the pipe."""
+    """A repository viewer needs `\\|` for a pipe in a table; the site shows the pipe."""
     assert r"\|" in (ROOT / "docs" / "self_refine_dpo.md").read_text()
     for page in site.rglob("*.html"):
         assert not re.findall(r"<td>(?:(?!</td>).)*\\\|", page.read_text()), page
@@ -129,7 +129,7 @@ def test_code_in_tables_has_no_escapes(site):
 
 @pytest.fixture
 def server(site) -> Iterator[str]:
-    """The site as a web server has it."""
+    """The address of the site on a web server, as with `make docs-serve`."""
     handler = functools.partial(QuietHandler, directory=str(site))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -147,7 +147,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_pages_in_chromium(server, tmp_path):
-    """They fit the window, follow the system's colours, load nothing from elsewhere and say nothing on the console."""
+    """Pages fit the window, follow the system's colours, load nothing from elsewhere and leave the console empty; the search finds a key."""
     with Browser(tmp_path) as browser:
         for name in ("index", "tour", "recipe_keys", "api", "benchmarks/tdpo", "project/index"):
             for width, scheme in ((375, "light"), (1280, "dark")):

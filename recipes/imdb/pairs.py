@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 # 4 completions, 6 pairs: DPO (https://huggingface.co/papers/2305.18290), appendix C.1, whose study TDPO's repeats
 SAMPLES = 4
-NEW_TOKENS = 64  # house: neither paper says how long a continuation is
+NEW_TOKENS = 64  # our choice: neither paper says how long a continuation is
 PROMPTS_AT_ONCE = 256
 
 

@@ -185,15 +185,15 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32, help="requests that the engine decodes together")
     args = parser.parse_args()
     text = (
-        "`make bench` measures this: the same requests on one engine in three schedules, which take turns. Chain driver: "
-        "`trl_ext.aries.generation.chains.run_chains`. Turn by turn: a loop over the four turns that renders and tokenizes all prompts of a turn, as the "
-        "driver does one by one, and has them answered by a call of `LLM.generate`. One call: all requests at once, tokenized before, as if no "
-        f"answer had to be waited for. Answers have seeded lengths, log-normal with a median of {Workload.median} tokens; `question` is the "
-        "tokens of a prompt without its template and draft; `slots` requests are decoded together. `step ratio` and `speed ratio` are to turn by "
-        "turn, the latter by the process's CPU time, as the median over the repeats. On a CPU a step takes the longer the more requests it holds, "
-        "so there the speed ratio is below the step ratio; where it takes as long for few as for many, as in the decoding of a large model on a "
-        "GPU, the speed ratio is the step ratio. `prefix hits`: share of prompt tokens from the prefix cache.\n\n"
-        + environment("cpu", "fp32")
+        "`make bench` measures this: the same requests on one engine in three schedules, which take turns.\n\n"
+        "- Chain driver: `trl_ext.aries.generation.chains.run_chains`.\n"
+        "- Turn by turn: a loop over the four turns. It renders and tokenizes all prompts of a turn, and has `LLM.generate` answer them.\n"
+        "- One call: all requests at once, tokenized before, as if no answer had to be waited for.\n\n"
+        f"Answers have seeded lengths, log-normal with a median of {Workload.median} tokens. `question` is the tokens of a prompt without its template "
+        "and draft; `slots` requests are decoded together. `step ratio` and `speed ratio` compare with turn by turn, the latter by the process's "
+        "CPU time, as the median over the repeats. `prefix hits` is the share of prompt tokens from the prefix cache. On a CPU a step takes longer "
+        "the more requests it holds, so the speed ratio is below the step ratio. If a step takes as long for few requests as for many, as when a "
+        "large model decodes on a GPU, the two are equal.\n\n" + environment("cpu", "fp32")
     )
     rows = []
     with tempfile.TemporaryDirectory() as path:

@@ -187,8 +187,8 @@ def main() -> None:
 
     if args.only in (None, "heads"):
         text = (
-            "`make bench-gpu` measures this: the LM head alone, forward and backward, for N completion tokens; medians, and "
-            "their ratios to DPO with TRL's kernels. Peak is what a step allocates.\n\n" + environment(device, dtype)
+            "`make bench-gpu` measures this: the LM head alone, forward and backward, for N completion tokens. Values are medians, and "
+            "their ratios to DPO with TRL's kernels. `peak` is what a step allocates.\n\n" + environment(device, dtype)
         )
         rows = []
         for name, (count, vocab, width) in (TINY_HEADS if args.tiny else HEADS).items():
@@ -199,8 +199,8 @@ def main() -> None:
     if args.only in (None, "steps"):
         text = (
             "`make bench-gpu` measures this: whole training steps, loss and gradients without the optimizer, on models with "
-            "random weights, 4 pairs of 1024 tokens, half of them the prompt, gradient checkpointing. `ratio` is the median "
-            "over the repeats to the first trainer of the same `precompute_ref_log_probs`, peak what a step allocates.\n\n"
+            "random weights and gradient checkpointing, for 4 pairs of 1024 tokens, half of them the prompt. `ratio` is the median over the "
+            "repeats to the first trainer with the same `precompute_ref_log_probs`; `peak` is what a step allocates.\n\n"
             + environment(device, dtype)
         )
         rows = []

@@ -93,10 +93,10 @@ def main() -> None:
     rows = sorted(measured, key=lambda stages: stages[-1]["seconds"])[len(measured) // 2]
     text = (
         "`make bench` measures this: one round of the loop on the quickstart's task, with real vLLM and real training, on "
-        f"{args.prompts:,} prompts with four answers each and 500 evaluation prompts; one epoch. Models this small leave the "
-        "stages around them their largest share. `generate` and `train` are the processes that hold the policy, "
-        "`check_parity` loads it once more to compare log-probabilities, `close` writes metrics and report; the rest runs in the "
-        "loop's own process. A million prompts, without a model: [scale.md](scale.md).\n\n"
+        f"{args.prompts:,} prompts with four answers each and 500 evaluation prompts, for one epoch. With models this small the stages around "
+        "generation and training take their largest share. `generate` and `train` are the processes that hold the policy, "
+        "`check_parity` loads it once more to compare log-probabilities, and `close` writes metrics and report. The rest runs in the "
+        "loop's own process. [scale.md](scale.md) has a million prompts, without a model.\n\n"
         + environment("cpu", "fp32")
     )
     write(rows, args.output / "orchestrator", "A round of ARIES, stage by stage", text)

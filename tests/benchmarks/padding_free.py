@@ -62,10 +62,10 @@ def linear_flop(shape: Shape) -> dict[str, int]:
 
 
 TEXT = (
-    "On batches of 8 pairs, with LoRA and gradient checkpointing. The pairs have the lengths of HH-RLHF's "
+    "Batches have 8 pairs, with LoRA and gradient checkpointing. The pairs have the lengths of HH-RLHF's "
     "(`tests/benchmarks/hh_lengths.csv`: lengths, no text). `linear FLOP` are the matrix products of the layers, counted on "
-    f"{COUNTED.batches} batches; `seconds` is the processor's time for the loss and gradients of {SHAPE.batches} batches, and `time` "
-    "the median over the repeats of its ratio to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
+    f"{COUNTED.batches} batches. `seconds` is the CPU time for the loss and gradients of {SHAPE.batches} batches, and `time` "
+    "the median over the repeats of its ratio to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU. "
     "`peak` is what a step allocates."
 )
 

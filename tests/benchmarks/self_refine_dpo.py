@@ -37,11 +37,11 @@ SHAPES = (Shape(4096, 256, 8, 2, 256, 255), Shape(32000, 256, 4, 2, 256, 255))
 
 
 TEXT = (
-    "With gradient checkpointing (TRL's default). A step is loss and gradients; `ratio` is the median over the repeats of its "
-    "time to that of `trl.DPOTrainer` under the same `precompute_ref_log_probs`, `peak` what a step allocates. Head GEMMs "
-    "are counted, in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU TRL's head projects "
-    'every position, prompt and padding included; "completions only" is the path it takes on a GPU. The refinement prompt is '
-    "the paper's; prompts have 256 tokens without it, answers 255."
+    "Gradient checkpointing is on (TRL's default). A step is loss and gradients. `ratio` is the median over the repeats of its "
+    "time to that of `trl.DPOTrainer` under the same `precompute_ref_log_probs`; `peak` is what a step allocates. Head GEMMs "
+    "are counted in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU TRL's head projects "
+    'every position, including prompt and padding; "completions only" is its path on a GPU. The refinement prompt is '
+    "the paper's. Prompts have 256 tokens without it, and answers 255."
 )
 
 

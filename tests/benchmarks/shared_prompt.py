@@ -78,11 +78,11 @@ def with_predictions(measured: list[dict], shape: Shape, lora: bool) -> list[dic
 
 
 TEXT = (
-    "With gradient checkpointing (TRL's default). P and R are the tokens of prompt and answer. A step is loss and gradients; `ratio` "
+    "Gradient checkpointing is on (TRL's default). P and R are the tokens of prompt and answer. A step is loss and gradients. `ratio` "
     "is the median over the repeats of its time to that of `trl.DPOTrainer` with its head on the completions only, as on a GPU; "
-    "`to unshared` is to the same trainer without `share_prompt`. Beside either stands what the arithmetic of matrix products says "
-    "([shared_prompt.md](../shared_prompt.md#when-it-pays)); `peak` is what a step allocates. Rows are of one length, so that those "
-    "of the unshared trainers need no mask."
+    "`to unshared` compares with the same trainer without `share_prompt`. The predictions count matrix products "
+    "([shared_prompt.md](../shared_prompt.md#when-it-pays)). `peak` is what a step allocates. All rows have one length, so the "
+    "unshared trainers need no mask."
 )
 
 

@@ -322,7 +322,7 @@ def benchmark(
     """A benchmark on a CPU, from its command line to its table, which is rewritten as `measured(repeats)` gives more rows."""
     args = argument_parser(description, repeats).parse_args()
     text = (
-        "`make bench` measures this: trainers in turn on copies of one model and on the same pairs, in one process. "
+        "`make bench` measures this. Trainers take turns on copies of one model and on the same pairs, in one process. "
         + text
     )
     rows = []

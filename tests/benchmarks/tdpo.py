@@ -58,9 +58,9 @@ SHAPES = (Shape(4096, 256, 4, 4), Shape(32000, 256, 4, 4), Shape(128256, 256, 4,
 
 
 TEXT = (
-    "A step is loss and gradients; `ratio` is the median over the repeats of its time to `trl.DPOTrainer`'s, `peak` what a step "
-    "allocates. Head GEMMs are counted, in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU "
-    'TRL\'s head projects every position, prompt and padding included; "completions only" is the path it takes on a GPU. '
+    "A step is loss and gradients. `ratio` is the median over the repeats of its time to `trl.DPOTrainer`'s; `peak` is what a step "
+    "allocates. Head GEMMs are counted in units of 2·N·V·H FLOP (V vocabulary, H hidden, N completion tokens). On a CPU "
+    'TRL\'s head projects every position, including prompt and padding; "completions only" is its path on a GPU. '
     '"Full logits" is TDPO as its paper\'s code computes it.'
 )
 
