@@ -2,8 +2,8 @@
 Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
 
 A child reads its job, a dataclass, from a JSON file, and answers with lines of JSON, each one of the dataclasses [`Done`], [`Note`],
-[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It dies with its parent. Where a launcher makes it several processes, the first one reports what is done, and each one what is
-wrong.
+[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It dies with its parent. If a launcher makes it
+several processes, the first one reports what is done, and each one what is wrong.
 """
 
 import json
