@@ -190,7 +190,10 @@ def test_every_key_of_a_scorer_has_its_line_and_default(heading, cls):
 
 
 def test_every_drop_reason_is_explained():
-    source = "".join((ROOT / f"trl_ext/aries/{name}.py").read_text() for name in ("pairs", "chains", "refinements"))
+    source = "".join(
+        (ROOT / f"trl_ext/aries/{name}.py").read_text()
+        for name in ("data/pairs", "generation/chains", "generation/refinements")
+    )
     reasons = set(re.findall(r'(?:return |return \[|append\(|stopped = |stopped or )"(\w+)"', source))
     assert {"no_margin", "prompt_too_long", "fewer_than_two_scores"} <= reasons
     assert set(re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "Selection"), flags=re.MULTILINE)) == reasons
