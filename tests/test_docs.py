@@ -145,10 +145,10 @@ def test_every_section_of_a_recipe_is_explained():
 
 
 def test_every_drop_reason_is_explained():
-    modules = [
-        path for path in (ROOT / "trl_ext/aries").rglob("*.py") if path.stem in ("pairs", "chains", "refinements")
-    ]
-    source = "".join(path.read_text(encoding="utf-8") for path in modules)
+    source = "".join(
+        (ROOT / f"trl_ext/aries/{name}.py").read_text()
+        for name in ("data/pairs", "generation/chains", "generation/refinements")
+    )
     reasons = set(re.findall(r'(?:return |return \[|append\(|stopped = |stopped or )"(\w+)"', source))
     assert {"no_margin", "prompt_too_long", "fewer_than_two_scores"} <= reasons
     assert set(re.findall(r"^\| `(\w+)` \|", section(DOCS["aries"], "Selection"), flags=re.MULTILINE)) == reasons

@@ -5,8 +5,8 @@ Stages that import torch, TRL or vLLM are forked from a process that has importe
 it, one for vLLM, so that trainings do not see what vLLM changes in the libraries that they share. Everything else is a fresh process.
 
 A child reads its job, a dataclass, from a JSON file, and answers with lines of JSON, each one of the dataclasses [`Done`], [`Note`],
-[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It dies with its parent. Where a launcher makes it several processes, the first one reports what is done, and each one what is
-wrong.
+[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It dies with its parent. If a launcher makes it
+several processes, the first one reports what is done, and each one what is wrong.
 """
 
 import json

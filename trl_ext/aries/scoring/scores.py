@@ -39,12 +39,8 @@ class ScoreCache:
 
     def __init__(self, path: Path):
         self.path = path
-        self.reload()
-
-    def reload(self) -> None:
-        """Read the file again, to which another process has added."""
         self._found: dict[int, Any] = {}
-        self._enter(recover_jsonl(self.path))
+        self._enter(recover_jsonl(path))
 
     def __contains__(self, key: str) -> bool:
         return short(key) in self._found

@@ -28,7 +28,10 @@ REPORTED_CHAINS = 100
 
 
 def score(run: RunDir, config: AriesConfig, answering: int, report: Reporter) -> None:
-    """The answers of round `answering`'s policy that have no scores yet. `run` has an absolute path, since a verifier may change the directory."""
+    """
+    Score the answers of round `answering`'s policy that have no scores yet. `run` has an absolute path: a verifier may change the working
+    directory.
+    """
     scorers, cache = make_scorers(config, Watch(run.verifier_call)), ScoreCache(run.score_cache)
     files = unscored(run, config, answering)
     tasks = [ScoreTask(answers.prompts, answers.answers) for answers in files]
