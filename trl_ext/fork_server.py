@@ -132,10 +132,10 @@ class ForkServer:
                     env=self._environment,
                     start_new_session=True,
                 )
-                atexit.register(self.close)
             else:
                 output = self._output.fileno()
                 self._control = base._request([module, *modules], changes, [theirs.fileno(), output, output])
+        atexit.register(self.close)
 
     def fork(
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str], stderr: IO[str]
@@ -159,6 +159,7 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server, its children and the servers that are based on it."""
+        atexit.unregister(self.close)
         self._channel.close()
         self._output.close()
         if self._base is not None:
@@ -166,7 +167,6 @@ class ForkServer:
         elif os.getpid() == self._owner:
             self._process.kill()
             self._process.wait()
-            atexit.unregister(self.close)
 
     def _changes(self, environment: Mapping[str, str], also: set[str] = frozenset()) -> dict[str, str | None]:
         """What a child has to set, or to remove (`None`), to be in this environment."""
