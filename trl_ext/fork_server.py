@@ -5,10 +5,10 @@ In: modules to import, then requests over a socket, each to run a module as `pyt
 session, an environment, random states and output of its own, and its memory goes back when it ends. Ends are tied together: the server dies with
 the process that asked for it, and each child with the server (`processes.py`).
 
-A process that a device driver or threads run in cannot be forked safely, and libraries read their variables once, as they are imported. So the
-server refuses when it finds a device or a Python thread in itself, and its client when a child needs another environment or directory than
-the server has ([`CannotFork`]). The caller then starts a fresh process. Threads of native libraries that stop and restart around a fork do no
-harm: those of OpenBLAS and of Arrow's jemalloc are the only ones that torch, TRL and vLLM start as they are imported.
+A process that has started a GPU's driver or Python threads cannot be forked safely, and libraries read many variables once, as they are imported. So
+the server refuses if it finds either in itself, and its client refuses if a child needs another environment or directory than the server has
+([`CannotFork`]). The caller then starts a fresh process. Importing torch, TRL and vLLM starts native threads of OpenBLAS and jemalloc only, which
+both libraries stop and restart around a fork.
 """
 
 import atexit
@@ -132,10 +132,10 @@ class ForkServer:
                     env=self._environment,
                     start_new_session=True,
                 )
-                atexit.register(self.close)
             else:
                 output = self._output.fileno()
                 self._control = base._request([module, *modules], changes, [theirs.fileno(), output, output])
+        atexit.register(self.close)
 
     def fork(
         self, module: str, arguments: Sequence[str], environment: Mapping[str, str], stderr: IO[str]
@@ -159,6 +159,7 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server, its children and the servers that are based on it."""
+        atexit.unregister(self.close)
         self._channel.close()
         self._output.close()
         if self._base is not None:
@@ -166,7 +167,6 @@ class ForkServer:
         elif os.getpid() == self._owner:
             self._process.kill()
             self._process.wait()
-            atexit.unregister(self.close)
 
     def _changes(self, environment: Mapping[str, str], also: set[str] = frozenset()) -> dict[str, str | None]:
         """What a child has to set, or to remove (`None`), to be in this environment."""
@@ -240,9 +240,9 @@ class Server:
                         return request
                 elif key.fileobj in self._children:
                     self._reap(key.fileobj)
-                elif any(
-                    child.control is key.fileobj for child in self._children.values()
-                ):  # nobody waits for it any longer
+                elif key.fileobj in [
+                    child.control for child in self._children.values()
+                ]:  # nobody waits for it any longer
                     self._selector.unregister(key.fileobj)
                     end_session(key.data)
             if not wait:
@@ -277,7 +277,7 @@ class Server:
         return None
 
     def _become_child(self, request: Request, streams: list[int]) -> None:
-        """Leave everything of the server's behind that a fresh process would not have."""
+        """Drop what a fresh process would not have of the server's."""
         die_with_parent(self._pid)
         os.setsid()
         self._selector.close()
@@ -301,7 +301,7 @@ class Server:
             sys.modules["torch"].default_generator.seed()
 
     def _reap(self, ended: int) -> None:
-        """Tell how a child has ended, after what it started has ended too. Until it is waited for, its number is nobody else's."""
+        """Report how a child has ended, once what it started is killed too. Its process id is not reused before `waitpid`."""
         pid, control = self._children.pop(ended)
         end_session(pid)
         _, status = os.waitpid(pid, 0)
@@ -366,7 +366,7 @@ def main() -> None:
 
 
 def end() -> NoReturn:
-    """End a child as the interpreter does, but for taking every object apart, which takes a second. An error takes the usual way."""
+    """End a child as the interpreter does, except that it does not take every object apart, which takes a second. Errors end it the usual way."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -301,6 +301,15 @@ def test_a_driver_that_an_import_has_started_is_found(tmp_path, monkeypatch):
         assert "GPU" in fork_server.why_not_forked()
 
 
+def test_a_module_that_the_server_has_is_run_anew(forked):
+    """As in a fresh process: its own code, as `__main__`, and as it is now."""
+    stage = forked("stage")
+    assert stage("progress(1, 1)") == [(1, 1)]
+    assert stage("progress(2, 2)") == [(2, 2)]
+    assert stage.tell("os.getppid()") != os.getpid()
+    assert "RuntimeWarning" not in stage.log.read_text()
+
+
 def test_a_module_that_cannot_be_imported_is_left_to_the_child(forked):
     assert forked("trl_ext.nowhere").tell("os.getppid()") != os.getpid()
 
