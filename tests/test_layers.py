@@ -113,7 +113,7 @@ def test_import_reader():
     found = imports("trainers/tdpo_trainer.py")
     assert ("trl_ext.losses.shifts", "tdpo_shifts") in found
     assert ("trl_ext.trainers.tdpo_config", "TDPOConfig") in found
-    assert ("peft", "PeftModel") in found
+    assert ("tqdm.auto", "tqdm") in found
     assert imported_part("trl_ext", "TDPOConfig") == "trainers"
     assert imported_part("trl_ext", "recipe") == "recipe"
     assert is_private_to_trl("trl.trainer.utils", "use_adapter")
