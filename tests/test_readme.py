@@ -90,6 +90,7 @@ def test_python_blocks_run_as_written(ran):
         "docs/aries.md": ["None", "None"],
         "docs/custom_losses.md": [str(("MarginDPOTrainer", 3))],
         "docs/migration.md": [tdpo_ran],
+        "docs/own_task.md": ["None"],
         "docs/paper_index.md": ["None", "None"],
         "docs/self_refine_dpo.md": [self_refine_ran],
         "docs/tdpo.md": [tdpo_ran],
@@ -134,7 +135,7 @@ def check_vllm(arguments: list[str]) -> None:
 def check_trl_ext(arguments: list[str]) -> None:
     arguments, _ = split_passed_args(arguments)
     args, rest = make_parser().parse_known_args(arguments)
-    if args.command == "migrate":
+    if args.command == "migrate" or (args.command, getattr(args, "action", None)) == ("aries", "init"):
         assert rest == []
         return
     if args.command == "completion":
@@ -143,6 +144,8 @@ def check_trl_ext(arguments: list[str]) -> None:
     if args.command == "doctor":
         if args.config is None:
             assert rest == []
+            return
+        if args.config.parts[0] == "my-task":
             return
         mapping = load_yaml(ROOT / args.config).mapping
         return check_trl_ext(
@@ -153,6 +156,8 @@ def check_trl_ext(arguments: list[str]) -> None:
             assert rest == []
             return
         named, overrides = named_run(args, rest)
+        if named.startswith("my-task/"):  # what `aries init` writes
+            return
         if named.startswith("runs/"):
             assert overrides == []
             return

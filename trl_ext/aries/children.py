@@ -42,7 +42,7 @@ SERVER_OF = {
         (f"trl_ext.aries.stages.{name}" for name in ("parity", "preflight", "probe", "report", "track", "train")),
         "trl",
     ),
-    "trl_ext.aries.stages.generate": "vllm",
+    **dict.fromkeys((f"trl_ext.aries.stages.{name}" for name in ("generate", "reward_model")), "vllm"),
 }
 # What a server imports before its first child, and after it
 IMPORTS = {

@@ -16,8 +16,10 @@ from trl_ext.aries.children import ChildError
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, PromptsConfig, ScoresConfig
 from trl_ext.aries.data.disk import DiskError, writing
 from trl_ext.aries.data.records import append_lines, read_jsonl, recover_jsonl, to_line, write_json, write_jsonl
+from trl_ext.aries.policies import Policy
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.aries.scoring.scores import ScoreCache, content_key
+from trl_ext.aries.training.settings import TrainerSettings, Training
 from trl_ext.recipe import RecipeError
 
 
@@ -103,35 +105,18 @@ def test_a_run_on_a_full_disk(small_disk):
 @pytest.mark.parametrize("target", ["output", "config"])
 def test_a_policy_that_does_not_fit(small_disk, sorting, tmp_path, target):
     """The adapter, by safetensors' own writer, and a checkpoint, by torch's: no policy under its final name."""
-    from trl_ext.aries.training import train as training
+    from trl_ext.aries.training.train import train
 
     rows = tmp_path / "sft.jsonl"
     write_jsonl(rows, [{"prompt": "Sort : 2 1", "completion": "1 2"}] * 8)
     places = {"output": tmp_path / "adapter", "config": tmp_path / "training"}
     places[target] = small_disk / places[target].name
-    job = {
-        "model": str(sorting / "model"),
-        "adapter": None,
-        "model_args": {
-            "use_peft": True,
-            "lora_r": 32,
-            "lora_target_modules": ["q_proj", "v_proj"],
-            "dtype": "float32",
-        },
-        "rows": str(rows),
-        "output": str(places["output"]),
-        "trainer": "sft",
-        "health": {},
-        "config": {
-            "output_dir": str(places["config"]),
-            "max_steps": 1,
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-        },
-    }
+    model = {"use_peft": True, "lora_r": 32, "lora_target_modules": ["q_proj", "v_proj"], "dtype": "float32"}
+    config = {"output_dir": str(places["config"]), "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none"}
+    policy = Policy(str(sorting / "model"), None)
+    training = Training(TrainerSettings("sft", config), model, policy, policy, rows, places["output"], max_dropped=0.5)
     with pytest.raises(DiskError, match=f"{small_disk}/(.|\n)*(No space left|file write failed)"):
-        training.main(job, lambda done, total: None)
+        train(training, lambda done, total: None)
     assert not places["output"].exists()
 
 

@@ -16,6 +16,7 @@ from trl_ext.aries.config.templates import (
     SELF_EVALUATION_TEMPLATE,
     TEMPLATES,
 )
+from trl_ext.aries.data import templates
 from trl_ext.aries.data.records import Chain
 from trl_ext.aries.data.templates import compile_template, refinement_prompt
 from trl_ext.aries.generation import refinements
@@ -67,7 +68,7 @@ def test_a_pattern_that_does_not_end_is_stopped_with_the_way_out(monkeypatch):
 
 
 def test_a_template_that_does_not_end_is_stopped(monkeypatch):
-    monkeypatch.setattr(refinements, "LONGEST_SECONDS", 0.2)
+    monkeypatch.setattr(templates, "LONGEST_SECONDS", 0.2)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ draft }}"
     with pytest.raises(RecipeError, match="`refinements.template` takes more than 0.2 seconds to render"):
         compile_template(endless)

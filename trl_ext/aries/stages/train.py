@@ -22,8 +22,7 @@ def main(message: RoundMessage, report: Reporter) -> None:
 
 
 if __name__ == "__main__":
-    child_main(
-        record(main), RoundMessage
-    )  # among several processes torchrun shows the traceback of the one that failed first
+    # Among several processes torchrun shows the traceback of the one that failed first
+    child_main(record(main), RoundMessage)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
