@@ -102,9 +102,12 @@ def test_home_links_to_every_page():
     assert set(re.findall(r"\]\((\w+)\.md", DOCS["README"])) == DOCS.keys() - {"README"}
 
 
-def test_table_of_falling_rewards_is_that_of_the_raw_results():
-    script = [sys.executable, str(ROOT / "docs" / "evidence" / "falling_rewards.py"), "--table"]
-    table = subprocess.run(script, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+def test_table_of_falling_rewards_is_that_of_the_raw_results(monkeypatch, capsys):
+    evidence = ROOT / "docs" / "evidence"
+    monkeypatch.syspath_prepend(evidence)
+    monkeypatch.setattr(sys, "argv", ["falling_rewards.py", "--table"])
+    runpy.run_path(str(evidence / "falling_rewards.py"), run_name="__main__")
+    table = capsys.readouterr().out
     assert table.startswith("| trained with |") and table in DOCS["falling_rewards"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 
 ROOT = Path(__file__).parents[2]
@@ -33,13 +34,20 @@ def tiny_model_path(sorting) -> str:
 
 
 @pytest.fixture(scope="session")
-def whole_run(sorting, tmp_path_factory) -> tuple[Path, str]:
-    """The directory of a tiny run that nothing disturbed, and what it printed. Its recipe lies beside it."""
+def whole_run(sorting, tmp_path_factory, request) -> tuple[Path, str]:
+    """
+    The directory of a tiny run that nothing disturbed, and what it printed. Its recipe lies beside it. Processes that share the tests
+    share the run.
+    """
     from tests.aries.tiny_run import recipe, run
 
-    whole = tmp_path_factory.mktemp("runs") / "whole"
-    file = whole.with_suffix(".yaml")
-    tracked = recipe(sorting, whole)
-    tracked["training"]["report_to"] = "tensorboard"
-    file.write_text(yaml.safe_dump(tracked))
-    return whole, run(file)
+    base = tmp_path_factory.getbasetemp()
+    whole = (base.parent if hasattr(request.config, "workerinput") else base) / "whole"
+    file, printed = whole.with_suffix(".yaml"), whole.with_suffix(".out")
+    with FileLock(whole.with_suffix(".lock")):
+        if not printed.exists():
+            tracked = recipe(sorting, whole)
+            tracked["training"]["report_to"] = "tensorboard"
+            file.write_text(yaml.safe_dump(tracked))
+            printed.write_text(run(file))
+    return whole, printed.read_text()

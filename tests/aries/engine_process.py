@@ -1,14 +1,14 @@
-"""The engine in a process of its own, as in a run: only its end gives back what vLLM takes."""
+"""The engine in a process of its own, forked as in a run: only its end gives back what vLLM takes."""
 
 import io
 import json
-from concurrent.futures import ProcessPoolExecutor
+import pickle
+import tempfile
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from trl_ext.aries.children import REPORT, Reporter
+from trl_ext.aries.children import REPORT, SERVER_OF, Reporter, child_main, run_child
 from trl_ext.aries.config import DraftsConfig, RefinementsConfig
 from trl_ext.aries.generation.chains import EngineSettings, Task
 from trl_ext.aries.generation.generate import ParitySamples, answer_tasks
@@ -26,12 +26,23 @@ class Asked:
     seed: tuple[Any, ...] = (0, 1)
 
 
+@dataclass
+class Job:
+    arguments: Path  # of [`answer`], pickled
+
+
 def run_engine(
     settings: EngineSettings, asked: list[Asked], parity: ParitySamples | None = None, probe: Path = Path("unused")
 ) -> list[str]:
     """Have a policy answer; what was noted meanwhile."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(answer, settings, asked, parity, probe).result()
+    notes = []
+    with tempfile.TemporaryDirectory() as directory:
+        job = Job(Path(directory) / "arguments")
+        job.arguments.write_bytes(pickle.dumps((settings, asked, parity, probe)))
+        log = Path(directory) / "engine.log"
+        run_child(__name__, job, log, lambda done, total: None, on_note=notes.append)
+        print(log.read_text())
+    return notes
 
 
 def answer(
@@ -47,3 +58,14 @@ def answer(
     answer_tasks(settings, tasks, parity, probe, Reporter(reports))
     lines = [json.loads(line.removeprefix(REPORT)) for line in reports.getvalue().splitlines()]
     return [line["note"] for line in lines if "note" in line]
+
+
+def main(job: Job, report: Reporter) -> None:
+    for note in answer(*pickle.loads(job.arguments.read_bytes())):
+        report.note(note)
+
+
+SERVER_OF["tests.aries.engine_process"] = "vllm"
+
+if __name__ == "__main__":
+    child_main(main, Job)

@@ -89,7 +89,7 @@ def test_a_loop_that_is_asked_to_end(sorting, tmp_path):
         assert len(run.alive()) == 4, "the loop, its stage, and the servers for TRL and for vLLM"
         code, printed = run.end(number)
         assert code == 128 + number
-        assert f"interrupted ({number.name}): what is done is kept; the same command continues." in printed
+        assert f"interrupted ({number.name}): finished work is kept; the same command continues." in printed
         assert "Traceback" not in printed
 
 

@@ -127,7 +127,7 @@ def test_a_tokenizer_without_padding_is_taken(model):
     [
         (lambda path: edit_json(path / "tokenizer_config.json", eos_token=None), "has no EOS token to end answers"),
         (without_chat_template, "the prompts are messages, and the tokenizer of .* has no chat template. Give it one"),
-        (to_pickle, r"has its weights as a pickle only \(pytorch_model.bin\).*any code.*save_pretrained"),
+        (to_pickle, r"only as a pickle \(pytorch_model.bin\).*save_pretrained"),
         (lambda path: (path / "model.safetensors").unlink(), r"has no weights: no \*.safetensors among chat_template"),
         (cut_off, r"model.safetensors is cut off or damaged: it has [\d,]+ bytes.*Copy or download the model again"),
         (lambda path: path.rename(path.with_name("modle")), "no such folder: .*/model. Did you mean .*/modle"),
@@ -301,7 +301,7 @@ def test_a_reward_model_with_pickled_weights_is_refused(check, sorting, tmp_path
     path = tmp_path / "rm"
     shutil.copytree(sorting / "model", path)
     to_pickle(path)
-    with pytest.raises(RecipeError, match=r"`scores.reward_model`: .*as a pickle only \(pytorch_model.bin\)"):
+    with pytest.raises(RecipeError, match=r"`scores.reward_model`: .*only as a pickle \(pytorch_model.bin\)"):
         check(scores={"reward_model": str(path)})
 
 
@@ -332,7 +332,7 @@ def to_adapter_pickle(path: Path):
             r"lora_A is \(4, 64\), and the model and `model.lora_r: 8` need \(8, 64\)",
         ),
         ({"hidden": True}, lambda path: None, r"does not fit the model: .*lora_A is \(8, 128\)"),
-        ({}, to_adapter_pickle, r"as a pickle only \(adapter_model.bin\)"),
+        ({}, to_adapter_pickle, r"only as a pickle \(adapter_model.bin\)"),
         (
             {},
             lambda path: (path / "adapter_model.safetensors").write_bytes(b"torn"),

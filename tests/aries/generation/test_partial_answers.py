@@ -5,6 +5,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -97,7 +98,7 @@ class Looked:
 
 def run(task, part, intake=None) -> TextOfTheRequest:
     engine = TextOfTheRequest(part)
-    answer_task(engine, task, lambda done: None, intake)
+    answer_task(engine, replace(task, intake=intake), lambda done: None)
     return engine
 
 
