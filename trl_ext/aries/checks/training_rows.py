@@ -49,7 +49,7 @@ def checked_rows(
     if finding:
         raise RecipeError(
             f"round {number} would train on what is left: {finding}. Look at {round_dir.answers} and {round_dir.scores}, and "
-            "at the reasons in docs/aries.md. Or go on with a larger share, `--health.max_dropped 0.9`."
+            "at the reasons in docs/aries.md (Selection). To train on the rest, type the same command with `--health.max_dropped 0.9`."
         )
     if not selection.pairs:
         raise RecipeError(

@@ -52,11 +52,10 @@ def check_urls(urls: list[str]) -> list[str]:
 @section
 class GenerationConfig(Section):
     """
-    The engine that answers requests: vLLM in a child process, one start per round, vLLM servers, or workers of a Ray cluster.
+    The engine that answers requests: vLLM in a child process, one start per round, vLLM servers, or workers of a Ray cluster. Set
+    the first four keys first; most runs need no other.
     """
 
-    engine: Literal["vllm", "ray"] = "vllm"
-    """`"vllm"` here, or `"ray"`: one in each of several workers of a [Ray cluster](scaling.md#generation-on-ray)."""
     max_model_len: PositiveInt = 2048
     """Longest sequence, prompt and answer together, in tokens."""
     max_num_seqs: PositiveInt = 256
@@ -78,6 +77,8 @@ class GenerationConfig(Section):
     """A regular expression with one group: the part of a generated text that is its answer, which is refined, scored
     and learned, such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of the
     text."""
+    engine: Literal["vllm", "ray"] = "vllm"
+    """`"vllm"` on this machine, or `"ray"`: one engine in each worker of a [Ray cluster](scaling.md#generation-on-ray)."""
     ray_address: str | None = None
     """For `engine: ray`, the cluster's address, such as `auto` on one of its machines. Default: a cluster of this
     machine alone, for the stage."""
