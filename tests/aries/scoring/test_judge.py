@@ -296,5 +296,5 @@ def test_a_server_with_another_model_is_refused_before_any_work():
 def test_a_reply_that_is_no_text_is_named(content, tmp_path):
     with serving(prefer=lambda a, b: content) as server:
         task = write_task(tmp_path, ["a", "bb"])
-        with pytest.raises(JudgeError, match=f"the judge m at {server.url} answered with"):
+        with pytest.raises(JudgeError, match=f"the judge m at {server.url} did not answer with"):
             score(judge(server.url), task, tmp_path)

@@ -1,5 +1,5 @@
 """
-The rows that a round trains on, and whether they will do: before their file gets its name.
+Makes the rows that a round trains on, and checks them before their file gets its name.
 
 In: the round's chains and scores. Out: `pairs.jsonl`, what was dropped (`drops.json`), and what the guard has found (`guard.json`).
 """
@@ -27,7 +27,7 @@ def write_pairs(round_dir: RoundDir, config: AriesConfig, number: int, template:
     Raises:
         [`RecipeError`]: there are no pairs, or too many chains had faults.
     """
-    # Read from the files as they are asked for
+    # Read from the files when they are needed
     chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
     scores = (row["scores"] for row in read_rows(round_dir.scores))
     selection = Selection(zip(chains, scores, strict=True), config.pairs)

@@ -105,7 +105,7 @@ class AriesConfig(Section):
     """
 
     output_dir: Annotated[str, AfterValidator(check_output_dir)]
-    """The [run directory](run_directory.md): one that is empty or not there yet, outside of what the recipe reads.
+    """The [run directory](run_directory.md): one that is empty or not there yet, outside everything that the recipe reads.
     Running the same recipe again continues it."""
     _: KW_ONLY
     model: Annotated[dict[str, Any], AfterValidator(own_keys(ModelKeys))]

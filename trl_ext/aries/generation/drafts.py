@@ -18,7 +18,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     so they are not added twice.
 
     Raises:
-        [`RecipeError`]: the chat template does not take the messages.
+        [`RecipeError`]: the chat template does not accept the messages.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
@@ -28,8 +28,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         ]
     except (TemplateError, TypeError) as error:  # what a template raises, and what it runs into
         raise RecipeError(
-            f"the tokenizer's chat template does not take the messages {show(prompt)}: {error}. Their roles or contents are others "
-            "than it knows."
+            f"the tokenizer's chat template does not accept the messages {show(prompt)}: {error}. Change their roles or "
+            "contents."
         ) from error
 
 
@@ -51,7 +51,7 @@ def full_text_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if row.startswith(start + text):
         return None
     found = row.removeprefix(start) if row.startswith(start) else row
-    return f"the chat template makes {show(found)} of {show(text)}, so the thought would not be learned as it is generated"
+    return f"the chat template turns {show(text)} into {show(found)}, so the thought would not be learned as it is generated"
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
