@@ -265,7 +265,7 @@ class TestStage:
     def test_a_server_that_dies_ends_the_stage_and_the_next_run_goes_on(self, loop):
         with serving(fail=lambda n: 500 if n > 7 else 200) as server:
             stage = loop(server.url)
-            with pytest.raises(ChildError, match="the same command goes on"):
+            with pytest.raises(ChildError, match="the same command continues"):
                 stage.score(answering=0)
             assert not stage.dir.round(1).scores.exists()
             kept = sum("verdict" in row for row in read_jsonl(stage.dir.score_cache))

@@ -127,7 +127,7 @@ def policy_logps(
 
 
 def engine_quantization(quantization: str | None, dtype: str) -> BitsAndBytesConfig | None:
-    """The engine's quantization of the base, where transformers has the same: vLLM's bitsandbytes is NF4 with nested scales."""
+    """The engine's quantization of the base, if transformers has the same: vLLM's bitsandbytes is NF4 with nested scales."""
     if quantization != "bitsandbytes":
         return None
     return BitsAndBytesConfig(

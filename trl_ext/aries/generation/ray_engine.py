@@ -218,7 +218,7 @@ class RayEngine(RequestEngine):
             raise ChildError(
                 f"no worker of Ray could be used for {self._config.max_outage:g} seconds (`generation.max_outage`). Each needs 1 CPU and, "
                 f"if the cluster has GPUs, {self._config.tensor_parallel_size} of them; `ray status` shows what the cluster has. What was "
-                "answered is kept, and the same command goes on."
+                "answered is kept, and the same command continues."
             )
         return found
 
@@ -246,7 +246,7 @@ class RayEngine(RequestEngine):
             if self._given_up > self._answered:
                 raise ChildError(
                     f"{problem}. Look at Ray's logs, or raise `generation.max_retries`. What was answered is kept, and the same command "
-                    "goes on."
+                    "continues."
                 )
             self._note(f"set aside: {problem}")
             self._failed.append(Finished(request_id, "", [], FAILED, None, 0, 0))

@@ -146,7 +146,7 @@ class ServedEngine(TaskEngine):
             await asyncio.sleep(wait)
         raise FailedRequest(
             f"a request of {prompt_id} failed {len(problems)} times ({'; '.join(dict.fromkeys(problems))}). Look at the servers' logs, or "
-            "raise `generation.max_retries` or `generation.timeout`. What was answered is kept, and the same command goes on.",
+            "raise `generation.max_retries` or `generation.timeout`. What was answered is kept, and the same command continues.",
             by_itself=survived,
         )
 
@@ -187,7 +187,7 @@ class ServedEngine(TaskEngine):
                 problems = "; ".join(f"{server}: {server.problem or 'no answer'}" for server in self._servers)
                 raise ChildError(
                     f"no server of `generation.base_urls` could be used for {self._config.max_outage:g} seconds (`generation.max_outage`): "
-                    f"{problems}. Start them again; what was answered is kept, and the same command goes on."
+                    f"{problems}. Start them again; what was answered is kept, and the same command continues."
                 )
 
     def sample_logps(

@@ -192,8 +192,8 @@ class Judge:
         except APIError as error:
             refused = isinstance(error, APIStatusError) and error.status_code in REFUSED_STATUS
             raise (RefusedComparison if refused else JudgeError)(
-                f"the judge {judge.model} at {judge.base_url} failed ({problem(client, error)}). Look at `base_url`, `model` and "
-                "`api_key_env`, and whether the server runs; what it has judged is kept, and the same command goes on."
+                f"the judge {judge.model} at {judge.base_url} failed ({problem(client, error)}). Check `base_url`, `model` and "
+                "`api_key_env`, and whether the server runs; its verdicts are kept, and the same command continues."
             ) from None
         except (
             AttributeError,

@@ -3,7 +3,7 @@ Training: SFT before round 1, and preference training of a round.
 
 In: a [`~aries.training.settings.Training`]. Out: `model/` (full fine-tuning) or `adapter/` (LoRA, QLoRA: the frozen base is never
 merged). Trainers stay ordinary; what a round learns is in its rows. The exception is `objective: squared`,
-where direct and refinement rows take different losses.
+under which direct and refinement rows take different losses.
 """
 
 import math
