@@ -161,7 +161,7 @@ class TestCheck:
             judge("http://127.0.0.1:port/v1")
 
     def test_another_path(self):
-        with serving() as server, pytest.raises(RecipeError, match="status 404.*Look at `base_url`"):
+        with serving() as server, pytest.raises(RecipeError, match="status 404.*Check `base_url`"):
             judge(server.url.removesuffix("/v1")).check([self.prompts])
 
     def test_the_key_is_sent_and_missed(self, monkeypatch):

@@ -162,12 +162,12 @@ def fault_message(comparison: Comparison, measured: dict[str, Any], answers: lis
 
 
 def same_policy(policies: dict[str, Policy]) -> dict[str, str]:
-    """Each name with the first name of the same policy."""
+    """Map each name to the first name of the same policy."""
     return {name: next(n for n, p in policies.items() if p == policy) for name, policy in policies.items()}
 
 
 def distinct_logps(comparison: Comparison, rows: list[dict[str, Any]], dtype: str) -> dict[str, list[torch.Tensor]]:
-    """Log-probabilities under the policies of a comparison, of equal ones under their first name, in the precision of the engine."""
+    """Log-probabilities under the policies of a comparison, in the engine's precision. Equal policies are there once, under their first name."""
     quantization = engine_quantization(comparison.quantization, dtype)
     names = dict.fromkeys(same_policy(comparison.policies).values())
     policies = {name: comparison.policies[name] for name in names}

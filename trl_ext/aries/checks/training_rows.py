@@ -37,7 +37,7 @@ def write_pairs(round_dir: RoundDir, config: AriesConfig, number: int, template:
 def checked_rows(
     round_dir: RoundDir, config: AriesConfig, number: int, selection: Selection, template: Template
 ) -> Iterator[dict[str, Any]]:
-    """The rows; after the last one, the counts are written and judged."""
+    """Yield the rows; after the last one, write and judge the counts."""
     measure = PairsMeasure()
     for pair in selection:
         measure.add(pair)

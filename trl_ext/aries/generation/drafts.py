@@ -34,7 +34,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def render_row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> str:
-    """A training row, prompt and answer, in the tokenizer's words. Plain text ends in the EOS token that TRL puts there."""
+    """A training row, prompt and answer, as text with special tokens. Plain text ends in the EOS token that TRL puts there."""
     if isinstance(prompt, str):
         return prompt + text + tokenizer.eos_token
     return tokenizer.apply_chat_template([*prompt, *as_completion(prompt, text)], tokenize=False)

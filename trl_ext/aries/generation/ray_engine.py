@@ -166,7 +166,7 @@ class RayEngine(RequestEngine):
         place.dtype, place.call = None, place.actor.dtype.remote()
 
     def _assign(self, request_id: str) -> None:
-        """To the worker that has the chain's earlier turns in its prefix cache, unless another has much less to do."""
+        """Give it to the worker that has the chain's earlier turns in its prefix cache, unless another has much less to do."""
         prompt_id = request_id.partition("/")[0]
         places = self._ready() or self._places
         least = min(places, key=lambda place: place.held)

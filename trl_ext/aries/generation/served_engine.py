@@ -117,7 +117,7 @@ class ServedEngine(TaskEngine):
         return chain
 
     async def _complete(self, prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> Completion:
-        """A request's answer, from whichever server gives it."""
+        """Get a request's answer, from whichever server gives it."""
         problems, attempts, refused_since, survived = [], 0, None, False
         while attempts <= self._config.max_retries:
             async with self._place(prompt_id) as server:
@@ -152,7 +152,7 @@ class ServedEngine(TaskEngine):
 
     @asynccontextmanager
     async def _place(self, prompt_id: str) -> AsyncIterator[Server]:
-        """A place on the server that the chain was on, or else on the one with the most room."""
+        """Take a place on the server that the chain was on, or else on the one with the most room."""
         while not (free := [server for server in self._servers if server.has_room]):
             await asyncio.sleep(ROOM_SECONDS)
         server = self._home.get(prompt_id)

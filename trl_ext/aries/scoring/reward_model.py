@@ -48,7 +48,7 @@ class RewardModel(AnswerScorer):
         return (content_key(self._identity, chain.prompt, answer.text) for answer in chain.answers)
 
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
-        """Nothing: the preflight checks the model, in a process that may import transformers."""
+        """Do nothing: the preflight checks the model, in a process that may import transformers."""
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         missing = dict(self.missing(chains_of(tasks), cache))  # equal answers once

@@ -103,7 +103,7 @@ class Stages:
         self.start_aside("report", message, self.dir.logs / "report.log", f"{self.dir.report} was not written")
 
     def track(self, number: int) -> None:
-        """Send a round's metrics to the trackers, those of the trainings went there."""
+        """Send a round's metrics to the trackers that got those of its training."""
         if is_tracked(self.config):
             log = self.dir.round(number).logs / "tracking.log"
             failed = f"metrics of round {number} were not tracked, see {log}"

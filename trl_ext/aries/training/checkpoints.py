@@ -14,7 +14,7 @@ from ...trainers.upstream import load_adapter_weights
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose last files were written; those that a kill tore are removed."""
+    """The newest complete checkpoint; incomplete ones, left by a kill, are removed."""
     checkpoints = sorted(
         output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
     )

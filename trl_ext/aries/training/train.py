@@ -115,7 +115,7 @@ def diverged(where: str, output_dir: str) -> str:
 
 
 def repeat_by_weight(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row as often as its `weight` says: the same epoch for every trainer, TRL's own included."""
+    """Repeat each row as often as its `weight` says: the same epoch for every trainer, TRL's own included."""
     return [row for row in rows for _ in range(row.get("weight", 1))]
 
 
@@ -164,7 +164,7 @@ def decide_packing(args: DPOConfig, model: str | PeftModel, said: Collection[str
 
 
 def make_trainer(training: Training, progress: Callable[[int, int], None]):
-    """An ordinary trainer on the rows."""
+    """Make an ordinary trainer for the rows."""
     settings, is_sft = training.settings, training.settings.trainer == "sft"
     trainer_class, config_class = trainer_classes(settings)
     model_args = ModelConfig(**training.model)
