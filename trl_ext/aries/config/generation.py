@@ -52,8 +52,8 @@ def check_urls(urls: list[str]) -> list[str]:
 @section
 class GenerationConfig(Section):
     """
-    The engine that answers requests: vLLM in a child process, one start per round, vLLM servers, or workers of a Ray cluster. Set
-    the first four keys first; most runs need no other.
+    The engine that answers requests: vLLM in a child process (one start per round), vLLM servers, or workers of a Ray cluster.
+    Most runs set the first four keys only.
     """
 
     max_model_len: PositiveInt = 2048
