@@ -55,8 +55,8 @@ RECIPE_KEYS = """\
 
 <!-- Written by docs/reference.py from the dataclasses; edit those. -->
 
-What each key is, its type and its default. [aries.md](aries.md#recipe) explains the stages and the method. What the paper of a method
-states is said to be the paper's; all else is our choice.
+What each key is, its type and its default. [ARIES](aries.md) explains the method, [running ARIES](running_aries.md) the stages. If a key says "the paper", its value is the paper's;
+everything else is our choice.
 
 An unknown key is an error with a "did you mean". Every key is also a flag: `--learning_rate 1.0e-6` in a trainer's recipe,
 `--pairs.min_margin 0.5` in an ARIES one. Write `5.0e-7`, since YAML reads `5e-7` as text.
@@ -65,7 +65,7 @@ An unknown key is an error with a "did you mean". Every key is also a flag: `--l
 ARIES_KEYS = """\
 ## ARIES recipes
 
-For `trl-ext aries`. At the top level, beside [`env`](aries.md#top-level):
+For `trl-ext aries`. At the top level, beside [`env`](running_aries.md#environment-variables):
 """
 
 TRAINER_KEYS = """\

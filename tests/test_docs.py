@@ -183,7 +183,9 @@ def test_rows_are_described():
 
 def test_yaml_blocks_are_recipes():
     """Missing sections are added here; every key in a block must exist."""
-    scored, launched, tracked, squared = sorted(blocks(DOCS["aries"], "yaml"))
+    (scored,) = blocks(DOCS["aries_data"], "yaml")
+    (squared,) = blocks(DOCS["aries"], "yaml")
+    launched, tracked = blocks(DOCS["running_aries"], "yaml")
     scorers = parse_section(Recipe(None, yaml.safe_load(scored)["scores"], {}), ScoresConfig).each()
     assert [(scorer.name, scorer.weight) for scorer in scorers] == [("verifier", 2.0), ("judge", 1.0)]
     trained, *generations = blocks(DOCS["scaling"], "yaml")

@@ -87,7 +87,7 @@ def test_python_blocks_run_as_written(ran):
     tdpo_ran, self_refine_ran = str(("TDPOTrainer", 3)), str(("SelfRefineDPOTrainer", 3))
     assert {page: found for page, found in ran.items() if found} == {
         "README.md": [tdpo_ran],
-        "docs/aries.md": ["None", "None"],
+        "docs/aries_data.md": ["None", "None"],
         "docs/custom_losses.md": [str(("MarginDPOTrainer", 3))],
         "docs/migration.md": [tdpo_ran],
         "docs/own_task.md": ["None"],

@@ -74,7 +74,7 @@ class TestTrainerRecipe:
 
 
 def test_aries_recipes_of_the_instruction_tuned_models():
-    """Pythia has neither a chat template nor a public SFT set with drafts to refine: docs/aries.md says so."""
+    """Pythia has neither a chat template nor a public SFT set with drafts to refine: docs/aries_data.md says so."""
     expected = {"llama-3.1-8b/aries/config_full.yaml"}
     expected |= {f"{model}/aries/config_qlora.yaml" for model in ("llama-3.1-8b", "qwen2.5-7b")}
     expected |= {"llama-3.1-8b/aries/config_qlora_24gb.yaml"}

@@ -2,7 +2,7 @@
 A process that has imported the slow libraries, and forks the children that need them: a stage starts in milliseconds instead of seconds.
 
 In: modules to import, then requests over a socket, each to run a module as `python -m` would. Out: the exit code of each child. A child has a
-session, an environment, random states and output of its own, and its memory goes back when it ends. Ends are tied together: the server dies with
+session, an environment, random states and output of its own, and its memory is returned when it ends. The server dies with
 the process that asked for it, and each child with the server (`processes.py`).
 
 A process that has started a GPU's driver or Python threads cannot be forked safely, and libraries read many variables once, as they are imported. So
@@ -46,7 +46,7 @@ class CannotFork(Exception):
     """A child must be started as a fresh process. The message says why."""
 
 
-# The side that asks
+# The client
 
 
 class ForkedChild:

@@ -2,7 +2,7 @@
 Processes that end with whoever started them, together with all that they started.
 
 Each is started through this module, which asks the kernel for that before it imports anything: a stage spends seconds on its imports, and its
-parent may be killed in them. So nothing but the standard library is imported here.
+parent may be killed meanwhile. So nothing but the standard library is imported here.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ LAUNCHER = "TRL_EXT_LAUNCHER"  # in the environment of what a launcher starts: i
 @contextmanager
 def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
     """
-    Start a process in a session of its own. However this is left, the process is ended with everything it started, and its pipes
+    Start a process in a session of its own. When the context is left, the process is ended with everything it started, and its pipes
     are closed.
 
     Args:
@@ -45,7 +45,7 @@ def process_group(command: Sequence[str], **options: Any) -> Iterator[subprocess
 
 def run_launcher(module: str, arguments: Sequence[str]) -> int:
     """
-    Run a module, which may start processes itself as accelerate's launcher does, and wait for it. However this ends, and be it by
+    Run a module, which may start processes itself as accelerate's launcher does, and wait for it. However this ends, even by
     SIGKILL, none of them is left, provided that they call [`die_with_launcher`].
 
     Returns:

@@ -3,7 +3,7 @@ Makes the prompts of the GSM8K recipes from `openai/gsm8k` (https://huggingface.
 
     python recipes/gsm8k/prepare.py --output recipes/gsm8k/build
 
-Out go train.jsonl (7,473 rows) and test.jsonl (1,319 rows), each with `prompt`, one user message, and `solution`, the final number of
+Out: train.jsonl (7,473 rows) and test.jsonl (1,319 rows), each with `prompt`, one user message, and `solution`, the final number of
 the dataset's answer. Its worked solutions are left out: the policy learns from its own.
 """
 

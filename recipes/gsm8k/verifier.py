@@ -1,9 +1,9 @@
 """
 Scorer of the GSM8K recipes: is the final number right?
 
-In come a round's prompts and answers with the `solution` column that `prepare.py` writes; out goes one score per answer, as in any
+In: a round's prompts and answers, with the `solution` column that `prepare.py` writes. Out: one score per answer, as in any
 TRL reward function. The final number is the one that the prompt asks for, after `####`, or in `\\boxed{}`; numbers elsewhere in an
-answer are not looked at, so an answer that was cut off is wrong.
+answer do not count, so an answer that was cut off is wrong.
 """
 
 import re
@@ -36,7 +36,7 @@ def correct_number(prompts: list, completions: list[Completion], solution: list[
 
     Args:
         prompts (`list`):
-            Prompts of the answers; not looked at.
+            Prompts of the answers; not used.
         completions (`list[str]` or `list[list[dict[str, str]]]`):
             Answers, as plain text or as messages, of which the last one counts.
         solution (`list[str]`):

@@ -27,7 +27,7 @@ PROMPTS_AT_ONCE = 256
 
 
 def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model to sample from, on the GPU in bfloat16 where there is one, and its tokenizer, which may come without a padding token."""
+    """A model to sample from, on the GPU in bfloat16 if there is one, and its tokenizer, which may lack a padding token."""
     cuda = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if cuda else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -65,7 +65,7 @@ def sample(
 
 
 def continues(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> bool:
-    """Whether the prompt's tokens stay as they are where the two are tokenized together, as a trainer does."""
+    """Whether the prompt's tokens stay the same if the two are tokenized together, as a trainer does."""
     ids = tokenizer(prompt)["input_ids"]
     return tokenizer(prompt + text)["input_ids"][: len(ids)] == ids
 

@@ -3,7 +3,7 @@ Makes the prompts of the IMDb study from `stanfordnlp/imdb` (https://huggingface
 
     python recipes/imdb/prepare.py --output recipes/imdb/build/prompts
 
-Out go train.jsonl (25,000 rows) and test.jsonl (512), each row with `prompt`: the first 2 to 8 tokens of a review, as text. Reviews stay as
+Out: train.jsonl (25,000 rows) and test.jsonl (512), each row with `prompt`: the first 2 to 8 tokens of a review, as text. Reviews stay as
 they are, `<br />` included. The SFT needs nothing prepared: it takes the dataset itself.
 """
 

@@ -1,7 +1,7 @@
 """
 Reward of the IMDb study: how positive is a review?
 
-In come prompts and the texts that continue them, out goes the classifier's probability of `POSITIVE` for both together, in the form of
+In: prompts and the texts that continue them. Out: the classifier's probability of `POSITIVE` for both together, in the form of
 any TRL reward function. The classifier is the study's, siebert/sentiment-roberta-large-english; the environment variable `IMDB_CLASSIFIER`
 names another, whose positive label must be called `POSITIVE` too.
 """

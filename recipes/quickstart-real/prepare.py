@@ -3,7 +3,7 @@ Makes the rows of the quickstart on a real model: sentences under constraints. T
 
     python recipes/quickstart-real/prepare.py --output recipes/quickstart-real/build
 
-    sft.jsonl     the warm start: `prompt`, `completion`, `draft`. Direct answers keep to half of the constraints, refined ones to all
+    sft.jsonl     the warm start: `prompt`, `completion`, `draft`. Direct answers satisfy half of the constraints, refined ones all
     train.jsonl   prompts for the rounds: `prompt`, and for the verifier `thing` and `constraints`
     eval.jsonl    held-out prompts, likewise; `unseen` says that its two kinds of constraint come together here alone
 
@@ -60,7 +60,7 @@ def prompt_of(thing: str, constraints: list[dict[str, str]]) -> str:
 
 
 def sentence(generator: random.Random, thing: str, values: dict[str, str]) -> str:
-    """A sentence that may keep to the constraints with these values."""
+    """A sentence that may satisfy the constraints with these values."""
     parts = [values.get("start") or generator.choice(["", "", *WORDS["start"]]), "the"]
     parts += [values.get("include") or generator.choice(["", *WORDS["include"]]), thing, generator.choice(VERBS)]
     parts += [generator.choice(["", *ADVERBS]), *generator.sample(PLACES, generator.choice([0, 1, 1, 2]))]
@@ -71,7 +71,7 @@ def sentence(generator: random.Random, thing: str, values: dict[str, str]) -> st
 
 
 def answer_of(generator: random.Random, thing: str, constraints: list[dict[str, str]], good: bool) -> str:
-    """A sentence that keeps to all constraints, or to one of the two at most."""
+    """A sentence that satisfies all constraints, or at most one of the two."""
     while True:
         values = {c["kind"]: c["value"] for c in constraints if good or generator.random() < 0.5}
         answer = sentence(generator, thing, values)

@@ -10,7 +10,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text.lower())
 
 
-# kind -> whether an answer keeps to it
+# kind -> whether an answer satisfies it
 CHECKS = {
     "count": lambda answer, n: len(words(answer)) == int(n),
     "start": lambda answer, word: words(answer)[:1] == [word],
@@ -22,12 +22,12 @@ CHECKS = {
 
 
 def kept(answer: str, thing: str, constraints: list[dict[str, str]]) -> list[bool]:
-    """Which constraints an answer keeps to; the first one is not written in the prompt: five to twenty words, about the thing."""
+    """Which constraints an answer satisfies; the first one is not written in the prompt: five to twenty words, about the thing."""
     about = 5 <= len(words(answer)) <= 20 and words(thing)[-1] in words(answer)
     return [about, *(CHECKS[c["kind"]](answer, c["value"]) for c in constraints)]
 
 
 def share_kept(completions, thing, constraints, **kwargs) -> list[float]:
-    """The share of constraints that each answer keeps to."""
+    """The share of constraints that each answer satisfies."""
     answers = zip(completions, thing, constraints, strict=True)
     return [sum(found) / len(found) for found in (kept(answer.strip(), *of_prompt) for answer, *of_prompt in answers)]

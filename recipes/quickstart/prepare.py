@@ -3,7 +3,7 @@ Makes the quickstart's input: a tiny untrained model and the problems it will le
 
     python recipes/quickstart/prepare.py --output recipes/quickstart/build
 
-In comes a seed; out go, byte for byte the same every time,
+In: a seed. Out, byte for byte the same every time:
 
     model/        a random Llama of 0.1M parameters with a word-level tokenizer and a chat template
     sft.jsonl     the warm start, in the order it is to be trained in: `prompt`, `completion`, `draft`
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per word; words are what stands between spaces."""
+    """One token per word; words are separated by spaces."""
     specials = [PAD, UNKNOWN, BOS, EOS, USER, ASSISTANT]
     vocabulary = {word: index for index, word in enumerate([*specials, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

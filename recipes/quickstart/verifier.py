@@ -1,9 +1,8 @@
 """
 Scorers of the quickstart: is the list of digits sorted?
 
-In come a round's prompts and answers with the `solution` column of the prompts file; out goes one score per answer, as in
-any TRL reward function. The answer is compared word by word and taken as it stands: nothing is looked for inside a
-longer text.
+In: a round's prompts and answers, with the `solution` column of the prompts file. Out: one score per answer, as in any TRL
+reward function. The whole answer is compared word by word; nothing is searched for inside a longer text.
 """
 
 Completion = str | list[dict[str, str]]
@@ -20,7 +19,7 @@ def exact_match(prompts: list, completions: list[Completion], solution: list[str
 
     Args:
         prompts (`list`):
-            Prompts of the answers; not looked at.
+            Prompts of the answers; not used.
         completions (`list[str]` or `list[list[dict[str, str]]]`):
             Answers, as plain text or as messages, of which the last one counts.
         solution (`list[str]`):

@@ -154,7 +154,7 @@ def test_a_failure_shows_the_end_of_the_log_and_where_it_is(stage):
     [
         ("sys.exit(3)", "ended with exit code 3"),
         ("os._exit(4)", "ended with exit code 4"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, as the kernel does where memory runs out"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was ended by SIGKILL, as the kernel does when memory runs out"),
         ("os.kill(os.getpid(), signal.SIGTERM)", "was ended by SIGTERM"),
     ],
 )

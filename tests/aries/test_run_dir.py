@@ -95,9 +95,9 @@ def enter_with(config, inputs: dict):
 @pytest.mark.parametrize(
     ("before", "now", "message"),
     [
-        ("abc", "def", "p.jsonl has other contents than when the run was begun .SHA-256 abc… -> def…"),
-        ("abc", None, "p.jsonl is not there any more"),
-        (None, "def", "p.jsonl is a file or a directory here now .SHA-256 def….*was not when the run was begun"),
+        ("abc", "def", "p.jsonl has changed since the run started .SHA-256 abc… -> def…"),
+        ("abc", None, "p.jsonl no longer exists"),
+        (None, "def", "p.jsonl is a file or a directory here now .SHA-256 def….*was not when the run started"),
     ],
 )
 def test_an_input_that_changed_is_named(config, before, now, message):
@@ -135,8 +135,8 @@ def test_what_is_no_run_s_is_refused_under_the_names_that_a_run_has(config):
     run = Path(config.output_dir)
     run.mkdir()
     for name, content, message in (
-        ("recipe.yaml", "mine", "holds files that are not a run's .recipe.yaml"),
-        ("resolved.json", '{"mine": 1}', "resolved.json is not what a run was made with"),
+        ("recipe.yaml", "mine", "holds files that belong to no run .recipe.yaml"),
+        ("resolved.json", '{"mine": 1}', "resolved.json does not hold a run's settings"),
     ):
         (run / name).write_text(content)
         with pytest.raises(RecipeError, match=message):

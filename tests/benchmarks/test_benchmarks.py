@@ -58,7 +58,7 @@ def test_gpu_script(monkeypatch, tmp_path):
 
 @pytest.mark.vllm
 def test_generation(tmp_path):
-    """docs/aries.md, Speed: a loop over turns takes at least 1.25 as many steps; nothing waits for anything takes no fewer than 0.9."""
+    """docs/running_aries.md, Speed: a loop over turns takes at least 1.25 as many steps; nothing waits for anything takes no fewer than 0.9."""
     code = "import sys; from tests.benchmarks import generation as g; g.WORKLOADS = (g.Workload(1.3),); g.main()"
     arguments = ["--repeats", "1", "--slots", "8", "--output", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)

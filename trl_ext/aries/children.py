@@ -1,12 +1,12 @@
 """
-Stages that need a process of their own: generation, training, reward models. They end, and their memory is returned.
+Runs the stages that need a process of their own, so that their memory is returned: generation, training, reward models.
 
 Stages that import torch, TRL or vLLM are forked from a process that has imported them (`fork_server.py`), one for TRL and, forked from
 it, one for vLLM, so that trainings do not see what vLLM changes in the libraries that they share. Everything else is a fresh process.
 
 A child reads its job, a dataclass, from a JSON file, and answers with lines of JSON, each one of the dataclasses [`Done`], [`Note`],
-[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It dies with its parent. If a launcher makes it
-several processes, the first one reports what is done, and each one what is wrong.
+[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It ends with its parent. If a launcher starts
+several processes for it, the first one reports progress, and each one reports errors.
 """
 
 import json
@@ -49,7 +49,7 @@ IMPORTS = {
     "trl": (["trl_ext.aries.checks.preflight"], ["trl_ext.aries.results.report_figures"]),
     "vllm": (["vllm.entrypoints.llm"], ["vllm.v1.worker.gpu_model_runner"]),
 }
-# Variables of the servers alone
+# Variables that are set in the servers only
 DEFAULTS = {
     # Without it, `torch.cuda.is_available()` starts the driver, which a fork does not survive. vLLM sets it, too
     "trl": {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
@@ -60,13 +60,13 @@ _servers: dict[str, ForkServer] = {}
 
 
 def one_gpu() -> dict[str, str]:
-    """A stage that runs in one process, on one GPU; with several in sight TRL would refuse `nn.DataParallel`."""
+    """The environment of a stage in one process on one GPU. If it saw several, TRL would refuse `nn.DataParallel`."""
     return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 @dataclass
 class Done:
-    """How far it is."""
+    """How much is done, and of how much."""
 
     done: int
     total: int
@@ -74,21 +74,21 @@ class Done:
 
 @dataclass
 class Note:
-    """What somebody should know."""
+    """Something that the user should know."""
 
     note: str
 
 
 @dataclass
 class BadInput:
-    """A [`RecipeError`] of the child's."""
+    """A [`RecipeError`] raised in the child."""
 
     error: str
 
 
 @dataclass
 class Failure:
-    """A [`ChildError`] of the child's: a fault that it can name."""
+    """A [`ChildError`] raised in the child: a failure that it can explain."""
 
     failed: str
 
@@ -118,7 +118,7 @@ def run_child(
         job (a dataclass):
             Passed to its `main`, through a JSON file beside the log.
         log (`Path`):
-            Where its output goes (appended).
+            The file that its output is appended to.
         on_progress (`Callable[[int, int], None]`):
             Called with (done, total).
         env (`dict[str, str]`, *optional*):
@@ -158,7 +158,7 @@ def run_child(
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         how = f"ended with exit code {code}" if code > 0 else f"was ended by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
-            how += ", as the kernel does where memory runs out"
+            how += ", as the kernel does when memory runs out"
         raise ChildError(
             f"{module} {how}. The same command continues. The end of {log}:\n\n" + "\n".join(lines[-LOG_TAIL_LINES:])
         )
@@ -187,10 +187,10 @@ def start(
 
 def server(name: str) -> ForkServer:
     """
-    The server of this name, started if it was not yet.
+    The server of this name. It is started if necessary.
 
     Raises:
-        [`CannotFork`]: it cannot be.
+        [`CannotFork`]: it cannot be started.
     """
     if name not in _servers:
         base = server("trl") if name == "vllm" else None
@@ -207,12 +207,12 @@ def warm_up(name: str) -> None:
 
 
 def is_child() -> bool:
-    """Whether this process is a stage itself. It has no servers: what it starts is one process, and ends with it."""
+    """Whether this process is a stage itself. A stage has no servers: it starts a single process, which ends with it."""
     return LAUNCHER in os.environ
 
 
 class Reporter:
-    """What a stage's `main` tells the loop: how far it is, when it is called with (done, total), and notes."""
+    """Reports from a stage's `main` to the loop: its progress, by a call with (done, total), and notes."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -233,12 +233,12 @@ class Reporter:
 
 
 def child_main(main: Callable[[Any, Reporter], None], job_class: type) -> None:
-    """The other side of [`run_child`]: `main(job, report)` with the job of the command line, an instance of `job_class`."""
+    """The child's side of [`run_child`]: call `main(job, report)` with the job that the command line names, a `job_class`."""
     [job_file] = sys.argv[1:]
     die_with_launcher()
     # Reports keep the real stdout; prints, also those of C libraries, join stderr in the log
     report = Reporter(os.fdopen(os.dup(1), "w"))
-    # What somebody's code forks may outlive this process, and whoever reads would wait for it
+    # A process forked by user code may outlive this one, and the reader of the pipe would wait for it
     os.register_at_fork(after_in_child=report.close)
     os.dup2(2, 1)
     try:

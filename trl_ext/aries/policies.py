@@ -1,5 +1,5 @@
 """
-Policies: what the policy after a round is, what it is given to answer, and which others it might be mistaken for.
+Policies: the model and adapter after a round, what they are asked to answer, and which others they might be mistaken for.
 
 A round's policy is what its training made, unless the guard left the round untrained. It answers the evaluation prompts and the
 prompts of the next round, which trains on those answers. `answering` is the number of the round whose policy answers; the round that
@@ -27,8 +27,8 @@ class Policy:
 
 def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
     """
-    The policy after a round. A round that the guard skipped keeps the one before it; before round 1, without SFT, it is the model as it
-    came.
+    The policy after a round. A round that the guard skipped keeps the one before it; before round 1, without SFT, it is the
+    recipe's model.
     """
     base = config.model["model_name_or_path"]
     if is_skipped(run.round(number)):
@@ -81,14 +81,14 @@ def unscored(run: RunDir, config: AriesConfig, answering: int) -> list[Answers]:
 
 
 def needs_samples(run: RunDir, config: AriesConfig, answering: int) -> bool:
-    """Whether the policy is still to be sampled for the parity check."""
+    """Whether the policy must still be sampled for the parity check."""
     return bool(config.parity.samples) and not run.round(answering).samples.exists()
 
 
 @dataclass
 class Comparison:
     """
-    A policy beside those that it might be mistaken for.
+    A policy, and those that it might be mistaken for.
 
     Args:
         number (`int`):

@@ -76,7 +76,7 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     with loop.dir.opened(config, recipe_text(recipe), input_hashes(files)), loop.stops_reported():
         if not loop.dir.round(config.rounds).manifest.exists():
             check_made(loop.dir, config)
-            note_made(loop.dir, config.rounds)  # what is gone, and will be made again, will be another
+            note_made(loop.dir, config.rounds)  # a file that is gone is made again, and may differ
             loop.check(recipe)
             if config.generation.base_urls is None and config.generation.engine != "ray":
                 warm_up("vllm")
@@ -91,7 +91,7 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The recipe as it was written, or, with overrides from the command line, as it was meant."""
+    """The text of the recipe file or, with overrides from the command line, of the merged recipe."""
     if COMMAND_LINE in recipe.locations.values():
         env = load_yaml(recipe.path).at("env")  # taken out of the mapping when it was exported
         mapping = recipe.mapping if env is None else {"env": env, **recipe.mapping}
@@ -107,7 +107,7 @@ class Rounds(Stages):
     ):
         super().__init__(config, progress or RunProgress(config.rounds))
         self.inputs = inputs
-        self.launch = launch  # of the training, `None` for one process
+        self.launch = launch  # of trainings; `None` for one process
         self.template = Strategy(config.refinements).templates[0]  # of training rows
 
     def check(self, recipe: Recipe) -> None:
@@ -160,11 +160,11 @@ class Rounds(Stages):
         write_jsonl(round_dir.sft, (sft_row(row, self.template) for row in self.inputs.sft_rows))
 
     def round(self, number: int) -> None:
-        """The previous round's policy answers and is evaluated, and a new one is trained on what it answered."""
+        """Have the previous round's policy answer and be evaluated, and train a new one on its answers."""
         start = time.monotonic()
         round_dir = self.dir.round(number)
         decided = is_decided(round_dir, self.config) and self.dir.round(number - 1).manifest.exists()
-        if decided or round_dir.manifest.exists():  # of a closed one, the policy may have been deleted
+        if decided or round_dir.manifest.exists():  # the policy of a closed round may have been deleted
             return
         round_dir.path.mkdir(exist_ok=True)
         if not round_dir.prompts.exists():
@@ -182,7 +182,7 @@ class Rounds(Stages):
             self.answer(self.config.rounds)
 
     def answer(self, answering: int) -> None:
-        """A round's policy answers what it is to answer, is evaluated, and its round is closed."""
+        """Have a round's policy answer its prompts, evaluate it, and close its round."""
         self.generate(answering)
         self.check_parity(answering)
         self.check_health(answering)
@@ -190,7 +190,7 @@ class Rounds(Stages):
         self.close(answering)
 
     def generate(self, answering: int) -> None:
-        """Drafts and refinements of the evaluation prompts, and of the next round's."""
+        """Generate drafts and refinements for the evaluation prompts and the next round's."""
         if not self.dir.evaluation_prompts.exists():
             write_jsonl(self.dir.evaluation_prompts, self.inputs.evaluation_prompts)
         files = [answers.answers for answers in answers_of(self.dir, self.config, answering)]
@@ -204,19 +204,19 @@ class Rounds(Stages):
         self.start_answering("generate", answering, "drafts and refinements", "engine.log")
 
     def probe(self, answering: int) -> None:
-        """What servers are compared with: the policy on a few prompts, by the trainer's libraries."""
+        """Compute what servers are compared with: the policy's log-probabilities on a few prompts, by the trainer's libraries."""
         if not self.dir.round(answering).probe.exists():
             self.start_answering("probe", answering, "probe", "probe.log", env=one_gpu())
 
     def check_parity(self, answering: int) -> None:
-        """Are the answers from the policy? With its KL to the initial one."""
+        """Check that the answers are from the policy, and estimate its KL to the initial one."""
         if self.config.parity.samples and not self.dir.round(answering).parity.exists():
             self.start_answering("parity", answering, "parity", "parity.log", env=one_gpu())
 
     def check_health(self, number: int) -> None:
         """
-        Has a round's policy degenerated, beside the one before round 1? Then it is set aside, and the run ends. What was found
-        stays so, unless the recipe has other bounds.
+        Compare a round's policy with the one before round 1. If it has degenerated, it is set aside, and the run ends. The finding
+        stands unless the recipe's bounds change.
         """
         round_dir = self.dir.round(number)
         if number == 0 or is_skipped(round_dir) or round_dir.manifest.exists():
@@ -232,7 +232,7 @@ class Rounds(Stages):
             raise degenerate(self.dir, self.config, number, found)
 
     def score(self, answering: int) -> None:
-        """Scores of the evaluation answers, and of those to the next round's prompts."""
+        """Score the evaluation answers, and those to the next round's prompts."""
         made = [answers.scores for answers in unscored(self.dir, self.config, answering)]
         if not made:
             return
@@ -246,7 +246,7 @@ class Rounds(Stages):
                 self.start("score", AnsweringMessage(self.dir.path, answering), log, update)
 
     def close(self, number: int) -> None:
-        """Metrics and manifest of a round whose policy has been evaluated."""
+        """Write the metrics and the manifest of a round whose policy has been evaluated."""
         round_dir = self.dir.round(number)
         if round_dir.manifest.exists():
             return
@@ -280,7 +280,7 @@ class Rounds(Stages):
         return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
 
     def pair(self, number: int) -> None:
-        """The round's preference dataset, direct and refinement rows."""
+        """Write the round's preference dataset: direct and refinement rows."""
         round_dir = self.dir.round(number)
         self.at = (number, "pairs")
         if round_dir.pairs.exists():
@@ -294,8 +294,8 @@ class Rounds(Stages):
 
     def guard(self, number: int) -> None:
         """
-        Act on what the guard found in the round's pairs. What was decided stays so, but for a run that was stopped: it may go on
-        with another `pairs.guard`.
+        Act on what the guard found in the round's pairs. The decision stands, except that a stopped run may go on with
+        another `pairs.guard`.
         """
         round_dir = self.dir.round(number)
         self.at = (number, "guard")
@@ -309,7 +309,7 @@ class Rounds(Stages):
             raise RecipeError(pairs_stop_message(number, found, self.config.pairs.selection))
 
     def train(self, number: int) -> None:
-        """Preference training of the round's policy, unless the guard left the round out."""
+        """Train the round's policy, unless the guard skipped the round."""
         round_dir = self.dir.round(number)
         if is_decided(round_dir, self.config) or take_back(self.dir, self.config, number):
             return
@@ -318,7 +318,7 @@ class Rounds(Stages):
             self.run_training(number, round_dir.logs / "training.log", update)
 
     def run_training(self, number: int, log: Path, update: Update) -> None:
-        """The SFT, which is number 0, or a round's training, in one process or as the recipe launches it."""
+        """Run the SFT (number 0) or a round's training, in one process or as the recipe launches it."""
         env = {} if self.launch else one_gpu()
         env |= training_environment(self.dir, self.config, number)
         self.start("train", RoundMessage(self.dir.path, number), log, update, env=env, launch=self.launch)

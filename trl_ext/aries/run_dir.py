@@ -64,7 +64,7 @@ OPERATIONAL_KEYS = {
 # What a process that was killed while it claimed a directory may leave there
 FIRST_FILES = {"run.lock", "resolved.json.tmp"}
 
-# How often, and how long each time, to wait for somebody who only looks whether the directory is locked
+# How often and how long to wait for a process that only checks the lock
 LOOKS, SECONDS_OF_A_LOOK = 20, 0.1
 
 
@@ -144,7 +144,7 @@ class RunDir:
 
         Raises:
             [`RecipeError`]: it belongs to another recipe or holds other files, another process is using it, or it cannot be written.
-            [`~aries.data.disk.DiskError`]: the disk is full, then or while the run goes on.
+            [`~aries.data.disk.DiskError`]: the disk is full, now or later in the run.
         """
         self.check_free({})
         try:
@@ -170,21 +170,21 @@ class RunDir:
                 What the recipe reads, from [`~aries.inputs.local_inputs`].
 
         Raises:
-            [`RecipeError`]: the directory is not a run's yet, and it holds something, is or holds an input or lies inside one, or is the
-            working directory: nothing there is ours.
+            [`RecipeError`]: the directory is not a run's yet and cannot become one: it holds files, it is, holds or lies inside an input, or
+            it is the working directory.
         """
         if self.resolved.exists():
             return
         check_apart(self.path, {key: path for key, path in inputs.items() if path is not None})
-        place = "Name a directory that is empty or not there yet, such as runs/my-run."
+        place = "Name a directory that is empty or does not exist yet, such as runs/my-run."
         try:
             found = sorted(path.name for path in self.path.iterdir() if path.name not in FIRST_FILES)
-        except OSError:  # there is none yet, or it cannot be used, as will be said
+        except OSError:  # it does not exist yet, or cannot be used, which is reported later
             found = []
         if found:
             more = ", …" if len(found) > 3 else ""
             raise RecipeError(
-                f"`output_dir`: {self.path} holds files that are not a run's ({', '.join(found[:3])}{more}). {place}"
+                f"`output_dir`: {self.path} holds files that belong to no run ({', '.join(found[:3])}{more}). {place}"
             )
         if self.path.resolve() == Path.cwd():
             raise RecipeError(f"`output_dir`: {self.path} is the working directory. {place}")
@@ -193,21 +193,21 @@ class RunDir:
         resolved = json.loads(json.dumps(asdict(config))) | {"inputs": inputs}
         if self.resolved.exists():
             recorded = self._recorded()
-            if any(self.path.glob("round_*/*")):  # a run that its check refused has made nothing
+            if any(self.path.glob("round_*/*")):  # a run that was refused by its check has made nothing
                 self._check_same(config, recorded, resolved)
             if recorded == resolved and self.recipe.exists():
                 return
-        write_json(self.resolved, resolved)  # first: a directory that has it is a run's
+        write_json(self.resolved, resolved)  # first, since this file marks the directory as a run's
         write_atomically(self.recipe, [recipe_text])
 
     def _check_same(self, config: AriesConfig, recorded: dict[str, Any], resolved: dict[str, Any]) -> None:
         settings, earlier = ({key: value for key, value in r.items() if key != "inputs"} for r in (resolved, recorded))
         changed = differing_keys(earlier, settings) - OPERATIONAL_KEYS
-        # More rounds continue a run, where the rounds done so far do not depend on their number
+        # Rounds can be added if the finished ones do not depend on their number
         if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
             changed -= {"rounds"}
         details = [f"{key}: {lookup(earlier, key)!r} -> {lookup(settings, key)!r}" for key in sorted(changed)]
-        # What an earlier version did not look at is taken as it is
+        # An input that an earlier version did not record is accepted
         for key in sorted(recorded["inputs"].keys() & resolved["inputs"].keys()):
             before, now = recorded["inputs"][key], resolved["inputs"][key]
             if before != now and key not in changed:
@@ -225,11 +225,11 @@ class RunDir:
             recorded = json.loads(self.resolved.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise RecipeError(
-                f"{self.resolved}: not valid JSON ({error}), so it cannot be seen what the run was made with. Bring the file "
-                "back, or set another `output_dir`."
+                f"{self.resolved}: not valid JSON ({error}), so the run's settings are unknown. Restore the file, or "
+                "set another `output_dir`."
             ) from error
         if not (isinstance(recorded, dict) and {"output_dir", "rounds", "inputs"} <= recorded.keys()):
-            raise RecipeError(f"{self.resolved} is not what a run was made with. Set another `output_dir`.")
+            raise RecipeError(f"{self.resolved} does not hold a run's settings. Set another `output_dir`.")
         return with_defaults(recorded, AriesConfig)
 
     def log_event(self, **event: Any) -> None:
@@ -281,16 +281,16 @@ def lookup(mapping: Any, dotted: str) -> Any:
 
 
 def input_change(before: str | None, now: str | None) -> str:
-    """In words, what has become of an input; hashes by their beginnings."""
+    """What has become of an input, in words, with shortened hashes."""
     if now is None:
-        return "is not there any more"
+        return "no longer exists"
     if before is None:
-        return f"is a file or a directory here now (SHA-256 {now[:12]}…), and was not when the run was begun"
-    return f"has other contents than when the run was begun (SHA-256 {before[:12]}… -> {now[:12]}…)"
+        return f"is a file or a directory here now (SHA-256 {now[:12]}…), and was not when the run started"
+    return f"has changed since the run started (SHA-256 {before[:12]}… -> {now[:12]}…)"
 
 
 def acquire(lock: IO) -> bool:
-    """Take a run's lock. [`is_locked`] holds it for an instant, which is no other run."""
+    """Take a run's lock. If [`is_locked`] holds it for an instant, try again."""
     for look in range(LOOKS):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -366,7 +366,7 @@ def test_an_adapter_takes_the_place_of_the_run_s_earlier_ones(make_engine, adapt
 
 
 @pytest.mark.parametrize(
-    ("probed", "message"), [("far/away/adapter", "tolerance is"), (None, "from those of the model as it came")]
+    ("probed", "message"), [("far/away/adapter", "tolerance is"), (None, "from those of the model without an adapter")]
 )
 def test_a_server_that_answers_with_another_policy_is_refused(make_engine, adapter, tiny_model_path, probed, message):
     """One that says that it has loaded the adapter, and answers as another one would, or without it."""

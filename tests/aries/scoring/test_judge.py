@@ -161,7 +161,7 @@ class TestCheck:
             judge("http://127.0.0.1:port/v1")
 
     def test_another_path(self):
-        with serving() as server, pytest.raises(RecipeError, match="status 404.*Look at `base_url`"):
+        with serving() as server, pytest.raises(RecipeError, match="status 404.*Check `base_url`"):
             judge(server.url.removesuffix("/v1")).check([self.prompts])
 
     def test_the_key_is_sent_and_missed(self, monkeypatch):
@@ -265,7 +265,7 @@ class TestStage:
     def test_a_server_that_dies_ends_the_stage_and_the_next_run_goes_on(self, loop):
         with serving(fail=lambda n: 500 if n > 7 else 200) as server:
             stage = loop(server.url)
-            with pytest.raises(ChildError, match="the same command goes on"):
+            with pytest.raises(ChildError, match="the same command continues"):
                 stage.score(answering=0)
             assert not stage.dir.round(1).scores.exists()
             kept = sum("verdict" in row for row in read_jsonl(stage.dir.score_cache))
@@ -296,5 +296,5 @@ def test_a_server_with_another_model_is_refused_before_any_work():
 def test_a_reply_that_is_no_text_is_named(content, tmp_path):
     with serving(prefer=lambda a, b: content) as server:
         task = write_task(tmp_path, ["a", "bb"])
-        with pytest.raises(JudgeError, match=f"the judge m at {server.url} answered with"):
+        with pytest.raises(JudgeError, match=f"the judge m at {server.url} did not answer with"):
             score(judge(server.url), task, tmp_path)

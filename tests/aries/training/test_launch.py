@@ -99,10 +99,10 @@ def test_on_cpus_and_quantized(tmp_path):
     [
         ("ddp", None, {"gpus": 4}, "8 processes need a GPU each, and there are 4. Set `training.num_processes`"),
         ("ddp", 2, {"gpus": 0, "cpu": True, "sft_cpu": False}, "2 processes need a GPU each, and there are 0"),
-        ("single_gpu", 2, {}, "is for one process, and `num_processes` is 2. Take ddp"),
-        ("fsdp2", 2, {"cpu": True}, "accelerate trains with FSDP on GPUs only.*Remove that, or take ddp"),
-        ("fsdp2", 2, {"nf4": True}, "a quantized base cannot be sharded. Take ddp or deepspeed_zero2"),
-        ("deepspeed_zero3", None, {"nf4": True}, "a quantized base cannot be sharded. Take ddp or deepspeed_zero2"),
+        ("single_gpu", 2, {}, "is for one process, and `num_processes` is 2. Use ddp"),
+        ("fsdp2", 2, {"cpu": True}, "accelerate trains with FSDP on GPUs only.*Remove that, or use ddp"),
+        ("fsdp2", 2, {"nf4": True}, "a quantized base cannot be sharded. Use ddp or deepspeed_zero2"),
+        ("deepspeed_zero3", None, {"nf4": True}, "a quantized base cannot be sharded. Use ddp or deepspeed_zero2"),
         (
             "deepspeed_zero3",
             None,
@@ -114,10 +114,10 @@ def test_on_cpus_and_quantized(tmp_path):
             "ddp",
             None,
             {"changes": {"distributed_type": "MEGATRON_LM"}},
-            "has `distributed_type: MEGATRON_LM`; known are NO",
+            "has `distributed_type: MEGATRON_LM`; known types are NO",
         ),
         ("ddp", None, {"changes": {"gpus": 4}}, r"cannot be read: .*unknown keys \(\['gpus'\]\)"),
-        ("fsdp2", None, {"changes": {"fsdp_config": {"fsdp_version": 1}}}, "first version of FSDP. Take fsdp2"),
+        ("fsdp2", None, {"changes": {"fsdp_config": {"fsdp_version": 1}}}, "first version of FSDP. Use fsdp2"),
     ],
 )
 def test_what_cannot_work(tmp_path, config, processes, keys, message):
@@ -128,7 +128,7 @@ def test_what_cannot_work(tmp_path, config, processes, keys, message):
 def test_deepspeed_is_no_dependency(tmp_path, config):
     missing = find_spec("deepspeed") is None
     assert problem(tmp_path, config) == (
-        "DeepSpeed is not installed: `pip install deepspeed`, or take ddp or fsdp2." if missing else None
+        "DeepSpeed is not installed: `pip install deepspeed`, or use ddp or fsdp2." if missing else None
     )
 
 

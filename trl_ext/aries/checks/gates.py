@@ -189,7 +189,7 @@ def direct_answers(chains: Iterable[Chain]) -> list:
 
 
 def policy_findings(measured: dict[str, Any], config: HealthConfig) -> list[str]:
-    """What is beyond its bound, if anything. What was not measured is not judged."""
+    """The measurements beyond their bounds, in words. What was not measured is not judged."""
     found = []
     kl, length, diversity = (measured[key] for key in ("kl_per_token", "length_ratio", "diversity_ratio"))
     if config.max_kl is not None and kl is not None and not kl <= config.max_kl:  # NaN is beyond every bound

@@ -1,9 +1,9 @@
 """
 Parity: the policy that answers is the policy that was trained.
 
-In: answers that the engine sampled from a round's policy, with their log-probabilities (`parity.jsonl`). Out: how far those are
-from the ones that transformers and PEFT compute for the same tokens, which stops the run where an adapter was not applied, another
-round's was, or the base is another one; and, from the same answers, the policy's KL to the initial policy (`parity.json`).
+In: answers that the engine sampled from a round's policy, with their log-probabilities (`parity.jsonl`). Out
+(`parity.json`): how far these are from the ones that transformers and PEFT compute for the same tokens, and, from the same answers, the
+policy's KL to the initial policy. The run stops if an adapter was not applied, is another round's, or is on the wrong base.
 
 The base is loaded in the precision the engine has it in, so that what is left is rounding. A policy that is trained on an NF4
 base and sampled on a 16-bit one really differs between the two: that difference is measured beside it, and accepted.
@@ -31,7 +31,7 @@ TOLERANCES = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.2}
 def kl_estimate(policy: list[torch.Tensor], initial: list[torch.Tensor]) -> dict[str, Any]:
     """
     Monte-Carlo estimate of `KL(π ‖ π_0)` in nats, from answers sampled from π at temperature 1: the mean over answers of
-    `log π(y|x) − log π_0(y|x)`, summed over tokens. Unbiased, so it may fall below 0 where the policies hardly differ.
+    `log π(y|x) − log π_0(y|x)`, summed over tokens. Unbiased, so it may fall below 0 if the policies hardly differ.
 
     Args:
         policy (`list[torch.Tensor]`), initial (`list[torch.Tensor]`):
@@ -127,7 +127,7 @@ def policy_logps(
 
 
 def engine_quantization(quantization: str | None, dtype: str) -> BitsAndBytesConfig | None:
-    """The engine's quantization of the base, where transformers has the same: vLLM's bitsandbytes is NF4 with nested scales."""
+    """The engine's quantization of the base, if transformers has the same: vLLM's bitsandbytes is NF4 with nested scales."""
     if quantization != "bitsandbytes":
         return None
     return BitsAndBytesConfig(
@@ -149,25 +149,25 @@ def fault_message(comparison: Comparison, measured: dict[str, Any], answers: lis
     )
     if measured["fault"] == "tolerance":
         message += (
-            f", and the tolerance is {measured['tolerance']:g}. It has another base model, another adapter or another "
-            "precision than the recipe says. If this is its rounding, raise `parity.tolerance`."
+            f", and the tolerance is {measured['tolerance']:g}. Its base model, its adapter or its precision "
+            "is not the recipe's. If the difference is only rounding, raise `parity.tolerance`."
         )
     else:
         nearest = measured["others"][measured["fault"]]["difference"]
         message += (
-            f", and from those of {POLICY_NAMES[measured['fault']]} by {nearest:.3g}. What the round made was not applied, or is "
-            "not the file that it was."
+            f", and from those of {POLICY_NAMES[measured['fault']]} by {nearest:.3g}. The round's policy was not applied, or its "
+            "file has changed."
         )
-    return f"{message} To generate anew, delete {' and '.join(map(str, answers))}, and run again."
+    return f"{message} To generate again, delete {' and '.join(map(str, answers))}, and type the same command."
 
 
 def same_policy(policies: dict[str, Policy]) -> dict[str, str]:
-    """Each name with the first name of the same policy."""
+    """Map each name to the first name of the same policy."""
     return {name: next(n for n, p in policies.items() if p == policy) for name, policy in policies.items()}
 
 
 def distinct_logps(comparison: Comparison, rows: list[dict[str, Any]], dtype: str) -> dict[str, list[torch.Tensor]]:
-    """Log-probabilities under the policies of a comparison, of equal ones under their first name, in the precision of the engine."""
+    """Log-probabilities under the policies of a comparison, in the engine's precision. Equal policies are there once, under their first name."""
     quantization = engine_quantization(comparison.quantization, dtype)
     names = dict.fromkeys(same_policy(comparison.policies).values())
     policies = {name: comparison.policies[name] for name in names}
@@ -190,7 +190,7 @@ def check_parity(comparison: Comparison, samples: Path, output: Path, answers: l
         samples (`Path`), output (`Path`):
             What the engine sampled, and where the result goes.
         answers (`list[Path]`):
-            What is to be deleted if the samples are not from the policy.
+            Files to delete if the samples are not from the policy.
 
     Raises:
         [`~aries.children.ChildError`]: they are not.

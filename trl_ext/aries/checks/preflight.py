@@ -56,20 +56,20 @@ OWNED_KEYS = {
 }
 
 
-# Those that nobody looks at before the training
+# Keys that nothing else checks before the training
 POSITIVE_KEYS = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps")
 
-# Of each file, evenly spaced: enough for a share, and seconds for any file
+# Rendered prompts of each file, evenly spaced: enough to estimate a share, within seconds
 PROBED_PROMPTS = 2000
 
 
 def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversational: bool, report: Reporter) -> None:
     """
-    Check the keys of the sections that are TRL's, construct their configs, and look at the tokenizer, the prompts and the reward models.
+    Check the keys of the sections that are TRL's, construct their configs, and check the tokenizer, the prompts and the reward models.
 
     Args:
         run ([`~aries.run_dir.RunDir`]):
-            The run. Its prompts are looked at as long as no round has taken any.
+            The run. Its prompts are checked until a round has taken some.
         config ([`~aries.config.AriesConfig`]), recipe ([`~recipe.Recipe`]):
             What the recipe says, and where.
         conversational (`bool`):
@@ -79,7 +79,7 @@ def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversationa
 
     Raises:
         [`RecipeError`]: an unknown key; a setting that its config, its trainer or the engine refuses; a tokenizer without what the prompts
-            need; or a reward model that is something else.
+            need; or `scores.reward_model` names another kind of model.
     """
     check_keys(recipe, [ModelConfig], ("model",))
     check_launch(config, recipe)
@@ -173,7 +173,7 @@ def check_model(
     run: RunDir, config: AriesConfig, recipe: Recipe, conversational: bool
 ) -> tuple[PreTrainedTokenizerBase, int]:
     """
-    Look at the model's files, its config and its tokenizer, and at the adapters that the run has made of it. No weight is loaded.
+    Check the model's files, its config and its tokenizer, and the adapters that the run has trained on it. No weight is loaded.
 
     Returns:
         `tuple`: the tokenizer, and how many embeddings there are.
@@ -194,7 +194,7 @@ def check_model(
     try:
         of_model = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a broken file each library raises its own
+    except Exception as error:  # each library raises its own for a broken file
         asked = "trust_remote_code" in str(error)
         refuse(custom_code(name) if asked else load_problem(name, error))
     text_config = of_model.get_text_config()
@@ -226,7 +226,7 @@ def check_adapters(config: AriesConfig, recipe: Recipe, base: PreTrainedModel, a
         if problem:
             where = recipe.where("model", "model_name_or_path")
             raise RecipeError(
-                f"{where}: `model.model_name_or_path`: {problem} Bring back the adapter that the run made, or set another `output_dir`."
+                f"{where}: `model.model_name_or_path`: {problem} Restore the adapter that the run made, or set another `output_dir`."
             )
     try:
         get_peft_model(base, get_peft_config(model_args))
@@ -248,14 +248,14 @@ def custom_code(name: str) -> str:
 
 
 def check_context(recipe: Recipe, config: PretrainedConfig, max_model_len: int) -> None:
-    """Refuse sequences longer than the model's positions, where no scaling stretches them: vLLM would, after the SFT."""
+    """Refuse sequences longer than the model's positions, unless scaling stretches these. vLLM would refuse them only after the SFT."""
     positions = getattr(config, "max_position_embeddings", None)  # some architectures have none
     rope = getattr(config, "rope_parameters", None) or {}  # nor these
     if positions is None or max_model_len <= positions or rope.get("rope_type", "default") != "default":
         return
     where = recipe.where("generation", "max_model_len")
     raise RecipeError(
-        f"{where}: `generation.max_model_len` is {max_model_len:,}, and the model has {positions:,} positions. Lower it, and "
+        f"{where}: `generation.max_model_len` is {max_model_len:,}, but the model has {positions:,} positions. Lower it, and "
         "`drafts.max_tokens` with it."
     )
 
@@ -326,7 +326,7 @@ def check_prompts(
     if finding:
         raise RecipeError(
             f"{finding}: they have more than {longest:,} tokens, which is `generation.max_model_len` less "
-            "`drafts.max_tokens`. Raise the one, lower the other, or leave long prompts out."
+            "`drafts.max_tokens`. Raise the first, lower the second, or remove long prompts."
         )
 
 
@@ -349,7 +349,7 @@ def check_sft_rows(tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: 
 
 
 def check_packing(args: DPOConfig, config: AriesConfig, option: str) -> None:
-    """Raise a `ValueError` if the recipe's model cannot do with `padding_free` or `share_prompt`."""
+    """Raise a `ValueError` if the recipe's model does not allow `padding_free` or `share_prompt`."""
     model_args = ModelConfig(**config.model)
     args.model_init_kwargs = {
         "revision": model_args.model_revision,

@@ -1,5 +1,5 @@
 """
-The probe: what servers have to agree with before they are used.
+The probe: what servers must agree with before they are used.
 
 In: a round's policy, and a few of the evaluation prompts. Out: the trainer's log-probabilities of their tokens under that policy, and
 under those that a server might have by mistake (`parity_probe.json`). Computed as in `parity.py`.
@@ -16,7 +16,7 @@ from ..policies import Comparison
 from .parity import TOLERANCES, distinct_logps
 
 
-# Enough tokens to tell policies apart, and about a second for a server: of each of so many prompts, so many tokens
+# Prompts, and tokens of each: enough to distinguish policies, in about a second of a server's time
 PROBE_PROMPTS, PROBE_TOKENS = 8, 8
 LONGEST_TEXT = 256
 
@@ -33,7 +33,7 @@ def write_probe(comparison: Comparison, prompts: Path, output: Path, dtype: str,
     """
     Args:
         comparison ([`~aries.policies.Comparison`]):
-            The policy, and those that a server might have in its place.
+            The policy, and those that a server might have instead.
         prompts (`Path`), output (`Path`):
             The evaluation prompts, and where the probe goes.
         dtype (`str`), max_model_len (`int`):
@@ -69,7 +69,7 @@ def write_probe(comparison: Comparison, prompts: Path, output: Path, dtype: str,
 
 def spread(length: int) -> list[int]:
     """
-    Positions of tokens to look at in a text, evenly over it; the first one has nothing before it.
+    Positions of the tokens of a text to compare, spread evenly. The first token is left out, since nothing precedes it.
 
     Example:
 

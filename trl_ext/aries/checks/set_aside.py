@@ -1,5 +1,5 @@
 """
-A policy that has degenerated is put where no stage takes it for the round's policy, and taken back if the recipe's bounds change.
+Moves a degenerated policy to where no stage takes it for the round's, and back if the recipe's bounds change.
 """
 
 from pathlib import Path

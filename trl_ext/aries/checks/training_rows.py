@@ -1,5 +1,5 @@
 """
-The rows that a round trains on, and whether they will do: before their file gets its name.
+Makes the rows that a round trains on, and checks them before their file gets its name.
 
 In: the round's chains and scores. Out: `pairs.jsonl`, what was dropped (`drops.json`), and what the guard has found (`guard.json`).
 """
@@ -27,7 +27,7 @@ def write_pairs(round_dir: RoundDir, config: AriesConfig, number: int, template:
     Raises:
         [`RecipeError`]: there are no pairs, or too many chains had faults.
     """
-    # Read from the files as they are asked for
+    # Read from the files when they are needed
     chains = (chain for _, chain in read_chains(round_dir.prompts, round_dir.answers))
     scores = (row["scores"] for row in read_rows(round_dir.scores))
     selection = Selection(zip(chains, scores, strict=True), config.pairs)
@@ -37,7 +37,7 @@ def write_pairs(round_dir: RoundDir, config: AriesConfig, number: int, template:
 def checked_rows(
     round_dir: RoundDir, config: AriesConfig, number: int, selection: Selection, template: Template
 ) -> Iterator[dict[str, Any]]:
-    """The rows; after the last one, the counts are written and judged."""
+    """Yield the rows; after the last one, write and judge the counts."""
     measure = PairsMeasure()
     for pair in selection:
         measure.add(pair)
@@ -49,7 +49,7 @@ def checked_rows(
     if finding:
         raise RecipeError(
             f"round {number} would train on what is left: {finding}. Look at {round_dir.answers} and {round_dir.scores}, and "
-            "at the reasons in docs/aries.md. Or go on with a larger share, `--health.max_dropped 0.9`."
+            "at the reasons in docs/aries.md (Selection). To train on the rest, type the same command with `--health.max_dropped 0.9`."
         )
     if not selection.pairs:
         raise RecipeError(

@@ -14,17 +14,17 @@ class DatasetConfig(Section):
     path: str
     """A `.jsonl`, `.json`, `.parquet`, `.csv` or `.arrow` file, a directory of them, or a dataset id on the Hub."""
     name: str | None = None
-    """As `datasets.load_dataset` takes it."""
+    """Passed to `datasets.load_dataset`."""
     data_dir: str | None = None
-    """As `datasets.load_dataset` takes it."""
+    """Passed to `datasets.load_dataset`."""
     data_files: str | list[str] | dict[str, str] | None = None
-    """As `datasets.load_dataset` takes them."""
+    """Passed to `datasets.load_dataset`."""
     split: str = "train"
     """Split of a directory or a Hub dataset."""
     columns: Texts | None = None
     """The columns to keep. Default: all."""
     fraction: PositiveFloat | None = None
-    """Share of the mixture: from each dataset the first rows, in these proportions, as many as there can be. Give it
+    """Share of the mixture. The first rows of each dataset are taken, in these proportions, as many as possible. Give it
     to all datasets or to none. Default: all rows."""
 
 

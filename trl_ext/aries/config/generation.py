@@ -52,15 +52,14 @@ def check_urls(urls: list[str]) -> list[str]:
 @section
 class GenerationConfig(Section):
     """
-    The engine that answers requests: vLLM in a child process, one start per round, vLLM servers, or workers of a Ray cluster.
+    The engine that answers requests: vLLM in a child process (one start per round), vLLM servers, or workers of a Ray cluster.
+    Most runs set the first four keys only.
     """
 
-    engine: Literal["vllm", "ray"] = "vllm"
-    """`"vllm"` here, or `"ray"`: one in each of several workers of a [Ray cluster](scaling.md#generation-on-ray)."""
     max_model_len: PositiveInt = 2048
     """Longest sequence, prompt and answer together, in tokens."""
     max_num_seqs: PositiveInt = 256
-    """Requests decoded together, and chains in progress."""
+    """Most requests decoded together, and most chains in progress."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the engine's weights. `"auto"` is vLLM's choice: the checkpoint's, but 16 bits for a float32 one."""
     gpu_memory_utilization: PositiveShare = 0.9
@@ -73,18 +72,20 @@ class GenerationConfig(Section):
     """vLLM's quantization of the base model, such as `"fp8"` (CUDA only). One that vLLM and its plugins do not know is
     refused before any work. `"bitsandbytes"`, the NF4 of training, needs a plugin: vLLM 0.31 has none of its own."""
     enforce_eager: bool = False
-    """Whether to skip compilation and CUDA graphs, for a faster start and slower decoding. Always so on a CPU."""
+    """Whether to skip compilation and CUDA graphs, for a faster start and slower decoding. Always true on a CPU."""
     answer_pattern: Annotated[str, AfterValidator(check_pattern)] | None = None
     """A regular expression with one group: the part of a generated text that is its answer, which is refined, scored
     and learned, such as `(?s)</think>\\s*(.*)`. A text in which it is not found has no answer. Default: all of the
     text."""
+    engine: Literal["vllm", "ray"] = "vllm"
+    """`"vllm"` on this machine, or `"ray"`: one engine in each worker of a [Ray cluster](scaling.md#generation-on-ray)."""
     ray_address: str | None = None
     """For `engine: ray`, the cluster's address, such as `auto` on one of its machines. Default: a cluster of this
     machine alone, for the stage."""
     ray_workers: PositiveInt = 1
     """For `engine: ray`, the number of workers, each with `tensor_parallel_size` GPUs."""
     base_urls: Annotated[Texts, AfterValidator(check_urls)] | None = None
-    """[vLLM servers](servers.md) that answer instead of an engine of the run's own, such as
+    """[vLLM servers](servers.md) that generate instead of the run's own engine, such as
     `[http://localhost:8000/v1]`. They must be able to load adapters, and see the run directory."""
     api_key_env: EnvName | None = None
     """Environment variable that holds the servers' API key. The key itself is never written anywhere."""
@@ -125,12 +126,12 @@ class DraftsConfig(Section):
     min_p: Share = 0.0
     """Least probability of a token, as a share of the likeliest one's; `0.0` is off."""
     repetition_penalty: PositiveFloat = 1.0
-    """By how much tokens of the prompt and of the answer so far become less likely; `1.0` is off."""
+    """Penalty on tokens that are already in the prompt or the answer; `1.0` is off."""
     max_tokens: PositiveInt = 512
     """Longest answer, in tokens."""
     stop: StopTexts | None = None
     """Texts that end an answer and are not part of it, such as `["\\n"]` (in double quotes) for a base model, which
-    has learned no end of its own."""
+    has not learned where to end."""
     stop_token_ids: list[NonNegativeInt] | None = None
     """Tokens that end an answer, beside the model's own EOS tokens."""
 
@@ -146,13 +147,13 @@ class RefinementsConfig(Section):
     turns: Annotated[int, Field(ge=2)] = 4
     """Answers of a chain, the draft included: the paper's y1..y4."""
     template: OneOrEach[str] | None = None
-    """The refinement template z, in Jinja2, with `question`, `draft`, `drafts`, `critique` and `turn`; or one for each
-    refinement, of which training rows have the first. Default: our own for the strategy, in
+    """The refinement template z, in Jinja2, with `question`, `draft`, `drafts`, `critique` and `turn`; or a list with one
+    for each refinement, of which training rows use the first. Default: our own for the strategy, in
     `trl_ext/aries/config/templates.py`; the paper's were not available to us."""
     evaluation_template: str | None = None
     """For `"self_evaluation"`, the template that asks for the critique. Default: our own, in the same file."""
     temperature: OneOrEach[NonNegativeFloat] | None = None
-    """Sampling temperature of the refinements. A critique is sampled as the refinement it is for. Default: the drafts'."""
+    """Sampling temperature of the refinements. A critique is sampled like the refinement that it is for. Default: the drafts'."""
     top_p: OneOrEach[PositiveShare] | None = None
     """Nucleus sampling. Default: the drafts'."""
     top_k: OneOrEach[TopK] | None = None

@@ -58,7 +58,7 @@ class LoopConfig(Section):
     """α of `"squared"`. Not `alpha`, which is TDPO2's. Default: 0.8, as in two public relatives (our choice)."""
     accelerate_config: str | None = None
     """A file, or a name such as `ddp` or `fsdp2`, with which this training and the SFT are
-    [launched](aries.md#several-gpus). Default: one process."""
+    [launched](running_aries.md#several-gpus). Default: one process."""
     num_processes: PositiveInt | None = None
     """Processes of the launched training, one for each GPU. Default: as many as that file says."""
 
@@ -105,7 +105,7 @@ class AriesConfig(Section):
     """
 
     output_dir: Annotated[str, AfterValidator(check_output_dir)]
-    """The [run directory](run_directory.md): one that is empty or not there yet, outside of what the recipe reads.
+    """The [run directory](run_directory.md): one that is empty or not there yet, outside everything that the recipe reads.
     Running the same recipe again continues it."""
     _: KW_ONLY
     model: Annotated[dict[str, Any], AfterValidator(own_keys(ModelKeys))]

@@ -48,8 +48,8 @@ class JudgeConfig(Section):
     timeout: PositiveFloat = 120.0
     """Seconds until a request counts as failed."""
     max_retries: NonNegativeInt = 5
-    """How often a request is repeated that failed or was refused as one too many (408, 409, 429, 5xx), after 0.5, 1,
-    2, ... seconds or as the server says (`Retry-After`, ten minutes at most)."""
+    """How often a request that failed or was refused as too many (408, 409, 429, 5xx) is repeated, after 0.5, 1, 2, ...
+    seconds or as `Retry-After` says. If that is more than two minutes, the run ends."""
 
 
 @section
@@ -86,9 +86,7 @@ class OneScorer(Section):
                 "`scores.scorers`, each with a `weight`."
             )
         if self.timeout is not None and self.verifier is None:
-            raise ValueError(
-                "`timeout` is for a `verifier`, beside which it stands. A judge has its own, `judge.timeout`."
-            )
+            raise ValueError("`timeout` belongs to a `verifier`. A judge has its own, `judge.timeout`.")
         return self
 
 

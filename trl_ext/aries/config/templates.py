@@ -2,8 +2,8 @@
 The Jinja2 templates of a run: ours, and what a recipe's own must hold.
 
 The templates z of refinements are given `question` (the last user message, or the whole plain-text prompt), `draft` (the answer to
-improve), `drafts` (all answers so far, oldest first), `critique` (what the policy said of the draft; empty in training rows, and if nobody
-judged) and `turn` (the turn of the answer asked for). The paper's templates are not available to us: these are our own.
+improve), `drafts` (all answers so far, oldest first), `critique` (what the policy said about the draft; empty in training rows and without a
+critique) and `turn` (the turn of the answer asked for). The paper's templates are not available to us: these are our own.
 """
 
 from jinja2 import Environment

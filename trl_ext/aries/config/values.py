@@ -23,7 +23,7 @@ TopK = Annotated[int, Field(ge=-1)]  # vLLM takes 0 and -1 for off
 
 
 def check_stop(texts: list[str]) -> list[str]:
-    """Refuse what vLLM would refuse, or would never meet."""
+    """Refuse texts that vLLM would refuse, or that no answer would contain."""
     for text in texts:
         if not text:
             raise ValueError('has an empty text. Name what ends an answer, such as "\\n".')

@@ -13,12 +13,12 @@ from ..children import ChildError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-# How libraries that write without Python say it: safetensors, torch, Arrow
+# How libraries that do not write through Python report it: safetensors, torch, Arrow
 FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "File too large", "file write failed")
 
 
 class DiskError(ChildError):
-    """The disk takes no more. Whatever was not written whole has no final name, and the same command continues from there."""
+    """The disk is full or read-only. Incomplete files have no final name, so the same command continues."""
 
 
 @contextmanager
@@ -28,10 +28,10 @@ def writing(path: Path) -> Iterator[None]:
 
     Args:
         path (`Path`):
-            The file or directory, for errors that name none.
+            The file or directory, for errors that do not name it.
 
     Raises:
-        [`DiskError`]: the disk is full, or may not be written to. Other errors pass as they are.
+        [`DiskError`]: the disk is full or may not be written to. Other errors pass unchanged.
     """
     try:
         yield
@@ -53,4 +53,4 @@ def disk_fix(error: Exception) -> str | None:
     number = error.errno if isinstance(error, OSError) else None
     if number in FULL or (number is None and any(words in str(error) for words in FULL_WORDS)):
         return "Free space there"
-    return "Allow it" if number in READ_ONLY else None
+    return "Allow writing there" if number in READ_ONLY else None

@@ -20,7 +20,7 @@ FAULTS = (
 
 
 def fault(chain: Chain, selection: str) -> str | None:
-    """The one of [`FAULTS`] that keeps a finished chain from giving a pair, whatever its scores; `None` if it may give one."""
+    """The one of [`FAULTS`] that keeps a finished chain from giving a pair whatever its scores, or `None`."""
     if len(chain.answers) < 2:
         return chain.stopped or "fewer_than_two_answers"
     last = chain.answers[-1]

@@ -86,7 +86,7 @@ def length_drop_reason(pair: Pair, config: PairsConfig) -> str | None:
 def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
     """
     Selection without a reward model. The paper does not spell out its rule. Our choice: if the chain has settled (its last two answers
-    are alike), the last refinement is chosen and the draft rejected, unless they are equal. Scores take no part; the guard reads them.
+    are alike), the last refinement is chosen and the draft rejected, unless they are equal. Scores are not used; only the guard reads them.
 
     Returns:
         `list[Pair | str]`: one entry, the pair or the reason why there is none.

@@ -21,8 +21,8 @@ Rows = Sequence[dict[str, Any]]  # or a `datasets.Dataset`, which maps its files
 
 class JsonLines(Sequence):
     """
-    The rows of a `.jsonl` file as they are in it. `datasets` would make a datetime of `"2026-02-28"`, 1e30 of an integer of thirty digits,
-    and add the columns that a row lacks; and its import takes a second. In memory are the lines, not their rows: as much as the file has.
+    The rows of a `.jsonl` file, exactly as written. `datasets` would turn `"2026-02-28"` into a datetime and an integer of thirty digits into
+    1e30, and would add missing columns; and its import takes a second. Memory holds the lines, unparsed: as much as the file has.
 
     Args:
         path (`Path`):
@@ -64,7 +64,7 @@ def load_rows(entry: DatasetConfig, where: str) -> Rows:
             The recipe key, for error messages.
 
     Raises:
-        [`RecipeError`]: there is nothing, or nothing with rows.
+        [`RecipeError`]: the data does not exist, or has no rows.
     """
     try:
         is_file = is_data_file(entry.path)
@@ -103,7 +103,7 @@ def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # 
 def load_mixture(entries: list[DatasetConfig], where: str) -> list[tuple[str, Rows, int]]:
     """
     Path and rows of each dataset, and how many of them are taken. If they have a `fraction`, that is as many as TRL's `get_dataset`
-    takes: the first of each, in these proportions, as many as there can be.
+    takes: the first rows of each, in these proportions, as many as possible.
     """
     loaded = [(entry, load_rows(entry, where)) for entry in entries]
     if entries[0].fraction is None:
@@ -146,7 +146,7 @@ class Prompts(Sequence):
 
 def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
     """
-    Prompts that can be used, all of them looked at once.
+    The prompts, after a check of every row.
 
     Raises:
         [`RecipeError`]: a row without `prompt`, with an empty one, with messages that do not end with the user's, or text
@@ -169,7 +169,7 @@ def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
 
 def in_trl_form(row: dict[str, Any]) -> dict[str, Any]:
     """
-    The row with its prompt as TRL has it: ShareGPT's turns, JSON in text and parts of text become messages, and a column `system` beside
+    The row with its prompt in TRL's form: ShareGPT's turns, JSON in text and parts of text become messages, and a column `system` beside
     them their system message.
     """
     prompt = row.get("prompt")
@@ -189,7 +189,7 @@ def prompt_problem(row: dict[str, Any]) -> str | None:
     prompt = row["prompt"]
     if isinstance(prompt, str):
         if looks_like_messages(prompt):
-            return "the text was messages once, and is not JSON. Save the data as JSON lines or Parquet, which keep lists."
+            return "the text looks like messages, but is not JSON. Save the data as JSON lines or Parquet, which keep lists."
         return None if prompt.strip() else f"the prompt is empty{_beside(row)}."
     if not prompt or not is_messages(prompt):
         return "`prompt` must be text or a non-empty list of messages with `role` and `content`."

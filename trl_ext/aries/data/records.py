@@ -1,5 +1,5 @@
 """
-Rows on disk: JSON lines, written whole or appended, and read back with the place named when they are broken.
+Rows on disk: JSON lines, written whole or appended, and read back. Errors name file and line.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class Answer:
     tokens: int
     finish_reason: str  # "stop", or "length" for a truncated answer
     full_text: str | None = None  # all that was generated, if `text` is what `answer_pattern` found in it
-    critique: str | None = None  # what the policy said of this answer before refining it
+    critique: str | None = None  # what the policy said about this answer before refining it
 
     def to_row(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if value is not None}
@@ -171,7 +171,7 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off a last line that lacks its end. There need not be a file."""
+    """Cut off an incomplete last line. The file need not exist."""
     if not path.exists():
         return
     whole = 0
@@ -184,7 +184,7 @@ def cut_torn_line(path: Path) -> None:
 
 
 def recover_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Read back a file that was being appended to, without a torn last line. No file has no rows."""
+    """Read back a file that was being appended to, without an incomplete last line. If it does not exist, there are no rows."""
     cut_torn_line(path)
     return read_rows(path) if path.exists() else iter(())
 

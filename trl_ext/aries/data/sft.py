@@ -23,8 +23,8 @@ def sft_row(row: dict[str, Any], template: Template) -> dict[str, Any]:
 
 def usable_sft_rows(rows: list[dict[str, Any]], dataset: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """
-    The rows that can be trained on, in TRL's form, and how many of the others there are by reason. `rows.completions` judges what only
-    the tokenizer can tell.
+    The rows that can be trained on, in TRL's form, and the number of others by reason. `rows.completions` judges what depends on the
+    tokenizer.
 
     Raises:
         [`RecipeError`]: a row does not have the form of an SFT row; the message names the first.

@@ -10,7 +10,7 @@ from .records import Prompt
 from .time_limit import time_limit
 
 
-# Our choice, for one search with an answer pattern and for trying out a template. Both take microseconds
+# Limit for one search with an answer pattern, and for trying out a template; our choice. Both take microseconds
 LONGEST_SECONDS = 10.0
 
 
@@ -60,7 +60,7 @@ def refinement_prompt(
         template ([`jinja2.Template`]):
             From [`compile_template`].
         critique (`str`, *optional*, defaults to `""`):
-            What the policy said of the last draft. Training rows have none.
+            What the policy said about the last draft. Training rows have none.
         turn (`int`, *optional*):
             Turn of the answer asked for. Default: the one after these drafts.
 

@@ -12,7 +12,7 @@ from ...recipe import RecipeError
 @contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
     """
-    End what runs inside after so many seconds, by a signal. It works in the main thread only. Python handles signals between
+    End the block after so many seconds, by a signal. This works in the main thread only. Python handles signals between
     instructions and, in regular expressions, during the search.
 
     Raises:

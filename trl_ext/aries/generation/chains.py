@@ -204,7 +204,7 @@ class TaskEngine:
                 yield row["prompt_id"], token_ids, settings
 
     def close(self) -> None:
-        """Give back what does not end with the process."""
+        """Release what would outlive the process."""
 
 
 FAILED = "error"

@@ -1,8 +1,8 @@
 """
-The `openai` client, through which servers that generate and servers that judge are asked.
+Asks servers, those that generate and those that judge, through the `openai` client.
 
 In: a server's address, and the name of the variable that holds its key. Out: a client that sends to this address alone, and what its errors
-say, without the key. What others need of the package they import from here, so that an error says what to install.
+say, without the key. Other modules import the package's names from here, so that an error says what to install.
 """
 
 import os
@@ -47,8 +47,8 @@ NO_KEY = "no-key-was-given"
 
 def make_client(url_key: str, base_url: str, api_key_env: str | None, timeout: float, max_retries: int) -> AsyncOpenAI:
     """
-    A client for the server at `base_url`, for the recipe's key `url_key`. It follows no redirects, and sends the key in the variable
-    `api_key_env` alone: `OPENAI_API_KEY` and its like in the environment are not for this server.
+    A client for the server at `base_url`, for the recipe's key `url_key`. It follows no redirects. The only key it sends is that in the
+    variable `api_key_env`, never `OPENAI_API_KEY` or another from the environment.
 
     Raises:
         [`RecipeError`]: the variable is not set, or the address is not a URL.
@@ -85,7 +85,7 @@ def problem(client: AsyncOpenAI, error: APIError) -> str:
     if isinstance(error, APIStatusError):
         text = without_key(client, error.response.text)
         return f"{error.request.url.path}: status {error.status_code}: {text[:SHOWN_CHARACTERS]}"
-    cause = error.__cause__ or error  # of an `APIConnectionError`, the error of the HTTP library
+    cause = error.__cause__ or error  # the HTTP library's error, behind an `APIConnectionError`
     return f"{type(cause).__name__}: {cause}".removesuffix(": ")
 
 

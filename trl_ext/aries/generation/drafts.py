@@ -18,7 +18,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     so they are not added twice.
 
     Raises:
-        [`RecipeError`]: the chat template does not take the messages.
+        [`RecipeError`]: the chat template does not accept the messages.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
@@ -28,13 +28,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         ]
     except (TemplateError, TypeError) as error:  # what a template raises, and what it runs into
         raise RecipeError(
-            f"the tokenizer's chat template does not take the messages {show(prompt)}: {error}. Their roles or contents are others "
-            "than it knows."
+            f"the tokenizer's chat template does not accept the messages {show(prompt)}: {error}. Change their roles or "
+            "contents."
         ) from error
 
 
 def render_row(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> str:
-    """A training row, prompt and answer, in the tokenizer's words. Plain text ends in the EOS token that TRL puts there."""
+    """A training row, prompt and answer, as text with special tokens. Plain text ends in the EOS token that TRL puts there."""
     if isinstance(prompt, str):
         return prompt + text + tokenizer.eos_token
     return tokenizer.apply_chat_template([*prompt, *as_completion(prompt, text)], tokenize=False)
@@ -51,7 +51,7 @@ def full_text_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if row.startswith(start + text):
         return None
     found = row.removeprefix(start) if row.startswith(start) else row
-    return f"the chat template makes {show(found)} of {show(text)}, so the thought would not be learned as it is generated"
+    return f"the chat template turns {show(text)} into {show(found)}, so the thought would not be learned as it is generated"
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:

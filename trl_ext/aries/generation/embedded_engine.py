@@ -100,7 +100,7 @@ class EmbeddedEngine(RequestEngine):
 
 
 def quantization_problem(name: str) -> str | None:
-    """What is wrong with `generation.quantization`, asked of vLLM and its plugins, or `None`; nothing is started."""
+    """What is wrong with `generation.quantization`, according to vLLM and its plugins, or `None`. Nothing is started."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -108,11 +108,11 @@ def quantization_problem(name: str) -> str | None:
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
         from vllm.plugins import load_general_plugins
     except ImportError:
-        return None  # what is not installed is said where the engine starts
+        return None  # the engine's start reports what is not installed
     load_general_plugins()
     if name.lower() in QUANTIZATION_METHODS:
         return None
     return (
         f"vLLM {__version__} does not know `{name}`.{did_you_mean(name, QUANTIZATION_METHODS)} It knows "
-        f"{', '.join(sorted(QUANTIZATION_METHODS))}; others, such as `bitsandbytes`, are there where a plugin of vLLM brings them."
+        f"{', '.join(sorted(QUANTIZATION_METHODS))}; others, such as `bitsandbytes`, need a vLLM plugin."
     )

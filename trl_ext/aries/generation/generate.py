@@ -28,7 +28,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass
 class ParitySamples:
-    """Answers that are sampled for the parity check: to the first `count` prompts of a file."""
+    """Samples for the parity check: answers to the first `count` prompts of a file."""
 
     prompts: Path
     output: Path
@@ -38,7 +38,7 @@ class ParitySamples:
 
 
 def generate(run: RunDir, config: AriesConfig, answering: int, report: Reporter) -> None:
-    """What is missing of the answers of round `answering`'s policy, and of its samples for the parity check."""
+    """What is missing from the answers of round `answering`'s policy, and from its samples for the parity check."""
     tasks = [
         make_task(config, answers, answering, report)
         for answers in answers_of(run, config, answering)
@@ -79,14 +79,14 @@ def make_task(config: AriesConfig, answers: Answers, answering: int, report: Rep
 
 
 def stop(finding: str) -> None:
-    """Too many answers of no use end a round."""
+    """End the round if too many answers cannot be used."""
     raise RecipeError(
-        f"generation is stopped: {finding} Do so under another `output_dir`. Or go on with what there is, `--health.max_dropped 0.9`."
+        f"generation is stopped: {finding} Do so under another `output_dir`. To go on with these answers, add `--health.max_dropped 0.9`."
     )
 
 
 def note_finding(report: Reporter) -> Callable[[str], None]:
-    """In an evaluation they are a result."""
+    """Only note it, since such answers are a result of an evaluation."""
     return lambda finding: report.note(f"evaluation: {finding}")
 
 
@@ -100,7 +100,7 @@ def answer_tasks(
         tasks (`list[Task]`), parity ([`ParitySamples`], *optional*):
             What it answers.
         probe (`Path`):
-            What servers have to agree with, if the recipe names some.
+            What servers must agree with, if the recipe names some.
         report ([`~aries.children.Reporter`]):
             Told of finished chains, and of what becomes of servers and workers.
     """

@@ -1,5 +1,5 @@
 """
-Intake: whether what a stage generates can be used, looked at from the first chains on and not only when hours have gone into all of them.
+Intake: checks from the first chains on whether what a stage generates can be used, instead of after hours of work.
 
 In: chains as they finish. Out: an error, or a note, that counts what is wrong, shows an example and says what to set. The bound is
 `health.max_dropped`, as it is for a whole round (`pairs.py`).
@@ -14,7 +14,7 @@ from ..data.faults import fault, share_finding
 from ..data.records import Chain
 
 
-# Enough for a share: with a true one of 0.37, 1 of 80 such samples is above a bound of 0.5. [house]
+# Enough to estimate a share: if it is 0.37, 1 of 80 such samples is above a bound of 0.5. Our choice
 FIRST_CHAINS = 64
 
 
@@ -50,8 +50,8 @@ class Intake:
 
     def look(self, chain: Chain) -> None:
         """
-        Count a finished chain. Those that finish first are the ones with least to say, so the share is over all that were begun: more
-        faults than that allows stay too many, however the rest turns out.
+        Count a finished chain. Short chains finish first, so the share is over all that were begun: if the faults are too many now, the
+        rest cannot change that.
         """
         reason = fault(chain, self._selection)
         if reason is None or self._told:
@@ -68,10 +68,10 @@ class Intake:
             self._tell(f"{finding}. {self.example(self._examples[most_common], most_common)}")
 
     def example(self, chain: Chain, reason: str) -> str:
-        """One of the chains, and what may be done about it."""
+        """An example, and what to do about it."""
         generated = [*chain.unanswered, *chain.answers]
         if not generated:
-            return f"For example, {chain.prompt_id} and `drafts.max_tokens` exceed `generation.max_model_len`. Raise the one, or lower the other."
+            return f"For example, {chain.prompt_id} and `drafts.max_tokens` together exceed `generation.max_model_len`. Lower the first key, or raise the second."
         answer = generated[0] if reason == "no_answer_found" else generated[-1]
         cut_off = answer.finish_reason == "length"
         how = f"cut off after {answer.tokens:,} tokens" if cut_off else f"ended after {answer.tokens:,} tokens"

@@ -19,7 +19,7 @@ class PartialAnswers:
         prompts (`Path`):
             The file of prompts.
         path (`Path`):
-            The `.part` file. It is taken up as a previous process left it, without a torn last line.
+            The `.part` file. What a previous process left is continued, without an incomplete last line.
         file (`BinaryIO`):
             The same, open for reading and appending.
     """
@@ -54,7 +54,7 @@ class PartialAnswers:
         self._file.flush()
 
     def finish(self, chain: Chain) -> None:
-        """Note a chain that has all its answers. Why it stopped may have come after its last row."""
+        """Note a chain that has all its answers. The reason why it stopped may come after its last row."""
         if chain.stopped is not None:
             line = self._line(chain.prompt_id)
             if not line or json.loads(line)["stopped"] != chain.stopped:
@@ -66,7 +66,7 @@ class PartialAnswers:
         return (self._line(prompt["prompt_id"]) for prompt in read_rows(self._prompts))
 
     def _line(self, prompt_id: str) -> str:
-        """The last row of a chain, empty for one that is not begun."""
+        """The last row of a chain, empty for one that has not begun."""
         if prompt_id not in self._last_row:
             return ""
         self._file.seek(self._last_row[prompt_id])

@@ -1,5 +1,5 @@
 """
-Whose log-probabilities are these? A policy's, or another's that was taken for it.
+Finds out whether log-probabilities are a policy's own, or those of another that was mistaken for it.
 """
 
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-# Another policy counts where its log-probabilities differ from the policy's by this many standard errors of the rounding
+# Another policy counts if its log-probabilities differ from the policy's by this many standard errors of the rounding
 DISTINGUISHABLE = 8.0
 
 
@@ -20,7 +20,7 @@ def compare(
     found: torch.Tensor, policy: torch.Tensor, others: dict[str, torch.Tensor], tolerance: float
 ) -> dict[str, Any]:
     """
-    Whose log-probabilities are these?
+    Decide whose log-probabilities these are.
 
     Args:
         found (`torch.Tensor` of shape `(N,)`):
@@ -62,7 +62,7 @@ def compare(
 
 # What the other policies are called in a sentence
 POLICY_NAMES = {
-    "base": "the model as it came, without an adapter",
+    "base": "the model without an adapter",
     "initial": "the policy before round 1",
     "previous": "the policy of the round before",
 }

@@ -2,9 +2,9 @@
 Generation on Ray: an embedded engine in each of several workers, on as many machines as the cluster has.
 
 In: the same chains as for one embedded engine, in requests with the same token ids, sampling and seeds. Out: the same answers. The chains are
-driven here; a worker takes requests, steps its engine until one of them is finished, and returns what is. Where a worker is lost, with its
-machine or alone, its requests go to the others, and a new one takes its place where the cluster has room. A request that was lost with
-`generation.max_retries` workers and one more is what kills them, and is set aside.
+driven here; a worker takes requests, steps its engine until one of them is finished, and returns what is. If a worker is lost, alone or
+with its machine, its requests go to the others, and a new one takes its place if the cluster has room. A request that was lost with more
+than `generation.max_retries` workers is taken to be what kills them, and is set aside.
 
 Ray Data's own vLLM processor works through a dataset stage by stage, with the barrier that chains are there to avoid.
 """
@@ -137,8 +137,8 @@ class RayEngine(RequestEngine):
 
     def _next(self, place: Place) -> list[str]:
         """
-        What a worker is sent next: requests that have never been lost with one, and only then the others, alone and in batches that grow
-        smaller with every loss, down to one: the request that kills its worker is found before those beside it have been tried too often.
+        What a worker is sent next: requests that were never lost with a worker, and only then the others, separately, in batches that shrink
+        with every loss, down to one. So the request that kills its worker is found before its neighbours have been tried too often.
         """
         lost = [request_id for request_id in place.waiting if self._losses[request_id]]
         fresh = [request_id for request_id in place.waiting if not self._losses[request_id]]
@@ -166,7 +166,7 @@ class RayEngine(RequestEngine):
         place.dtype, place.call = None, place.actor.dtype.remote()
 
     def _assign(self, request_id: str) -> None:
-        """To the worker that has the chain's earlier turns in its prefix cache, unless another has much less to do."""
+        """Give it to the worker that has the chain's earlier turns in its prefix cache, unless another has much less to do."""
         prompt_id = request_id.partition("/")[0]
         places = self._ready() or self._places
         least = min(places, key=lambda place: place.held)
@@ -177,7 +177,7 @@ class RayEngine(RequestEngine):
         home.waiting.append(request_id)
 
     def _reassign(self) -> None:
-        """What was left to workers when there were none goes to those that have come first."""
+        """Give the requests that were left when there were no workers to the first that arrive."""
         if not self._ready():
             return
         for place in self._places:
@@ -216,19 +216,19 @@ class RayEngine(RequestEngine):
             self._last_ready = time.monotonic()
         elif time.monotonic() - self._last_ready > self._config.max_outage:
             raise ChildError(
-                f"no worker of Ray could be used for {self._config.max_outage:g} seconds (`generation.max_outage`). Each takes 1 CPU and, "
-                f"where there are some, {self._config.tensor_parallel_size} GPUs; `ray status` shows what the cluster has. What was "
-                "answered is kept, and the same command goes on."
+                f"no worker of Ray could be used for {self._config.max_outage:g} seconds (`generation.max_outage`). Each needs 1 CPU and, "
+                f"if the cluster has GPUs, {self._config.tensor_parallel_size} of them; `ray status` shows what the cluster has. What was "
+                "answered is kept, and the same command continues."
             )
         return found
 
     def _lost(self, place: Place, error: RayActorError) -> None:
         """
-        Start another worker in the place of a lost one, and have its requests answered by those that there are. A request that was lost with
+        Replace a lost worker, and have its requests answered by the others. A request that was lost with
         too many workers is set aside.
 
         Raises:
-            [`~aries.children.ChildError`]: as many were set aside as were answered: it is not their fault.
+            [`~aries.children.ChildError`]: as many were set aside as were answered, so the requests are not the cause.
         """
         others = len(self._ready()) - (place.dtype is not None)
         first_line = str(error).strip().splitlines()[0]
@@ -246,7 +246,7 @@ class RayEngine(RequestEngine):
             if self._given_up > self._answered:
                 raise ChildError(
                     f"{problem}. Look at Ray's logs, or raise `generation.max_retries`. What was answered is kept, and the same command "
-                    "goes on."
+                    "continues."
                 )
             self._note(f"set aside: {problem}")
             self._failed.append(Finished(request_id, "", [], FAILED, None, 0, 0))

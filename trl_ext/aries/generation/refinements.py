@@ -78,7 +78,7 @@ class Strategy:
     def add(self, chain: Chain, request: Request, text: str, tokens: int, finish_reason: str) -> None:
         """Add what was generated for a request to its chain: an answer, a critique, or a text without an answer."""
         found, is_whole = find_answer(text, self.answer_pattern)
-        if request.is_critique:  # [house]: all of it, where it does not have the form of an answer
+        if request.is_critique:  # all of it if the pattern finds no answer in it; our choice
             chain.answers[-1].critique = (found or text).strip()
             return
         full_text = None if self.answer_pattern is None else text
@@ -96,7 +96,7 @@ class Strategy:
 def find_answer(text: str, pattern: re.Pattern | None) -> tuple[str | None, bool]:
     """
     The answer in a generated text: all of it without a pattern, else the group of the first match; `None` if there is no
-    match, or nothing in it. And whether it is whole for sure, since the text goes on behind it: then it does not matter that the text
+    match, or nothing in it. And whether it is certainly complete: if the text goes on after it, it does not matter that the text
     itself was cut off.
 
     Raises:
@@ -122,5 +122,5 @@ def find_answer(text: str, pattern: re.Pattern | None) -> tuple[str | None, bool
     if not match or not match[1] or not match[1].strip():
         return None, False
     rest = text[match.end(1) :]
-    # A pattern may take a line's end for the answer's; other space behind it may be as far as the text came
+    # The end of a line may end the answer; after any other space, the text may just have been cut off
     return match[1], bool(rest.strip()) or (match.end() > match.end(1) and "\n" in rest)

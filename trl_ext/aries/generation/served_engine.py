@@ -1,5 +1,5 @@
 """
-Generation on servers: several vLLM servers in the place of one engine in this process.
+Generation on servers: several vLLM servers instead of one engine in this process.
 
 In: the same chains as for the embedded engine, in requests with the same token ids, sampling and seeds. Out: the same answers. A chain stays
 on the server that has its prompt in the prefix cache. If a server is lost, its requests go to the others; if it comes back, it gets requests
@@ -28,15 +28,15 @@ from .refinements import Request
 from .servers import TOO_MANY, FailedRequest, RefusedRequest, Server, ServerLost, Wanted, WrongServer
 
 
-# Between two health checks of a server that answers
+# Seconds between two health checks of a server that answers
 CHECK_SECONDS = 10.0
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-# Between two looks for room, for which chains wait only when servers are lost or busy
+# Seconds between two checks for room, which chains wait for only when servers are lost or busy
 ROOM_SECONDS = 0.05
 
 
 def wait_seconds(attempt: int, asked: float | None = None) -> float:
-    """Before trying again: what the server asked for, or else twice as long each time, and never together with all others that wait."""
+    """Seconds to wait before trying again: what the server asked for, or else twice as long each time, with some randomness."""
     if asked is not None:
         return max(asked, FIRST_WAIT)
     return min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
@@ -44,7 +44,7 @@ def wait_seconds(attempt: int, asked: float | None = None) -> float:
 
 class ServedEngine(TaskEngine):
     """
-    The servers of `generation.base_urls`. Replies are read, and servers looked after, inside of [`step`] only: this process has one thread.
+    The servers of `generation.base_urls`. Replies are read, and servers checked, inside [`step`] only: this process has one thread.
 
     Args:
         settings ([`~aries.generation.chains.EngineSettings`]):
@@ -117,7 +117,7 @@ class ServedEngine(TaskEngine):
         return chain
 
     async def _complete(self, prompt_id: str, token_ids: list[int], settings: dict[str, Any]) -> Completion:
-        """A request's answer, from whichever server gives it."""
+        """Get a request's answer, from whichever server gives it."""
         problems, attempts, refused_since, survived = [], 0, None, False
         while attempts <= self._config.max_retries:
             async with self._place(prompt_id) as server:
@@ -134,7 +134,7 @@ class ServedEngine(TaskEngine):
                     wait = wait_seconds(len(problems) - 1, asked)
                     survived = await server.survives(error)
                 if not survived:
-                    server.ready = False  # until its keeper has looked at it
+                    server.ready = False  # until its keeper has checked it
                     server.suspected.set()
                 elif status == TOO_MANY or asked is not None:
                     server.resume_at = max(server.resume_at, time.monotonic() + wait)
@@ -146,13 +146,13 @@ class ServedEngine(TaskEngine):
             await asyncio.sleep(wait)
         raise FailedRequest(
             f"a request of {prompt_id} failed {len(problems)} times ({'; '.join(dict.fromkeys(problems))}). Look at the servers' logs, or "
-            "raise `generation.max_retries` or `generation.timeout`. What was answered is kept, and the same command goes on.",
+            "raise `generation.max_retries` or `generation.timeout`. What was answered is kept, and the same command continues.",
             by_itself=survived,
         )
 
     @asynccontextmanager
     async def _place(self, prompt_id: str) -> AsyncIterator[Server]:
-        """A place on the server that the chain was on, or else on the one with the most room."""
+        """Take a place on the server that the chain was on, or else on the one with the most room."""
         while not (free := [server for server in self._servers if server.has_room]):
             await asyncio.sleep(ROOM_SECONDS)
         server = self._home.get(prompt_id)
@@ -174,11 +174,11 @@ class ServedEngine(TaskEngine):
         return [request.result() for request in done - failed]
 
     async def _some_of(self, requests: set[asyncio.Task]) -> tuple[set[asyncio.Task], set[asyncio.Task]]:
-        """Wait until some requests are done: those, and the others. An error, if there is no server to use for too long."""
+        """Wait until some requests are done, and return those and the others. An error if there has been no usable server for too long."""
         while True:
             done, others = await asyncio.wait(requests, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             for keeper in filter(asyncio.Task.done, self._keepers):
-                keeper.result()  # it ends only by a fault of our own
+                keeper.result()  # it ends only because of a bug
             if any(server.ready for server in self._servers):
                 self._last_ready = time.monotonic()
             if done:
@@ -187,7 +187,7 @@ class ServedEngine(TaskEngine):
                 problems = "; ".join(f"{server}: {server.problem or 'no answer'}" for server in self._servers)
                 raise ChildError(
                     f"no server of `generation.base_urls` could be used for {self._config.max_outage:g} seconds (`generation.max_outage`): "
-                    f"{problems}. Start them again; what was answered is kept, and the same command goes on."
+                    f"{problems}. Start them again; what was answered is kept, and the same command continues."
                 )
 
     def sample_logps(
@@ -225,7 +225,7 @@ class ServedEngine(TaskEngine):
     # Servers
 
     async def _admit_all(self) -> None:
-        """Look at the servers for the first time. An error, if no server is what the recipe asks for, and none can still turn up."""
+        """Check the servers for the first time. An error if no server is what the recipe asks for, and none can still turn up."""
         found = await asyncio.gather(*map(self._admit, self._servers), return_exceptions=True)
         if all(isinstance(error, ChildError) for error in found):
             raise found[0]
@@ -268,7 +268,7 @@ class ServedEngine(TaskEngine):
         )
 
     async def _keep(self, server: Server) -> None:
-        """Look after one server until the end: is it still there, or can it be used again?"""
+        """Watch one server until the end: whether it is still there, and whether it can be used again."""
         failures = 0
         while True:
             try:

@@ -1,8 +1,8 @@
 """
 A vLLM server as its client sees it, and what can be wrong with it.
 
-In: requests. Out: their answers, or one of three errors: [`ServerLost`], which may pass, [`WrongServer`], which somebody has to fix, and
-[`RefusedRequest`]. Nothing that knows models is imported here: the loop's own process asks the servers too, before any work.
+In: requests. Out: their answers, or one of three errors: [`ServerLost`], which may pass, [`WrongServer`], which the user must fix, and
+[`RefusedRequest`]. No library of models is imported here, because the loop's own process also asks the servers, before any work.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ RETRIED_STATUS = {408, 409, 425, TOO_MANY}  # and 500 and above
 # Seconds in which a server that is up says so, even when it is busy
 LONGEST_HEALTH = 30.0
 
-# Sent with every request: a server would take what it leaves out from the model's `generation_config.json`
+# Sent with every request: a server takes missing values from the model's `generation_config.json`
 NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_p": 0.0}
 
 
@@ -140,7 +140,7 @@ class Server:
 
     async def check(self, wanted: Wanted) -> list[str]:
         """
-        Look at the server before it is used: is it up, does it have the model, and does it take sequences that are long enough?
+        Check a server before it is used: that it is up, has the model, and accepts sequences that are long enough.
 
         Returns:
             `list[str]`: names of the adapters that it has loaded.
@@ -164,7 +164,7 @@ class Server:
         if card is None:
             raise WrongServer(
                 f"{self} has the model {', '.join(map(repr, names))}, and the recipe asks for {wanted.model!r}. Start it with that model, "
-                f"with `--served-model-name {wanted.model}` if its path is another one there, or take it out of `generation.base_urls`."
+                f"with `--served-model-name {wanted.model}` if its path is different there, or take it out of `generation.base_urls`."
             )
         length = card.get("max_model_len")
         if length is not None and length < wanted.max_model_len:
@@ -295,7 +295,7 @@ class Server:
         except APIError as error:
             raise ServerLost(problem(self._client, error)) from None
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ServerLost(f"it answers otherwise than vLLM does ({error})") from None
+            raise ServerLost(f"it does not answer as vLLM does ({error})") from None
 
 
 def is_model(card: dict[str, Any], model: str) -> bool:

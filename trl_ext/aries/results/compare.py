@@ -108,7 +108,7 @@ def scorers(run: RunRecord) -> dict[str, Any]:
 
 
 def remarks(columns: list[Column]) -> list[str]:
-    """What the differences are, or why there are none."""
+    """Lines that explain the differences, or why there are none."""
     first, compared = columns[0], [column.letter for column in columns[1:] if column.obstacle is None]
     lines = [
         f"{column.letter} is not compared with A: {column.obstacle}"
@@ -152,7 +152,7 @@ def round_changes(first: RunRecord, other: RunRecord, number: int, turns: int) -
 
 
 def score_table(columns: list[Column], rows: list[dict[str, Any]]) -> Table:
-    """Rounds down, with the runs and their differences each; turns across."""
+    """A table: rounds down, in each the runs and their differences; turns across."""
     table = Table(title="Mean score on the evaluation prompts", title_justify="left", show_lines=True)
     table.add_column("policy")
     for turn in range(1, shared_turns(columns) + 1):
@@ -208,7 +208,7 @@ def shortened(text: str) -> str:
 
 
 def cost_rows(runs: list[RunRecord]) -> dict[str, list[str]]:
-    """Time by stage and generated tokens, all rounds together."""
+    """Time by stage and generated tokens, for all rounds together."""
     times = [time_table(run) for run in runs]
     by_stage = [{stage["name"]: stage["total"] for stage in of_run["stages"]} for of_run in times]
     rows = {

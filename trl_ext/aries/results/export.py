@@ -60,7 +60,7 @@ def export(
     """
     run, say = RunDir(Path(config.output_dir)), RunProgress(config.rounds).say
     if number == 0 and config.sft is None:
-        raise RecipeError("`--round`: round 0 of a run without SFT is the model as it came.")
+        raise RecipeError("`--round`: round 0 of a run without SFT is the recipe's model, unchanged.")
     finished = [n for n in range(0 if config.sft else 1, config.rounds + 1) if run.round(n).manifest.exists()]
     number = chosen_round(run, number, finished, "finished")
     check_policy(run, config, number)

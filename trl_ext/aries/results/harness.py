@@ -40,7 +40,7 @@ def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[
 
 
 def is_trained(run: RunDir, config: AriesConfig, number: int) -> bool:
-    """Whether the policy after the round exists; before round 1 it may be the model as it came."""
+    """Whether the policy after the round exists; before round 1 it may be the recipe's model."""
     policy = policy_after(run, config, number)
     path = policy.adapter or policy.model
     return path == config.model["model_name_or_path"] or Path(path).exists()

@@ -28,7 +28,7 @@ def list_runs(directory: Path) -> int:
         `int`: exit code, 0.
 
     Raises:
-        [`RecipeError`]: no such directory, no run in it, or an `index.html` of somebody else.
+        [`RecipeError`]: no such directory, no run in it, or an `index.html` that trl-ext did not write.
     """
     if not directory.is_dir():
         raise RecipeError(f"{directory}: no such directory. Name the one that holds your runs: trl-ext aries list DIR")
@@ -72,7 +72,7 @@ def run_directories(directory: Path, depth: int = DEPTH) -> Iterator[Path]:
 
 
 def row(directory: Path, path: Path) -> dict[str, Any]:
-    """What the list says of a run; of one with a broken file, the `error`."""
+    """What the list says about a run; the `error` if one of its files is broken."""
     name = str(path.relative_to(directory)) if path != directory else path.resolve().name
     found = {"name": name, "started": None, "what": "-", "rounds": "-", "best": None, "report": None, "error": None}
     try:

@@ -1,7 +1,7 @@
 """
 Pages: HTML that stands alone, without scripts and without anything to load, so that it can be sent to someone.
 
-What models wrote goes through Jinja2's autoescape, and characters that act unseen are shown by their names.
+What models wrote goes through Jinja2's autoescape, and invisible characters are shown as escapes.
 """
 
 import re
@@ -19,7 +19,7 @@ from ..data.records import write_atomically
 from .progress import duration
 
 
-# What a browser would act on or not show: controls but for tab and newline, what reorders text, lone surrogates, tags
+# What a browser would act on or not show: controls except tab and newline, what reorders text, lone surrogates, tags
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )

@@ -17,7 +17,7 @@ def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, k
         turns (`int`):
             Answers per chain.
         has_sft (`bool`):
-            Whether round 0 is the policy after SFT or the model as it came.
+            Whether round 0 is the policy after SFT or the recipe's model.
         kind (`str`):
             What to call the prompts, from [`~aries.checks.overlap.prompts_kind`].
     """

@@ -78,7 +78,7 @@ def round_values(run: RunDir, number: int) -> dict[str, float]:
 
 
 def log_round(run: RunDir, config: AriesConfig, number: int) -> None:
-    """Log a round's values, under its number as the step, as those of its training were."""
+    """Log a round's values with its number as the step."""
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 

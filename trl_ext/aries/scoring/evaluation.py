@@ -4,8 +4,8 @@ Evaluation: how good a policy's answers are, turn by turn, on held-out prompts.
 In: the chains of one round, their scores, and the scores of the rounds to compare with. Out: the numbers of `metrics.json`.
 The protocol is SRPO's (https://huggingface.co/papers/2406.01660): every quantity after 0, 1, ... refinements, with confidence
 intervals over prompts; but its win rates are against gold answers, ours against an earlier round. A share has Wilson's interval and a
-win rate Agresti and Min's, which have a width where all answers are right; any other mean has a bootstrap interval, which has none
-where all its values are the same. Nothing here reads a clock, so a round evaluated again has the same metrics.
+win rate Agresti and Min's, which have a width even if all answers are right; any other mean has a bootstrap interval, which has none
+if all its values are the same. Nothing here reads a clock, so a round evaluated again has the same metrics.
 """
 
 import math
@@ -54,10 +54,10 @@ def evaluation_metrics(
         earlier (sequence of `list[list[float | None]]`, *optional*):
             Scores of all rounds before: what is right is the same in a run.
         correct_score (`float`, *optional*):
-            Score from which an answer is right. Default: 1 where all scores are 0 or 1, `earlier` ones too, otherwise none is right
-            or wrong.
+            Score from which an answer is right. Default: 1 if all scores, `earlier` ones too, are 0 or 1; otherwise no answer is
+            right or wrong.
         bootstrap_samples (`int`, *optional*, defaults to `10000`), seed (`int`, *optional*, defaults to `0`):
-            Of the intervals of mean scores other than 0 and 1, see [`bootstrap_interval`].
+            For the intervals of mean scores other than 0 and 1; see [`bootstrap_interval`].
 
     Returns:
         `dict`: `prompts`, `correct_score` (the one in force), and `turns`, a list with, for each turn, `turn`, `score`
@@ -94,15 +94,15 @@ def evaluation_metrics(
 
 def lost_turns(metrics: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """
-    The turns whose answers have become worse: they lose against the same turn's of the round before, or of round 0, where the 95 % interval of
-    their win rate ends below one half.
+    The turns whose answers have become worse. They lose against the same turn of the round before, or of round 0: the 95 % interval of their
+    win rate ends below one half.
 
     Args:
         metrics (`dict`):
             From [`evaluation_metrics`].
 
     Returns:
-        `dict`: by the round that something was lost to, the turns and their win rates; in round 1, where both are round 0, the first alone.
+        `dict`: by the round that something was lost to, the turns and their win rates; in round 1 both are round 0, and only the first is reported.
     """
     lost: dict[str, dict[int, dict[str, Any]]] = {}
     for key, before in (("win_rate_previous", "the round before"), ("win_rate_round_0", "round 0")):
@@ -127,7 +127,7 @@ def setbacks(metrics: dict[str, Any]) -> list[str]:
 
 
 def of_turn(scores: Scores, turn: int) -> list[float | None]:
-    """Scores of one turn's answers; `None` where a chain has none."""
+    """Scores of one turn's answers; `None` if a chain has none."""
     return [chain_scores[turn - 1] if len(chain_scores) >= turn else None for chain_scores in scores]
 
 
@@ -179,7 +179,7 @@ def share_interval(count: float, total: int) -> list[float] | None:
 
 def comparison_interval(wins: int, ties: int, losses: int) -> list[float] | None:
     """
-    95 % interval of (wins − losses) / all for paired comparisons: of a share where there are no ties, otherwise Agresti and Min's, half an
+    95 % interval of (wins − losses) / all for paired comparisons: that of a share if there are no ties, otherwise Agresti and Min's, half an
     observation added to each cell of the table of pairs (2005, https://doi.org/10.1002/sim.1781).
 
     Returns:
@@ -245,7 +245,7 @@ def win_rate(column: list[float | None], other: list[float | None]) -> dict[str,
     How often an answer scores higher than another policy's answer to the same prompt; a tie is half a win.
 
     Returns:
-        `dict` or `None`: `win_rate`, its `interval`, `wins`, `ties`, `losses`; `None` where no prompt has both scores.
+        `dict` or `None`: `win_rate`, its `interval`, `wins`, `ties`, `losses`; `None` if no prompt has both scores.
     """
     pairs = both_scored(other, column)
     if not pairs:
@@ -272,7 +272,7 @@ def changes(before: list[float | None], after: list[float | None]) -> dict[str, 
 
 
 def flips(before: list[float | None], after: list[float | None], correct_score: float | None) -> dict[str, int] | None:
-    """How many answers set a wrong one right, and how many spoil a right one; `None` where right is not defined."""
+    """How many answers set a wrong one right, and how many spoil a right one; `None` if right is not defined."""
     if correct_score is None:
         return None
     pairs = [(old >= correct_score, new >= correct_score) for old, new in both_scored(before, after)]

@@ -31,7 +31,7 @@ LONGEST_LISTING = 10.0
 
 
 class JudgeError(ChildError):
-    """The server failed for good. What it judged is kept, and running again goes on from there."""
+    """The server failed permanently. Its verdicts are kept, and the same command continues."""
 
 
 class RefusedComparison(JudgeError):
@@ -52,7 +52,7 @@ class Judge:
         self.name = config.name
         self.weight = config.weight
         self._config = judge = config.judge
-        self._client()  # for its errors
+        self._client()  # to raise its errors early
         self._template = ImmutableSandboxedEnvironment(undefined=StrictUndefined).from_string(judge.template)
         self._sampling = {
             key: getattr(judge, key) for key in ("temperature", "max_tokens") if getattr(judge, key) is not None
@@ -109,7 +109,7 @@ class Judge:
                 name = self._config.model
             if name != self._config.model:
                 raise RecipeError(
-                    f"`scores`: the server at {self._config.base_url} has the model {name!r}, and the recipe asks for "
+                    f"`scores`: the server at {self._config.base_url} has the model {name!r}, but the recipe asks for "
                     f"{self._config.model!r}. Set `judge.model`, or `judge.base_url` to another server."
                 )
             try:
@@ -120,7 +120,7 @@ class Judge:
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         """
         Raises:
-            [`JudgeError`]: the server failed for good; the verdicts until then are in the cache.
+            [`JudgeError`]: the server failed permanently; the verdicts so far are in the cache.
         """
         compared = judged = unparseable = 0
         total = sum(len(self._missing(block, cache)) for block in blocks(chains_of(tasks), CHAINS_AT_ONCE))
@@ -187,13 +187,13 @@ class Judge:
         try:
             reply = await client.chat.completions.create(model=judge.model, messages=messages, **self._sampling)
             content = reply.choices[0].message.content or ""
-            # What a server escapes need not be whole characters, which a file must have
+            # A server may escape half a character, which no file can hold
             return without_key(client, content.encode("utf-8", "replace").decode("utf-8"))
         except APIError as error:
             refused = isinstance(error, APIStatusError) and error.status_code in REFUSED_STATUS
             raise (RefusedComparison if refused else JudgeError)(
-                f"the judge {judge.model} at {judge.base_url} failed ({problem(client, error)}). Look at `base_url`, `model` and "
-                "`api_key_env`, and whether the server runs; what it has judged is kept, and the same command goes on."
+                f"the judge {judge.model} at {judge.base_url} failed ({problem(client, error)}). Check `base_url`, `model` and "
+                "`api_key_env`, and whether the server runs; its verdicts are kept, and the same command continues."
             ) from None
         except (
             AttributeError,
@@ -202,7 +202,7 @@ class Judge:
             ValueError,
         ) as error:  # the client takes any reply for a completion
             raise JudgeError(
-                f"the judge {judge.model} at {judge.base_url} answered with something else than a chat completion ({error}). "
+                f"the judge {judge.model} at {judge.base_url} did not answer with a chat completion ({error}). "
                 "`base_url` ends where `/chat/completions` begins, usually in /v1."
             ) from None
 

@@ -1,7 +1,7 @@
 """
 A reward model: a sequence-classification model with one output, whose raw value is the score.
 
-In: files of answers. Out: scores appended to the run's cache as they come, so that a killed run goes on behind the last one. vLLM's
+In: files of answers. Out: scores appended to the run's cache as they come, so that a killed run continues after the last one. vLLM's
 pooling runner computes them, or transformers if vLLM does not know the architecture; both get the same token ids and agree to rounding
 errors. vLLM is imported here and in `generation/embedded_engine.py`: the two runners share nothing but the settings of the machine. Only
 ending the process gives the memory back, so each reward model has one of its own.
@@ -48,7 +48,7 @@ class RewardModel(AnswerScorer):
         return (content_key(self._identity, chain.prompt, answer.text) for answer in chain.answers)
 
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
-        """The preflight looks at the model, in a process that may import transformers."""
+        """Do nothing: the preflight checks the model, in a process that may import transformers."""
 
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         missing = dict(self.missing(chains_of(tasks), cache))  # equal answers once
@@ -67,7 +67,7 @@ class RewardModel(AnswerScorer):
         if too_long:
             cache.add([{"key": key, "score": None} for key in too_long])
             notes.append(f"{name} takes {limit:,} tokens: {len(too_long):,} longer answers have no score")
-        # The longest first: what does not fit into memory shows at once
+        # The longest first, so that a lack of memory shows at once
         keys = sorted((key for key in encoded if key not in cache), key=lambda key: -len(encoded[key]))
         texts = [without_padding(encoded[key], text_config.pad_token_id) for key in keys]
         progress(0, len(keys))
@@ -105,7 +105,7 @@ def local_files(name: str) -> list[list[Any]] | None:
 
 def check_reward_model(name: str, revision: str | None, conversational: bool) -> None:
     """
-    Look at the config and the tokenizer of a reward model, without its weights.
+    Check the config and the tokenizer of a reward model, without its weights.
 
     Raises:
         `ValueError`: it has another head, or its tokenizer cannot render the prompts.
@@ -147,8 +147,8 @@ def encode_answer(tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
 
 def without_padding(ids: list[int], pad_token_id: int | None) -> list[int]:
     """
-    Token ids up to the last one that is not padding, which is where transformers reads a decoder's score. It takes the
-    EOS that ends a text for padding where the model has one token for both; vLLM reads the last token whatever it is.
+    Token ids up to the last one that is not padding, which is where transformers reads a decoder's score. If the
+    model has one token for both, transformers takes the EOS that ends a text for padding; vLLM reads the last token whatever it is.
 
     Example:
 
@@ -164,7 +164,7 @@ def without_padding(ids: list[int], pad_token_id: int | None) -> list[int]:
 
 
 def missing_from_vllm(config: ScorerConfig) -> str | None:
-    """Why vLLM cannot serve this reward model, or `None` where it can; nothing is loaded."""
+    """Why vLLM cannot serve this reward model, or `None` if it can. Nothing is loaded."""
     quiet_vllm()
     try:
         from vllm import EngineArgs

@@ -29,7 +29,7 @@ CHAINS_AT_ONCE = 100
 
 class ScoreCache:
     """
-    What the scorers have found out so far, by content. Memory has the scores and verdicts, about 100 bytes each; whatever else a
+    What the scorers have found out so far, by content. Memory holds the scores and verdicts, about 100 bytes each; whatever else a
     row has stays in the file.
 
     Args:

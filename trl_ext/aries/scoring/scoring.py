@@ -2,7 +2,7 @@
 Scoring: every scorer finds out what it has to about the answers, and the sums are written down.
 
 In: files of answers. Out: `scores.jsonl` of each, and what the scorers have found out in the run's cache, from which a killed process
-goes on. It calls verifiers, which are somebody's code, so it runs in a process of its own: the loop imports nobody's code and holds no
+goes on. It calls verifiers, which are user code, so it runs in a process of its own: the loop imports no user code and holds no
 scores; what verifiers print goes to this stage's log.
 """
 
@@ -83,7 +83,7 @@ def with_absolute_paths(scorer: ScorerConfig) -> ScorerConfig:
 
 
 def absolute(name: str) -> str:
-    """A path that holds in any working directory; what is not a path here, such as an id on the Hub, as it is."""
+    """A path that is valid in any working directory. What is not a path here, such as an id on the Hub, stays unchanged."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 

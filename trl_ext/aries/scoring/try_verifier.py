@@ -1,5 +1,5 @@
 """
-`trl-ext aries try-verifier`: what a recipe's verifiers say of a few answers, before anything is generated.
+`trl-ext aries try-verifier`: what a recipe's verifiers say about a few answers, before anything is generated.
 
 In: the first SFT rows, or the first prompts. Out: a line for each answer, with its score or what the verifier raised. The answers are an
 empty one, which a policy may give, and every other text of the row: its completion and draft, or the columns with right answers.

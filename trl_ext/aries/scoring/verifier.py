@@ -1,8 +1,8 @@
 """
-A verifier: somebody's Python function that scores answers, whatever TRL takes as a reward function.
+A verifier: a Python function of the user's that scores answers, anything that TRL takes as a reward function.
 
 In: the answers of some chains, and the columns of their prompts. Out: a number or `None` for each. It is imported and called in the
-process of `scoring.py` only: it may print, change the directory, hang, or end the process, and the run is none the worse for it.
+process of `scoring.py` only: it may print, change the directory, hang, or end the process, without harm to the run.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from .watch import Watch
 # The one module whose functions a recipe may name without a file
 TRL_REWARDS = "trl.rewards"
 
-# What a verifier is given beside the columns of the prompts, as far as it asks for it by name
+# What a verifier is given beside the columns of the prompts, if it asks for it by name
 GIVEN = ("prompts", "completions", "completion_ids", "log_extra", "log_metric")
 
 Scored = tuple[Chain, Answer, dict[str, Any]]  # an answer, with its chain and the other columns of its prompt
@@ -65,7 +65,7 @@ def load_verifier(reference: str) -> Callable[..., Any]:
     path, name = verifier_file(reference), reference.rpartition(":")[2]
     if path is None:
         return load_trl_reward(name)
-    # A name of its own, and known to Python: dataclasses look up the annotations of their module
+    # Registered under a name of its own: dataclasses look up the annotations of their module
     module_name = f"trl_ext_verifier_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
@@ -106,12 +106,12 @@ def load_trl_reward(name: str) -> Callable[..., Any]:
 
 
 def is_verifier(value: Any) -> bool:
-    """Functions, partials and objects that can be called by name; no classes, which would be made and not called."""
+    """Functions, partials and objects that can be called by name; not classes, which would be instantiated instead."""
     if not callable(value) or inspect.isclass(value):
         return False
     try:
         inspect.signature(value)
-    except ValueError:  # of some functions written in C
+    except ValueError:  # raised for some functions written in C
         return False
     return True
 
@@ -156,7 +156,7 @@ class Verifier(AnswerScorer):
         return (content_key(self._identity, chain.prompt, answer.text, columns) for answer in chain.answers)
 
     def check(self, files: list[Sequence[dict[str, Any]]]) -> None:
-        """Score an empty answer, which is one that a policy may give."""
+        """Score an empty answer, which a policy may give."""
         for rows in files:
             chain = Chain(rows[0]["prompt_id"], rows[0]["prompt"])
             columns = {name: rows[0].get(name) for name in other_columns(rows)}
@@ -205,7 +205,7 @@ def call_verifier(
             Token ids of an answer.
 
     Raises:
-        [`RecipeError`]: it raises, returns another number of scores, or one that is not a finite number.
+        [`RecipeError`]: it raises, or returns the wrong number of scores, or one that is not a finite number.
     """
     name, file = verifier_name(function), source_file(function)
     values = arguments(function, answers, encode)
@@ -237,7 +237,7 @@ def call_verifier(
 
 def arguments(function: Callable[..., Any], answers: list[Scored], encode: Encode | None) -> dict[str, Any]:
     """
-    What a verifier is called with: as TRL calls reward functions, but for the trainer's state. Token ids are made for one that
+    What a verifier is called with: as TRL calls reward functions, except for the trainer's state. Token ids are made for one that
     mentions them; they are those of the answer's text, without the token that ended it.
     """
     values: dict[str, Any] = {
@@ -256,12 +256,12 @@ def arguments(function: Callable[..., Any], answers: list[Scored], encode: Encod
 
 @functools.cache
 def mentions_ids(file: str) -> bool:
-    """Whether a file speaks of token ids, which its functions may take from `**kwargs`."""
+    """Whether a file mentions token ids, which its functions may take from `**kwargs`."""
     return Path(file).is_file() and "completion_ids" in Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def source_file(function: Callable[..., Any]) -> str:
-    """The file that a verifier is from, empty for what is written in C."""
+    """The file that a verifier is from, empty if it is written in C."""
     while isinstance(function, functools.partial):
         function = function.func
     try:
@@ -279,14 +279,14 @@ def call(function: Callable[..., Any], values: dict[str, Any]) -> Any:
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """One for all calls, as under TRL: a client that a verifier keeps belongs to the loop it was first used in."""
+    """One event loop for all calls, as in TRL: a client that a verifier keeps belongs to the loop it was first used in."""
     return asyncio.new_event_loop()
 
 
 def find_failing(
     function: Callable[..., Any], answers: list[Scored], encode: Encode | None, error: BaseException
 ) -> tuple[Scored, BaseException]:
-    """The answer that a verifier fails on, found by halves, and its error alone; the first one if it fails on all of them or on none."""
+    """The answer that a verifier fails on, found by bisection, and its error alone; the first one if it fails on all of them or on none."""
     found = answers
     while len(found) > 1:
         half = found[: len(found) // 2]
@@ -326,7 +326,7 @@ def number(name: str, score: Any, scored: Scored) -> float | None:
         return None
     try:
         value = float("nan") if isinstance(score, str | bytes) or np.ndim(score) > 0 else float(score)
-    except (TypeError, ValueError, OverflowError):  # no number, or a whole one beyond every float
+    except (TypeError, ValueError, OverflowError):  # not a number, or an integer beyond every float
         value = float("nan")
     if not abs(value) <= sys.float_info.max:
         chain, answer, _ = scored

@@ -1,5 +1,5 @@
 """
-Watching over somebody's code: a verifier may hang, or end the process that calls it, and the user is told which call did.
+Watches over user code: a verifier may hang, or end the process that calls it, and the user is told which call did.
 
 In: calls, in the process that scores. Out: an error in the process of the loop.
 """
@@ -17,12 +17,12 @@ from ..run_dir import RunDir
 
 class Watch:
     """
-    Looks after calls that may not return.
+    Watches calls that may not return.
 
     Args:
         path (`Path`):
-            A file that is there while a call goes on. It holds what is called and with what, and, if its time was up and that ended the
-            process, where each thread was. [`what_ended`] reads it.
+            A file that exists while a call goes on. It says what is called and with what, and, if a time limit ended the process, where
+            each thread was. [`what_ended`] reads it.
     """
 
     def __init__(self, path: Path):
@@ -44,7 +44,7 @@ class Watch:
 
 
 def what_ended(path: Path) -> tuple[str, str | None] | None:
-    """The call that was going on when a process ended, and where it was if its time was up; `None` if there was none."""
+    """The call that was going on when a process ended, and where it was if it took too long; `None` if there was none."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     what, timeout, frames = text.partition("\nTimeout (")
     if not text:
@@ -84,7 +84,7 @@ def ends_explained(run: RunDir, log: Path, made: list[Path]) -> Iterator[None]:
         what, where = ended
         if where is not None:
             raise RecipeError(
-                f"{what}: it took longer than its `timeout`, and was in {where}. Mend it there, or raise `scores.timeout`, in seconds for "
+                f"{what}: it took longer than its `timeout`, and was in {where}. Fix it there, or raise `scores.timeout`, in seconds for "
                 "one call with the answers of up to 100 chains. What was scored before is kept."
             )
         if failure is None:

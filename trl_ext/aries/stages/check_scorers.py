@@ -1,4 +1,4 @@
-"""Scorers tried on the first prompts, before any work is done."""
+"""Tries the scorers on the first prompts, before any work is done."""
 
 from ..children import Reporter, child_main
 from ..run_dir import RunDir

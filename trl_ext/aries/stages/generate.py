@@ -1,4 +1,4 @@
-"""Generation: answers of a policy, and its samples for the parity check."""
+"""Generates a policy's answers, and its samples for the parity check."""
 
 from ..children import Reporter, child_main
 from ..generation.generate import generate

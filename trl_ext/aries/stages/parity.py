@@ -1,4 +1,4 @@
-"""Parity: are the answers from the policy that was trained?"""
+"""Checks that the answers are from the policy that was trained."""
 
 from ..checks.parity import check_parity
 from ..children import Reporter, child_main

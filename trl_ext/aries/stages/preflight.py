@@ -1,4 +1,4 @@
-"""Every setting of a recipe, constructed before any work is done."""
+"""Constructs every setting of a recipe, before any work is done."""
 
 from ..checks.preflight import check_recipe
 from ..children import Reporter, child_main

@@ -1,4 +1,4 @@
-"""The probe: what servers have to agree with before they are used."""
+"""Computes what servers must agree with before they are used."""
 
 from ..checks.probe import write_probe
 from ..children import Reporter, child_main

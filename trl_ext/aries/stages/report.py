@@ -1,4 +1,4 @@
-"""The report of a run that goes on, or has just stopped."""
+"""Writes the report of a run that goes on or has just stopped."""
 
 from ..children import Reporter, child_main
 from ..results.report import write_report

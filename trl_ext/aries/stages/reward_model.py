@@ -1,4 +1,4 @@
-"""A reward model's scores of the answers of a policy, in a process that gives its memory back."""
+"""Scores a policy's answers with a reward model, in a process that gives its memory back."""
 
 from ..children import Reporter, child_main
 from ..policies import unscored

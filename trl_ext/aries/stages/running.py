@@ -23,7 +23,7 @@ from ..run_dir import RunDir
 from .messages import AnsweringMessage, ReportMessage, RoundMessage
 
 
-Update = Callable[[int, int], None]  # of a stage's progress: done, of how many
+Update = Callable[[int, int], None]  # called with (done, total)
 
 
 class Stages:
@@ -39,29 +39,29 @@ class Stages:
         self.config, self.progress = config, progress
         self.dir = RunDir(Path(config.output_dir))
         self.at = (0, "check")  # round and stage, for the error that stops the run
-        self._told = False  # that reports need matplotlib
+        self._told = False  # whether the user knows that reports need matplotlib
 
     def start(self, stage: str, message: Any, log: Path, update: Update, **options: Any) -> None:
         """Run a process of `stages/` to its end."""
         run_child(f"trl_ext.aries.stages.{stage}", message, log, update, on_note=self.note, **options)
 
     def start_answering(self, stage: str, answering: int, name: str, log: str, **options: Any) -> None:
-        """[`start`] with what it takes for a policy that answers."""
+        """[`start`] a stage for a policy that answers."""
         with self.answering_stage(answering, name) as (logs, update):
             self.start(stage, AnsweringMessage(self.dir.path, answering), logs / log, update, **options)
 
     @contextmanager
     def answering_stage(self, answering: int, name: str) -> Iterator[tuple[Path, Update]]:
         """
-        A [`stage`] of the round that is made from the answers, with the directory of its logs. The evaluation of the last round's policy
-        is the last round's.
+        A [`stage`] of the round that is made from the answers, with its log directory. When the last round's policy is evaluated, that is
+        the last round.
         """
         number = min(answering + 1, self.config.rounds)
         with self.stage(number, name) as update:
             yield self.dir.round(number).logs, update
 
     def note(self, note: str, style: str | None = None) -> None:
-        """Say what somebody should know, and log it."""
+        """Tell the user something, and log it."""
         number, stage = self.at
         self.progress.say(f"{'':<11}{note}", style)
         self.dir.log_event(event="note", round=number, stage=stage, note=note)
@@ -103,14 +103,14 @@ class Stages:
         self.start_aside("report", message, self.dir.logs / "report.log", f"{self.dir.report} was not written")
 
     def track(self, number: int) -> None:
-        """Send a round's metrics to the trackers, those of the trainings went there."""
+        """Send a round's metrics to the trackers that got those of its training."""
         if is_tracked(self.config):
             log = self.dir.round(number).logs / "tracking.log"
             failed = f"metrics of round {number} were not tracked, see {log}"
             self.start_aside("track", RoundMessage(self.dir.path, number), log, failed)
 
     def start_aside(self, stage: str, message: Any, log: Path, failed: str) -> None:
-        """Run a process without which the run goes on as well; if it fails, say so."""
+        """Run a process that the run can do without; if it fails, say so."""
         try:
             self.start(stage, message, log, lambda done, total: None)
         except (RecipeError, ChildError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Scores of the answers of a policy."""
+"""Scores a policy's answers."""
 
 from ..children import Reporter, child_main
 from ..run_dir import RunDir

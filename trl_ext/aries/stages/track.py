@@ -1,4 +1,4 @@
-"""Metrics of a round, sent to the trackers."""
+"""Sends a round's metrics to the trackers."""
 
 from ..children import Reporter, child_main
 from ..results.tracking import log_round

@@ -1,4 +1,4 @@
-"""Training: the SFT, or the preference training of a round, in one process or in each of several."""
+"""Runs the SFT or a round's preference training, in one process or in each of several."""
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record

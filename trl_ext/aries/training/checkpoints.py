@@ -1,5 +1,5 @@
 """
-Checkpoints inside a round's training: which one a training that was killed continues from, and what of it the Trainer leaves out.
+Checkpoints inside a round's training: which one a killed training continues from, and what the Trainer does not restore from it.
 """
 
 import json
@@ -14,7 +14,7 @@ from ...trainers.upstream import load_adapter_weights
 
 
 def last_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose last files were written; those that a kill tore are removed."""
+    """The newest complete checkpoint; incomplete ones, left by a kill, are removed."""
     checkpoints = sorted(
         output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True
     )
@@ -26,7 +26,7 @@ def last_whole_checkpoint(output_dir: Path) -> Path | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the main process has written its last file, and each of several its random states, which it does on its own."""
+    """Whether it is complete: the main process has written its last file, and each of several processes its random states."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -37,7 +37,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 class RestoreAdapter(TrainerCallback):
-    """Load the trained adapter of a checkpoint, for TRL's own trainers too. Where models are sharded, the Trainer does it."""
+    """Load the trained adapter of a checkpoint, for TRL's own trainers too. If models are sharded, the Trainer does it."""
 
     def __init__(self, checkpoint: Path):
         self._checkpoint = checkpoint

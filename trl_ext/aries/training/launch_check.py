@@ -1,6 +1,6 @@
 """
-Whether the accelerate configuration that a recipe names can do what the rest of the recipe asks for, before any work is done, and
-whether accelerate does it, in each process.
+Checks, before any work is done, that the accelerate configuration of a recipe can do what the rest of the recipe asks for; and, in each
+process, that accelerate does it.
 """
 
 import json
@@ -27,12 +27,12 @@ def launch_problem(
         launch ([`~launch.Launch`]):
             How the training is launched.
         model (`Mapping[str, Any]`), sections (`list[Mapping[str, Any]]`):
-            The recipe's `model`, and the settings of what is launched: `training`, and `sft` where there is one.
+            The recipe's `model`, and the settings of what is launched: `training`, and `sft` if there is one.
         gpus (`int`):
             How many there are.
 
     Returns:
-        `str`, *optional*: what cannot work, and the way out.
+        `str`, *optional*: what cannot work, and how to fix it.
     """
     try:
         config = load_config_from_file(launch.config_file)
@@ -40,29 +40,29 @@ def launch_problem(
             raise ValueError("its `compute_environment` is not LOCAL_MACHINE")
         kind = config.distributed_type.value
         stage, gathers = zero_stage(config)
-    except Exception as error:  # of a broken file each library raises its own
+    except Exception as error:  # each library raises its own for a broken file
         return f"{launch.config_file} cannot be read: {error}. Write one with `accelerate config --config_file FILE`."
     processes = launch.num_processes or config.num_processes
     on_cpu = [bool(section.get("use_cpu")) for section in sections]
     if kind not in KNOWN:
-        return f"{launch.config_file} has `distributed_type: {kind}`; known are {', '.join(KNOWN)}. On CPUs, take ddp."
+        return f"{launch.config_file} has `distributed_type: {kind}`; known types are {', '.join(KNOWN)}. On CPUs, use ddp."
     if config.num_machines > 1:
         return (
-            f"{launch.config_file} has `num_machines: {config.num_machines}`, and the loop starts its training on its own "
-            "machine only. Set it to 1, or train on a round's pairs.jsonl with `trl-ext tdpo` or `self-refine-dpo`."
+            f"{launch.config_file} has `num_machines: {config.num_machines}`, but the loop trains on its own machine "
+            "only. Set it to 1, or train on a round's pairs.jsonl with `trl-ext tdpo` or `self-refine-dpo`."
         )
     if kind == "NO" and processes > 1:
-        return f"{launch.config_file} is for one process, and `num_processes` is {processes}. Take ddp, or remove it."
+        return f"{launch.config_file} is for one process, and `num_processes` is {processes}. Use ddp, or remove it."
     if any(on_cpu) and kind in ("FSDP", "DEEPSPEED"):
         return (
-            f"accelerate trains with {kind} on GPUs only, and a section has `use_cpu: true`. Remove that, or take ddp."
+            f"accelerate trains with {kind} on GPUs only, and a section has `use_cpu: true`. Remove that, or use ddp."
         )
     if not all(on_cpu) and processes > gpus:
         return (
             f"{processes} processes need a GPU each, and there are {gpus}. Set `training.num_processes`, or `use_cpu`."
         )
     if kind == "FSDP" and config.fsdp_config.get("fsdp_version", 1) != 2:
-        return f"{launch.config_file} is for the first version of FSDP. Take fsdp2, or set `fsdp_version: 2`."
+        return f"{launch.config_file} is for the first version of FSDP. Use fsdp2, or set `fsdp_version: 2`."
     if stage == 3 and not gathers:
         return (
             f"{launch.config_file} does not gather weights for saving, so the round's policy would be lost. Set "
@@ -70,11 +70,11 @@ def launch_problem(
         )
     if (kind == "FSDP" or stage == 3) and (model.get("load_in_4bit") or model.get("load_in_8bit")):
         return (
-            "a quantized base cannot be sharded. Take ddp or deepspeed_zero2, where each GPU holds all of the quantized base, "
+            "a quantized base cannot be sharded. Use ddp or deepspeed_zero2, so that each GPU holds the whole quantized base, "
             "or shard a base of 16 bits: remove `load_in_4bit` and `load_in_8bit`."
         )
     if kind == "DEEPSPEED" and find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed: `pip install deepspeed`, or take ddp or fsdp2."
+        return "DeepSpeed is not installed: `pip install deepspeed`, or use ddp or fsdp2."
     return None
 
 
@@ -91,7 +91,7 @@ def zero_stage(config: ClusterConfig) -> tuple[int | None, bool]:
 
 def check_launched(accelerator: Accelerator) -> None:
     """
-    There are cases in which accelerate trains in one process, or without sharding, and does not say so.
+    Accelerate sometimes trains in one process, or without sharding, without saying so.
 
     Raises:
         `RuntimeError`: the processes, or how they share the model, are not those that were launched.
@@ -101,6 +101,6 @@ def check_launched(accelerator: Accelerator) -> None:
     asked = next((kind for kind in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{kind}") == "true"), found)
     if (accelerator.num_processes, found) != (processes, asked):
         raise RuntimeError(
-            f"launched as {processes} processes with {asked}, and accelerate trains with {accelerator.num_processes} and {found}. "
+            f"launched as {processes} processes with {asked}, but accelerate trains with {accelerator.num_processes} and {found}. "
             "Look at `accelerate env`."
         )

@@ -1,5 +1,5 @@
 """
-What a training is given: the trainer, the keys of its config, the policies that it starts from and is compared with, its rows.
+The settings of a training: the trainer, the keys of its config, the policies that it starts from and is compared with, its rows.
 
 In: the recipe and the run directory. Out: dataclasses; nothing is loaded, and neither torch nor TRL is imported.
 """
@@ -59,8 +59,8 @@ def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> Train
     """
     The trainer of a round, from the recipe's `training` section, or of the SFT, which is round 0, from its `sft` section.
 
-    Those sections may set what is otherwise the loop's choice: a seed of the round's own, no progress bars in the log, a loss that is not
-    a number logged as such, and room for whatever the engine can generate.
+    What a section does not set, the loop chooses: a seed for each round, no progress bars in the log, a loss logged as it is even if it is
+    not a number, and room for whatever the engine can generate.
     """
     section = config.sft if number == 0 else config.training
     defaults = {

@@ -3,7 +3,7 @@ Training: SFT before round 1, and preference training of a round.
 
 In: a [`~aries.training.settings.Training`]. Out: `model/` (full fine-tuning) or `adapter/` (LoRA, QLoRA: the frozen base is never
 merged). Trainers stay ordinary; what a round learns is in its rows. The exception is `objective: squared`,
-where direct and refinement rows take different losses.
+under which direct and refinement rows take different losses.
 """
 
 import math
@@ -58,13 +58,13 @@ SQUARED_TRAINERS = {
     "tdpo": SquaredRefinementTDPOTrainer,
     "self_refine_dpo": SquaredRefinementSelfRefineDPOTrainer,
 }
-# Share of its log-probability by which an untrained policy may differ from itself as the reference: rounding. The same
-# forward gives 0; it is the log-probabilities of another policy that differ by more.
+# Rounding, as a share of the log-probability, by which an untrained policy may differ from itself as the reference. The same
+# forward gives 0; another policy differs by more.
 STEP_0_TOLERANCE = 1e-4
 
 
 class CheckStep0(TrainerCallback):
-    """[`check_step_0`] of a training that is not continued, where the models lie as they are trained: sharded, on their devices."""
+    """Run [`check_step_0`] at the start of a new training, when the models are on their devices, and sharded if they will be."""
 
     def __init__(self, trainer: DPOTrainer):
         self._trainer = trainer
@@ -86,7 +86,7 @@ class ProgressReport(TrainerCallback):
 
 
 class StopOnNoNumber(TrainerCallback):
-    """End the training where what is logged is NaN or infinite. Under fp16 a gradient may be, and its step is left out."""
+    """End the training if a logged value is NaN or infinite. Under fp16 a gradient may be; its step is skipped."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for key in ("loss", "grad_norm"):
@@ -108,14 +108,14 @@ def check_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], outp
 
 def diverged(where: str, output_dir: str) -> str:
     return (
-        f"training has diverged: {where}. Nothing of it is saved, and the policy before it is the last good one. Try, under "
-        "another `output_dir`, a lower `learning_rate`, more `warmup_steps`, a smaller `max_grad_norm`, or float32 in place of 16 "
-        f"bits. To try the same again, as after a fault of the machine, delete {output_dir}."
+        f"training has diverged: {where}. Nothing of it is saved, and the policy before it is the last good one. Under "
+        "another `output_dir`, try a lower `learning_rate`, more `warmup_steps`, a smaller `max_grad_norm`, or float32 instead of 16 "
+        f"bits. To repeat it unchanged, for example after a fault of the machine, delete {output_dir}."
     )
 
 
 def repeat_by_weight(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row as often as its `weight` says: the same epoch for every trainer, TRL's own included."""
+    """Repeat each row as often as its `weight` says: the same epoch for every trainer, TRL's own included."""
     return [row for row in rows for _ in range(row.get("weight", 1))]
 
 
@@ -150,8 +150,8 @@ def load_policy(training: Training, model_args: ModelConfig, trust_remote_code: 
 
 def decide_packing(args: DPOConfig, model: str | PeftModel, said: Collection[str]) -> None:
     """
-    Leave padding out, and compute a pair's prompt once, if the model allows it; if not, the log says why. Options that the recipe has
-    `said` stay as they are, and `padding_free: false` alone leaves both out.
+    Leave padding out, and compute a pair's prompt once, if the model allows it; if not, the log says why. Options in `said`, those of
+    the recipe, stay as they are, and `padding_free: false` alone leaves both out.
     """
     if ("padding_free" in said and not args.padding_free) or args.use_weighting:  # whose head takes no packed batches
         return
@@ -164,7 +164,7 @@ def decide_packing(args: DPOConfig, model: str | PeftModel, said: Collection[str
 
 
 def make_trainer(training: Training, progress: Callable[[int, int], None]):
-    """An ordinary trainer on the rows."""
+    """Make an ordinary trainer for the rows."""
     settings, is_sft = training.settings, training.settings.trainer == "sft"
     trainer_class, config_class = trainer_classes(settings)
     model_args = ModelConfig(**training.model)
@@ -201,7 +201,7 @@ def make_trainer(training: Training, progress: Callable[[int, int], None]):
     tokenizer = AutoTokenizer.from_pretrained(
         training.policy.model, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
     )
-    if is_sft:  # `check` has said which are left out
+    if is_sft:  # `check` has reported those that are left out
         rows, findings = judge_completions(rows, tokenizer, "rows for SFT", max_length=args.max_length)
         findings.check(training.max_dropped)
     else:
@@ -281,7 +281,7 @@ def train(training: Training, progress: Callable[[int, int], None]) -> None:
     # accelerate's configuration has a precision too; the recipe's `bf16` and `fp16` decide
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
     if settings.config.get("use_cpu") and "WORLD_SIZE" in os.environ:
-        # Of several processes, each would be on cpu:0, a place to which torch restores no optimizer
+        # Each of several processes would be on cpu:0, to which torch restores no optimizer
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     trainer = make_trainer(training, progress)
     accelerator = trainer.accelerator
