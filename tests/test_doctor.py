@@ -451,6 +451,7 @@ class TestAriesRecipe:
         make_model(tmp_path / "model")
         recipe["model"] = {"model_name_or_path": str(tmp_path / "model"), "dtype": "float32"}
         Path("prompts.jsonl").write_text("".join(f'{{"prompt": "a b {w}", "solution": ""}}\n' for w in "cdefghij"))
+        Path("eval.jsonl").write_text('{"prompt": "k l m", "solution": ""}\n')
         recipe |= {"generation": {"max_model_len": 200, "dtype": "float32", "cpu_kv_cache_gib": 1}}
         assert doctor(recipe, "--probe") == 0
         out = capsys.readouterr().out
