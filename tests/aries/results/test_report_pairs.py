@@ -64,3 +64,11 @@ def test_rows_without_sources(tmp_path):
 @pytest.mark.parametrize("answer", ["text", [{"role": "assistant", "content": "text"}]])
 def test_answers_are_text_or_messages(answer):
     assert answer_text(answer) == "text"
+
+
+def test_a_large_file_is_not_read_to_its_end(tmp_path, monkeypatch):
+    """Its prompts are in random order, so that the first ones stand for all."""
+    monkeypatch.setattr("trl_ext.aries.results.report_pairs.READ_PAIRS", 10)
+    found = read(tmp_path / "pairs.jsonl", [(i, 2, 1) for i in range(20)])
+    assert found["pairs"] == 10 and found["counts"] == [[10]]
+    assert all(int(pair["prompt_id"][2:]) < 10 for pair in found["shown"])

@@ -5,6 +5,7 @@ Pairs: what each round was trained on, as a report shows it. In: `pairs.jsonl`, 
 import random
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .report_samples import messages, shorten, word_diff
 
 
 PAIRS = 8  # of each round
+READ_PAIRS = 20_000  # of each round: a file may have millions, and its prompts are in random order
 SHOWN_CHARACTERS = 2000  # of a text
 SOURCES = ("prompt_id", "chosen_turn", "rejected_turn")
 
@@ -31,12 +33,12 @@ def pairs_of(path: Path) -> Iterator[dict[str, Any]]:
 def round_pairs(round_: RoundRecord, seed: int) -> dict[str, Any]:
     """
     Returns:
-        `dict`: `pairs`, how many there are; `chosen` and `rejected`, the turns that occur; `counts`, a row for each chosen turn with the number of
+        `dict`: `pairs`, how many were looked at, at most [`READ_PAIRS`]; `chosen` and `rejected`, the turns that occur; `counts`, a row for each chosen turn with the number of
         pairs by rejected turn; `shown`, pairs drawn at random with a seed.
     """
     draw, total = random.Random(f"{seed} {round_.number}"), 0
     turns, drawn = Counter(), []
-    for total, row in enumerate(pairs_of(round_.files.pairs), start=1):
+    for total, row in enumerate(islice(pairs_of(round_.files.pairs), READ_PAIRS), start=1):
         turns[row.get("chosen_turn"), row.get("rejected_turn")] += 1
         if total <= PAIRS:
             drawn.append((total, row))
