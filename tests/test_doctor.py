@@ -408,7 +408,7 @@ class TestAriesRecipe:
             report.add(ceiling(SimpleNamespace(dir=RunDir(Path("probe"))), config, chains, cost))
 
         out = checked(check)
-        assert "1 pairs from 4 chains" in out and "3 no_margin" in out
+        assert "1 pair from 4 chains" in out and "3 no_margin" in out
         assert "in 3 all answers score alike, in 2 of these" in out
         assert cost.pairs == 0.25
         text = cost.text({"peak_memory": 2_000_000_000})

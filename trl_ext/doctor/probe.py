@@ -179,7 +179,7 @@ def ceiling(loop: ProbedRounds, config: AriesConfig, chains: list[Chain], cost: 
     known = [[score for score in row if score is not None] for row in scores]
     most = max((score for row in known for score in row), default=None)
     alike = [row for row in known if len(row) > 1 and len(set(row)) == 1]
-    text = f"{len(pairs)} pairs from {len(chains)} chains"
+    text = f"{len(pairs)} pair{'s' * (len(pairs) != 1)} from {len(chains)} chains"
     text += f" (dropped: {', '.join(f'{count} {reason}' for reason, count in dropped.items())})" if dropped else ""
     if alike:
         at_most = sum(row[0] == most for row in alike)
