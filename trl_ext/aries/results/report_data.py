@@ -257,7 +257,7 @@ def time_table(run: RunRecord) -> dict[str, Any]:
             held |= {key: max(stage[key], held.get(key, 0)) for key in PEAKS if key in stage}
             interrupted += stage["interrupted"]
     if run.state.kind == "running" and run.state.in_stage:
-        interrupted -= 1  # it goes on
+        interrupted = max(0, interrupted - 1)  # one goes on, maybe in a round that has no directory yet
     total = sum(sum(seconds.values()) for seconds in by_stage.values())
     return {
         "stages": [

@@ -59,7 +59,7 @@ def round_pairs(round_: RoundRecord, seed: int) -> dict[str, Any]:
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """A pair, with the words that only one of its answers has."""
     texts = {side: shorten(answer_text(row[side]), SHOWN_CHARACTERS) for side in ("chosen", "rejected")}
-    parts = word_diff(texts["rejected"][0], texts["chosen"][0])
+    parts = word_diff(texts["rejected"][0].lstrip(), texts["chosen"][0].lstrip())
     own = {"chosen": "new", "rejected": "old"}
     return {
         "prompt_id": row.get("prompt_id"),
