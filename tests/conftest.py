@@ -15,6 +15,10 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from trl_ext.terminal import quiet_imports  # noqa: E402
+
+
+quiet_imports()
 
 # The same examples in every run, and no clock. `pytest --hypothesis-profile=search` looks further
 settings.register_profile("suite", derandomize=True, database=None, deadline=None)

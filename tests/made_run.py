@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from trl_ext.aries.checks.overlap import count_overlap
-from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.config import AriesConfig, PairsConfig
+from trl_ext.aries.data.pairs import Pair, preference_rows
 from trl_ext.aries.data.records import Answer, Chain, write_json, write_jsonl
 from trl_ext.aries.results.cost import round_cost
 from trl_ext.aries.run_dir import RunDir
@@ -69,7 +72,7 @@ def make_run(
         files = run.round(number)
         files.training.mkdir(parents=True)
         if number > 0:
-            pair_files(run, number)
+            pair_files(run, number, prompts[0]["prompt"], texts[number][0])
         chains = [
             Chain(
                 row["prompt_id"], row["prompt"], [Answer(k, t, len(t.split()), "stop") for k, t in enumerate(texts, 1)]
@@ -97,9 +100,16 @@ def make_run(
     return run
 
 
-def pair_files(run: RunDir, number: int) -> None:
-    """What a round leaves of its pairs and its training: 10 chains, 7 pairs, 3 steps; and its events."""
+def pair_files(run: RunDir, number: int, prompt: Any, texts: list[str]) -> None:
+    """
+    What a round leaves of its pairs and its training: 10 chains, 7 pairs, 3 steps; and its events. The pairs have one prompt's texts, the last over
+    the first.
+    """
     files = run.round(number)
+    answers = [Answer(turn, text, len(text.split()), "stop") for turn, text in enumerate(texts, 1)]
+    pairs = [Pair(Chain(f"train-{i}", prompt, answers), answers[-1], answers[0], 0.9, 0.2) for i in range(7)]
+    template = Template("{{ question }} Draft: {{ draft }}")
+    write_jsonl(files.pairs, (row for pair in pairs for row in preference_rows(pair, template, PairsConfig())))
     write_json(files.drops, {"chains": 10, "pairs": 7, "dropped": {"no_margin": 2, "all_answers_truncated": 1}})
     guard = {"compared": 7, "chosen_score": 0.9, "rejected_score": 0.2, "difference": 0.7, "interval": [0.5, 0.8]}
     write_json(files.guard, {"decision": "trained", **guard, "length_ratio": 1.1})

@@ -389,7 +389,8 @@ class TestTraining:
         paper = {"tdpo": "2404.11999", "self-refine-dpo": "2405.21040"}[command]
         assert "a method introduced in [" in card and f"https://huggingface.co/papers/{paper})" in card
         assert "8 preference pairs of `pairs.jsonl`." in card
-        assert "# Model Card for out\n" in card and "None](" not in card
+        assert "# Model Card for out\n" in card and 'model="out"' in card
+        assert not re.search(r"None\b|licence:|time machine", card)
         (block,) = re.findall("### Recipe\n\n```yaml\n(.*?)```", card, flags=re.DOTALL)
         again = yaml.safe_load(block) | {"dataset_name": "pairs.jsonl", "output_dir": "again", "use_cpu": True}
         assert main([command, "--config", write(again)]) == 0
@@ -404,7 +405,8 @@ class TestTraining:
         assert preference.exit_code(tdpo.run, ["--config", path, "--lerning_rate", "1"]) == 2
         assert capfd.readouterr().err.startswith("error: command line: unknown flag `--lerning_rate`")
         assert preference.exit_code(tdpo.run, ["--config", path, "--max_steps", "1"]) == 0
-        assert "Model saved to out." in capfd.readouterr().out
+        out, err = capfd.readouterr()
+        assert "Model saved to out." in out and "Loading weights" not in err
 
     @pytest.mark.slow
     def test_script_under_accelerate_launch(self, recipe):

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -19,12 +21,15 @@ from trl import DPOConfig
 
 from trl_ext import TDPOConfig, TDPOTrainer
 from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.data.records import Answer, Chain, write_json, write_jsonl
 from trl_ext.aries.generation.refinements import Strategy
 from trl_ext.aries.inputs import Inputs, read_inputs
+from trl_ext.aries.run_dir import RunDir
 from trl_ext.cli import main
 from trl_ext.doctor import aries_recipe, environment
 from trl_ext.doctor.checks import Check, Report, gigabytes
-from trl_ext.doctor.probe import training_time
+from trl_ext.doctor.probe import RoundCost, ceiling, training_time
+from trl_ext.doctor.samples import bins, check_unknown, show_lengths
 from trl_ext.doctor.tiny_engine import make_model
 from trl_ext.recipe import Recipe, parse_section
 from trl_ext.trainers.prepared import prepared_pairs
@@ -161,6 +166,38 @@ def doctor(recipe: dict, *arguments: str) -> int:
     return main(["doctor", "--config", "x.yaml", *arguments])
 
 
+class TestTexts:
+    @pytest.mark.parametrize(
+        ("lengths", "edges"),
+        [
+            ([3, 4, 5], [3, 4, 5, 6]),
+            ([1, 100], [0, 20, 40, 60, 80, 100, 120]),
+            ([17, 1300], [0, 300, 600, 900, 1200, 1500]),
+        ],
+    )
+    def test_bins(self, lengths, edges):
+        """A width of one digit, and edges that are its multiples: 100 numbers in 6 bins take 17 each, so 20; 1,284 take 214, so 300."""
+        assert list(bins(lengths)) == edges
+        assert sum(np.histogram(lengths, bins(lengths))[0]) == len(lengths)
+
+    def test_a_histogram(self, report):
+        """The longest bar has 30 characters, a bin that is not empty at least one."""
+        show_lengths(report, [10] * 60 + [25] * 30 + [69])
+        lines = [line.split() for line in report.text().splitlines()]
+        assert [line[:4] for line in lines[:2]] == [["10", "to", "19", "#" * 30], ["20", "to", "29", "#" * 15]]
+        assert lines[-1] == ["60", "to", "69", "#", "1"] and len(lines) == 6
+
+    def test_unknown_words(self, tiny_model_dir):
+        """Of the second row's four tokens one is unknown; a tokenizer whose end is its unknown token says nothing."""
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+        rows = [tokenizer(text)["input_ids"] for text in ("one two", "one two xylophone three")]
+        check = check_unknown("prompts", rows, tokenizer)
+        assert check.state == "warning" and "1 of 6 (16.7%)" in check.found and "row 2" in check.found
+        assert check_unknown("prompts", rows[:1], tokenizer).state == "ok"
+        tokenizer.unk_token = tokenizer.eos_token
+        assert check_unknown("prompts", rows, tokenizer) is None
+
+
 class TestFlatRecipe:
     @pytest.fixture
     def recipe(self, workdir, tiny_model_dir) -> dict:
@@ -204,6 +241,17 @@ class TestFlatRecipe:
         assert (
             f"{expected} of 8 ({expected / 8:.1%}) pairs are longer than `max_length: 12`" in capsys.readouterr().out
         )
+
+    def test_repeats_and_overlap(self, recipe, capsys):
+        """The evaluation has two of the eight training pairs and another one; training repeats a pair."""
+        rows = Path("pairs.jsonl").read_text().splitlines()
+        Path("data").mkdir()
+        Path("data/train.jsonl").write_text("\n".join([*rows, rows[0]]))
+        other = json.dumps({"prompt": "what is ten ?", "chosen": " ten", "rejected": " nine"})
+        Path("data/test.jsonl").write_text("\n".join([rows[1], rows[2], other]))
+        assert doctor(recipe | {"dataset_name": "data", "eval_strategy": "epoch"}) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"warning  repeated +1 of 9 ", out) and re.search(r"warning  overlap +2 of 3 ", out)
 
     def test_method_by_its_keys(self, recipe, capsys):
         assert doctor(recipe | {"refinement_weight": 0.3}) == 0
@@ -321,6 +369,52 @@ class TestAriesRecipe:
         assert f"{expected} of 8 ({expected / 8:.1%}) prompts are too long for `drafts.max_tokens`" in out
         assert "warning  refinements    8 of 8 (100.0%)" in out
 
+    def test_sft_rows(self, checked, tiny_model_dir):
+        """<user>, six words, </s>, <assistant>, the answer, </s>; 11 tokens, and the row that refines has more."""
+        prompt = [{"role": "user", "content": PAIRS[0][0]}]
+        row = {"prompt": prompt, "completion": [{"role": "assistant", "content": "three"}]}
+        Path("sft.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row, row | {"draft": "four"})))
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+        out = checked(
+            lambda config, inputs, report: aries_recipe.check_sft(
+                config, inputs.sft_rows, Strategy(config.refinements).templates[0], tokenizer, report
+            ),
+            sft={"dataset": "sft.jsonl", "max_length": 11},
+        )
+        assert "1 answer directly, 1 refine" in out
+        assert "SFT row, 11 tokens:" in out and "<assistant> three </s>" in out
+        assert "SFT row that refines, " in out and "1 of 2 (50.0%)" in out
+
+    @pytest.mark.parametrize(("alike", "state"), [(8, "ok"), (9, "warning")])
+    def test_the_ceiling_of_a_run(self, checked, alike, state):
+        """Known from the last round that has pairs."""
+        for number, count in ((1, 0), (2, alike)):
+            file = RunDir(Path("run")).round(number).drops
+            file.parent.mkdir(parents=True)
+            write_json(file, {"chains": 10, "pairs": 10 - count, "dropped": {"no_margin": count}})
+        out = checked(lambda config, inputs, report: aries_recipe.check_ceiling(config, report))
+        assert out.startswith(state) and f"{alike} of 10" in out and "round 2" in out
+
+    def test_the_ceiling_of_a_probe(self, checked):
+        """Four chains: one has a pair, two are at the top from the start, one is at the bottom."""
+        scores = [[0.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+        chains = [Chain(str(i), "x", [Answer(k, f"{k}", 5, "stop") for k in (1, 2)]) for i in range(4)]
+        file = RunDir(Path("probe")).round(1).scores
+        file.parent.mkdir(parents=True)
+        write_jsonl(file, [{"scores": row} for row in scores])
+        cost = RoundCost(1000, tokens=10.0, generation=60.0, training=30.0)
+
+        def check(config, inputs, report):
+            report.add(ceiling(SimpleNamespace(dir=RunDir(Path("probe"))), config, chains, cost))
+
+        out = checked(check)
+        assert "1 pair from 4 chains" in out and "3 no_margin" in out
+        assert "in 3 all answers score alike, in 2 of these" in out
+        assert cost.pairs == 0.25
+        text = cost.text({"peak_memory": 2_000_000_000})
+        for part in ("10,000 generated tokens", "250 pairs", "1 min 00 s", "30 s", "2.00 GB"):
+            assert part in text
+
     def test_evaluation_prompts_that_are_trained_on(self, checked):
         """The files are two, and what they hold is one, but for the case of the first prompt."""
         text = Path("prompts.jsonl").read_text()
@@ -357,11 +451,13 @@ class TestAriesRecipe:
         make_model(tmp_path / "model")
         recipe["model"] = {"model_name_or_path": str(tmp_path / "model"), "dtype": "float32"}
         Path("prompts.jsonl").write_text("".join(f'{{"prompt": "a b {w}", "solution": ""}}\n' for w in "cdefghij"))
+        Path("eval.jsonl").write_text('{"prompt": "k l m", "solution": ""}\n')
         recipe |= {"generation": {"max_model_len": 200, "dtype": "float32", "cpu_kv_cache_gib": 1}}
         assert doctor(recipe, "--probe") == 0
         out = capsys.readouterr().out
         assert re.search(r"engine: .* until the first chain, then .* with 8 at once; a round of 4 at most", out)
         assert re.search(r"training: \d+\.\d\d s for 8 rows", out)
+        assert re.search(r"cost +a round of 4 prompts: about \d+ generated tokens", out)
         assert not Path("run").exists()
 
 

@@ -1,6 +1,9 @@
 """What reaches a terminal: nothing that a terminal would obey. Oracle: ECMA-48's control characters and sequences."""
 
 import io
+import logging
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -9,7 +12,7 @@ from rich.console import Console
 
 from trl_ext import cli
 from trl_ext.aries.results.progress import RunProgress
-from trl_ext.terminal import printable
+from trl_ext.terminal import no_weight_bars, printable, quiet_imports
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,28 @@ def test_errors_of_the_command_line(tmp_path, capsys):
     assert cli.main(["aries", "run", "--config", str(tmp_path / "r.yaml")]) == 2
     err = capsys.readouterr().err
     assert "unknown key `key`" in err and "\x1b" not in err and "\x07" not in err
+
+
+def test_imports_are_quiet():
+    """Importing bitsandbytes and TRL as `trl-ext` does says nothing, whatever kernels this CPU could have."""
+    code = "from trl_ext.terminal import quiet_imports; quiet_imports(); import bitsandbytes, trl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_level_that_was_set_stays(monkeypatch):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    quiet_imports()
+    assert logger.level == logging.INFO
+
+
+def test_bars_of_downloads_stay():
+    """transformers' switch also turns the Hub's bars off."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging as transformers_logging
+
+    shown = not are_progress_bars_disabled()
+    no_weight_bars()
+    assert not transformers_logging.is_progress_bar_enabled()
+    assert shown == (not are_progress_bars_disabled())

@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     from .recipe import RecipeError
-    from .terminal import printable
+    from .terminal import printable, quiet_imports
 
+    quiet_imports()
     try:
         with signals_as_exceptions():
             return dispatch(parser, args, argv, unknown, passed)

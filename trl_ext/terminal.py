@@ -1,8 +1,12 @@
 """
-Makes text safe for a terminal. Generated answers, columns of a dataset or a server's reply may contain control sequences that move
-the cursor, retitle the window or hide what was printed before. In files they stay as they are.
+What reaches a terminal.
+
+Generated answers, columns of a dataset or a server's reply may contain control sequences that move the cursor, retitle the window or hide what
+was printed before; they are taken out. In files they stay as they are. What other libraries say about themselves is left out by their own
+switches, if nobody has to act on it.
 """
 
+import logging
 import re
 
 
@@ -30,3 +34,24 @@ def printable(text: str) -> str:
     ```
     """
     return _CONTROLS.sub("", _SEQUENCES.sub("", text))
+
+
+def quiet_imports() -> None:
+    """
+    Leave out what libraries say as they are imported: bitsandbytes misses a kernel for 4-bit inference on CPUs, and does without. A level that
+    somebody has set stays.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
+
+
+def no_weight_bars() -> None:
+    """Leave out transformers' bars for loading and writing weights. Those of downloads, datasets and trainings stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    downloads = not are_progress_bars_disabled()
+    disable_progress_bar()  # and the Hub's
+    if downloads:
+        enable_progress_bars()

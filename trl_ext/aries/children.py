@@ -5,12 +5,13 @@ Stages that import torch, TRL or vLLM are forked from a process that has importe
 it, one for vLLM, so that trainings do not see what vLLM changes in the libraries that they share. Everything else is a fresh process.
 
 A child reads its job, a dataclass, from a JSON file, and answers with lines of JSON, each one of the dataclasses [`Done`], [`Note`],
-[`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It ends with its parent. If a launcher starts
-several processes for it, the first one reports progress, and each one reports errors.
+[`Peak`], [`BadInput`] and [`Failure`]; whatever it or its libraries print goes to a log file. It ends with its parent. If a launcher starts
+several processes for it, the first one reports progress and its memory, and each one reports errors.
 """
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -93,7 +94,15 @@ class Failure:
     failed: str
 
 
-Report = Done | Note | BadInput | Failure
+@dataclass
+class Peak:
+    """The most memory that it held, in bytes: of the machine, and what torch allocated on its GPU, `None` if it used none."""
+
+    memory: int
+    gpu: int | None
+
+
+Report = Done | Note | BadInput | Failure | Peak
 
 
 class ChildError(RuntimeError):
@@ -108,7 +117,7 @@ def run_child(
     env: dict[str, str] | None = None,
     on_note: Callable[[str], None] = lambda text: None,
     launch: Launch | None = None,
-) -> None:
+) -> Peak | None:
     """
     Run `python -m module` on a job and wait for it.
 
@@ -128,6 +137,9 @@ def run_child(
         launch ([`~launch.Launch`], *optional*):
             Run it through `accelerate launch`.
 
+    Returns:
+        [`Peak`]: the memory that it took.
+
     Raises:
         [`RecipeError`]: it found bad input.
         [`ChildError`]: it ended with another error.
@@ -135,6 +147,7 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     job_file = log.with_suffix(".job.json")
     job_file.write_text(json.dumps(asdict(job), indent=2, default=str), encoding="utf-8")  # `str` for paths
+    peak = None
     arguments = (module, str(job_file)) if launch is None else launch.command(module, str(job_file))
     with (
         open(log, "a", encoding="utf-8") as log_file,
@@ -144,11 +157,14 @@ def run_child(
             if not line.startswith(REPORT):  # printed while the module was being imported
                 log_file.write(line)
                 continue
-            match TypeAdapter(Report).validate_python(json.loads(line.removeprefix(REPORT))):
+            found = TypeAdapter(Report).validate_python(json.loads(line.removeprefix(REPORT)))
+            match found:
                 case Done(done, total):
                     on_progress(done, total)
                 case Note(text):
                     on_note(text)
+                case Peak():
+                    peak = found
                 case BadInput(text):
                     raise RecipeError(text)
                 case Failure(text):
@@ -162,6 +178,7 @@ def run_child(
         raise ChildError(
             f"{module} {how}. The same command continues. The end of {log}:\n\n" + "\n".join(lines[-LOG_TAIL_LINES:])
         )
+    return peak
 
 
 def start(
@@ -244,7 +261,17 @@ def child_main(main: Callable[[Any, Reporter], None], job_class: type) -> None:
     try:
         job = json.loads(Path(job_file).read_text(encoding="utf-8"))
         main(TypeAdapter(job_class).validate_python(job), report)
+        if os.environ.get("RANK", "0") == "0":
+            report.send(peak_memory())
     except RecipeError as error:
         report.send(BadInput(str(error)))
     except ChildError as error:
         report.send(Failure(str(error)))
+
+
+def peak_memory() -> Peak:
+    """What this process, or the largest of its children, has held so far."""
+    kibibytes = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and torch.cuda.is_initialized()
+    return Peak(1024 * kibibytes, torch.cuda.max_memory_allocated() if on_gpu else None)

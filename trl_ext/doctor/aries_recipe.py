@@ -17,6 +17,8 @@ from trl import ModelConfig
 from ..aries.checks.overlap import count_overlap, overlap_lines
 from ..aries.children import ChildError
 from ..aries.config import AriesConfig, ScorerConfig, sampling_by_turn
+from ..aries.data.records import read_json
+from ..aries.data.sft import sft_row
 from ..aries.data.templates import refinement_prompt
 from ..aries.generation.drafts import encode_prompt, render_row
 from ..aries.generation.refinements import Strategy
@@ -32,12 +34,15 @@ from ..rows.processing import tokenizer_of
 from .checks import Check, Report
 from .flat_recipe import check_memory, find_shape, no_estimate
 from .memory import BYTES, Estimate, Item, concurrency, engine_dtype, engine_memory, overhead, training_memory
-from .samples import SAMPLED_ROWS, check_bos, checkpoint_dtype, percent, read_model, show
+from .samples import SAMPLED_ROWS, check_bos, check_unknown, checkpoint_dtype, percent, read_model, show, show_lengths
 from .shape import Shape, classifier_parameters
 
 
 JUDGE_VARIABLES = {"messages", "question", "answer_a", "answer_b"}
 PLACEHOLDER = "(the draft)"
+# Warn if more of the chains than this give no pair. Our choice
+MANY_ALIKE = 0.8
+HARDER = "Use harder prompts, a finer score or a higher `drafts.temperature`."
 ANSWER, FULL_TEXT = "(the answer)", "<think>\n(the thought)\n</think>\n\n(the answer)"
 
 
@@ -64,6 +69,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
     if model is not None:
         report.attempt("memory", estimates, config, model[0], report)
     if not probe or report.counts["failed"]:
+        check_ceiling(config, report)
         report.add(no_estimate(probe))
         return
     from .probe import probe_aries
@@ -135,6 +141,8 @@ def check_samples(
         show(report, "prompt", ids, tokenizer)
         show(report, "refinement prompt", encode_prompt(tokenizer, _around(row["prompt"], template)), tokenizer)
     check_learned(config, inputs.prompts[0]["prompt"], tokenizer, report)
+    if inputs.sft_rows:
+        check_sft(config, inputs.sft_rows, template, tokenizer, report)
     found = check_bos(encode_prompt(tokenizer, inputs.prompts[0]["prompt"]), tokenizer)
     if found is not None:
         report.add(found)
@@ -143,14 +151,18 @@ def check_samples(
     sampling, limit = sampling_by_turn(config), config.generation.max_model_len
     empty = len(tokenizer(PLACEHOLDER, add_special_tokens=False)["input_ids"])
     answers = max(turn.max_tokens for turn in sampling)
-    direct = refined = 0
+    prompts, refined = [encode_prompt(tokenizer, row["prompt"]) for row in rows], 0
+    lengths = [len(ids) for ids in prompts]
+    direct = sum(length + sampling[0].max_tokens > limit for length in lengths)
     for row in rows:
-        direct += len(encode_prompt(tokenizer, row["prompt"])) + sampling[0].max_tokens > limit
         around = len(encode_prompt(tokenizer, _around(row["prompt"], template))) - empty
         refined += around + sampling[0].max_tokens + answers > limit
     fix = "Raise `generation.max_model_len`, or lower `drafts.max_tokens`: these chains stop with `prompt_too_long`."
     text = f"{percent(direct, len(rows))} prompts are too long for `drafts.max_tokens` in `max_model_len: {limit}`"
     report.add(Check("warning" if direct else "ok", "lengths", text, fix if direct else None))
+    show_lengths(report, lengths)
+    for found in filter(None, [check_unknown("prompts", prompts, tokenizer)]):
+        report.add(found)
     if config.refinements.strategy == "chain":
         text = f"{percent(refined, len(rows))} chains would be too long to refine the longest possible draft"
         many = refined > 0.05 * len(rows)
@@ -181,6 +193,56 @@ def check_learned(config: AriesConfig, prompt: Any, tokenizer: PreTrainedTokeniz
             "`generation.answer_pattern`.",
         )
     )
+
+
+def check_sft(
+    config: AriesConfig,
+    rows: list[dict[str, Any]],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    report: Report,
+) -> None:
+    """The first SFT row that answers directly and the first that refines, as rendered; and how long the rows are."""
+    refine = sum(row.get("draft") is not None for row in rows)
+    report.add(Check("ok", "SFT rows", f"{len(rows) - refine:,} answer directly, {refine:,} refine a draft"))
+    for title, refines in (("SFT row", False), ("SFT row that refines", True)):
+        for row in [row for row in rows if (row.get("draft") is not None) == refines][:1]:
+            show(report, title, render_sft(tokenizer, sft_row(row, template)), tokenizer)
+    rendered = [render_sft(tokenizer, sft_row(row, template)) for row in rows[:SAMPLED_ROWS]]
+    limit = trainer_settings(config, 0, "unused").config["max_length"]
+    lengths = [len(ids) for ids in rendered]
+    cut = sum(length > limit for length in lengths) if limit is not None else 0
+    text = f"{percent(cut, len(rendered))} SFT rows are longer than `max_length: {limit}`"
+    fix = "Raise `sft.max_length`: these answers lose their ends." if cut else None
+    report.add(Check("warning" if cut else "ok", "lengths", text, fix))
+    show_lengths(report, lengths)
+    for found in filter(None, [check_unknown("SFT rows", rendered, tokenizer)]):
+        report.add(found)
+
+
+def render_sft(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """A prompt and its completion as the SFT learns them."""
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        return tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
+    return tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)["input_ids"]
+
+
+def check_ceiling(config: AriesConfig, report: Report) -> None:
+    """How many chains give no pair since their answers score alike, as far as that is known: from the run's own rounds."""
+    if config.pairs.selection != "best_over_worst":
+        return
+    run = RunDir(Path(config.output_dir))
+    drops = {n: found for n in range(1, config.rounds + 1) if (found := read_json(run.round(n).drops)) is not None}
+    if not drops:
+        text = "a prompt whose answers all score alike gives no pair; `--probe` or the first round says how many do"
+        report.add(Check("ok", "ceiling", text))
+        return
+    number, found = max(drops.items())
+    alike = found["dropped"].get("no_margin", 0)
+    many = alike > MANY_ALIKE * found["chains"]
+    text = f"in round {number} of {run.path}, {percent(alike, found['chains'])} chains gave no pair, since their answers score alike"
+    report.add(Check("warning" if many else "ok", "ceiling", text, HARDER if many else None))
 
 
 def _around(prompt: Any, template: Template) -> Any:

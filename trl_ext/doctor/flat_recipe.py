@@ -21,7 +21,7 @@ from ..scripts.preference import load_pairs, look_at_rows
 from .checks import Check, Report, gigabytes
 from .environment import last_line
 from .memory import Estimate, training_memory
-from .samples import SAMPLED_ROWS, checkpoint_dtype, percent, read_model, show
+from .samples import SAMPLED_ROWS, check_unknown, checkpoint_dtype, percent, read_model, show, show_lengths
 from .shape import Shape, model_shape
 
 
@@ -62,9 +62,12 @@ def check(recipe: Recipe, overrides: Sequence[str], probe: bool, report: Report)
     data = report.attempt("data", load_pairs, script_args, dataset_args, evaluate, args.seed, processing_class)
     known = data is not None and report.attempt("columns", check_data, *data, report)
     if known and model is not None:
-        for rows, name in zip(data, ("train", "eval"), strict=True):
-            if rows is not None:
-                report.attempt("rows", check_rows, rows, name, model, args, trainer, report)
+        prompts = [
+            None if rows is None else report.attempt("rows", check_rows, rows, name, model, args, trainer, report)
+            for rows, name in zip(data, ("train", "eval"), strict=True)
+        ]
+        if None not in prompts:
+            check_overlap(*prompts, report)
     if model is not None:
         if self_refine:
             count = len(tokenizer_of(model[1])(args.refinement_prompt)["input_ids"])
@@ -130,8 +133,13 @@ def check_rows(
     args: DPOConfig,
     trainer: type[DPOTrainer],
     report: Report,
-) -> None:
-    """What the training does with the rows; for the train dataset also two samples and the lengths."""
+) -> list[int] | None:
+    """
+    What the training does with the rows; for the train dataset also two samples and the lengths.
+
+    Returns:
+        `list[int]`: a hash of each prompt, `None` if the rows are streamed or have images.
+    """
     disable_progress_bars()
     config, processing_class = model
     vocabulary = config.get_text_config().vocab_size
@@ -140,17 +148,36 @@ def check_rows(
         report.add(
             Check("ok", "samples", f"skipped: the {name} dataset has images, which the trainer reads batch by batch")
         )
-        return
+        return None
     prepared, account = looked_at
     for line in filter(None, [account.conversion]):
         report.add(Check("ok", "form", line))
     for line in [*account.findings.drops, *account.findings.warnings]:
         found, _, fix = line.partition("). ")
         report.add(Check("warning", "rows", f"{found})", fix))
+    streamed = isinstance(prepared, IterableDataset)
     if name == "train":
-        if isinstance(prepared, IterableDataset):
+        if streamed:
             prepared = Dataset.from_list(list(prepared.select_columns(list(TOKENS)).take(SAMPLED_ROWS)))
         check_samples(prepared, account.findings.dropped["too long"], tokenizer_of(processing_class), args, report)
+
+    if streamed:
+        return None
+    hashes = [tuple(hash(tuple(row[column])) for column in TOKENS) for row in prepared.select_columns(list(TOKENS))]
+    repeated = len(hashes) - len(set(hashes))
+    if repeated:
+        text = f"{percent(repeated, len(hashes))} rows of the {name} dataset repeat an earlier one"
+        report.add(Check("warning", "repeated", text, "Leave them out, unless they are to count more."))
+    return [prompt for prompt, *_ in hashes]
+
+
+def check_overlap(train: list[int], evaluation: list[int], report: Report) -> None:
+    """How many evaluation prompts training sees too."""
+    trained = set(train)
+    common = sum(prompt in trained for prompt in evaluation)
+    text = f"{percent(common, len(evaluation))} evaluation prompts are also in the train dataset"
+    fix = "Evaluate on other prompts: the trainer's evaluation does not see that these are known." if common else None
+    report.add(Check("warning" if common else "ok", "overlap", text, fix))
 
 
 def check_samples(
@@ -166,18 +193,24 @@ def check_samples(
         fix = "The model will not learn to stop. Does the chat template end its turns with another token?"
         report.add(Check("warning", "EOS", f"the first chosen answer does not end with {tokenizer.eos_token}", fix))
 
-    if args.max_length is None:
-        text = "`max_length: null` cuts nothing; the memory below is for sequences of 1,024 tokens"
-        return report.add(Check("ok", "lengths", text))
+    rows = prepared.select(range(min(SAMPLED_ROWS, len(prepared))))
+    unknown = check_unknown("pairs", [sum((row[column] for column in TOKENS), []) for row in rows], tokenizer)
+    if unknown is not None:
+        report.add(unknown)
     table = prepared.select_columns(list(TOKENS)).with_format("arrow")[:]
     prompts, chosen, rejected = (pc.list_value_length(table[name]).to_numpy() for name in TOKENS)
     longest = prompts + np.maximum(chosen, rejected)
+    if args.max_length is None:
+        text = "`max_length: null` cuts nothing; the memory below is for sequences of 1,024 tokens"
+        report.add(Check("ok", "lengths", text))
+        return show_lengths(report, longest)
     cut = int((longest > args.max_length).sum())
     found = f"{percent(cut, len(longest))} pairs are longer than `max_length: {args.max_length}`"
     found += f", {too_long:,} more have a prompt that fills it alone; longest pair {longest.max():,} tokens"
     state = "warning" if cut > 0.05 * len(longest) else "ok"
     fix = "Raise `max_length`: these answers lose their ends." if state == "warning" else None
     report.add(Check(state, "lengths", found, fix))
+    show_lengths(report, longest)
 
 
 def check_memory(estimate: Estimate, report: Report) -> None:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from trl import DPOConfig
 
 from ..aries.children import ENVIRONMENT, ChildError, one_gpu
 from ..aries.config import AriesConfig, PairsConfig
-from ..aries.data.pairs import Pair, preference_rows
-from ..aries.data.records import write_jsonl
+from ..aries.data.pairs import Pair, preference_rows, select_pairs
+from ..aries.data.records import Chain, read_jsonl, write_jsonl
 from ..aries.inputs import Inputs
 from ..aries.results.progress import duration
 from ..aries.rounds import Rounds
@@ -29,7 +29,7 @@ from ..aries.scoring.scores import load_chains
 from ..launch import Launch
 from ..processes import launcher_command, process_group
 from ..recipe import Recipe
-from .checks import Check
+from .checks import Check, gigabytes
 from .environment import ended, last_line
 
 
@@ -108,7 +108,7 @@ class ProbedRounds(Rounds):
 
 
 def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> Iterator[Check]:
-    """Start the engine, generate some chains, and train on their answers."""
+    """Start the engine, generate some chains, score them, and train on their answers; then what a round will cost."""
     with tempfile.TemporaryDirectory() as directory:
         steps = {"max_steps": STEPS, "gradient_accumulation_steps": 1, "save_strategy": "no", "report_to": "none"}
         short = {"output_dir": directory, "rounds": 1, "sft": None, "parity": replace(config.parity, samples=0)}
@@ -122,8 +122,13 @@ def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> I
                     loop.dir.round(number).path.mkdir()
                 write_jsonl(loop.dir.round(1).prompts, chosen)
                 loop.generate(answering=0)
-                yield Check("ok", "time", engine_time(loop, config, len(chosen), len(inputs.prompts)))
-                yield Check("ok", "time", steps_time(loop, config, chosen, directory))
+                chains = load_chains(chosen, loop.dir.round(1).answers)
+                cost = RoundCost(config.prompts.per_round or len(inputs.prompts) // config.rounds)
+                yield Check("ok", "time", engine_time(loop, chains, cost))
+                loop.score(answering=0)
+                yield ceiling(loop, config, chains, cost)
+                yield Check("ok", "time", steps_time(loop, config, chains, directory, cost))
+                yield Check("ok", "cost", cost.text(loop.peaks()))
         except ChildError as error:
             yield Check(
                 "failed",
@@ -133,22 +138,61 @@ def probe_aries(config: AriesConfig, inputs: Inputs, launch: Launch | None) -> I
             )
 
 
-def engine_time(loop: ProbedRounds, config: AriesConfig, count: int, rows: int) -> str:
+@dataclass
+class RoundCost:
+    """What a round of so many prompts will cost, by what the probe has measured."""
+
+    size: int
+    tokens: float = 0.0  # generated for a prompt
+    pairs: float = 0.0  # from a prompt
+    generation: float = 0.0  # seconds of the round
+    training: float = 0.0
+
+    def text(self, peaks: dict[str, int]) -> str:
+        memory = [f"{gigabytes(peaks['peak_memory'])} of memory"] if peaks else []
+        memory += [f"{gigabytes(peaks['peak_gpu_memory'])} on the GPU"] if "peak_gpu_memory" in peaks else []
+        return (
+            f"a round of {self.size:,} prompts: about {self.size * self.tokens:,.0f} generated tokens, {self.size * self.pairs:,.0f} pairs, at "
+            f"most {duration(self.generation)} of generation and {duration(self.training)} of training"
+            + (f"; the probe's largest process took {' and '.join(memory)}" if memory else "")
+        )
+
+
+def engine_time(loop: ProbedRounds, chains: list[Chain], cost: RoundCost) -> str:
     times = loop.times["drafts and refinements"]
     start, first, last = times[0][0], next(t for t, done in times if done == 1), times[-1][0]
-    size = config.prompts.per_round or rows // config.rounds
+    count = len(chains)
     each = (last - first) / count
+    cost.generation = cost.size * each
+    cost.tokens = sum(answer.tokens for chain in chains for answer in (*chain.answers, *chain.unanswered)) / count
     return (
         f"engine: {duration(first - start)} until the first chain, then {each:.2f} s per chain with {count} at once; a round of "
-        f"{size:,} at most {duration(size * each)}, less with more at once"
+        f"{cost.size:,} at most {duration(cost.generation)}, less with more at once"
     )
 
 
-def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, Any]], directory: str) -> str:
+def ceiling(loop: ProbedRounds, config: AriesConfig, chains: list[Chain], cost: RoundCost) -> Check:
+    """How many pairs the probe's chains give, and how many of them have nothing to choose from."""
+    scores = [row["scores"] for row in read_jsonl(loop.dir.round(1).scores)]
+    pairs, dropped = select_pairs(chains, scores, config.pairs)
+    cost.pairs = len(pairs) / len(chains)
+    known = [[score for score in row if score is not None] for row in scores]
+    most = max((score for row in known for score in row), default=None)
+    alike = [row for row in known if len(row) > 1 and len(set(row)) == 1]
+    text = f"{len(pairs)} pair{'s' * (len(pairs) != 1)} from {len(chains)} chains"
+    text += f" (dropped: {', '.join(f'{count} {reason}' for reason, count in dropped.items())})" if dropped else ""
+    if alike:
+        at_most = sum(row[0] == most for row in alike)
+        text += f"; in {len(alike)} all answers score alike, in {at_most} of these as high as any answer of the probe ({most:g})"
+    state = "ok" if pairs else "warning"
+    fix = None if pairs else "Use other prompts, a finer score or a higher `drafts.temperature`."
+    return Check(state, "ceiling", text, fix)
+
+
+def steps_time(loop: ProbedRounds, config: AriesConfig, chains: list[Chain], directory: str, cost: RoundCost) -> str:
     """Train on pairs of the probe's own answers, the last of each chain over the first."""
     round_dir = loop.dir.round(1)
-    chains = [chain for chain in load_chains(prompts, round_dir.answers) if chain.answers]
-    pairs = [Pair(chain, chain.answers[-1], chain.answers[0], None, None) for chain in chains]
+    pairs = [Pair(chain, chain.answers[-1], chain.answers[0], None, None) for chain in chains if chain.answers]
     rows = [row for pair in pairs for row in preference_rows(pair, loop.template, PairsConfig())]
     if not rows:
         return "training: skipped, since no chain of the probe has an answer"
@@ -159,6 +203,8 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
     each = (ends[STEPS] - ends[1]) / (STEPS - 1)
     size = json.loads((round_dir.training / "rows.json").read_text(encoding="utf-8"))["batch_size"]
     per_pair = config.pairs.direct_weight + 2 * config.pairs.refinement_weight
+    epochs = config.training.get("num_train_epochs", DPOConfig.num_train_epochs)
+    cost.training = cost.size * cost.pairs * each / size * per_pair * epochs
     return (
         f"training: {each:.2f} s for {size} rows, so {each / size * per_pair:.3f} s for a pair of {per_pair} rows, times "
         "the round's pairs and `num_train_epochs`"

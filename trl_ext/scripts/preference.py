@@ -18,7 +18,7 @@ from ..model_files import broken_weights, folder_problem, load_problem
 from ..outputs import check_trainer_output
 from ..processes import die_with_launcher
 from ..recipe import RecipeError, parse_flat, take_flag
-from ..terminal import printable
+from ..terminal import no_weight_bars, printable, quiet_imports
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
 def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     """Call `run(argv)`. A [`RecipeError`] becomes one `error:` line on stderr and exit code 2."""
     die_with_launcher()
+    quiet_imports()
     try:
         run(list(argv))
     except RecipeError as error:
@@ -94,6 +95,7 @@ def train(trainer_class: type["TokenLevelTrainer"], argv: Sequence[str]) -> None
 
     from ..trainers.upstream import own_device
 
+    no_weight_bars()
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,

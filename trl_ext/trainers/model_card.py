@@ -25,6 +25,9 @@ LEFT_OUT = frozenset(
     "model_init_kwargs".split()
 )
 NEXT_SECTION = "### Framework versions"
+# What TRL's template says of every model: a key that is misspelt and names no licence, and a question
+NO_LICENCE = "licence: license\n"
+QUESTION = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
 CHAT_CALL = 'generator([{"role": "user", "content": question}], '
 
 
@@ -94,7 +97,8 @@ def completed(card: str, base: str | None, chat: bool, sections: dict[str, str])
         `str`: the card.
     """
     name = "a model on disk" if base is None else f"`{os.path.basename(os.path.normpath(base))}`"
-    card = card.replace("[None](https://huggingface.co/None)", name)
+    card = card.replace("[None](https://huggingface.co/None)", name).replace(NO_LICENCE, "")
+    card = card.replace(QUESTION, "Why is the sky blue?")
     if not chat:
         card = card.replace(CHAT_CALL, "generator(question, ")
     added = "".join(f"### {heading}\n\n{text}\n\n" for heading, text in sections.items())
@@ -119,4 +123,5 @@ def complete_card(trainer: DPOTrainer, source: str | None) -> None:
         return
     sections = {"Data": f"{count}." if source is None else f"{count} of `{source}`.", "Recipe": recipe}
     chat = getattr(trainer.processing_class, "chat_template", None) is not None
-    file.write_text(completed(file.read_text(encoding="utf-8"), base, chat, sections), encoding="utf-8")
+    card = file.read_text(encoding="utf-8").replace('model="None"', f'model="{file.parent.name}"')  # not on the Hub
+    file.write_text(completed(card, base, chat, sections), encoding="utf-8")

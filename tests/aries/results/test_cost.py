@@ -5,7 +5,7 @@ from trl_ext.aries.results.cost import round_cost
 def test_by_hand():
     """
     Round 1 generated once, was killed in its training and trained again: 2.5 s, then 4 s and one run of unknown length. The SFT
-    belongs to round 0. Drafts of 3 and 5 tokens; refinements of 4 and 6 after the first only; an evaluation answer of 7.
+    belongs to round 0. The memory of the training is known. Drafts of 3 and 5 tokens; refinements of 4 and 6 after the first only; an evaluation answer of 7.
     """
     events = [
         {"event": "start", "round": 0, "stage": "sft"},
@@ -15,7 +15,14 @@ def test_by_hand():
         {"event": "note", "round": 1, "stage": "scores", "note": "2 replies without a verdict"},
         {"event": "start", "round": 1, "stage": "training (dpo)"},
         {"event": "start", "round": 1, "stage": "training (dpo)"},
-        {"event": "end", "round": 1, "stage": "training (dpo)", "seconds": 4.0},
+        {
+            "event": "end",
+            "round": 1,
+            "stage": "training (dpo)",
+            "seconds": 4.0,
+            "peak_memory": 7,
+            "peak_gpu_memory": 3,
+        },
         {"event": "start", "round": 1, "stage": "scores"},
         {"event": "note", "round": 1, "stage": "scores", "note": "3 replies without a verdict"},
         {"event": "end", "round": 1, "stage": "scores", "seconds": 1.0},
@@ -28,6 +35,6 @@ def test_by_hand():
         "generated_tokens": {"drafts": 8, "refinements": 10, "evaluation": 7},
         "stages": [
             {"stage": "scores", "seconds": 2.5, "interrupted": 0},
-            {"stage": "training (dpo)", "seconds": 4.0, "interrupted": 1},
+            {"stage": "training (dpo)", "seconds": 4.0, "interrupted": 1, "peak_memory": 7, "peak_gpu_memory": 3},
         ],
     }

@@ -109,6 +109,7 @@ def test_the_adapter_is_merged_into_the_checkpoint_not_into_nf4(recipe, base, ca
     assert "quantization_config" not in json.loads(Path("deep/merged/config.json").read_text())
     assert AutoTokenizer.from_pretrained("deep/merged").chat_template
     card = Path("deep/merged/README.md").read_text()
+    assert "licence:" not in card and "time machine" not in card
     assert "library_name: transformers\n" in card and "# Model Card for merged\n" in card
     for text in (
         "fine-tuned version of `base` on",

@@ -19,9 +19,26 @@ from tests.made_run import make_run
 
 from trl_ext.aries.data.records import write_json
 from trl_ext.aries.results.pages import decimals, visible
-from trl_ext.aries.results.report import headline, report, write_report
-from trl_ext.aries.results.report_data import Change, change, curve, drop_table, read_run, time_table, warnings
-from trl_ext.aries.results.report_samples import KINDS, SHOWN_CHARACTERS, choose, kind_of, samples, word_diff
+from trl_ext.aries.results.report import figures, headline, report, shown_scores, write_report
+from trl_ext.aries.results.report_data import (
+    Change,
+    change,
+    curve,
+    drop_table,
+    read_run,
+    time_table,
+    token_table,
+    warnings,
+)
+from trl_ext.aries.results.report_samples import (
+    KINDS,
+    SHOWN_CHARACTERS,
+    choose,
+    kind_of,
+    samples,
+    verdict,
+    word_diff,
+)
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.recipe import RecipeError
 
@@ -152,7 +169,8 @@ def test_right_is_decided_for_the_run(tmp_path):
     write_report(run.path)
     page = Page(run.report.read_text(encoding="utf-8"))
     text = flat_text(page)
-    assert "Answers that refining made improved (up) and worsened (down)" in text and "wrong → right" not in text
+    assert "better (up) and worse (down)" in text
+    assert not re.search("wrong → right|(wrong|right) [01]", text)
     assert "Mean score on 10" in text
 
 
@@ -209,6 +227,41 @@ def test_health_and_rows_left_out_of_the_sft(tmp_path):
     text = flat_text(Page(run.report.read_text(encoding="utf-8")))
     assert "2 empty_completion." in text
     assert "round 1 set aside 0.250 0.875 –" in text
+
+
+def test_tokens_per_second_and_memory_by_hand(tmp_path):
+    """
+    Round 1 of 1 took 60 s to generate 3 × 20 tokens of evaluations, its own and round 0's, and 540 more; its training read 900 tokens in 30 s.
+    Of two trainings, 2 GB and 3 GB, the larger one counts.
+    """
+    run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER])
+    for number, tokens in enumerate([(0, 0, 40), (240, 300, 20)]):
+        write_json(
+            run.round(number).cost,
+            {
+                "generated_tokens": dict(zip(("drafts", "refinements", "evaluation"), tokens, strict=True)),
+                "stages": [],
+            },
+        )
+    history = json.loads((run.round(1).training / "log_history.json").read_text())
+    history = [
+        history[0] | {"num_tokens": 300.0},
+        history[1] | {"num_tokens": 900.0},
+        history[-1] | {"train_runtime": 30.0},
+    ]
+    write_json(run.round(1).training / "log_history.json", history)
+    for peak in (2e9, 3e9):
+        run.log_event(event="end", round=1, stage="training (tdpo)", seconds=1.0, peak_memory=int(peak))
+    record = read_run(run.path)
+    before, after = token_table(record)
+    assert (before["generated_per_second"], before["trained_per_second"]) == (None, None)
+    assert (after["generated_per_second"], after["trained_per_second"]) == (10.0, 30.0)
+    times = time_table(record)
+    assert times["peaks"] == ["peak_memory"]
+    assert [stage["peak_memory"] for stage in times["stages"]] == [None, 3e9]
+    write_report(run.path)
+    text = flat_text(Page(run.report.read_text(encoding="utf-8")))
+    assert "3.0 GB" in text and "generated per second" in text
 
 
 def test_curves_go_on_from_round_to_round(tmp_path):
@@ -301,7 +354,14 @@ def test_samples_of_a_run(finished):
     before, after = sample["policies"]
     assert [before["name"], after["name"]] == ["initial model", "round 1"]
     assert before["answers"][1]["parts"] == [("same", "one"), ("old", " two"), ("same", " three"), ("new", " four")]
-    assert after["answers"][1]["unchanged"] and after["answers"][1]["right"] is False
+    assert after["answers"][1]["unchanged"] and after["answers"][1]["verdict"] == "wrong"
+
+
+def test_verdicts_by_hand():
+    """Right from a score on; without one, compared with the answer before."""
+    assert [verdict(score, 0.5, 1.0) for score in (1.0, 0.9, None)] == ["right", "wrong", None]
+    assert [verdict(score, 0.5, None) for score in (0.6, 0.5, 0.4, None)] == ["better", None, "worse", None]
+    assert verdict(0.6, None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -392,6 +452,33 @@ def test_the_page_stands_alone(page, finished):
     assert page.open == []
 
 
+def test_values_appear_on_hovering(finished):
+    """The points of a figure have their numbers as titles."""
+    html = (finished / "report.html").read_text(encoding="utf-8")
+    assert "<title>round 1, y1: 0.800 [0.490, 0.943], 10 answers</title></circle>" in html
+    assert "<title>r1, y2: 1 wrong to right, 1 right to wrong</title></rect>" in html
+    assert "<title>loss, round 1, step 3: 0.400</title></circle>" in html
+
+
+def test_empty_figures_are_left_out(tmp_path):
+    """Nothing that refining changed, no KL, one policy, scores of 0 and 1: what is left is the score by turn."""
+    run = make_run(tmp_path / "run", [TEXTS[1]], [[[1.0, 1.0], [0.0, 0.0]] * 5], rounds=1)
+    record = read_run(run.path)
+    drawn = figures(record, {0: record.evaluated[0].metrics["turns"]}, "accuracy")
+    assert [name for name, figure in drawn.items() if figure] == ["score_by_turn"]
+
+
+def test_the_spread_of_scores(tmp_path):
+    """Scores of 0 and 1 are said by their mean; others are shown turn by turn, also those that all prompts but one have."""
+    assert shown_scores(read_run(make_run(tmp_path / "binary", TEXTS, [BEFORE, AFTER]).path)) == {}
+    graded = [[[0.1 * i, None if i == 3 else 0.2 * i] for i in range(10)], AFTER]
+    run = read_run(make_run(tmp_path / "graded", TEXTS, graded).path)
+    assert shown_scores(run)["initial model"][1][:4] == [0.0, 0.2, 0.4, None]
+    write_report(run.path)
+    html = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "<title>y1, 0.000 to 0.090: initial model 1, round 1 2</title></rect>" in html
+
+
 def test_figures_follow_the_colours_of_the_page(page, finished):
     """Every colour of a figure is a variable, each figure has a title, each table its heads."""
     html = (finished / "report.html").read_text(encoding="utf-8")
@@ -401,7 +488,7 @@ def test_figures_follow_the_colours_of_the_page(page, finished):
         assert set(re.findall(r"(?:fill|stroke): (?!url)([^;\"]+)", figure)) <= COLOURS, figure
         assert re.search(r'<svg role="img" aria-labelledby="([\w-]+)"[^>]*><title id="\1">\S', figure)
         assert "<text" in figure
-    tables = re.findall(r"<table aria-label=.*?</table>", html, flags=re.DOTALL)
+    tables = re.findall(r"<table [^>]*aria-label=.*?</table>", html, flags=re.DOTALL)
     assert len(tables) >= 8 and all('<th scope="' in table for table in tables)
 
 
@@ -433,6 +520,16 @@ def test_a_run_that_got_so_far(tmp_path, finished, kept):
     assert ("Nothing has been trained yet." in text) == (kept <= 3)
     assert ("Finished" in text) == (kept == 6)
     assert ("The run did not finish" in text) == (kept < 6)
+
+
+def test_a_page_of_a_run_that_goes_on_loads_itself_again(tmp_path, page):
+    run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER], rounds=2)
+    refresh = []
+    for running in (True, False):
+        write_report(run.path, running)
+        elements = Page(run.report.read_text(encoding="utf-8")).elements
+        refresh.append(any(attrs.get("http-equiv") == "refresh" for _, attrs in elements))
+    assert refresh == [True, False]
 
 
 def test_a_run_that_stopped_says_why(tmp_path):

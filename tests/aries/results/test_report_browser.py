@@ -74,6 +74,16 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def graded_page(tmp_path_factory):
+    """Scores between and beyond 0 and 1, four turns, and a run that goes on."""
+    texts = [[["one", "one two", "one two three", "three"]] * 9, [["five", "five six", "six", "six seven"]] * 9]
+    scores = [[[turn * i * s / 9 - 0.5 for turn in range(1, 5)] for i in range(9)] for s in (1, -30)]
+    return write_report(
+        make_run(tmp_path_factory.mktemp("runs") / "graded", texts, scores, rounds=9).path, running=True
+    )
+
+
+@pytest.fixture(scope="module")
 def hostile_page(tmp_path_factory):
     return write_report(hostile_run(tmp_path_factory.mktemp("runs") / "hostile").path)
 
@@ -125,8 +135,8 @@ def test_the_browser_would_tell(browser, tmp_path):
     browser.requests.clear()
 
 
-@pytest.mark.parametrize("width", [375, 1280])
-@pytest.mark.parametrize("kind", ["page", "hostile_page", "comparison", "index"])
+@pytest.mark.parametrize("width", [375, 390, 1280])
+@pytest.mark.parametrize("kind", ["page", "graded_page", "hostile_page", "comparison", "index"])
 def test_it_fits_the_window(browser, request, kind, width):
     browser.open(request.getfixturevalue(kind), width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
@@ -134,7 +144,7 @@ def test_it_fits_the_window(browser, request, kind, width):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("kind", ["page", "comparison", "index"])
+@pytest.mark.parametrize("kind", ["page", "graded_page", "comparison", "index"])
 def test_it_can_be_read(browser, request, kind, scheme):
     """WCAG 2 AA: a contrast of 4.5, and the page is dark if the browser asks for it."""
     browser.open(request.getfixturevalue(kind), scheme=scheme)
@@ -142,6 +152,57 @@ def test_it_can_be_read(browser, request, kind, scheme):
     assert contrast >= 4.5, what
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", background))) < 64) == (scheme == "dark")
+
+
+WRAPPED = """
+[...document.querySelectorAll("td:not(.left, .long)")]
+  .filter(cell => cell.getClientRects().length && [...cell.childNodes].some(node => {
+    if (node.nodeType !== 3 || !node.data.trim()) return false;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    return new Set([...range.getClientRects()].map(line => line.top)).size > 1;
+  }))
+  .map(cell => cell.textContent)
+"""
+HIDDEN = """
+[...document.querySelectorAll("#main .scroll")].filter(box => box.getClientRects().length && box.scrollWidth > box.clientWidth + 1)
+  .map(box => box.getAttribute("aria-label"))
+"""
+
+
+@pytest.mark.parametrize("kind", ["page", "graded_page"])
+def test_tables_on_a_phone(browser, request, kind):
+    """No number is broken over two lines, and no column is out of sight."""
+    browser.open(request.getfixturevalue(kind), 390)
+    assert browser.evaluate(WRAPPED) == []
+    assert browser.evaluate(HIDDEN) == []
+
+
+def test_the_contents_stay_in_sight(browser, page):
+    browser.open(page, 390)
+    browser.evaluate("document.querySelector('#training').scrollIntoView()")
+    assert browser.evaluate("document.querySelector('nav').getBoundingClientRect().top") == 0
+    assert browser.evaluate("document.querySelector('#training h2').getBoundingClientRect().top") > 0
+
+
+@pytest.mark.parametrize("name", ["score-by-round", "score-by-turn", "histogram", "flips"])
+def test_a_value_appears_where_its_mark_is(browser, graded_page, name):
+    """What is hovered over lies on the drawing, and a point's on its marker."""
+    browser.open(graded_page)
+    found = browser.evaluate(
+        f"""(() => {{
+          const figure = document.getElementById("{name}-title").parentElement, all = figure.getBoundingClientRect();
+          const shapes = [...figure.querySelectorAll(":scope > circle, :scope > rect")].map(s => s.getBoundingClientRect());
+          const marks = [...figure.querySelectorAll("use")].map(s => s.getBoundingClientRect());
+          const middle = s => [s.x + s.width / 2, s.y + s.height / 2];
+          const near = (s, m) => Math.hypot(middle(s)[0] - middle(m)[0], middle(s)[1] - middle(m)[1]) < 2;
+          return [shapes.length, shapes.every(s => s.x >= all.x - 1 && s.y >= all.y - 1 && s.right <= all.right + 1 && s.bottom <= all.bottom + 1),
+                  shapes.every(s => marks.some(m => near(s, m)))];
+        }})()"""
+    )
+    assert found[0] >= 2 and found[1]
+    if name.startswith("score"):
+        assert found[2]
 
 
 def test_small_text_on_a_phone(browser, page):

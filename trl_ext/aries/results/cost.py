@@ -1,11 +1,14 @@
 """
-Cost: the generated tokens and the seconds of a round. They are kept apart from the metrics, which hold no clock times.
+Cost: the generated tokens, the seconds and the memory of a round. They are kept apart from the metrics, which hold no clock times.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 from ..data.records import Chain
+
+
+PEAKS = ("peak_memory", "peak_gpu_memory")
 
 
 def round_cost(
@@ -22,7 +25,8 @@ def round_cost(
 
     Returns:
         `dict`: `generated_tokens` of `drafts`, `refinements` and `evaluation`, without critiques, whose tokens are not recorded; and `stages`,
-        for each stage of the round its name, the `seconds` of its finished runs, and how many were `interrupted`, whose time is unknown.
+        for each stage of the round its name, the `seconds` of its finished runs, how many were `interrupted`, whose time is unknown, and
+        if known the `peak_memory` and `peak_gpu_memory` of its largest process in bytes.
     """
     drafts = refinements = 0
     for chain in chains:
@@ -51,4 +55,5 @@ def stage_times(events: list[dict[str, Any]], number: int) -> list[dict[str, Any
         else:
             stage["interrupted"] -= 1
             stage["seconds"] = round(stage["seconds"] + event["seconds"], 3)
+            stage |= {key: max(event[key], stage.get(key, 0)) for key in PEAKS if key in event}
     return list(stages.values())

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...outputs import check_new, new_directory
 from ...recipe import RecipeError
+from ...terminal import no_weight_bars
 from ..checks.parity import TOLERANCES, load_base, policy_logps
 from ..children import ChildError
 from ..config import AriesConfig
@@ -58,6 +59,7 @@ def export(
         [`RecipeError`]: the round cannot be exported in this form, `output` is not empty, or the repository cannot be made.
         [`~aries.children.ChildError`]: the written model is not the policy, and is removed; or the upload failed, and the directory stays.
     """
+    no_weight_bars()
     run, say = RunDir(Path(config.output_dir)), RunProgress(config.rounds).say
     if number == 0 and config.sft is None:
         raise RecipeError("`--round`: round 0 of a run without SFT is the recipe's model, unchanged.")

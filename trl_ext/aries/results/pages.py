@@ -48,6 +48,7 @@ def write_page(target: Path, template: str, **values: Any) -> Path:
         "signed": partial(decimals, sign="+"),
         "interval": interval,
         "slug": lambda text: re.sub(r"\W+", "-", text.lower()),
+        "gigabytes": lambda count: f"{count / 1e9:,.1f} GB",
         "capital": lambda text: text[:1].upper() + text[1:],
     }
     values |= {"written": time.strftime("%Y-%m-%d %H:%M %z"), "version": trl_ext.__version__}

@@ -13,6 +13,7 @@ from ...recipe import RecipeError
 from ..checks.overlap import prompts_kind
 from ..data.records import read_json
 from ..run_dir import RunDir
+from ..scoring.evaluation import of_turn
 from .pages import write_page
 from .report_data import (
     Change,
@@ -23,9 +24,11 @@ from .report_data import (
     flat,
     read_run,
     time_table,
+    token_table,
     training_table,
     warnings,
 )
+from .report_pairs import pair_samples
 from .report_samples import samples
 
 
@@ -59,6 +62,18 @@ CURVES = {
     "Entropy": ("entropy",),
     "Learning rate": ("learning_rate",),
 }
+# Metrics of a training whose last value is shown, if they were logged
+LAST_LOGGED = {
+    "step": "steps",
+    "train_loss": "mean loss",
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "logps/chosen": "logps chosen",
+    "logps/rejected": "logps rejected",
+    "grad_norm": "gradient norm",
+    "entropy": "entropy",
+    "mean_token_accuracy": "token accuracy",
+}
 
 
 def report(path: Path) -> int:
@@ -89,6 +104,7 @@ def view(run: RunRecord) -> dict[str, Any]:
     )
     label = "accuracy" if binary else "mean score"
     compared = changes(run) if run.evaluated else {}
+    training = training_table(run)
     manifests = [round_ for round_ in run.rounds if round_.manifest]
     return {
         "name": run.path.resolve().name,
@@ -103,11 +119,15 @@ def view(run: RunRecord) -> dict[str, Any]:
         "ended": times[-1] if times else None,
         "figures": figures(run, metrics, label),
         "flipped": has_flips(metrics),
+        "binary": binary,
         "curves": training_figures(run),
-        "training": training_table(run),
+        "training": training,
+        "last_logged": {key: title for key, title in LAST_LOGGED.items() if any(key in row for row in training)},
         "drops": drop_table(run),
+        "pairs": pair_samples(run),
         "samples": samples(run) if run.evaluated else None,
         "times": time_table(run),
+        "tokens": token_table(run),
         "settings": flat({key: value for key, value in run.resolved.items() if key != "inputs"}),
         "inputs": run.resolved["inputs"],
         "resolved": run.resolved,
@@ -145,24 +165,39 @@ def has_flips(metrics: Metrics) -> bool:
 
 
 def figures(run: RunRecord, metrics: Metrics, label: str) -> dict[str, "Markup | None"]:
-    """The figures for which there is data."""
+    """The figures that have something to show. With one policy there is nothing to draw by round."""
     from . import report_figures as draw  # imports matplotlib, half a second
 
     if not metrics:
         return {}
-    scored = any(turn["score"] is not None for turns in metrics.values() for turn in turns)
-    keys, parent = (("improved", "worsened"), "changes")
+    every = [turn for turns in metrics.values() for turn in turns]
+    scored, several = any(turn["score"] is not None for turn in every), len(metrics) > 1
+    keys, parent, names = ("improved", "worsened"), "changes", ("better", "worse")
     if has_flips(metrics):
-        keys, parent = (("wrong_to_right", "right_to_wrong"), "flips")
-    changed = any(turn[parent] for turns in metrics.values() for turn in turns)
+        keys, parent = ("wrong_to_right", "right_to_wrong"), "flips"
+        names = tuple(key.replace("_", " ") for key in keys)
+    changed = any(turn[parent] and any(turn[parent][key] for key in keys) for turn in every)
     kl = {r.number: r.metrics["kl_to_initial"] for r in run.evaluated if r.metrics.get("kl_to_initial")}
+    moved = any(entry["per_answer"] for entry in kl.values())
+    has_lengths = several and any(turn["tokens"] for turn in every)
+    spread = shown_scores(run) if scored else {}
     return {
-        "score_by_round": draw.score_by_round(metrics, label) if scored else None,
+        "score_by_round": draw.score_by_round(metrics, label) if scored and several else None,
         "score_by_turn": draw.score_by_turn(metrics, label) if scored and run.turns > 1 else None,
-        "flips": draw.flips(metrics, keys, parent) if changed else None,
-        "lengths": draw.lengths(metrics),
-        "divergence": draw.divergence(kl) if kl else None,
+        "histogram": draw.histogram(spread, "score") if spread else None,
+        "flips": draw.flips(metrics, keys, parent, names) if changed else None,
+        "lengths": draw.lengths(metrics) if has_lengths else None,
+        "divergence": draw.divergence(kl) if moved and len(kl) > 1 else None,
     }
+
+
+def shown_scores(run: RunRecord) -> dict[str, list[list[float | None]]]:
+    """Scores by turn of the first and the last policy; nothing if they take so few values that means say it all."""
+    policies = {round_.name: round_.scores for round_ in dict.fromkeys([run.evaluated[0], run.evaluated[-1]])}
+    values = {score for scores in policies.values() for row in scores for score in row if score is not None}
+    if len(values) <= 2:
+        return {}
+    return {name: [of_turn(scores, turn) for turn in range(1, run.turns + 1)] for name, scores in policies.items()}
 
 
 def training_figures(run: RunRecord) -> list[tuple[str, "Markup"]]:

@@ -16,7 +16,7 @@ from ..config import EvaluationConfig
 from ..data.records import read_json, read_jsonl
 from ..run_dir import RoundDir, RunDir
 from ..scoring.evaluation import Scores, both_scored, difference_interval, of_turn
-from .cost import stage_times
+from .cost import PEAKS, stage_times
 from .state import RunState, read_state
 from .tables import policy_name
 
@@ -74,6 +74,9 @@ class RunRecord:
     @property
     def evaluated(self) -> list[RoundRecord]:
         return [round_ for round_ in self.rounds if round_.metrics is not None]
+
+    def round(self, number: int) -> RoundRecord:
+        return next(round_ for round_ in self.rounds if round_.number == number)
 
     @property
     def turns(self) -> int:
@@ -243,26 +246,62 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def time_table(run: RunRecord) -> dict[str, Any]:
-    """Seconds of each stage by round, in the order of their first start, and how many stages were interrupted."""
+    """Seconds of each stage by round and its peak memory, in the order of their first start, and how many stages were interrupted."""
     by_stage: dict[str, dict[int, float]] = {}
+    peaks: dict[str, dict[str, int]] = {}
     interrupted = 0
     for round_ in run.rounds:
         for stage in stage_times(run.events, round_.number):
             by_stage.setdefault(stage["stage"], {})[round_.number] = stage["seconds"]
+            held = peaks.setdefault(stage["stage"], {})
+            held |= {key: max(stage[key], held.get(key, 0)) for key in PEAKS if key in stage}
             interrupted += stage["interrupted"]
     if run.state.kind == "running" and run.state.in_stage:
-        interrupted -= 1  # it goes on
+        interrupted = max(0, interrupted - 1)  # one goes on, maybe in a round that has no directory yet
     total = sum(sum(seconds.values()) for seconds in by_stage.values())
     return {
         "stages": [
             {"name": name, "rounds": seconds, "total": sum(seconds.values()), "share": sum(seconds.values()) / total}
+            | dict.fromkeys(PEAKS)
+            | peaks[name]
             for name, seconds in by_stage.items()
             if total > 0
         ],
         "rounds": [round_.number for round_ in run.rounds],
+        "peaks": [key for key in PEAKS if any(key in held for held in peaks.values())],
         "total": total,
         "interrupted": interrupted,
     }
+
+
+def token_table(run: RunRecord) -> list[dict[str, Any]]:
+    """
+    For each round its generated tokens, and tokens per second of generation and training, `None` if they are not known. Answering round n's
+    prompts includes the evaluation of round n − 1's policy, and in the last round of its own.
+    """
+    generated = {round_.number: round_.cost["generated_tokens"] for round_ in run.rounds if round_.cost}
+    rows = []
+    for number, tokens in generated.items():
+        stages = {stage["stage"]: stage for stage in stage_times(run.events, number)}
+        stage = stages.get("drafts and refinements")
+        answered = [
+            tokens["drafts"],
+            tokens["refinements"],
+            *(tokens["evaluation"] for _ in range(number == run.resolved["rounds"])),
+        ]
+        answered += [generated[number - 1]["evaluation"]] if number - 1 in generated else []
+        known = stage is not None and not stage["interrupted"] and stage["seconds"] > 0 and number > 0
+        history = {key: value for row in run.round(number).history or [] for key, value in row.items()}
+        trained, seconds = history.get("num_tokens"), history.get("train_runtime")
+        rows.append(
+            {
+                "name": run.round(number).name,
+                **tokens,
+                "generated_per_second": sum(answered) / stage["seconds"] if known else None,
+                "trained_per_second": trained / seconds if trained and seconds else None,
+            }
+        )
+    return rows
 
 
 def drop_table(run: RunRecord) -> list[dict[str, Any]]:

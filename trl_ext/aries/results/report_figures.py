@@ -2,21 +2,24 @@
 Figures of the pages: numbers in, inline SVG out.
 
 Text stays text and colours are CSS variables, so that a figure follows the page into dark mode and onto paper. Besides its colour, each
-series has its own marker and dash. The same numbers give the same bytes.
+series has its own marker and dash. Values appear on hovering. The same numbers give the same bytes.
 """
 
 import io
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from .pages import decimals, interval
 
 
 # Placeholder colours -> CSS variables of the page
@@ -43,31 +46,69 @@ STYLE = {
     "ytick.color": INK,
 }
 DODGE = 0.07  # between series, so that their intervals do not overlap
+BINS = 20
+HOVERS = 100  # of a curve
+RADIUS = 5.0  # of what is hovered over, in points
 
 Turns = list[dict[str, Any]]  # the `turns` of a round's metrics
 Segment = tuple[str, list[float], list[float]]  # a round's name, steps and values of a logged metric
 
 
-def render(name: str, title: str, draw: Callable[[Axes], None], height: float = HEIGHT) -> Markup:
+class Hover(NamedTuple):
+    """A text that appears over a point or, without `y`, over a column of the figure, as wide as a bar of 1."""
+
+    axes: Axes
+    x: float
+    y: float | None
+    text: str
+    width: float = 1.0
+
+
+def render(name: str, title: str, draw: Callable[..., list[Hover]], height: float = HEIGHT, panels: int = 1) -> Markup:
     """
-    Draw a figure. `name` is unique on the page and begins the ids inside the figure; `title` describes it for screen readers.
+    Draw a figure. `name` is unique on the page and begins the ids inside the figure; `title` describes it for screen readers. `draw` gets the
+    axes, `panels` of them one above the other, and returns what appears on hovering.
     """
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.tick_params(length=0)
-        axes.set_axisbelow(True)
-        axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-        draw(axes)
-        handles, labels = axes.get_legend_handles_labels()
+        figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=72)  # an SVG's points
+        grid = figure.subplots(panels, sharex=True, squeeze=False)[:, 0]
+        for axes in grid:
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.grid(axis="y", color=GRID, linewidth=0.8)
+            axes.tick_params(length=0)
+            axes.set_axisbelow(True)
+            axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        hovers = draw(*grid)
+        handles, labels = grid[0].get_legend_handles_labels()
         if len(labels) > 1:
             columns = min(len(labels), 4)
             figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, columnspacing=1.2)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
-    return inline(file.getvalue(), name, title)
+        shapes = "".join(hovered(hover, 72 * height) for hover in hovers)
+    return inline(file.getvalue().replace("</svg>", f"{shapes}</svg>"), name, title)
+
+
+def hovered(hover: Hover, height: float) -> str:
+    """The invisible shape that has a text. Figures begin at the bottom, SVG begins at the top."""
+    text = f'fill-opacity="0"><title>{escape(hover.text)}</title>'
+    if hover.y is not None:
+        x, y = hover.axes.transData.transform((hover.x, hover.y))
+        return f'<circle cx="{x:.1f}" cy="{height - y:.1f}" r="{RADIUS}" {text}</circle>'
+    box = hover.axes.bbox
+    left, right = (hover.axes.transData.transform((hover.x + side * hover.width / 2, 0.0))[0] for side in (-1.0, 1.0))
+    place = f'x="{left:.1f}" y="{height - box.y1:.1f}" width="{right - left:.1f}" height="{box.height:.1f}"'
+    return f"<rect {place} {text}</rect>"
+
+
+def said(values: dict[str, Any]) -> str:
+    """A score with its interval and, if some prompts have none, its number of answers."""
+    bounds = f" {interval(values['interval'])}" if values["interval"] else ""
+    return f"{decimals(values['score'])}{bounds}, {values['scored']:,} answers"
+
+
+def policy(number: int) -> str:
+    return "start" if number == 0 else f"round {number}"
 
 
 def inline(svg: str, name: str, title: str) -> Markup:
@@ -103,14 +144,15 @@ def round_axis(axes: Axes, rounds: Sequence[int]) -> None:
 def score_by_round(metrics: dict[int, Turns], label: str) -> Markup:
     """A line per turn."""
 
-    def draw(axes: Axes) -> None:
-        turns = len(next(iter(metrics.values())))
+    def draw(axes: Axes) -> list[Hover]:
+        turns, hovers = len(next(iter(metrics.values()))), []
         for turn in range(turns):
-            points = [(number, of_round[turn]) for number, of_round in metrics.items()]
             offset = (turn - (turns - 1) / 2) * DODGE
-            line(axes, [(x + offset, values) for x, values in points], turn_name(turn + 1), turn)
+            points = [(n + offset, of_round[turn], f"{policy(n)}, y{turn + 1}") for n, of_round in metrics.items()]
+            hovers += line(axes, points, turn_name(turn + 1), turn)
         round_axis(axes, list(metrics))
         score_axis(axes, label)
+        return hovers
 
     return render("score-by-round", f"{label} by round, one line for each answer of the chain", draw)
 
@@ -119,15 +161,17 @@ def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
     """A line per round; with many rounds, only the first and the last three."""
     shown = list(metrics) if len(metrics) <= 4 else [*list(metrics)[:1], *list(metrics)[-3:]]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> list[Hover]:
+        hovers = []
         for index, number in enumerate(shown):
             offset = (index - (len(shown) - 1) / 2) * DODGE
-            points = [(turn["turn"] + offset, turn) for turn in metrics[number]]
-            line(axes, points, "start" if number == 0 else f"round {number}", index)
+            points = [(turn["turn"] + offset, turn, f"{policy(number)}, y{turn['turn']}") for turn in metrics[number]]
+            hovers += line(axes, points, policy(number), index)
         turns = [turn["turn"] for turn in metrics[shown[0]]]
         axes.set_xticks(turns, [turn_name(turn) for turn in turns])
         axes.set_xlim(turns[0] - 0.4, turns[-1] + 0.4)
         score_axis(axes, label)
+        return hovers
 
     return render(
         "score-by-turn", f"{label} from the direct answer to the last refinement, one line for each round", draw
@@ -137,26 +181,66 @@ def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
 def score_by_run(turn: int, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> Markup:
     """A line per run, of one turn."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> list[Hover]:
+        hovers = []
         for index, (name, points) in enumerate(lines.items()):
             offset = (index - (len(lines) - 1) / 2) * DODGE
-            line(axes, [(number + offset, metrics) for number, metrics in points], name, index)
+            named = [(number + offset, metrics, f"{name}, {policy(number)}") for number, metrics in points]
+            hovers += line(axes, named, name, index)
         round_axis(axes, sorted({number for points in lines.values() for number, _ in points}))
         score_axis(axes, f"mean score of {turn_name(turn)}")
+        return hovers
 
     return render(f"score-of-y{turn}", f"Mean score of y{turn} by round, one line for each run", draw)
 
 
-def line(axes: Axes, points: list[tuple[float, dict[str, Any]]], label: str, index: int) -> None:
-    """Scores with their intervals."""
-    points = [(x, turn) for x, turn in points if turn["score"] is not None]
+def line(axes: Axes, points: list[tuple[float, dict[str, Any], str]], label: str, index: int) -> list[Hover]:
+    """Scores with their intervals. A point has its place, its metrics and its name."""
+    points = [point for point in points if point[1]["score"] is not None]
     if not points:
-        return
-    xs, scores = [x for x, _ in points], [turn["score"] for _, turn in points]
-    intervals = [turn["interval"] or [turn["score"]] * 2 for _, turn in points]
+        return []
+    xs, scores = [x for x, _, _ in points], [turn["score"] for _, turn, _ in points]
+    intervals = [turn["interval"] or [turn["score"]] * 2 for _, turn, _ in points]
     errors = [[max(0.0, s - i[0]) for s, i in zip(scores, intervals, strict=True)]]
     errors += [[max(0.0, i[1] - s) for s, i in zip(scores, intervals, strict=True)]]
     axes.errorbar(xs, scores, yerr=errors, label=label, elinewidth=1.2, capsize=2, **look(index))
+    return [Hover(axes, x, turn["score"], f"{name}: {said(turn)}") for x, turn, name in points]
+
+
+def histogram(policies: dict[str, list[list[float | None]]], label: str) -> Markup:
+    """
+    Scores by turn, one panel for each, of one or two policies: the last one as bars, the one before as a line.
+
+    Args:
+        policies (`dict[str, list[list[float | None]]]`):
+            For each policy its name and, for each turn, the scores that are shown.
+        label (`str`):
+            What the scores are.
+    """
+    columns = {name: [[s for s in turn if s is not None] for turn in turns] for name, turns in policies.items()}
+    everything = [score for turns in columns.values() for turn in turns for score in turn]
+    edges = np.linspace(min(everything), max(everything), BINS + 1)
+    *before, last = columns
+
+    def draw(*panels: Axes) -> list[Hover]:
+        hovers = []
+        for turn, axes in enumerate(panels):
+            counts = {name: np.histogram(turns[turn], edges)[0] for name, turns in columns.items()}
+            axes.bar(edges[:-1], counts[last], np.diff(edges), align="edge", color=SERIES[1], label=last, alpha=0.6)
+            for name in before:
+                axes.stairs(counts[name], edges, color=SERIES[0], linewidth=1.4, label=name)
+            axes.set_ylabel(f"y{turn + 1}", rotation=0, ha="right", va="center")
+            axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+            for place, (low, high) in enumerate(pairwise(edges)):
+                text = ", ".join(f"{name} {of_policy[place]:,}" for name, of_policy in counts.items())
+                where = f"y{turn + 1}, {decimals(low)} to {decimals(high)}"
+                hovers.append(Hover(axes, (low + high) / 2, None, f"{where}: {text}", high - low))
+        panels[-1].set_xlabel(label)
+        return hovers
+
+    turns = len(columns[last])
+    title = f"Number of evaluation answers by {label}, one panel for each answer of the chain"
+    return render("histogram", title, draw, height=0.6 + 0.75 * turns, panels=turns)
 
 
 def score_axis(axes: Axes, label: str) -> None:
@@ -164,7 +248,7 @@ def score_axis(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
 
 
-def flips(metrics: dict[int, Turns], keys: tuple[str, str], parent: str) -> Markup:
+def flips(metrics: dict[int, Turns], keys: tuple[str, str], parent: str, names: tuple[str, str]) -> Markup:
     """Bars up and down: how many answers refining made better and worse, by round and turn."""
     bars = [
         (f"{'start' if number == 0 else f'r{number}'}\ny{turn['turn']}", turn[parent])
@@ -173,33 +257,42 @@ def flips(metrics: dict[int, Turns], keys: tuple[str, str], parent: str) -> Mark
         if turn[parent]
     ]
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> list[Hover]:
         xs = range(len(bars))
         up, down = ([values[key] for _, values in bars] for key in keys)
-        axes.bar(xs, up, 0.7, color=GOOD, label=keys[0].replace("_", " "))
-        axes.bar(xs, [-n for n in down], 0.7, color=BAD, label=keys[1].replace("_", " "), hatch="////", edgecolor=GRID)
+        axes.bar(xs, up, 0.7, color=GOOD, label=names[0])
+        axes.bar(xs, [-n for n in down], 0.7, color=BAD, label=names[1], hatch="////", edgecolor=GRID)
         axes.set_xlim(-0.6, max(len(bars), 6) - 0.4)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xticks(list(xs), [name for name, _ in bars], fontsize=8 if len(bars) <= 12 else 6)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
         axes.set_ylabel("answers")
+        return [
+            Hover(axes, x, None, f"{name.replace(chr(10), ', ')}: {up[x]:,} {names[0]}, {down[x]:,} {names[1]}")
+            for x, (name, _) in enumerate(bars)
+        ]
 
-    return render("flips", f"Answers that refining made {keys[0]} (up) and {keys[1]} (down)".replace("_", " "), draw)
+    return render("flips", f"Answers that refining changed: {names[0]} (up) and {names[1]} (down)", draw)
 
 
 def lengths(metrics: dict[int, Turns]) -> Markup:
     """Mean tokens, a line per turn."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> list[Hover]:
+        hovers = []
         for turn in range(len(next(iter(metrics.values())))):
             points = [(n, turns[turn]["tokens"]) for n, turns in metrics.items() if turns[turn]["tokens"] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=turn_name(turn + 1), **look(turn))
+            hovers += [
+                Hover(axes, n, tokens, f"{policy(n)}, y{turn + 1}: {tokens:,.1f} tokens") for n, tokens in points
+            ]
         round_axis(axes, list(metrics))
         axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_ylabel("mean tokens of an answer")
+        return hovers
 
     return render(
         "lengths", "Mean length of the answers in tokens by round, one line for each answer of the chain", draw
@@ -209,13 +302,17 @@ def lengths(metrics: dict[int, Turns]) -> Markup:
 def divergence(kl: dict[int, dict[str, Any]]) -> Markup:
     """KL to the policy before round 1, with two standard errors."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> list[Hover]:
         values = [entry["per_answer"] for entry in kl.values()]
         errors = [2 * (entry["standard_error"] or 0.0) for entry in kl.values()]
         axes.errorbar(list(kl), values, yerr=errors, elinewidth=1.2, capsize=2, **look(0))
         round_axis(axes, list(kl))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_ylabel("KL to the start, nats per answer")
+        return [
+            Hover(axes, n, value, f"{policy(n)}: {decimals(value)} ± {decimals(error)} nats")
+            for n, value, error in zip(kl, values, errors, strict=True)
+        ]
 
     return render(
         "divergence", "KL of the policy to the one before round 1, in nats per direct answer, by round", draw
@@ -225,8 +322,16 @@ def divergence(kl: dict[int, dict[str, Any]]) -> Markup:
 def curves(name: str, title: str, metrics: dict[str, list[Segment]]) -> Markup:
     """Logged metrics of the training over its steps, round after round."""
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes) -> list[Hover]:
+        hovers = []
         for index, (metric, segments) in enumerate(metrics.items()):
+            points = [
+                (step, value, label)
+                for label, steps, values in segments
+                for step, value in zip(steps, values, strict=True)
+            ]
+            for step, value, label in points[:: -(-len(points) // HOVERS)]:
+                hovers.append(Hover(axes, step, value, f"{metric}, {label}, step {step:,.0f}: {decimals(value)}"))
             style = look(index) | {"markersize": 3, "linewidth": 1.4}
             for place, (_, steps, values) in enumerate(segments):
                 style["marker"] = MARKERS[index] if len(steps) < 30 else ""
@@ -242,5 +347,6 @@ def curves(name: str, title: str, metrics: dict[str, list[Segment]]) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("step")
+        return hovers
 
     return render(name, f"{title} over the training steps", draw, height=2.3)

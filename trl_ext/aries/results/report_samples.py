@@ -32,9 +32,9 @@ KINDS = (
 )
 
 
-def shorten(text: str) -> tuple[str, int]:
+def shorten(text: str, most: int = SHOWN_CHARACTERS) -> tuple[str, int]:
     """The start of a text, and how many characters were left out."""
-    return text[:SHOWN_CHARACTERS], max(0, len(text) - SHOWN_CHARACTERS)
+    return text[:most], max(0, len(text) - most)
 
 
 def word_diff(before: str, after: str) -> list[tuple[str, str]]:
@@ -129,22 +129,22 @@ def samples(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def messages(prompt: Any) -> list[dict[str, Any]]:
+def messages(prompt: Any, most: int = SHOWN_CHARACTERS) -> list[dict[str, Any]]:
     """A prompt as messages; plain text has no role."""
     rows = [{"role": None, "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": row.get("role"), "text": shorten(str(row.get("content") or ""))} for row in rows]
+    return [{"role": row.get("role"), "text": shorten(str(row.get("content") or ""), most)} for row in rows]
 
 
 def answers(policy: RoundRecord, index: int, correct_score: float | None) -> list[dict[str, Any]]:
     """y1, y2, ... of one prompt, each with what it changed in the answer before."""
-    rows, before = [], None
+    rows, before, score_before = [], None, None
     for answer, score in zip(policy.chains[index]["answers"], policy.scores[index], strict=False):
         text, left_out = shorten(answer["text"])
         rows.append(
             {
                 "turn": answer["turn"],
                 "score": score,
-                "right": None if score is None or correct_score is None else score >= correct_score,
+                "verdict": verdict(score, score_before, correct_score),
                 "tokens": answer["tokens"],
                 "truncated": answer["finish_reason"] == "length",
                 "unchanged": text == before,
@@ -153,5 +153,14 @@ def answers(policy: RoundRecord, index: int, correct_score: float | None) -> lis
                 "critique": shorten(answer["critique"]) if answer.get("critique") else None,
             }
         )
-        before = text
+        before, score_before = text, score
     return rows
+
+
+def verdict(score: float | None, before: float | None, correct_score: float | None) -> str | None:
+    """ "right" or "wrong"; if these are not defined, whether an answer is "better" or "worse" than the one before."""
+    if score is None:
+        return None
+    if correct_score is not None:
+        return "right" if score >= correct_score else "wrong"
+    return None if before is None or score == before else "better" if score > before else "worse"

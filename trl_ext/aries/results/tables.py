@@ -56,18 +56,21 @@ def answers_table(metrics: dict[int, dict[str, Any]], has_sft: bool) -> Table:
     last = max(metrics)
     table = Table(title=f"Answer by answer: {policy_name(last, has_sft)}", title_justify="left")
     table.add_column("answer")
-    for name in ("win rate\nover round 0", "refining\nbetter, worse", "wrong→right,\nright→wrong", "left\nas it was"):
+    right_defined = any(turn["flips"] is not None for turn in metrics[last]["turns"])
+    flipped = ["wrong→right,\nright→wrong"] if right_defined else []
+    for name in ("win rate\nover round 0", "refining\nbetter, worse", *flipped, "left\nas it was"):
         table.add_column(name, justify="right")
     table.add_column("tokens" if last == 0 else "tokens\n(round 0)", justify="right")
     table.add_column("cut off", justify="right")
     initial = metrics[0]["turns"] if last > 0 and 0 in metrics else [{"tokens": None}] * len(metrics[last]["turns"])
     for turn, first in zip(metrics[last]["turns"], initial, strict=True):
-        wins, changed, flipped = turn["win_rate_round_0"], turn["changes"], turn["flips"]
+        wins, changed, flips = turn["win_rate_round_0"], turn["changes"], turn["flips"]
+        counts = "-" if flips is None else f"{flips['wrong_to_right']}, {flips['right_to_wrong']}"
         table.add_row(
             f"y{turn['turn']}",
             "-" if wins is None else f"{wins['win_rate']:.3f}{interval_line(wins['interval'])}",
             "-" if changed is None else f"{changed['improved']}, {changed['worsened']}",
-            "-" if flipped is None else f"{flipped['wrong_to_right']}, {flipped['right_to_wrong']}",
+            *([counts] if right_defined else []),
             "-" if turn["identical"] is None else f"{turn['identical']:.0%}",
             ("-" if turn["tokens"] is None else f"{turn['tokens']:.0f}")
             + ("" if first["tokens"] is None else f" ({first['tokens']:.0f})"),

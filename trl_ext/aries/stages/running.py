@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...recipe import RecipeError
-from ..children import ChildError, run_child
+from ..children import ChildError, Peak, run_child
 from ..config import AriesConfig
 from ..provenance import note_made
 from ..results.progress import WARNING, RunProgress
@@ -40,10 +40,12 @@ class Stages:
         self.dir = RunDir(Path(config.output_dir))
         self.at = (0, "check")  # round and stage, for the error that stops the run
         self._told = False  # whether the user knows that reports need matplotlib
+        self._peaks: list[Peak] = []  # of the stage's processes
 
     def start(self, stage: str, message: Any, log: Path, update: Update, **options: Any) -> None:
         """Run a process of `stages/` to its end."""
-        run_child(f"trl_ext.aries.stages.{stage}", message, log, update, on_note=self.note, **options)
+        peak = run_child(f"trl_ext.aries.stages.{stage}", message, log, update, on_note=self.note, **options)
+        self._peaks += filter(None, [peak])
 
     def start_answering(self, stage: str, answering: int, name: str, log: str, **options: Any) -> None:
         """[`start`] a stage for a policy that answers."""
@@ -69,14 +71,23 @@ class Stages:
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Update]:
         """Show a stage while it runs, and log its start and end."""
-        start = time.monotonic()
+        start, self._peaks = time.monotonic(), []
         self.at = (number, name)
         self.dir.log_event(event="start", round=number, stage=name)
         with self.progress.stage(number, name) as update:
             yield recorded(update, self.dir, number, name)
         self.dir.progress.unlink(missing_ok=True)
         note_made(self.dir, self.config.rounds)
-        self.dir.log_event(event="end", round=number, stage=name, seconds=round(time.monotonic() - start, 3))
+        seconds = round(time.monotonic() - start, 3)
+        self.dir.log_event(event="end", round=number, stage=name, seconds=seconds, **self.peaks())
+
+    def peaks(self) -> dict[str, int]:
+        """The most memory that one process of the stage held, in bytes, if known."""
+        found = {
+            "peak_memory": [peak.memory for peak in self._peaks],
+            "peak_gpu_memory": [peak.gpu for peak in self._peaks if peak.gpu],
+        }
+        return {key: max(values) for key, values in found.items() if values}
 
     @contextmanager
     def stops_reported(self) -> Iterator[None]:
