@@ -98,9 +98,9 @@ def test_the_default_templates_hold_question_and_draft(template):
 
 def test_the_default_templates_hold_what_their_strategy_adds():
     prompt = refinement_prompt("x", ["FIRST", "SECOND"], compile_template(FEW_SHOT_TEMPLATE))
-    assert "Attempt 1:\n\nFIRST\n\nAttempt 2:\n\nSECOND\n\nWrite a better" in prompt
+    assert "Attempt 1:\n\nFIRST\n\nAttempt 2:\n\nSECOND\n\nIf one of" in prompt
     template = compile_template(SELF_EVALUATION_TEMPLATE)
-    assert "the draft:\n\nTOO SHORT\n\nWrite a better" in refinement_prompt("x", ["a"], template, critique="TOO SHORT")
+    assert "the draft:\n\nTOO SHORT\n\nIf the draft" in refinement_prompt("x", ["a"], template, critique="TOO SHORT")
     # Training rows have no critique: what is left is the chain's template
     assert refinement_prompt("x", ["a"], template) == refinement_prompt(
         "x", ["a"], compile_template(REFINEMENT_TEMPLATE)
