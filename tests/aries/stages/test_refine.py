@@ -59,7 +59,7 @@ def check(rows: list[dict], prompts: list[dict]) -> None:
     assert [row["prompt"] for row in rows] == [prompt["prompt"] for prompt in prompts]
     assert len({row["answer"] for row in rows}) > 1
     for row in rows:
-        answers = [answer for answer in row["answers"] if answer["finish_reason"] == "stop"]
+        answers = [answer for answer in row["answers"] if answer["finish_reason"] == "stop" and answer["text"]]
         assert [answer["turn"] for answer in row["answers"]] == list(range(1, TURNS + 1))
         if answers:
             best = max(answers, key=lambda answer: (answer["score"], answer["turn"]))
