@@ -257,7 +257,7 @@ def keep_templates(config: AriesConfig) -> AriesConfig:
         return config
     begun = lookup(recorded, "template")
     if (
-        lookup(recorded, "strategy") == refinements.strategy
+        lookup(recorded, "strategy") in (None, refinements.strategy)  # the key is newer than some runs
         and refinements.template == TEMPLATES[refinements.strategy]
         and isinstance(begun, str)
         and was_default(begun)
