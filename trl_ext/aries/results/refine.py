@@ -365,9 +365,9 @@ def summary(work: WorkDir, config: RefineConfig) -> str:
 
 def refine_file(
     config: RefineConfig, prompts: Prompts, output: Path, file_format: str, name: str, progress: RefineProgress
-) -> None:
+) -> str:
     """
-    Refine into a new file, or continue what an earlier process left in `OUTPUT.work/`.
+    Refine into a new file, or continue what an earlier process left in `OUTPUT.work/`, and return a [`summary`].
 
     Raises:
         [`RecipeError`]: the file is there already, or `OUTPUT.work/` was begun with other settings.
@@ -382,7 +382,7 @@ def refine_file(
         write_output(work, config, output, file_format, name)
         text = summary(work, config)
     shutil.rmtree(work.path)
-    progress.say(f"{output}: {text}")
+    return text
 
 
 def refine_command(
@@ -400,7 +400,9 @@ def refine_command(
     if config.prompts is None:
         raise RecipeError("`--prompts` is missing: a file with a column `prompt`, or a dataset on the Hub.")
     prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
-    refine_file(config, prompts, output, file_format, policy_name(config, run), RefineProgress(quiet))
+    progress = RefineProgress(quiet)
+    text = refine_file(config, prompts, output, file_format, policy_name(config, run), progress)
+    progress.say(f"{output}: {text}")
     return 0
 
 
@@ -494,5 +496,6 @@ def refine(
         rows = checked_prompts([("prompts", listed, len(listed))], "prompts")
     with tempfile.TemporaryDirectory(prefix="trl-ext-refine-") as temporary:
         file = Path(temporary) / "refined.jsonl" if output is None else Path(output)
-        refine_file(config, rows, file, "jsonl", policy_name(config, directory), RefineProgress(quiet))
+        progress = RefineProgress(quiet)
+        progress.say(refine_file(config, rows, file, "jsonl", policy_name(config, directory), progress))
         return read_jsonl(file)
