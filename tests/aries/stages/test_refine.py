@@ -47,6 +47,17 @@ def test_a_killed_command_gives_the_same_file(sorting, tmp_path):
     assert not output.with_name("killed.jsonl.work").exists()
 
 
+@pytest.mark.vllm
+def test_a_run_answers_as_in_its_evaluation(whole_run):
+    """Oracle: the greedy answers of the last round's policy, its adapter and its template included, that the run evaluated."""
+    path, _ = whole_run
+    prompts = [{"prompt": row["prompt"]} for row in read_jsonl(path / "evaluation_prompts.jsonl")]
+    rows = trl_ext.refine(prompts, run=path, drafts={"temperature": 0.0}, quiet=True)
+    evaluated = read_jsonl(path / "round_02" / "evaluation.jsonl")
+    for row, chain in zip(rows, evaluated, strict=True):
+        assert [answer["text"] for answer in row["answers"]] == [answer["text"] for answer in chain["answers"]]
+
+
 def killed(command: list[str], file: Path, lines: int) -> bytes:
     """Start a command, and kill it once a file has so many lines; what the file has then."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
