@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from tests.aries import model_server
 
 import trl_ext
 from trl_ext.aries.children import ChildError, Reporter
@@ -16,7 +17,8 @@ from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl, read_rows, write_jsonl
 from trl_ext.aries.results import refine as module
 from trl_ext.aries.results.refine import WorkDir, choose, resolve
-from trl_ext.aries.stages.refine import main as stage
+from trl_ext.aries.scoring.reward_model import RewardModel
+from trl_ext.aries.stages import refine as stages
 from trl_ext.cli import main
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
@@ -40,7 +42,7 @@ class Played:
             self.fails.remove(message.step)
             raise ChildError("killed")
         if message.step != "answers":
-            return stage(message, Reporter(io.StringIO()))
+            return stages.main(message, Reporter(io.StringIO()))
         work = WorkDir(message.work)
         turns = work.read_config().refinements.turns
         chains = [
@@ -128,6 +130,42 @@ def test_without_scores_nobody_is_asked(played, select, turns):
     assert main([*COMMAND, "--select", select]) == 0
     assert [row["turn"] for row in read_jsonl(Path("out.jsonl"))] == turns
     assert played.steps == ["answers"]
+
+
+def test_the_best_by_a_judge(played):
+    """Longer is better, in both places."""
+    judge = model_server.ChatServer(
+        lambda a, b: "[[A]]" if len(a) > len(b) else "[[B]]" if len(a) < len(b) else "[[C]]"
+    )
+    flags = [
+        "--select",
+        "judge",
+        "--scores.judge.model",
+        "m",
+        "--scores.judge.template",
+        "A={{ answer_a }}\nB={{ answer_b }}",
+    ]
+    with model_server.running(judge):
+        assert main([*COMMAND, *flags, f"--scores.judge.base_url={judge.url}"]) == 0
+    rows = read_jsonl(Path("out.jsonl"))
+    assert [(row["answer"], row["turn"]) for row in rows] == [("2 1", 4), ("3 4", 1)]
+    assert [answer["score"] for answer in rows[1]["answers"]] == [1.0, 0.5, 0.5, 0.0]
+
+
+def test_a_reward_model_has_a_process_of_its_own(played, monkeypatch):
+    """Which fills the cache; here it is filled by the length of the answers."""
+
+    def score(self, tasks, cache, progress):
+        for chain, _ in (item for task in tasks for item in task):
+            rows = zip(self.keys(chain, {}), chain.answers, strict=True)
+            cache.add([{"key": key, "score": float(len(answer.text))} for key, answer in rows if key not in cache])
+        return []
+
+    monkeypatch.setattr(RewardModel, "score", score)
+    monkeypatch.setattr(stages, "check_reward_model", lambda name, revision, conversational: None)
+    assert main([*COMMAND, "--select", "reward_model", "rm"]) == 0
+    assert [row["score"] for row in read_jsonl(Path("out.jsonl"))] == [3.0, 3.0]
+    assert played.steps == ["check", "answers", "reward_model", "scores"]
 
 
 def test_formats(played):

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from ...model_files import load_problem
 from ...recipe import RecipeError
 from ..children import Reporter, child_main
-from ..config import HealthConfig, RefineConfig, sampling_by_turn
+from ..config import RefineConfig, sampling_by_turn
 from ..data.records import read_json, read_rows, write_jsonl
 from ..generation.chains import EngineSettings, Task
 from ..generation.generate import LORA_RANKS, answer_tasks
@@ -80,7 +80,7 @@ def answer(work: WorkDir, config: RefineConfig, report: Reporter) -> None:
         Strategy(config.refinements, config.generation.answer_pattern),
         sampling,
         (config.seed, "refine"),
-        Intake(HealthConfig(), "best_over_worst", sampling[0], report.note),
+        Intake(None, "best_over_worst", sampling[0], report.note),
     )
     answer_tasks(settings, [task], None, work.probe, report)
 
