@@ -1,6 +1,6 @@
 """
 Refinement by itself without an engine: what is asked, what is chosen, what is written, and what a killed command goes on with. The
-processes are played by [`Played`]; `tests/aries/stages/test_refine.py` has the real ones.
+processes are played by [`Played`]; `tests/aries/stages/test_refine_stage.py` has the real ones.
 """
 
 import io
@@ -16,7 +16,9 @@ from trl_ext.aries.children import ChildError, Reporter
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl, read_rows, write_jsonl
 from trl_ext.aries.results import refine as module
-from trl_ext.aries.results.refine import WorkDir, choose, resolve
+from trl_ext.aries.results.chosen import choose
+from trl_ext.aries.results.refine import resolve
+from trl_ext.aries.results.work_dir import WorkDir
 from trl_ext.aries.scoring.reward_model import RewardModel
 from trl_ext.aries.stages import refine as stages
 from trl_ext.cli import main

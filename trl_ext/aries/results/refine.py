@@ -5,116 +5,36 @@ In: prompts, and a model or a run whose policy answers. Out: a new file, or rows
 continues from; it is removed once the file is complete. Nothing is trained. The work itself is done in `stages/refine.py`.
 """
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
-
-from pydantic import TypeAdapter
+from typing import Any
 
 from ...model_files import folder_problem
 from ...outputs import check_new
 from ...recipe import Recipe, RecipeError, apply_overrides, export_env, load_yaml, parse_section
 from ..children import one_gpu, run_child
 from ..config import RefineConfig, ScoresConfig
-from ..data.disk import writing
-from ..data.pairs import similarity
 from ..data.prompts import Prompts, checked_prompts, load_prompts
-from ..data.records import Chain, Prompt, read_json, read_jsonl, read_rows, to_line, write_json, write_jsonl
+from ..data.records import Prompt, read_json, read_jsonl
 from ..policies import policy_after
 from ..provenance import check_policy
-from ..run_dir import FIRST_FILES, OPERATIONAL_KEYS, RunDir, acquire, differing_keys, lookup, with_defaults
-from ..scoring.scores import read_chains
+from ..run_dir import RunDir
 from ..scoring.watch import ends_explained
-from .answers import alpaca_eval_rows, message_rows
+from .chosen import summary, write_output
 from .progress import RunProgress
 from .state import chosen_round
+from .work_dir import RefineMessage, WorkDir
 
 
-FORMATS = ("jsonl", "messages", "alpaca_eval")
 # What `--select` may begin with -> whether a name may follow
 SELECTIONS = {"last": False, "all": False, "rule": False, "scores": False, "judge": False} | {
     "verifier": True,
     "reward_model": True,
 }
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-@dataclass
-class RefineMessage:
-    """What a process of `stages/refine.py` does: `"probe"`, `"answers"`, `"check"`, `"scores"`, or the reward model of a name."""
-
-    work: Path
-    step: str
-    name: str | None = None
-
-
-class WorkDir(RunDir):
-    """
-    What is between the prompts and the output. The only change w.r.t. [`RunDir`] is that there are no rounds: it has one file of answers.
-
-    Args:
-        path (`Path`):
-            The directory.
-    """
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        self.prompts = path / "prompts.jsonl"
-        self.answers = path / "answers.jsonl"
-        self.scores = path / "scores.jsonl"
-        self.probe = path / "parity_probe.json"
-
-    def read_config(self) -> RefineConfig:
-        return TypeAdapter(RefineConfig).validate_python(read_json(self.resolved))
-
-    @contextmanager
-    def begun(self, config: RefineConfig, prompts: Prompts) -> Iterator[None]:
-        """
-        Make the directory, or continue it, with its lock held.
-
-        Raises:
-            [`RecipeError`]: it was begun with other settings or prompts, holds other files, another process is using it, or it cannot be
-                made.
-        """
-        if not self.resolved.exists() and self.path.is_dir() and {p.name for p in self.path.iterdir()} - FIRST_FILES:
-            check_new(self.path)
-        try:
-            self.path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise RecipeError(f"`--output`: cannot write {self.path}: {error.strerror}.") from error
-        with writing(self.path), open(self.lock, "w") as lock:
-            self._claim(lock, json.loads(json.dumps(asdict(config))), prompts)
-            yield
-
-    def _claim(self, lock: IO, settings: dict[str, Any], prompts: Prompts) -> None:
-        if not acquire(lock):
-            raise RecipeError(f"{self.path} is in use by another process. Wait for it, or name another `--output`.")
-        begun = read_json(self.resolved)
-        if begun is not None:
-            changed = differing_keys(with_defaults(begun, RefineConfig), settings) - OPERATIONAL_KEYS - {"select"}
-            found = [key for key in sorted(changed) if not key.startswith("scores")]  # what was generated stays
-            details = [f"{key}: {lookup(begun, key)!r} -> {lookup(settings, key)!r}" for key in found]
-            if self.prompts.exists() and not self._has(prompts):
-                details.append("the prompts")
-            if details:
-                lines = "\n".join(f"  {line}" for line in details)
-                raise RecipeError(
-                    f"{self.path} was begun with other settings or prompts:\n{lines}\nGo back to the old ones to continue, name another "
-                    "`--output`, or remove the directory."
-                )
-        write_json(self.resolved, settings)  # first: a directory that has it is ours
-        if not self.prompts.exists():
-            write_jsonl(self.prompts, prompts)
-
-    def _has(self, prompts: Prompts) -> bool:
-        with open(self.prompts, encoding="utf-8") as file:
-            return all(line == known for line, known in zip_longest(map(to_line, prompts), file))
 
 
 class RefineProgress(RunProgress):
@@ -262,105 +182,8 @@ def work_on(work: WorkDir, config: RefineConfig, progress: RefineProgress) -> No
         start("scores", "scores")
 
 
-def choose(chain: Chain, scores: list[float | None], select: str, settled_similarity: float) -> int | None:
-    """
-    Index of the chosen answer. One that was cut off by `max_tokens`, or is empty, is chosen only if all are; among equal scores the latest
-    is. Without a settled answer the rule takes the last one. `None` if there is no answer, or with `select="all"`.
-
-    Example:
-
-    ```python
-    >>> chain = Chain("p-1", "x", [Answer(1, "1 2", 2, "stop"), Answer(2, "1 2", 2, "stop"), Answer(3, "2 1", 2, "stop")])
-    >>> [choose(chain, [0.5, 1.0, 0.0], select, 0.9) for select in ("last", "scores", "rule")]
-    [2, 1, 1]
-    ```
-    """
-    answers = chain.answers
-    if not answers or select == "all":
-        return None
-    whole = [i for i, answer in enumerate(answers) if answer.finish_reason == "stop" and answer.text.strip()]
-    whole = whole or list(range(len(answers)))
-    if select == "scores":
-        return max(whole, key=lambda i: (scores[i] is not None, scores[i] or 0.0, i))
-    if select == "rule":
-        settled = [i for i in whole if i and similarity(answers[i - 1].text, answers[i].text) >= settled_similarity]
-        return (settled or whole)[-1]
-    return whole[-1]
-
-
-Choice = tuple[dict[str, Any], Chain, list[float | None], int | None]
-
-
-def choices(work: WorkDir, config: RefineConfig) -> Iterator[Choice]:
-    """Of each prompt: its row, its chain, the scores of the answers, and the index of the chosen one."""
-    scored = read_rows(work.scores) if config.scores.each() else None
-    for prompt, chain in read_chains(work.prompts, work.answers):
-        scores = [None] * len(chain.answers) if scored is None else next(scored)["scores"]
-        yield prompt, chain, scores, choose(chain, scores, config.select, config.pairs.settled_similarity)
-
-
-def full_row(choice: Choice) -> dict[str, Any]:
-    """A prompt with the chosen answer, its turn and its score, and all answers, each with its score."""
-    _, chain, scores, index = choice
-    chosen: tuple[str | None, int | None, float | None] = (None, None, None)
-    if index is not None:
-        chosen = (chain.answers[index].text, chain.answers[index].turn, scores[index])
-    made = chain.to_row()
-    made["answers"] = [answer | {"score": score} for answer, score in zip(made["answers"], scores, strict=True)]
-    return {
-        "prompt_id": made.pop("prompt_id"),
-        "prompt": chain.prompt,
-        **dict(zip(("answer", "turn", "score"), chosen, strict=True)),
-        **made,
-    }
-
-
-def formatted(made: Iterator[Choice], file_format: str, name: str, select: str) -> Iterator[dict[str, Any]]:
-    """Rows of a file in one of [`FORMATS`]; with `select="all"`, the last two have a row for each answer."""
-    for choice in made:
-        prompt, chain, _, index = choice
-        if file_format == "jsonl":
-            yield full_row(choice)
-            continue
-        for i in range(len(chain.answers)) if select == "all" else [] if index is None else [index]:
-            one = Chain(chain.prompt_id, chain.prompt, [chain.answers[i]])
-            generator = f"{name}-y{i + 1}" if select == "all" else f"{name}-{select}"
-            if file_format == "messages":
-                yield from message_rows([one], 1, generator)
-            else:
-                yield from alpaca_eval_rows([one], [prompt], 1, generator)
-
-
 def policy_name(config: RefineConfig, run: Path | None) -> str:
     return (run or Path(config.adapter or config.model.model_name_or_path)).name
-
-
-def write_output(work: WorkDir, config: RefineConfig, output: Path, file_format: str, name: str) -> None:
-    rows = formatted(choices(work, config), file_format, name, config.select)
-    with writing(output):
-        if file_format == "alpaca_eval":
-            write_json(output, list(rows))
-        else:
-            write_jsonl(output, rows)
-
-
-def summary(work: WorkDir, config: RefineConfig) -> str:
-    """How many of the answers of each turn were chosen, their mean scores, and how many prompts have none."""
-    chosen: dict[int, int] = {}
-    means: dict[int, list[float]] = {}
-    empty = 0
-    for _, chain, scores, index in choices(work, config):
-        empty += not chain.answers
-        if index is not None:
-            chosen[index + 1] = chosen.get(index + 1, 0) + 1
-        for turn, score in enumerate(scores, start=1):
-            if score is not None:
-                means.setdefault(turn, []).append(score)
-    parts = ["chosen: " + ", ".join(f"y{turn} {chosen[turn]:,}" for turn in sorted(chosen))] if chosen else []
-    if means:
-        parts.append("mean scores: " + ", ".join(f"y{t} {sum(s) / len(s):.3g}" for t, s in sorted(means.items())))
-    parts += [f"{empty:,} prompts have no answer"] if empty else []
-    return "; ".join(parts)
 
 
 def refine_file(
@@ -435,16 +258,23 @@ def refine(
             A path, or an id on the Hub. Default: the base that `adapter` names.
         adapter (`str`, *optional*):
             A LoRA adapter on it.
-        run (`str`, *optional*), round (`int`, *optional*):
+        run (`str`, *optional*):
             The directory of an ARIES run, instead of a model: its policy answers, with the run's templates, sampling and answer pattern.
-            Default: the last finished round.
-        turns (`int`, *optional*, defaults to `4`):
-            Answers of a chain, the first one included.
+        round (`int`, *optional*):
+            A round of the run. Default: the last finished one.
+        turns (`int`, *optional*):
+            Answers of a chain, the first one included. Default: 4, or the run's.
         select (`str` or `list[str]`, *optional*, defaults to `"last"`):
             The answer to choose: `"last"`, `"rule"` (the last one that is like the one before it), `["verifier", "file.py:name"]`,
             `["reward_model", "name"]`, `"judge"` or `"scores"` (the best by `scores`), or `"all"` for no choice.
-        generation (`dict`, *optional*), drafts (`dict`, *optional*), refinements (`dict`, *optional*), scores (`dict`, *optional*):
-            Sections of an ARIES recipe: the engine, sampling, strategy and templates, and who scores.
+        generation (`dict`, *optional*):
+            The engine: keys of a recipe's section `generation`.
+        drafts (`dict`, *optional*):
+            Sampling: keys of a recipe's section `drafts`.
+        refinements (`dict`, *optional*):
+            Strategy, templates, and sampling of the later answers: keys of a recipe's section `refinements`.
+        scores (`dict`, *optional*):
+            Who scores: keys of a recipe's section `scores`.
         seed (`int`, *optional*, defaults to `42`):
             Seed of all sampling.
         output (`str`, *optional*):

@@ -15,7 +15,8 @@ from ..generation.generate import LORA_RANKS, answer_tasks
 from ..generation.intake import Intake
 from ..generation.refinements import Strategy
 from ..policies import Comparison, Policy
-from ..results.refine import ADAPTER_CONFIG, RefineMessage, WorkDir
+from ..results.refine import ADAPTER_CONFIG
+from ..results.work_dir import RefineMessage, WorkDir
 from ..scoring.reward_model import RewardModel, check_reward_model
 from ..scoring.scores import ScoreCache, Scorer, ScoreTask, first_row, score_rows
 from ..scoring.scoring import Counted, Tokenizer, absolute, count_lines, make_scorer, with_absolute_paths

@@ -1,14 +1,21 @@
 """`trl-ext aries refine` on the real engine: the tiny sorting model, killed in the middle. Oracle: the same in Python, undisturbed."""
 
+import io
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import trl_ext
+from trl_ext.aries.children import Reporter
+from trl_ext.aries.config import RefineConfig
 from trl_ext.aries.data.records import read_jsonl, write_jsonl
+from trl_ext.aries.results.work_dir import WorkDir
+from trl_ext.aries.stages.refine import check_prompts
+from trl_ext.recipe import RecipeError
 
 
 TURNS = 4
@@ -56,6 +63,31 @@ def test_a_run_answers_as_in_its_evaluation(whole_run):
     evaluated = read_jsonl(path / "round_02" / "evaluation.jsonl")
     for row, chain in zip(rows, evaluated, strict=True):
         assert [answer["text"] for answer in row["answers"]] == [answer["text"] for answer in chain["answers"]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "said"),
+    [
+        ([{"role": "user", "content": "Sort : 2 1"}], True, None),
+        ("Sort : 2 1", True, "continues them as they are"),
+        ("Sort : 2 1", False, None),
+        ([{"role": "user", "content": "Sort : 2 1"}], False, RecipeError),
+    ],
+)
+def test_prompts_and_the_tokenizer(sorting, tmp_path, prompt, template, said):
+    """Texts are continued, which is seldom what is meant for a chat model; messages need a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(sorting / "model")
+    tokenizer.chat_template = tokenizer.chat_template if template else None
+    tokenizer.save_pretrained(tmp_path / "model")
+    work, reports = WorkDir(tmp_path), io.StringIO()
+    write_jsonl(work.prompts, [{"prompt_id": "p", "prompt": prompt}])
+    config = RefineConfig(model={"model_name_or_path": str(tmp_path / "model")})
+    if said is RecipeError:
+        with pytest.raises(RecipeError, match="chat template"):
+            check_prompts(work, config, Reporter(reports))
+    else:
+        check_prompts(work, config, Reporter(reports))
+        assert said in reports.getvalue() if said else not reports.getvalue()
 
 
 def killed(command: list[str], file: Path, lines: int) -> bytes:
