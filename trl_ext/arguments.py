@@ -157,7 +157,7 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
         "Have a model answer prompts and refine its answers, turn by turn, and choose one answer for each. RUN, the directory of a run, "
         "stands for the model: its policy, templates and sampling. Sections are a recipe's, as in --drafts.temperature 1.0."
     )
-    parser.add_argument("--model", help="path or id of the model; by default the base that the adapter names")
+    parser.add_argument("--model", help="path or id of the model; by default the base that a local adapter names")
     parser.add_argument("--adapter", help="path or id of a LoRA adapter on it")
     parser.add_argument("--prompts", metavar="FILE", required=True, help="rows with `prompt`, or a dataset on the Hub")
     parser.add_argument("--turns", type=int, metavar="N", help="answers of a chain, the first included; by default 4")

@@ -5,6 +5,7 @@ processes are played by [`Played`]; `tests/aries/stages/test_refine_stage.py` ha
 
 import io
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -199,6 +200,26 @@ def test_a_failed_command_is_continued(played, capsys):
     Path("prompts.jsonl").write_text("".join(Path("prompts.jsonl").read_text().splitlines(keepends=True)[:2]))
     assert main(command) == 0
     assert played.steps == ["check", "answers", "scores", "scores"], "answered once"
+
+
+def test_a_kill_after_the_output_was_written(played, monkeypatch):
+    """The same command removes what is left beside it."""
+    with monkeypatch.context() as killing:
+        killing.setattr(module.shutil, "rmtree", lambda path, **options: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            main([*COMMAND, "--quiet"])
+    written = Path("out.jsonl").read_bytes()
+    assert main(COMMAND) == 0
+    assert Path("out.jsonl").read_bytes() == written
+    assert not Path("out.jsonl.work").exists()
+
+
+def test_a_file_that_came_in_between_is_kept(played):
+    played.fails = ["answers"]
+    assert main(COMMAND) == 1
+    Path("out.jsonl").write_text("mine")
+    assert main(COMMAND) == 2
+    assert Path("out.jsonl").read_text() == "mine"
 
 
 def test_who_scores_may_change(played):

@@ -30,9 +30,14 @@ from .work_dir import RefineMessage, WorkDir
 
 
 # What `--select` may begin with -> whether a name may follow
-SELECTIONS = {"last": False, "all": False, "rule": False, "scores": False, "judge": False} | {
+SELECTIONS = {
+    "last": False,
+    "rule": False,
     "verifier": True,
     "reward_model": True,
+    "judge": False,
+    "scores": False,
+    "all": False,
 }
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -197,11 +202,12 @@ def refine_file(
         [`~aries.children.ChildError`]: a process failed. The same call continues.
     """
     work = WorkDir(output.with_name(output.name + ".work"))
-    if not work.resolved.exists():  # else the file is this directory's, which a kill has left
+    if not work.complete.exists():  # else a kill has left both
         for path in (output, output.with_name(output.name + ".tmp")):  # what it is called while it is written
             check_new(path)
     with work.begun(config, prompts):
         work_on(work, config, progress)
+        work.complete.touch()
         write_output(work, config, output, file_format, name)
         text = summary(work, config)
     shutil.rmtree(work.path)
@@ -255,7 +261,7 @@ def refine(
             Prompts, each a text, a list of messages that ends with the user's, or a `dict` with `prompt` and the columns that a verifier
             asks for; or a file of such rows. A text is continued as it is. Give messages to a chat model.
         model (`str`, *optional*):
-            A path, or an id on the Hub. Default: the base that `adapter` names.
+            A path, or an id on the Hub. Default: the base that a local `adapter` names.
         adapter (`str`, *optional*):
             A LoRA adapter on it.
         run (`str`, *optional*):

@@ -45,6 +45,7 @@ class WorkDir(RunDir):
         self.answers = path / "answers.jsonl"
         self.scores = path / "scores.jsonl"
         self.probe = path / "parity_probe.json"
+        self.complete = path / "complete"  # from when the output is written
 
     def read_config(self) -> RefineConfig:
         return TypeAdapter(RefineConfig).validate_python(read_json(self.resolved))
