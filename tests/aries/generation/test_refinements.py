@@ -15,6 +15,7 @@ from trl_ext.aries.config.templates import (
     REFINEMENT_TEMPLATE,
     SELF_EVALUATION_TEMPLATE,
     TEMPLATES,
+    was_default,
 )
 from trl_ext.aries.data import templates
 from trl_ext.aries.data.records import Chain
@@ -94,6 +95,7 @@ def test_a_template_reaches_no_internals_and_no_files(attack):
 def test_the_default_templates_hold_question_and_draft(template):
     prompt = refinement_prompt("QUESTION", ["DRAFT"], compile_template(template))
     assert "QUESTION" in prompt and "DRAFT" in prompt
+    assert not was_default(template), "it is the default"
 
 
 def test_the_default_templates_hold_what_their_strategy_adds():

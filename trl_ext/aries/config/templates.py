@@ -74,20 +74,6 @@ Here is a draft of an answer:
 
 {{ draft }}
 
-{% if critique %}Here is an assessment of the draft:
-
-{{ critique }}
-
-{% endif %}Write a better answer to the question: keep what is right in the draft, correct what is wrong, and add what is \
-missing. Reply with the improved answer only."""
-
-EVALUATION_TEMPLATE = """\
-{{ question }}
-
-Here is a draft of an answer:
-
-{{ draft }}
-
 Assess the draft: say what is right in it, what is wrong, and what is missing. Do not write a new answer."""
 
 # Each strategy's own. Parallel sampling asks for no refinements, but its training rows do
