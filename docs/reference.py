@@ -21,7 +21,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from trl import DPOConfig
 
-from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, ShiftedDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, ShiftedDPOTrainer, TDPOConfig, TDPOTrainer, refine
 from trl_ext.aries import config as aries
 from trl_ext.kernels.position_kl import LogProbs, PositionKL, log_probs, position_kl
 from trl_ext.losses.aries import row_weights
@@ -43,6 +43,7 @@ CONFIGS = (TDPOConfig, SelfRefineDPOConfig)
 GROUPS = {
     "Trainers": TRAINERS,
     "Configurations": CONFIGS,
+    "Refinement": (refine,),
     "A trainer of your own": (ShiftedDPOTrainer, Pairs, Term),
     "Losses": (tdpo_shifts, self_refine_shifts, row_weights),
     "Kernels": (position_kl, log_probs, PositionKL, LogProbs),
@@ -84,8 +85,8 @@ API = """\
 
 <!-- Written by docs/reference.py from the docstrings; edit those. -->
 
-The public names of `trl_ext` are the two trainers, their configurations and the base class for trainers of your own. Losses and kernels are plain functions over tensors; they are
-here for those who write a trainer of their own. B is the number of pairs.
+The public names of `trl_ext` are the two trainers, their configurations, the base class for trainers of your own, and `refine`. Losses and kernels are plain functions over
+tensors; they are here for those who write a trainer of their own. B is the number of pairs.
 """
 
 
@@ -268,7 +269,7 @@ def described(item: type | types.FunctionType) -> Iterator[str]:
 
 def signature(item: type | types.FunctionType) -> str:
     """How it is imported and called. Trainers and configurations take what TRL's take."""
-    line = f"from {'trl_ext' if item in (*TRAINERS, *CONFIGS, ShiftedDPOTrainer) else item.__module__} import {item.__name__}"
+    line = f"from {'trl_ext' if item in (*TRAINERS, *CONFIGS, ShiftedDPOTrainer, refine) else item.__module__} import {item.__name__}"
     if isinstance(item, type):
         return line
     parameters, star = [], False

@@ -28,9 +28,11 @@ def scripts() -> dict[str, str]:
     ("words", "found"),
     [
         (["a"], {"aries"}),
-        (["aries", "re"], {"report"}),
+        (["aries", "rep"], {"report"}),
         (["aries", "run", "--pairs.min_m"], {"--pairs.min_margin"}),
         (["aries", "run", "--training.lear"], {"--training.learning_rate"}),
+        (["aries", "refine", "--refinements.str"], {"--refinements.strategy"}),
+        (["aries", "refine", "--prompts.sp"], {"--prompts.split"}),
         (["aries", "export", "--pu"], {"--push_to_hub"}),
         (["tdpo", "--lora_r"], {"--lora_r"}),
         (["tdpo", "--accelerate_c"], {"--accelerate_config"}),

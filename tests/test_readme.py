@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 from trl_ext.arguments import ACTIONS, TRAINERS, make_parser, split_passed_args
-from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.config import AriesConfig, RefineConfig
 from trl_ext.aries.training import train as training
 from trl_ext.cli import named_run, split_launch_args
 from trl_ext.launch import find_accelerate_config
-from trl_ext.recipe import apply_overrides, check_keys, export_env, load_yaml, parse_section, take_flag
+from trl_ext.recipe import Recipe, apply_overrides, check_keys, export_env, load_yaml, parse_section, take_flag
 from trl_ext.scripts import self_refine_dpo, tdpo
 
 
@@ -154,6 +154,11 @@ def check_trl_ext(arguments: list[str]) -> None:
     if args.command == "aries":
         if args.action not in ACTIONS:
             assert rest == []
+            return
+        if args.action == "refine":
+            overrides = rest[1:] if rest and not rest[0].startswith("-") else rest
+            settings = Recipe(None, {"model": {"model_name_or_path": "any"}}, {})
+            parse_section(apply_overrides(settings, overrides), RefineConfig)
             return
         named, overrides = named_run(args, rest)
         if named.startswith("my-task/"):  # what `aries init` writes

@@ -224,6 +224,7 @@ class TestOverrides:
             (["--training.x", "null"], None),
             (["--training.x", "[a, 2]"], ["a", 2]),
             (["--training.x", "{a: 1}"], {"a": 1}),
+            (["--training.x", "{{ question }} {{ draft }}"], "{{ question }} {{ draft }}"),
             (["--training.x"], True),
             (["--training.x", "--rounds", "2"], True),
             (["--training.x", "1", "--training.x", "2"], 2),

@@ -15,11 +15,13 @@ _PUBLIC = {
     "TDPOTrainer": "trl_ext.trainers.tdpo_trainer",
     "SelfRefineDPOConfig": "trl_ext.trainers.self_refine_dpo_config",
     "SelfRefineDPOTrainer": "trl_ext.trainers.self_refine_dpo_trainer",
+    "refine": "trl_ext.aries.results.refine",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
+    from .aries.results.refine import refine
     from .trainers.self_refine_dpo_config import SelfRefineDPOConfig
     from .trainers.self_refine_dpo_trainer import SelfRefineDPOTrainer
     from .trainers.shifted_dpo_trainer import ShiftedDPOTrainer

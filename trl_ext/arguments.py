@@ -22,6 +22,7 @@ examples:
   trl-ext aries status runs/my_rounds
   trl-ext aries export runs/my_rounds --output my-model --push_to_hub me/my-model
   trl-ext aries compare runs/my_rounds runs/my_rounds-tdpo --output compared.html
+  trl-ext aries refine --model Qwen/Qwen2.5-7B-Instruct --prompts questions.jsonl --turns 4 --output refined.jsonl
   trl-ext aries list
   trl-ext doctor --config recipes/my_rounds.yaml
   trl-ext migrate old_dpo_recipe.yaml --output recipes/new.yaml
@@ -43,6 +44,10 @@ ACTIONS = {
         "[--round N] [--merge | --adapter] --output DIR [--push_to_hub REPO [--private]] ",
     ),
     "pairs": ("save the pairs of all rounds as a dataset", "--output DIR [--push_to_hub REPO [--private]] "),
+    "refine": (
+        "refine answers to any prompts with a model, or with a run's policy",
+        "[--round N] [--model MODEL] [--adapter ADAPTER] --prompts FILE [--turns N] [--select KIND [NAME]] [--format FORMAT] --output FILE ",
+    ),
     "try-verifier": ("score ten rows with the recipe's verifiers", ""),
 }
 RUN_HELP = "RUN is the directory of a run, or a recipe. Any key of the recipe can be overridden, as in --rounds 3."
@@ -84,7 +89,8 @@ def add_aries(parser: argparse.ArgumentParser) -> None:
         description = f"{meaning[:1].upper()}{meaning[1:]}. {RUN_HELP}"
         action = actions.add_parser(name, help=meaning, description=description, allow_abbrev=False)
         passed = " [-- LM_EVAL_ARGS ...]" if name == "lm-eval" else ""
-        action.usage = f"trl-ext aries {name} RUN {options}[--section.key value ...]{passed}"
+        run = "[RUN]" if name == "refine" else "RUN"
+        action.usage = f"trl-ext aries {name} {run} {options}[--section.key value ...]{passed}"
         action.add_argument("--config", metavar="RECIPE", help="another way to name the recipe")
     compare = actions.add_parser(
         "compare",
@@ -114,12 +120,17 @@ def add_aries(parser: argparse.ArgumentParser) -> None:
     init.add_argument("--model", help="path or id of the model; by default a small one on the Hub")
     init.add_argument("--text", action="store_true", help="prompts of plain text, for a model without a chat template")
 
-    run, answers, lm_eval, export, pairs = (
-        actions.choices[name] for name in ("run", "answers", "lm-eval", "export", "pairs")
+    run, answers, lm_eval, export, pairs, refine = (
+        actions.choices[name] for name in ("run", "answers", "lm-eval", "export", "pairs", "refine")
     )
     run.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     run.add_argument("--log_format", choices=("text", "json"), default="text", help="json: one object per line")
-    for action, default in ((answers, "evaluated"), (lm_eval, "trained"), (export, "finished")):
+    for action, default in (
+        (answers, "evaluated"),
+        (lm_eval, "trained"),
+        (export, "finished"),
+        (refine, "finished"),
+    ):
         action.add_argument("--round", type=int, metavar="N", help=f"the round; by default the last {default} one")
     answers.add_argument("--turn", type=int, default=1, metavar="K", help="the answer; by default 1, the direct one")
     answers.add_argument(
@@ -131,12 +142,40 @@ def add_aries(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--output", type=Path, required=True, metavar="DIR", help="the directory to make")
         action.add_argument("--push_to_hub", metavar="REPO", help="also upload it to this repository, `user/name`")
         action.add_argument("--private", action="store_true", help="make a new repository private")
+    add_refine(refine)
     form = export.add_mutually_exclusive_group()
     for flag, value, meaning in (
         ("--merge", "merged", "merge the adapter into the base, in the checkpoint's data type (default)"),
         ("--adapter", "adapter", "save the adapter alone"),
     ):
         form.add_argument(flag, dest="form", action="store_const", const=value, help=meaning)
+
+
+def add_refine(parser: argparse.ArgumentParser) -> None:
+    """The options of `trl-ext aries refine` that are no keys of a recipe, and short names of some that are."""
+    parser.description = (
+        "Have a model answer prompts and refine its answers, turn by turn, and choose one answer for each. RUN, the directory of a run, "
+        "stands for the model: its policy, templates and sampling. Sections are a recipe's, as in --drafts.temperature 1.0."
+    )
+    parser.add_argument("--model", help="path or id of the model; by default the base that a local adapter names")
+    parser.add_argument("--adapter", help="path or id of a LoRA adapter on it")
+    parser.add_argument("--prompts", metavar="FILE", required=True, help="rows with `prompt`, or a dataset on the Hub")
+    parser.add_argument("--turns", type=int, metavar="N", help="answers of a chain, the first included; by default 4")
+    parser.add_argument(
+        "--select",
+        nargs="+",
+        default=["last"],
+        metavar=("KIND", "NAME"),
+        help="the answer to choose: last (default), rule, verifier FILE:NAME, reward_model NAME, judge, scores, or all",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "messages", "alpaca_eval"),
+        default="jsonl",
+        help="format of the file; by default jsonl, with every answer and its score",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
 def add_doctor_and_migrate(commands: "argparse._SubParsersAction") -> None:

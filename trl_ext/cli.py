@@ -12,7 +12,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -168,6 +168,8 @@ def aries(args: argparse.Namespace, unknown: Sequence[str], passed: Sequence[str
     `trl-ext aries`: the loop, its state, or something made of its results. If a stage fails, the error names its log, and the exit code
     is 1.
     """
+    if args.action == "refine":
+        return reported(lambda: refine(args, unknown))
     named, overrides = named_run(args, unknown)
     if args.action == "report" and Path(named).is_dir() and not overrides:  # even if its recipe is of another version
         from .aries.results.report import report
@@ -178,16 +180,40 @@ def aries(args: argparse.Namespace, unknown: Sequence[str], passed: Sequence[str
 
     recipe = export_env(apply_overrides(read_named(named), overrides))
 
-    from .aries.children import ChildError
     from .aries.config import AriesConfig
-    from .terminal import printable
 
     config = parse_section(recipe, AriesConfig)
+    return reported(lambda: act(args, config, recipe, passed))
+
+
+def reported(action: Callable[[], int]) -> int:
+    """What an action returns, or 1 and its error if a stage failed."""
+    from .aries.children import ChildError
+    from .terminal import printable
+
     try:
-        return act(args, config, recipe, passed)
+        return action()
     except ChildError as error:
         print(printable(f"error: {error}"), file=sys.stderr)  # noqa: T201
         return 1
+
+
+def refine(args: argparse.Namespace, unknown: Sequence[str]) -> int:
+    """`trl-ext aries refine`, with a model or with a run."""
+    run, overrides = None, list(unknown)
+    if args.config is not None or (unknown and not unknown[0].startswith("-")):
+        named, overrides = named_run(args, unknown)
+        run = run_directory(Path(named))
+
+    from .aries.results.refine import refine_command
+
+    given = {
+        "model": None if args.model is None else {"model_name_or_path": args.model},
+        "adapter": args.adapter,
+        "prompts": {"dataset": args.prompts},
+        "refinements": {"turns": args.turns},
+    }
+    return refine_command(run, args.round, args.select, given, overrides, args.output, args.format, args.quiet)
 
 
 def act(args: argparse.Namespace, config: "AriesConfig", recipe: "Recipe", passed: Sequence[str]) -> int:
@@ -223,8 +249,9 @@ def act(args: argparse.Namespace, config: "AriesConfig", recipe: "Recipe", passe
             return export_pairs(config, args.output, args.push_to_hub, args.private)
         case _:
             from .aries.rounds import run
+            from .aries.run_dir import keep_templates
 
-            return run(config, recipe, log_format=args.log_format, quiet=args.quiet)
+            return run(keep_templates(config), recipe, log_format=args.log_format, quiet=args.quiet)
 
 
 def train(command: str, args: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ Shell completion, by shtab: sub-commands, flags, files, and every recipe key, si
 
 import argparse
 import dataclasses
+import typing
 from collections.abc import Iterable, Iterator
 
 import shtab
@@ -12,7 +13,7 @@ from .trainers.self_refine_dpo_config import SelfRefineDPOConfig
 from .trainers.tdpo_config import TDPOConfig
 
 
-FILES, DIRECTORIES = {"--config", "old", "output", "run", "runs"}, {"--output_dir", "directory"}
+FILES, DIRECTORIES = {"--config", "--prompts", "old", "output", "run", "runs"}, {"--output_dir", "directory"}
 
 
 def script(parser: argparse.ArgumentParser, shell: str, run_actions: Iterable[str]) -> str:
@@ -33,6 +34,7 @@ def script(parser: argparse.ArgumentParser, shell: str, run_actions: Iterable[st
     add_flags(commands["self-refine-dpo"], trainer_keys(SelfRefineDPOConfig))
     actions = subparsers(commands["aries"])
     add_flags(actions["run"], aries_keys())
+    add_flags(actions["refine"], refine_keys())
     for name in run_actions:
         actions[name].add_argument("run", nargs="?", metavar="RUN")
     for each in (*commands.values(), *actions.values()):
@@ -82,6 +84,17 @@ def aries_keys() -> Iterator[str]:
         for cls in classes:
             yield from (f"{field.name}.{key}" for key in names(cls))
     yield from ("sft.dataset", *(f"training.{key}" for key in LOOP_KEYS))
+
+
+def refine_keys() -> Iterator[str]:
+    """The dotted keys of `aries refine`."""
+    from .aries.config import RefineConfig
+
+    for field in dataclasses.fields(RefineConfig):
+        for kind in typing.get_args(field.type) or (field.type,):
+            if dataclasses.is_dataclass(kind):
+                yield from (f"{field.name}.{key}" for key in names(kind))
+    yield "seed"
 
 
 def names(cls: type) -> list[str]:

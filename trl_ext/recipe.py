@@ -251,7 +251,10 @@ def _override_value(flag: str, text: str) -> Any:
         loader = yaml.SafeLoader(text)
         if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
             value = float(text)
-        elif text[:1] in ("[", "{", "'", '"'):
+        elif text[:1] in ("[", "{", "'", '"') and text[:2] not in (
+            "{{",
+            "{%",
+        ):  # how a template begins, and no mapping
             value = loader.get_single_data()
         else:  # not as a document: "Query: " in a prompt is text, not a mapping
             tag = loader.resolve(yaml.ScalarNode, text, (True, False))

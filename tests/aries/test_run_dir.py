@@ -13,12 +13,13 @@ from trl_ext.aries.config import (
     JudgeConfig,
     PairsConfig,
     PromptsConfig,
+    RefinementsConfig,
     ScorerConfig,
     ScoresConfig,
 )
 from trl_ext.aries.data.records import sha256
 from trl_ext.aries.manifest import write_manifest
-from trl_ext.aries.run_dir import RunDir, is_locked
+from trl_ext.aries.run_dir import RunDir, is_locked, keep_templates
 from trl_ext.recipe import RecipeError
 
 
@@ -210,6 +211,33 @@ def test_a_run_of_an_earlier_version_continues_where_new_keys_are_at_their_defau
         enter(replace(config, seed=7, pairs=PairsConfig(min_margin=0.5)))
     enter(config)
     assert json.loads(file.read_text()) == old, "the manifests hold its hash"
+
+
+EARLIER_TEMPLATE = """\
+{{ question }}
+
+Here is a draft of an answer:
+
+{{ draft }}
+
+Write a better answer to the question: keep what is right in the draft, correct what is wrong, and add what is missing. \
+Reply with the improved answer only."""
+
+
+def test_a_run_keeps_the_default_template_that_it_was_begun_with(config):
+    enter(replace(config, refinements=RefinementsConfig(template=EARLIER_TEMPLATE)))
+    enter(kept := keep_templates(config))
+    assert kept.refinements.template == EARLIER_TEMPLATE
+    named = replace(config, refinements=RefinementsConfig(template="{{ draft }}"))
+    assert keep_templates(named).refinements.template == "{{ draft }}", "what a recipe names is what it means"
+    elsewhere = replace(config, output_dir="nowhere", refinements=RefinementsConfig())
+    assert keep_templates(elsewhere).refinements.template == RefinementsConfig().template
+
+
+def test_a_template_that_was_no_default_is_not_kept(config):
+    enter(replace(config, refinements=RefinementsConfig(template="{{ draft }}")))
+    with pytest.raises(RecipeError, match="refinements.template"):
+        enter(keep_templates(config))
 
 
 def test_what_it_was_made_with_is_unreadable(config):

@@ -19,8 +19,9 @@ from pydantic import TypeAdapter
 from ..outputs import check_apart
 from ..recipe import RecipeError
 from .config import AriesConfig
+from .config.templates import TEMPLATES, was_default
 from .data.disk import writing
-from .data.records import append_lines, write_atomically, write_json
+from .data.records import append_lines, read_json, write_atomically, write_json
 
 
 # Settings that may change while a run goes on: where it is, how the engine uses the machine, how results are described, and
@@ -242,6 +243,27 @@ class RunDir:
             return []
         lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def keep_templates(config: AriesConfig) -> AriesConfig:
+    """
+    A run that was begun when its strategy's default template was another one keeps that: a recipe that names no template means the one of
+    the beginning.
+    """
+    refinements = config.refinements
+    try:
+        recorded = lookup(read_json(RunDir(Path(config.output_dir)).resolved), "refinements")
+    except (RecipeError, RecursionError):  # [`RunDir.opened`] says what is wrong
+        return config
+    begun = lookup(recorded, "template")
+    if (
+        lookup(recorded, "strategy") in (None, refinements.strategy)  # the key is newer than some runs
+        and refinements.template == TEMPLATES[refinements.strategy]
+        and isinstance(begun, str)
+        and was_default(begun)
+    ):
+        refinements.template = begun
+    return config
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> set[str]:

@@ -105,6 +105,8 @@ def test_a_share_at_the_bound_passes():
         "rows", {"b": 5, "a": 1}, 10, HealthConfig()
     )
     assert share_finding("rows", {}, 10, HealthConfig(max_dropped=0.0)) is None
+    assert share_finding("rows", {"bad": 5}, 10, None) is None
+    assert share_finding("rows", {"bad": 6}, 10, None) == "6 of 10 rows cannot be used (6 bad)"
 
 
 # In the loop

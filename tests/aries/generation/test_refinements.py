@@ -15,6 +15,7 @@ from trl_ext.aries.config.templates import (
     REFINEMENT_TEMPLATE,
     SELF_EVALUATION_TEMPLATE,
     TEMPLATES,
+    was_default,
 )
 from trl_ext.aries.data import templates
 from trl_ext.aries.data.records import Chain
@@ -94,13 +95,14 @@ def test_a_template_reaches_no_internals_and_no_files(attack):
 def test_the_default_templates_hold_question_and_draft(template):
     prompt = refinement_prompt("QUESTION", ["DRAFT"], compile_template(template))
     assert "QUESTION" in prompt and "DRAFT" in prompt
+    assert not was_default(template), "it is the default"
 
 
 def test_the_default_templates_hold_what_their_strategy_adds():
     prompt = refinement_prompt("x", ["FIRST", "SECOND"], compile_template(FEW_SHOT_TEMPLATE))
-    assert "Attempt 1:\n\nFIRST\n\nAttempt 2:\n\nSECOND\n\nWrite a better" in prompt
+    assert "Attempt 1:\n\nFIRST\n\nAttempt 2:\n\nSECOND\n\nIf one of" in prompt
     template = compile_template(SELF_EVALUATION_TEMPLATE)
-    assert "the draft:\n\nTOO SHORT\n\nWrite a better" in refinement_prompt("x", ["a"], template, critique="TOO SHORT")
+    assert "the draft:\n\nTOO SHORT\n\nIf the draft" in refinement_prompt("x", ["a"], template, critique="TOO SHORT")
     # Training rows have no critique: what is left is the chain's template
     assert refinement_prompt("x", ["a"], template) == refinement_prompt(
         "x", ["a"], compile_template(REFINEMENT_TEMPLATE)

@@ -3,6 +3,7 @@ Export: what is written is the policy, by the weights and by its log-probabiliti
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import trl_ext
 from trl_ext.aries.children import ChildError
+from trl_ext.aries.config.templates import REFINEMENT_TEMPLATE
 from trl_ext.aries.data.records import to_line
 from trl_ext.aries.policies import Policy
 from trl_ext.aries.results.export import measure
@@ -132,6 +135,31 @@ def test_an_adapter_is_saved_as_it_is(recipe):
         assert Path("adapter", name).read_bytes() == (product / name).read_bytes()
     assert AutoTokenizer.from_pretrained("adapter").chat_template
     assert "library_name: peft\n" in Path("adapter/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "policy"),
+    [(["--adapter"], {"model": "base", "adapter": "saved"}), ([], {"model": "saved"})],
+)
+def test_the_card_says_how_to_refine(recipe, base, monkeypatch, options, policy):
+    """Its program runs, and asks with the policy, the turns and the template of the run."""
+    recipe()
+    assert export("--round", "1", "--output", "saved", *options) == 0
+    [code] = re.findall(r"```python\n(from trl_ext .*?)```", Path("saved/README.md").read_text(), flags=re.DOTALL)
+    asked = {}
+    monkeypatch.setattr(
+        trl_ext,
+        "refine",
+        lambda prompts, **given: asked.update(given, prompts=prompts) or [{"answer": "1"}],
+        raising=False,
+    )
+    exec(code, {})
+    policy = {name: str(base) if value == "base" else value for name, value in policy.items()}
+    assert asked == policy | {
+        "prompts": [[{"role": "user", "content": "A question."}]],
+        "turns": 4,
+        "refinements": {"template": REFINEMENT_TEMPLATE},
+    }
 
 
 def test_full_weights_are_copied(recipe, capfd):

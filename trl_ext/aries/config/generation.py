@@ -148,8 +148,8 @@ class RefinementsConfig(Section):
     """Answers of a chain, the draft included: the paper's y1..y4."""
     template: OneOrEach[str] | None = None
     """The refinement template z, in Jinja2, with `question`, `draft`, `drafts`, `critique` and `turn`; or a list with one
-    for each refinement, of which training rows use the first. Default: our own for the strategy, in
-    `trl_ext/aries/config/templates.py`; the paper's were not available to us."""
+    for each refinement, of which training rows use the first. Default: [the strategy's](aries_data.md#refinement-templates), in
+    `trl_ext/aries/config/templates.py`, in our own words."""
     evaluation_template: str | None = None
     """For `"self_evaluation"`, the template that asks for the critique. Default: our own, in the same file."""
     temperature: OneOrEach[NonNegativeFloat] | None = None
@@ -203,3 +203,19 @@ def listed(name: str, values: Any) -> list[tuple[str, Any]]:
     if isinstance(values, list):
         return [(f"{name}[{index}]", value) for index, value in enumerate(values)]
     return [] if values is None else [(name, values)]
+
+
+def check_room(generation: GenerationConfig, drafts: DraftsConfig, refinements: RefinementsConfig) -> None:
+    """
+    Raises:
+        [`ValueError`]: an answer may be as long as a whole sequence.
+    """
+    room = generation.max_model_len
+    for name, max_tokens in (
+        ("drafts.max_tokens", drafts.max_tokens),
+        *listed("refinements.max_tokens", refinements.max_tokens),
+    ):
+        if max_tokens >= room:
+            raise ValueError(
+                f"`{name}` ({max_tokens}) leaves no room for a prompt in `generation.max_model_len` ({room})."
+            )

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_v
 from ...recipe_checks import Section, section
 from .checks import HealthConfig, ParityConfig
 from .data import EvaluationConfig, PromptsConfig
-from .generation import DraftsConfig, GenerationConfig, RefinementsConfig, listed
+from .generation import DraftsConfig, GenerationConfig, RefinementsConfig, check_room
 from .pairs import PairsConfig
 from .scores import ScoresConfig
 
@@ -154,15 +154,7 @@ class AriesConfig(Section):
                 "`generation.base_urls`: servers keep the weights they were started with, and full fine-tuning makes new ones in every "
                 "round. Train an adapter, `model.use_peft: true`, or leave `base_urls` out."
             )
-        room = self.generation.max_model_len
-        for name, max_tokens in (
-            ("drafts.max_tokens", self.drafts.max_tokens),
-            *listed("refinements.max_tokens", self.refinements.max_tokens),
-        ):
-            if max_tokens >= room:
-                raise ValueError(
-                    f"`{name}` ({max_tokens}) leaves no room for a prompt in `generation.max_model_len` ({room})."
-                )
+        check_room(self.generation, self.drafts, self.refinements)
         return self
 
     @model_validator(mode="after")

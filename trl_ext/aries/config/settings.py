@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 from .generation import SAMPLING_KEYS, STOP_KEYS, DraftsConfig
+from .refine import RefineConfig
 from .run import AriesConfig
 
 
-def sampling_by_turn(config: AriesConfig) -> list[DraftsConfig]:
+def sampling_by_turn(config: AriesConfig | RefineConfig) -> list[DraftsConfig]:
     """
     Sampling of the answers y1, y2, ...: the drafts', unless `refinements` says something else.
     """

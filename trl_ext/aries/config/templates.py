@@ -3,8 +3,15 @@ The Jinja2 templates of a run: ours, and what a recipe's own must hold.
 
 The templates z of refinements are given `question` (the last user message, or the whole plain-text prompt), `draft` (the answer to
 improve), `drafts` (all answers so far, oldest first), `critique` (what the policy said about the draft; empty in training rows and without a
-critique) and `turn` (the turn of the answer asked for). The paper's templates are not available to us: these are our own.
+critique) and `turn` (the turn of the answer asked for).
+
+The paper's templates are not available to us. Sherlock (https://huggingface.co/papers/2505.22651), which modifies the paper's, has the question
+and an example response in its template, and asks for a more helpful response: clearer, more accurate, soundly and step by step reasoned, and to
+the point, by refining the example or by writing a new one. Ours say the same in our own words. The templates of the other strategies, and
+the request to reply with the answer only, are our choice.
 """
+
+import hashlib
 
 from jinja2 import Environment
 from jinja2.meta import find_undeclared_variables
@@ -13,41 +20,52 @@ from jinja2.meta import find_undeclared_variables
 VARIABLES = ("question", "draft", "drafts", "critique", "turn")
 
 REFINEMENT_TEMPLATE = """\
+Below are a question and a draft of an answer to it. Write a more helpful answer than the draft: clearer, more accurate, and \
+soundly reasoned. Work through the question step by step, and leave out what has nothing to do with it.
+
+Question:
+
 {{ question }}
 
-Here is a draft of an answer:
+Draft:
 
 {{ draft }}
 
-Write a better answer to the question: keep what is right in the draft, correct what is wrong, and add what is missing. \
-Reply with the improved answer only."""
+If the draft is good enough to build on, improve it; if it is not, write a new answer. Reply with your answer only."""
 
 FEW_SHOT_TEMPLATE = """\
-{{ question }}
+Below are a question and attempts at an answer to it, the latest last. Write a more helpful answer than the attempts: clearer, \
+more accurate, and soundly reasoned. Work through the question step by step, and leave out what has nothing to do with it.
 
-Here are attempts at an answer, the latest last:
+Question:
+
+{{ question }}
 
 {% for draft in drafts %}Attempt {{ loop.index }}:
 
 {{ draft }}
 
-{% endfor %}Write a better answer to the question: keep what is right in the attempts, correct what is wrong, and add what \
-is missing. Reply with the improved answer only."""
+{% endfor %}If one of the attempts is good enough to build on, improve it; if none is, write a new answer. Reply with your answer \
+only."""
 
 # The same as the refinement template if there is no critique
 SELF_EVALUATION_TEMPLATE = """\
+Below are a question and a draft of an answer to it. Write a more helpful answer than the draft: clearer, more accurate, and \
+soundly reasoned. Work through the question step by step, and leave out what has nothing to do with it.
+
+Question:
+
 {{ question }}
 
-Here is a draft of an answer:
+Draft:
 
 {{ draft }}
 
-{% if critique %}Here is an assessment of the draft:
+{% if critique %}An assessment of the draft:
 
 {{ critique }}
 
-{% endif %}Write a better answer to the question: keep what is right in the draft, correct what is wrong, and add what is \
-missing. Reply with the improved answer only."""
+{% endif %}If the draft is good enough to build on, improve it; if it is not, write a new answer. Reply with your answer only."""
 
 EVALUATION_TEMPLATE = """\
 {{ question }}
@@ -66,6 +84,9 @@ TEMPLATES = {
     "self_evaluation": SELF_EVALUATION_TEMPLATE,
 }
 
+# The beginnings of the SHA-256 of what [`TEMPLATES`] had before: a run that was begun with one of them keeps it
+EARLIER_DEFAULTS = ("d243b610e56b469d", "939df58a38e016ab", "fbf0c02e2121b8ac")
+
 # After the pairwise prompt of MT-Bench (https://huggingface.co/papers/2306.05685)
 JUDGE_TEMPLATE = """\
 Compare two answers to the last message of a conversation. Judge how correct, helpful and complete they are. Neither their \
@@ -82,6 +103,11 @@ order nor their length may count.
 
 Explain your judgement in a few sentences. Then end with the verdict alone: [[A]] if answer A is better, [[B]] if answer B is \
 better, [[C]] for a tie."""
+
+
+def was_default(template: str) -> bool:
+    """Whether an earlier version had this as a default template."""
+    return hashlib.sha256(template.encode("utf-8")).hexdigest()[:16] in EARLIER_DEFAULTS
 
 
 def check_refinement_template(name: str, template: str, strategy: str) -> None:

@@ -34,7 +34,7 @@ def fault(chain: Chain, selection: str) -> str | None:
     return None if any(answer.text.strip() for answer in eligible) else "empty_answer"
 
 
-def share_finding(what: str, dropped: dict[str, int], total: int, config: HealthConfig) -> str | None:
+def share_finding(what: str, dropped: dict[str, int], total: int, config: HealthConfig | None) -> str | None:
     """
     A sentence that says how much was left out if that is too much, else `None`.
 
@@ -45,8 +45,8 @@ def share_finding(what: str, dropped: dict[str, int], total: int, config: Health
             Counts by fault.
         total (`int`):
             Number of rows, used and left out.
-        config ([`~aries.config.HealthConfig`]):
-            Its `max_dropped`.
+        config ([`~aries.config.HealthConfig`] or `None`):
+            Its `max_dropped`. `None` if there is no recipe: then its default is too much, and the sentence does not name the key.
 
     Example:
 
@@ -55,8 +55,9 @@ def share_finding(what: str, dropped: dict[str, int], total: int, config: Health
     '3 of 4 chains cannot be used (3 prompt_too_long), more than `health.max_dropped` (0.5) allows'
     ```
     """
-    count = sum(dropped.values())
-    if config.max_dropped is None or count <= config.max_dropped * total:
+    count, bound = sum(dropped.values()), (config or HealthConfig()).max_dropped
+    if bound is None or count <= bound * total:
         return None
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(dropped.items()) if n)
-    return f"{count:,} of {total:,} {what} cannot be used ({reasons}), more than `health.max_dropped` ({config.max_dropped:g}) allows"
+    allowed = "" if config is None else f", more than `health.max_dropped` ({bound:g}) allows"
+    return f"{count:,} of {total:,} {what} cannot be used ({reasons}){allowed}"

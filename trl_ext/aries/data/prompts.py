@@ -152,7 +152,11 @@ def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
         [`RecipeError`]: a row without `prompt`, with an empty one, with messages that do not end with the user's, or text
         among messages.
     """
-    mixture = load_mixture(entries, where)
+    return checked_prompts(load_mixture(entries, where), where)
+
+
+def checked_prompts(mixture: list[tuple[str, Rows, int]], where: str) -> Prompts:
+    """[`load_prompts`] of rows that are loaded already, each list with its name and how many of it are taken."""
     kind = None
     for path, rows, count in mixture:
         for number, row in enumerate(map(in_trl_form, islice(rows, count)), start=1):

@@ -21,8 +21,8 @@ FIRST_CHAINS = 64
 class Intake:
     """
     Args:
-        health ([`~aries.config.HealthConfig`]):
-            Its `max_dropped`.
+        health ([`~aries.config.HealthConfig`] or `None`):
+            Its `max_dropped`, or the default one.
         selection (`str`):
             `pairs.selection`, which says what a chain needs.
         drafts ([`~aries.config.DraftsConfig`]):
@@ -31,7 +31,7 @@ class Intake:
             Called with the first finding; it may raise it.
     """
 
-    def __init__(self, health: HealthConfig, selection: str, drafts: DraftsConfig, tell: Callable[[str], None]):
+    def __init__(self, health: HealthConfig | None, selection: str, drafts: DraftsConfig, tell: Callable[[str], None]):
         self._health, self._selection, self._drafts, self._tell = health, selection, drafts, tell
         self._begun = 0
         self._first: set[str] = set()

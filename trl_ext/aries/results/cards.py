@@ -14,8 +14,8 @@ from ...data_files import BUILDERS
 from ...trainers.model_card import completed, trl_card
 from ..checks.overlap import prompts_kind
 from ..config import AriesConfig
-from ..data.records import read_json
-from ..run_dir import RunDir
+from ..data.records import read_json, read_rows
+from ..run_dir import RunDir, keep_templates
 
 
 PAPER = {
@@ -74,6 +74,16 @@ pairs = load_dataset("{repo}", split="train")
 """
 
 
+REFINING = """\
+This model answers, and improves its answers turn by turn:
+
+```python
+{code}
+```
+
+`select=["reward_model", "NAME"]` or `["verifier", "file.py:function"]` returns the best answer of the chain instead of the last one."""
+
+
 def public_recipe(run: RunDir) -> str:
     """The run's recipe without its place on this machine. Recipes never hold secrets."""
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
@@ -129,10 +139,39 @@ def model_card(
         + ", ".join(f"`{source if on_hub(source) else Path(source).name}`" for source in sources(config))
         + ".",
         "Evaluation": evaluation_table(run, number),
+        "Refining": REFINING.format(code=refining(run, config, base, repo, form == "adapter")),
         "Recipe": f"```yaml\n{public_recipe(run)}```",
     }
     sections = {heading: text for heading, text in sections.items() if text}
     return completed(str(card), base, tokenizer.chat_template is not None, sections)
+
+
+def refining(run: RunDir, config: AriesConfig, base: str, repo: str, is_adapter: bool) -> str:
+    """A program that has the policy answer and refine as in the run."""
+    recipe, text = yaml.safe_load(run.recipe.read_text(encoding="utf-8")), "A question."
+    prompt = next(read_rows(run.evaluation_prompts))["prompt"]
+    generation = {
+        k: v for k, v in (recipe.get("generation") or {}).items() if k in ("answer_pattern", "max_model_len")
+    }
+    refinements = {k: v for k, v in (recipe.get("refinements") or {}).items() if k != "turns"}
+    refinements["template"] = keep_templates(config).refinements.template  # also if the default becomes another one
+    arguments = {
+        **({"model": base, "adapter": repo} if is_adapter else {"model": repo}),
+        "turns": config.refinements.turns,
+        "generation": generation,
+        "drafts": recipe.get("drafts"),
+        "refinements": refinements,
+    }
+    lines = [
+        "from trl_ext import refine",
+        "",
+        "rows = refine(",
+        f"    [{(text if isinstance(prompt, str) else [{'role': 'user', 'content': text}])!r}],",
+        *(f"    {name}={value!r}," for name, value in arguments.items() if value),
+        ")",
+        'print(rows[0]["answer"])',
+    ]
+    return "\n".join(lines)
 
 
 def evaluation_table(run: RunDir, number: int) -> str:

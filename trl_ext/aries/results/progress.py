@@ -163,6 +163,10 @@ class RunProgress:
             return
         self.console.print(printable(text), style=style, markup=False, soft_wrap=True)
 
+    def label(self, number: int, name: str) -> str:
+        """What a stage of a round is called."""
+        return f"round {number}/{self.rounds}  {name}"
+
     @contextmanager
     def stage(self, number: int, name: str) -> Iterator[Callable[[int, int], None]]:
         """
@@ -171,7 +175,7 @@ class RunProgress:
         Yields:
             `Callable[[int, int], None]`: to be called with (done, total).
         """
-        label, pulse = f"{f'round {number}/{self.rounds}  {name}':<38}", Pulse(number, name, self.clock)
+        label, pulse = f"{self.label(number, name):<38}", Pulse(number, name, self.clock)
         if self.console.is_terminal and not self.quiet:
             with Progress(*columns(), console=self.console, transient=True) as bars:
                 task = bars.add_task(label, total=None)
