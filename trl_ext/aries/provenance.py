@@ -16,7 +16,7 @@ from .run_dir import RunDir
 
 
 # Files of a closed round that later rounds read besides its policy
-READ_LATER = ("evaluation_prompts.jsonl", "evaluation.jsonl", "evaluation_scores.jsonl")
+READ_LATER = ("evaluation_prompts.jsonl", "evaluation.jsonl", "evaluation_scores.jsonl", "selecting_scores.jsonl")
 
 
 def made_files(run: RunDir, number: int) -> list[Path]:
@@ -24,9 +24,16 @@ def made_files(run: RunDir, number: int) -> list[Path]:
     round_dir = run.round(number)
     return [
         *([run.evaluation_prompts] if number == 0 else []),
-        *(round_dir.sft, round_dir.prompts, round_dir.answers, round_dir.scores, round_dir.pairs),
+        *(
+            round_dir.sft,
+            round_dir.prompts,
+            round_dir.answers,
+            round_dir.scores,
+            round_dir.guard_scores,
+            round_dir.pairs,
+        ),
         *(round_dir.model, round_dir.adapter, round_dir.samples),
-        *(round_dir.evaluation, round_dir.evaluation_scores, round_dir.metrics),
+        *(round_dir.evaluation, round_dir.evaluation_scores, round_dir.selecting_scores, round_dir.metrics),
     ]
 
 

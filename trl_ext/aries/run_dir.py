@@ -29,6 +29,10 @@ OPERATIONAL_KEYS = {
     "output_dir",
     "evaluation.bootstrap_samples",
     "evaluation.correct_score",
+    "evaluation.scores.judge.max_concurrency",
+    "evaluation.scores.judge.max_retries",
+    "evaluation.scores.judge.timeout",
+    "evaluation.scores.timeout",
     "generation.api_key_env",
     "generation.base_urls",
     "generation.cpu_kv_cache_gib",
@@ -78,6 +82,7 @@ class RoundDir:
         self.prompts = path / "prompts.jsonl"
         self.answers = path / "answers.jsonl"
         self.scores = path / "scores.jsonl"
+        self.guard_scores = path / "guard_scores.jsonl"
         self.pairs = path / "pairs.jsonl"
         self.drops = path / "drops.json"
         self.guard = path / "guard.json"
@@ -91,6 +96,7 @@ class RoundDir:
         self.health = path / "health.json"
         self.set_aside = path / "set_aside"
         self.evaluation_scores = path / "evaluation_scores.jsonl"
+        self.selecting_scores = path / "selecting_scores.jsonl"
         self.metrics = path / "metrics.json"
         self.cost = path / "cost.json"
         self.lm_eval = path / "lm_eval"

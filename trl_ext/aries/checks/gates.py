@@ -3,7 +3,8 @@ Gates: whether a round may be trained on, and whether what it trained may contin
 
 Before training, the scores compare the round's chosen answers with its rejected ones. In a rule-based round the scores take no part in
 the selection, so the comparison shows when refining no longer improves. A best-over-worst round was selected by the same scores, so it
-always passes: the gate sees neither a wrong scorer nor a policy that got worse. No pair is dropped; `pairs.guard` decides about the round.
+always passes: the gate sees neither a wrong scorer nor a policy that got worse. With `evaluation.scores` the scorers that judge compare
+the pairs of some chains instead, in either kind of round. No pair is dropped; `pairs.guard` decides about the round.
 
 After training, KL, length and diversity of the policy's direct answers are compared with the initial policy's, within the bounds of
 `health`.
@@ -31,19 +32,34 @@ DECISIONS = {"stop": "stopped", "skip": "skipped", "warn": "warned"}
 
 
 class PairsMeasure:
-    """Compares the chosen answers of a round with the rejected ones. It keeps the scores of pairs and no text."""
+    """
+    Compares the chosen answers of a round with the rejected ones. It keeps the scores of pairs and no text.
 
-    def __init__(self):
+    Args:
+        judged (`dict[str, list[float | None]]`, *optional*):
+            Scores of the answers of some chains, by prompt: pairs of other chains are not compared. Default: the scores that selected.
+    """
+
+    def __init__(self, judged: dict[str, list[float | None]] | None = None):
+        self._judged = judged
         self._chosen, self._rejected, self._prompt_ids = array("d"), array("d"), []
         self._chosen_tokens = self._rejected_tokens = 0
 
     def add(self, pair: Pair) -> None:
         self._chosen_tokens += pair.chosen.tokens
         self._rejected_tokens += pair.rejected.tokens
-        if pair.chosen_score is not None and pair.rejected_score is not None:
-            self._chosen.append(pair.chosen_score)
-            self._rejected.append(pair.rejected_score)
+        chosen, rejected = self._scores(pair)
+        if chosen is not None and rejected is not None:
+            self._chosen.append(chosen)
+            self._rejected.append(rejected)
             self._prompt_ids.append(pair.chain.prompt_id)
+
+    def _scores(self, pair: Pair) -> tuple[float | None, float | None]:
+        if self._judged is None:
+            return pair.chosen_score, pair.rejected_score
+        turns = (answer.turn for answer in pair.chain.answers)
+        scores = dict(zip(turns, self._judged.get(pair.chain.prompt_id, ()), strict=False))
+        return scores.get(pair.chosen.turn), scores.get(pair.rejected.turn)
 
     def measured(self) -> dict[str, Any]:
         """
@@ -108,8 +124,13 @@ def pair_findings(measured: dict[str, Any]) -> str:
     spread = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
     return (
         f"the chosen answers score {measured['chosen_score']:.3f} on average and the rejected ones "
-        f"{measured['rejected_score']:.3f} (difference {measured['difference']:+.3f}{spread}, {measured['compared']:,} pairs)"
+        f"{measured['rejected_score']:.3f} (difference {measured['difference']:+.3f}{spread}, {measured['compared']:,} pairs{by(measured)})"
     )
+
+
+def by(measured: dict[str, Any]) -> str:
+    """Who compared, if not the scorers that also select."""
+    return ", by `evaluation.scores`" if measured.get("by") == "evaluation.scores" else ""
 
 
 def pair_lines(measured: dict[str, Any], decision: str) -> list[str]:
@@ -117,8 +138,12 @@ def pair_lines(measured: dict[str, Any], decision: str) -> list[str]:
     lines = []
     if measured["compared"] == 0:
         lines.append(
-            "no scores, so the guard cannot tell whether the chosen answers are better. Set `scores.verifier` or `scores.reward_model`; "
-            "rule-based selection does not use them."
+            f"no scores{by(measured)}, so the guard cannot tell whether the chosen answers are better. "
+            + (
+                "Raise `pairs.guard_samples`."
+                if by(measured)
+                else "Set `scores.verifier` or `scores.reward_model`; rule-based selection does not use them."
+            )
         )
     elif decision == "skipped":
         lines.append(f"{pair_findings(measured)}: left untrained.")

@@ -13,7 +13,7 @@ from ...recipe import RecipeError
 from ..config import AriesConfig
 from ..data.faults import FAULTS, share_finding
 from ..data.pairs import Selection, preference_rows
-from ..data.records import read_rows, write_json, write_jsonl
+from ..data.records import read_jsonl, read_rows, write_json, write_jsonl
 from ..run_dir import RoundDir
 from ..scoring.scores import read_chains
 from .gates import PairsMeasure, decide
@@ -38,7 +38,12 @@ def checked_rows(
     round_dir: RoundDir, config: AriesConfig, number: int, selection: Selection, template: Template
 ) -> Iterator[dict[str, Any]]:
     """The rows; after the last one, the counts are written and judged."""
-    measure = PairsMeasure()
+    judged = (
+        {row["prompt_id"]: row["scores"] for row in read_jsonl(round_dir.guard_scores)}
+        if round_dir.guard_scores.exists()
+        else None
+    )
+    measure = PairsMeasure(judged)
     for pair in selection:
         measure.add(pair)
         yield from preference_rows(pair, template, config.pairs)
@@ -58,6 +63,6 @@ def checked_rows(
             "(under another `output_dir`)."
         )
     measured = measure.measured()
-    by_construction = config.pairs.selection == "best_over_worst"
-    decision = decide(measured, config.pairs.guard)
-    write_json(round_dir.guard, {"decision": decision, "by_construction": by_construction, **measured})
+    by_construction = config.pairs.selection == "best_over_worst" and judged is None
+    decision, by = decide(measured, config.pairs.guard), "scores" if judged is None else config.judging
+    write_json(round_dir.guard, {"decision": decision, "by": by, "by_construction": by_construction, **measured})

@@ -43,8 +43,11 @@ class PairsConfig(Section):
     guard: Literal["stop", "skip", "warn"] = "stop"
     """What happens to a round whose chosen answers do not score higher than its rejected ones on average: `"stop"`
     ends the run before training, `"skip"` leaves the round untrained and goes on to the next one, `"warn"` trains on
-    it all the same. It cannot judge a `"best_over_worst"` round, which is selected by the same scores and passes by
-    construction (our choice)."""
+    it all the same. Without `evaluation.scores` it cannot judge a `"best_over_worst"` round, which is selected by the same
+    scores and passes by construction (our choice)."""
+    guard_samples: NonNegativeInt = 200
+    """With `evaluation.scores`, how many chains of a round those scorers score too, for the guard: the first ones, in the
+    random order of the prompts. `0` leaves the guard with the scores of `scores` (our choice)."""
 
     @model_validator(mode="after")
     def check_pairs(self):

@@ -18,7 +18,7 @@ from .checks import HealthConfig, ParityConfig
 from .data import EvaluationConfig, PromptsConfig
 from .generation import DraftsConfig, GenerationConfig, RefinementsConfig, listed
 from .pairs import PairsConfig
-from .scores import ScoresConfig
+from .scores import ScorerConfig, ScoresConfig
 
 
 # α of the squared objective if the recipe names none: the paper's was not available to us, and two public relatives have this one
@@ -136,6 +136,27 @@ class AriesConfig(Section):
         return LoopConfig(**{key: self.training[key] for key in LOOP_KEYS if key in self.training})
 
     @property
+    def scorers(self) -> dict[str, list[ScorerConfig]]:
+        """The scorers by the section that names them: `"scores"`, which select, and `"evaluation.scores"`, which judge, if it is given."""
+        judging = self.evaluation.scores
+        return {"scores": self.scores.each()} | ({} if judging is None else {"evaluation.scores": judging.each()})
+
+    @property
+    def all_scorers(self) -> list[ScorerConfig]:
+        return [scorer for section in self.scorers.values() for scorer in section]
+
+    @property
+    def judging(self) -> str:
+        """The section whose scores the metrics go by."""
+        return "scores" if self.evaluation.scores is None else "evaluation.scores"
+
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether the metrics' scores compare policies: a judge's compare the answers of a chain."""
+        judging = self.scorers[self.judging]
+        return bool(judging) and all(scorer.judge is None for scorer in judging)
+
+    @property
     def trust_remote_code(self) -> bool:
         return bool(self.training.get("trust_remote_code", False))
 
@@ -163,6 +184,14 @@ class AriesConfig(Section):
                 raise ValueError(
                     f"`{name}` ({max_tokens}) leaves no room for a prompt in `generation.max_model_len` ({room})."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def check_judging(self):
+        if self.evaluation.scores is not None and not self.evaluation.scores.each():
+            raise ValueError(
+                "`evaluation.scores` names neither a `verifier` nor a `reward_model` nor a `judge`. Name one, or leave the section out."
+            )
         return self
 
     @model_validator(mode="after")

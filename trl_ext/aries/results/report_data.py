@@ -82,8 +82,8 @@ class RunRecord:
     @property
     def judged(self) -> bool:
         """Whether a judge contributes to the scores, which then compare the answers of a chain rather than two policies."""
-        scorers = self.resolved["scores"].get("scorers") or [self.resolved["scores"]]
-        return any(scorer.get("judge") for scorer in scorers)
+        scores = self.resolved["evaluation"].get("scores") or self.resolved["scores"]
+        return any(scorer.get("judge") for scorer in scores.get("scorers") or [scores])
 
     @property
     def draw(self) -> dict[str, int]:
@@ -138,6 +138,24 @@ def decide_right(rounds: list[RoundRecord]) -> None:
             of_round["correct_score"] = None
             for turn in of_round["turns"]:
                 turn |= {"correct": None, "flips": None}
+
+
+def selecting_and_judging(run: RunRecord) -> list[dict[str, Any]]:
+    """
+    What the scorers that select and those that judge say of each round's answers, if `evaluation.scores` names some: `name`, and for each
+    turn `turn`, `selecting` and `judging`, the metrics of either.
+    """
+    return [
+        {
+            "name": round_.name,
+            "turns": [
+                {"turn": selecting["turn"], "selecting": selecting, "judging": judging}
+                for selecting, judging in zip(round_.metrics["selecting"], round_.metrics["turns"], strict=True)
+            ],
+        }
+        for round_ in run.evaluated
+        if "selecting" in round_.metrics
+    ]
 
 
 # Did it get better?
