@@ -27,21 +27,45 @@ class Policy:
 
 def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
     """
-    The policy after a round. A round that the guard skipped keeps the one before it; before round 1, without SFT, it is the model as it
-    came.
+    The policy after a round. A round that the guard skipped keeps the one that it started from; before round 1, without SFT, it is the
+    model as it came.
     """
     base = config.model["model_name_or_path"]
     if is_skipped(run.round(number)):
-        return policy_after(run, config, number - 1)
+        return start_policy(run, config, number)
     if number == 0 and config.sft is None:
         return Policy(base, None)
     made = str(product(run.round(number), config))
     return Policy(base, made) if config.model.get("use_peft") else Policy(made, None)
 
 
+def start_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
+    """The policy that a round's training starts from."""
+    return policy_after(run, config, base_round(run, number))
+
+
 def base_round(run: RunDir, number: int) -> int:
-    """The round whose policy a round's training starts from: the one before."""
-    return number - 1
+    """The round whose policy round `number` starts from: the one before or, if that was rolled back, the one that it started from."""
+    before = number - 1
+    return base_round(run, before) if is_rolled_back(run.round(before)) else before
+
+
+def answering_round(run: RunDir, answering: int) -> int:
+    """
+    The round whose policy answers what round `answering`'s is to answer: its own, until it is rolled back. Then only the next round's prompts
+    are left.
+    """
+    return base_round(run, answering + 1)
+
+
+def learning_rate_factor(run: RunDir, number: int) -> float:
+    """One half for each round before this one that was rolled back."""
+    return 0.5 ** sum(is_rolled_back(run.round(n)) for n in range(1, number))
+
+
+def is_rolled_back(round_dir: RoundDir) -> bool:
+    """Whether the next round does not start from this one's policy, which has become worse."""
+    return (read_json(round_dir.setback) or {}).get("decision") == "rolled_back"
 
 
 def product(round_dir: RoundDir, config: AriesConfig) -> Path:

@@ -17,6 +17,7 @@ from ..recipe import COMMAND_LINE, Recipe, RecipeError, load_yaml
 from .checks.gates import decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
 from .checks.overlap import count_overlap, overlap_lines
 from .checks.set_aside import degenerate, set_aside, take_back
+from .checks.setback import decide_setback, discard_answers, discarded_tokens, rolled_back, stopped
 from .checks.training_rows import write_pairs
 from .children import one_gpu, warm_up
 from .config import AriesConfig
@@ -188,6 +189,9 @@ class Rounds(Stages):
         self.check_health(answering)
         self.score(answering)
         self.close(answering)
+        if discard_answers(self.dir, answering):  # it was rolled back: another policy goes on
+            self.generate(answering)
+            self.score(answering)
 
     def generate(self, answering: int) -> None:
         """Drafts and refinements of the evaluation prompts, and of the next round's."""
@@ -256,11 +260,17 @@ class Rounds(Stages):
         write_json(round_dir.metrics, metrics)
         for line in round_warnings(self.dir, self.config, number, metrics):
             self.note(f"round {number}: {line}.", WARNING)
-        for setback in round_setbacks(self.config, metrics):
-            self.note(f"round {number}: {setback}.", WARNING)
+        lost = round_setbacks(self.config, metrics)
+        decision = decide_setback(self.dir, self.config, number, lost)
+        if decision == "stopped":
+            self.at = (number, "setback")
+            raise stopped(self.dir, self.config, number, lost)
+        for line in lost + [rolled_back(self.dir, number)] * (decision == "rolled_back"):
+            self.note(f"round {number}: {line}.", WARNING)
         chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
         answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
-        cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
+        of_round, discarded = (chain for _, chain in answers), discarded_tokens(self.dir, number)
+        cost = round_cost(self.dir.read_events(), number, of_round, evaluation=chains, discarded=discarded)
         write_json(round_dir.cost, cost)
         self.track(number)
         write_manifest(self.dir, self.config, number)

@@ -51,6 +51,7 @@ OPERATIONAL_KEYS = {
     "health.max_kl",
     "health.min_diversity",
     "health.min_length",
+    "health.on_setback",
     "parity.tolerance",
     "pairs.guard",
     "scores.judge.max_concurrency",
@@ -98,6 +99,8 @@ class RoundDir:
         self.evaluation_scores = path / "evaluation_scores.jsonl"
         self.selecting_scores = path / "selecting_scores.jsonl"
         self.metrics = path / "metrics.json"
+        self.setback = path / "setback.json"
+        self.rolled_back = path / "rolled_back"
         self.cost = path / "cost.json"
         self.lm_eval = path / "lm_eval"
         self.made = path / "made.json"

@@ -195,6 +195,19 @@ class AriesConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_setbacks(self):
+        if self.health.on_setback != "warn" and not self.compares_rounds:
+            raise ValueError(
+                f"`health.on_setback: {self.health.on_setback}` needs scores that compare rounds, and "
+                + (
+                    f"a judge's, of `{self.judging}`, compare the answers of a chain. Name a verifier or a reward model as `evaluation.scores`."
+                    if self.scorers[self.judging]
+                    else "there are none. Name a scorer as `evaluation.scores`."
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_selection(self):
         if self.pairs.selection != "rule_based" and not self.scores.each():
             raise ValueError(

@@ -9,7 +9,11 @@ from ..data.records import Chain
 
 
 def round_cost(
-    events: list[dict[str, Any]], number: int, chains: Iterable[Chain], evaluation: Iterable[Chain]
+    events: list[dict[str, Any]],
+    number: int,
+    chains: Iterable[Chain],
+    evaluation: Iterable[Chain],
+    discarded: int = 0,
 ) -> dict[str, Any]:
     """
     What `cost.json` holds.
@@ -19,9 +23,11 @@ def round_cost(
             The run's event log, and the round.
         chains (iterable of [`Chain`]), evaluation (iterable of [`Chain`]):
             Its answers, and its policy's answers to the evaluation prompts.
+        discarded (`int`, *optional*, defaults to `0`):
+            Tokens of answers that were not used, because the policy that gave them was rolled back.
 
     Returns:
-        `dict`: `generated_tokens` of `drafts`, `refinements` and `evaluation`, without critiques, whose tokens are not recorded; and `stages`,
+        `dict`: `generated_tokens` of `drafts`, `refinements` and `evaluation`, without critiques, whose tokens are not recorded, and `discarded` if any were; and `stages`,
         for each stage of the round its name, the `seconds` of its finished runs, and how many were `interrupted`, whose time is unknown.
     """
     drafts = refinements = 0
@@ -34,6 +40,7 @@ def round_cost(
             "drafts": drafts,
             "refinements": refinements,
             "evaluation": sum(a.tokens for chain in evaluation for a in (*chain.answers, *chain.unanswered)),
+            **({"discarded": discarded} if discarded else {}),
         },
         "stages": stage_times(events, number),
     }

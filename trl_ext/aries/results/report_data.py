@@ -38,6 +38,7 @@ class RoundRecord:
         self.number = number
         self.name = name
         self.metrics = read_json(files.metrics)
+        self.setback = read_json(files.setback)
         for turn in self.metrics["turns"] if self.metrics else ():
             turn.update({key: turn.get(key) for key in LATER_KEYS})
         self.sft_drops = read_json(files.sft_drops)

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checks.overlap import prompts_kind
 from ..config import AriesConfig
 from ..data.records import read_json
-from ..policies import is_skipped, policy_after, product
+from ..policies import is_rolled_back, is_skipped, policy_after, product
 from ..run_dir import RunDir
 from .progress import RunProgress
 from .state import read_progress, read_state
@@ -43,6 +43,8 @@ def status(config: AriesConfig) -> int:
             done["training"] = "skipped by the guard"
         if round_dir.set_aside.exists() and not product(round_dir, config).exists():
             done["training"] = "set aside as degenerate"
+        if is_rolled_back(round_dir):
+            done["evaluation"] = "done, rolled back"
         words = [f"{name} {state}" for name, state in done.items()]
         say(f"  round {number}: " + ", ".join(words))
         drops = round_dir.drops if number > 0 else round_dir.sft_drops
