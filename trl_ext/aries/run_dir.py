@@ -27,6 +27,7 @@ from .data.records import append_lines, write_atomically, write_json
 # what stops it
 OPERATIONAL_KEYS = {
     "output_dir",
+    "evaluation.best_turn",
     "evaluation.bootstrap_samples",
     "evaluation.correct_score",
     "evaluation.scores.judge.max_concurrency",

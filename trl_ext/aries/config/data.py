@@ -88,5 +88,7 @@ class EvaluationConfig(Source):
     correct_score: float | None = None
     """Score from which an answer counts as right, for the flips between turns. Default: 1 if all scores are 0 or 1,
     otherwise no answer is right or wrong."""
+    best_turn: PositiveInt = 1
+    """Turn by whose mean score the best round is chosen: 1 is the direct answer (our choice)."""
     bootstrap_samples: PositiveInt = 10_000
     """Resamples of the 95 % bootstrap intervals over prompts. Mean scores have such intervals; shares need none."""

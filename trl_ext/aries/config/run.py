@@ -192,6 +192,10 @@ class AriesConfig(Section):
             raise ValueError(
                 "`evaluation.scores` names neither a `verifier` nor a `reward_model` nor a `judge`. Name one, or leave the section out."
             )
+        if self.evaluation.best_turn > self.refinements.turns:
+            raise ValueError(
+                f"`evaluation.best_turn` ({self.evaluation.best_turn}) is beyond the last answer: `refinements.turns` is {self.refinements.turns}."
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from ..config import AriesConfig
 from ..data.records import read_json
 from ..policies import is_rolled_back, is_skipped, policy_after, product
 from ..run_dir import RunDir
+from .best import best_round
 from .progress import RunProgress
 from .state import read_progress, read_state
 
@@ -65,11 +66,14 @@ def answers_so_far(path: Path) -> str:
 
 
 def print_results(run: RunDir, config: AriesConfig, progress: RunProgress) -> None:
-    """Print the scores so far."""
+    """Print the scores so far, and which round is best if it is not the last one."""
     found = {number: read_json(run.round(number).metrics) for number in range(config.rounds + 1)}
     metrics = {number: of_round for number, of_round in found.items() if of_round is not None}
     if metrics:
         progress.results(metrics, config.refinements.turns, config.sft is not None, prompts_kind(run))
+        best = best_round(run, config)
+        if best is not None and best.number != best.last:
+            progress.say(f"Best: {best}.")
 
 
 def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, elapsed: str) -> None:
