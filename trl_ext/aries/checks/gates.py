@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import HealthConfig
+from ..config import HealthConfig, PairsConfig
 from ..data.pairs import Pair
 from ..data.records import Chain
 from ..scoring.evaluation import difference_interval, distinct
@@ -110,12 +110,37 @@ def mean_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float]
 
 def decide(measured: dict[str, Any], guard: str) -> str:
     """
-    What happens to the round: `"trained"`, or, if the chosen answers do not score higher on average, what `pairs.guard` says. Without
-    scores the round is trained on.
+    What happens to the round: `"trained"`, or what `pairs.guard` says if the chosen answers do not score higher on average, or if the rule's
+    own evidence speaks against them. Without scores and such findings the round is trained on.
     """
-    if measured["difference"] is None or measured["difference"] > 0:
-        return "trained"
-    return DECISIONS[guard]
+    return DECISIONS[guard] if scores_lower(measured) or measured.get("findings") else "trained"
+
+
+def scores_lower(measured: dict[str, Any]) -> bool:
+    """Whether the chosen answers do not score higher than the rejected ones."""
+    return measured["difference"] is not None and measured["difference"] <= 0
+
+
+def reasons(measured: dict[str, Any]) -> str:
+    """What speaks against training on the round, in words."""
+    by_scores = [pair_findings(measured)] if scores_lower(measured) else []
+    return "; ".join([*by_scores, *measured.get("findings", [])])
+
+
+def rule_findings(evidence: dict[str, Any], config: PairsConfig) -> list[str]:
+    """What of [`~aries.data.pairs.rule_evidence`] is below its bound, in words."""
+    found = []
+    if config.min_settled is not None and evidence["settled"] is not None and evidence["settled"] < config.min_settled:
+        found.append(
+            f"{evidence['settled']:.1%} of {evidence['whole']:,} chains settled, fewer than `pairs.min_settled` ({config.min_settled:g}): "
+            "refining goes astray"
+        )
+    if config.min_changed is not None and evidence["changed"] is not None and evidence["changed"] < config.min_changed:
+        found.append(
+            f"{evidence['changed']:.1%} of the settled chains end with another answer than their draft, fewer than `pairs.min_changed` "
+            f"({config.min_changed:g}): refining adds nothing"
+        )
+    return found
 
 
 def pair_findings(measured: dict[str, Any]) -> str:
@@ -136,7 +161,7 @@ def by(measured: dict[str, Any]) -> str:
 def pair_lines(measured: dict[str, Any], decision: str) -> list[str]:
     """The lines to print about a round, if any. A round that ends the run also has [`pairs_stop_message`]."""
     lines = []
-    if measured["compared"] == 0:
+    if measured["compared"] == 0 and decision == "trained":
         lines.append(
             f"no scores{by(measured)}, so the guard cannot tell whether the chosen answers are better. "
             + (
@@ -146,9 +171,9 @@ def pair_lines(measured: dict[str, Any], decision: str) -> list[str]:
             )
         )
     elif decision == "skipped":
-        lines.append(f"{pair_findings(measured)}: left untrained.")
+        lines.append(f"{reasons(measured)}: left untrained.")
     elif decision == "warned":
-        lines.append(f"{pair_findings(measured)}: training on it anyway will likely make the policy worse.")
+        lines.append(f"{reasons(measured)}: training on it anyway will likely make the policy worse.")
     ratio = measured["length_ratio"]
     if ratio is not None and ratio > LONG_CHOSEN_RATIO:
         lines.append(
@@ -165,8 +190,12 @@ def pairs_stop_message(number: int, measured: dict[str, Any], selection: str) ->
         "`training.learning_rate`, if refining got worse over the rounds; or fewer `rounds`, to end with the last policy",
         "best_over_worst": "another scorer, or a larger `pairs.min_margin`",
     }[selection]
+    if scores_lower(measured):
+        what = "would train the policy away from its better answers"
+    else:
+        what = "would train the policy on refinements that no longer help, by the rule's own evidence"
     return (
-        f"round {number} would train the policy away from its better answers: {pair_findings(measured)}. A preference loss "
+        f"round {number} {what}: {reasons(measured)}. A preference loss "
         "makes the chosen answers more likely than the rejected ones, whichever are better. Under another `output_dir`, try "
         f"{fixes}. Or continue this run with `--pairs.guard skip`, which leaves the round untrained, or `--pairs.guard warn`, "
         "which trains on it anyway."

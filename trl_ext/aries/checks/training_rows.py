@@ -12,11 +12,11 @@ from jinja2 import Template
 from ...recipe import RecipeError
 from ..config import AriesConfig
 from ..data.faults import FAULTS, share_finding
-from ..data.pairs import Selection, preference_rows
+from ..data.pairs import Selection, preference_rows, rule_evidence
 from ..data.records import read_jsonl, read_rows, write_json, write_jsonl
 from ..run_dir import RoundDir
 from ..scoring.scores import read_chains
-from .gates import PairsMeasure, decide
+from .gates import PairsMeasure, decide, rule_findings
 
 
 def write_pairs(round_dir: RoundDir, config: AriesConfig, number: int, template: Template) -> tuple[int, Selection]:
@@ -64,5 +64,8 @@ def checked_rows(
         )
     measured = measure.measured()
     by_construction = config.pairs.selection == "best_over_worst" and judged is None
+    if config.pairs.selection == "rule_based":
+        evidence = rule_evidence(chains, dropped)
+        measured |= {"rule": evidence, "findings": rule_findings(evidence, config.pairs)}
     decision, by = decide(measured, config.pairs.guard), "scores" if judged is None else config.judging
     write_json(round_dir.guard, {"decision": decision, "by": by, "by_construction": by_construction, **measured})

@@ -224,6 +224,11 @@ class AriesConfig(Section):
                 "`pairs.selection: rule_based` takes the last answer over the first, and with `refinements.strategy: parallel` "
                 "they are samples of one prompt. Set `pairs.selection: best_over_worst`, or another strategy."
             )
+        if self.pairs.selection == "rule_based" and self.pairs.agreement > max(2, self.refinements.turns - 1):
+            raise ValueError(
+                f"`pairs.agreement` ({self.pairs.agreement}) takes in the draft, which is rejected: `refinements.turns` is "
+                f"{self.refinements.turns}. Have at most {max(2, self.refinements.turns - 1)} refinements agree, or more turns."
+            )
         if self.pairs.learn == "full_text" and self.generation.answer_pattern is None:
             raise ValueError(
                 "`pairs.learn: full_text` needs `generation.answer_pattern`, such as '(?s)</think>\\s*(.*)': without it, the answer is "

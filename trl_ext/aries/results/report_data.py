@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...recipe import RecipeError
+from ..checks.gates import scores_lower
 from ..config import EvaluationConfig
 from ..data.records import read_json, read_jsonl
 from ..run_dir import RoundDir, RunDir
@@ -222,9 +223,10 @@ def warnings(run: RunRecord) -> list[str]:
         decision = (round_.guard or {}).get("decision")
         if decision in ("skipped", "warned", "stopped"):
             done = {"skipped": "left untrained", "warned": "trained on anyway", "stopped": "the run stopped"}
-            found.append(
-                f"Round {round_.number}: the chosen answers did not score higher than the rejected ones; {done[decision]}."
-            )
+            findings = round_.guard.get("findings") or []
+            lower = scores_lower(round_.guard) or not findings
+            why = ["the chosen answers did not score higher than the rejected ones"] * lower + findings
+            found.append(f"Round {round_.number}: {'; '.join(why)}; {done[decision]}.")
     cut, missing = {}, {}
     for round_ in run.evaluated:
         turns = round_.metrics["turns"]
