@@ -265,7 +265,9 @@ class Rounds(Stages):
         if decision == "stopped":
             self.at = (number, "setback")
             raise stopped(self.dir, self.config, number, lost)
-        for line in lost + [rolled_back(self.dir, number)] * (decision == "rolled_back"):
+        if decision == "rolled_back" and number < self.config.rounds:
+            lost = [*lost, rolled_back(self.dir, number)]
+        for line in lost:
             self.note(f"round {number}: {line}.", WARNING)
         chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
         answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []

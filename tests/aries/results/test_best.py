@@ -34,14 +34,16 @@ def test_by_hand(tmp_path):
     assert (best.number, best.name, best.score, best.last, best.last_score) == (1, "round 1", 0.75, 2, 0.25)
     assert best.difference == 0.5 and best.clear
     assert best.difference_interval == pytest.approx([0.228, 0.681], abs=2e-3)
-    assert "round 1, whose y1 scores 0.750 [" in str(best) and "+0.500 [" in str(best)
+    assert "round 1: y1 scores 0.750 [" in str(
+        best
+    ) and ", more than the last round's 0.250 (difference +0.500 [" in str(best)
     assert best_round(run, config, [0, 2]).number == 0
 
 
 def test_the_later_of_equals_and_chance(tmp_path):
     run, config = run_of(tmp_path, (10, 9), (12, 9), (12, 9), (11, 12))
     best = best_round(run, config)
-    assert best.number == 2 and not best.clear and "no clear difference" in str(best)
+    assert best.number == 2 and not best.clear and "not clearly more" in str(best)
     last_turn = best_round(run, replace(config, evaluation=replace(config.evaluation, best_turn=2)))
     assert last_turn.number == last_turn.last == 3 and last_turn.difference is None
 
@@ -77,3 +79,9 @@ def test_status_says_which_if_it_is_not_the_last(tmp_path, capsys, right, said):
     run, _ = run_of(tmp_path, *right)
     status(parse_section(load_yaml(run.recipe), AriesConfig))
     assert ("Best: round 1" in capsys.readouterr().out) == said
+
+
+def test_status_says_that_no_round_can_do_better(tmp_path, capsys):
+    run, _ = run_of(tmp_path, (PROMPTS, PROMPTS), (PROMPTS, PROMPTS))
+    status(parse_section(load_yaml(run.recipe), AriesConfig))
+    assert "Warning: round 0: all 20 direct answers" in " ".join(capsys.readouterr().out.split())

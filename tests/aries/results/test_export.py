@@ -138,9 +138,10 @@ def test_the_best_round_is_the_default_if_it_is_clearly_better(recipe, capsys, l
         write_jsonl(directory / "evaluation_scores.jsonl", [{"scores": row} for row in scores])
     assert export("--adapter", "--output", "exported") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert ("Exporting the best round, round 1" in printed and "`--round 2` exports the last one" in printed) == (
-        last == 0
-    )
+    assert (
+        "Exporting the best round in place of the last: round 1" in printed
+        and "`--round 2` exports the last one" in printed
+    ) == (last == 0)
     assert f"The policy after round {1 if last == 0 else 2} of 2" in Path("exported/README.md").read_text()
 
 

@@ -50,16 +50,12 @@ class Best:
         return self.difference_interval is not None and self.difference_interval[0] > 0
 
     def __str__(self) -> str:
-        found = f"{self.name}, whose y{self.turn} scores {self.score:.3f}{bracketed(self.interval)}"
+        found = f"{self.name}: y{self.turn} scores {self.score:.3f}{bracketed(self.interval)}"
         if self.difference is None:
             return found
-        if self.clear:
-            verdict = "higher than that of the last round"
-        else:
-            verdict = "no clear difference from the last round"
         return (
-            f"{found}: {verdict}, {self.last}, with {self.last_score:.3f} (difference {self.difference:+.3f}"
-            f"{bracketed(self.difference_interval)})"
+            f"{found}, {'more' if self.clear else 'not clearly more'} than the last round's {self.last_score:.3f} "
+            f"(difference {self.difference:+.3f}{bracketed(self.difference_interval)})"
         )
 
 

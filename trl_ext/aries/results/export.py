@@ -67,7 +67,7 @@ def export(
     finished = [n for n in range(0 if config.sft else 1, config.rounds + 1) if run.round(n).manifest.exists()]
     best = best_round(run, config, finished) if number is None else None
     if best is not None and best.clear:
-        say(f"Exporting the best round, {best}. `--round {best.last}` exports the last one.")
+        say(f"Exporting the best round in place of the last: {best}. `--round {best.last}` exports the last one.")
         number = best.number
     number = chosen_round(run, number, finished, "finished")
     check_policy(run, config, number)

@@ -10,8 +10,9 @@ from ..config import AriesConfig
 from ..data.records import read_json
 from ..policies import is_rolled_back, is_skipped, policy_after, product
 from ..run_dir import RunDir
+from ..scoring.round_metrics import round_warnings
 from .best import best_round
-from .progress import RunProgress
+from .progress import WARNING, RunProgress
 from .state import read_progress, read_state
 
 
@@ -56,6 +57,10 @@ def status(config: AriesConfig) -> int:
     if state.kind in ("stopped", "died"):
         say(f"To continue: trl-ext aries run {run.path}")
     print_results(run, config, progress)
+    for number in range(config.rounds + 1):
+        metrics = read_json(run.round(number).metrics)
+        for line in round_warnings(run, config, number, metrics) if metrics else ():
+            say(f"Warning: round {number}: {line}.", WARNING)
     return 0
 
 

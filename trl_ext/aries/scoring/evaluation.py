@@ -173,7 +173,7 @@ def ceiling(metrics: dict[str, Any], scores: Scores) -> str | None:
     values = [score for score in of_turn(scores, 1) if score is not None]
     if len(values) < 2 or len(set(values)) > 1:
         return None
-    if metrics["correct_score"] is not None and values[0] >= metrics["correct_score"]:
+    if metrics.get("correct_score") is not None and values[0] >= metrics["correct_score"]:
         return (
             f"all {len(values):,} direct answers of the initial policy are right: it is at the ceiling of these scores, and no round can do "
             "measurably better. Take harder prompts, or a finer score"
