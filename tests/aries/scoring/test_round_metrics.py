@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.aries.checks.preflight import scorer_keys
 from trl_ext.aries.children import Reporter
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl, write_jsonl
+from trl_ext.aries.inputs import local_inputs
 from trl_ext.aries.policies import scored, unscored
 from trl_ext.aries.run_dir import RunDir
 from trl_ext.aries.scoring.evaluation import ceiling, evaluation_metrics
@@ -114,6 +116,15 @@ class TestWhoScoresWhat:
             RecipeError, match="`evaluation.scores|`verifier` and `reward_model`|`scores.scorers` is empty"
         ):
             make(evaluation={"dataset": "e.jsonl", "scores": scores})
+
+
+def test_what_judges_is_an_input_of_the_run(make, tmp_path):
+    """A run does not continue with another verifier under the same name; and an error names the key at which it was written."""
+    _, config = make(scores={"scorers": [{"verifier": f"{tmp_path}/v.py:length", "name": "long"}]})
+    found = local_inputs(config, None)
+    assert {key for key in found if "scores" in key} == {"scores.scorers.long", "evaluation.scores.verifier"}
+    assert found["evaluation.scores.verifier"] == tmp_path / "v.py"
+    assert [keys for keys, _ in scorer_keys(config)] == [("scores", "scorers", 0), ("evaluation", "scores")]
 
 
 class TestRounds:
