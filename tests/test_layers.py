@@ -187,8 +187,19 @@ def test_unknown_names_are_attribute_errors():
 
 # The rooms of `aries`, in the order in which they may import one another: what a round reads and writes, then what it does
 ROOMS = [
-    *("children", "config", "data", "run_dir", "policies", "generation", "training", "scoring", "checks"),
-    *("inputs", "provenance", "manifest", "results", "stages", "rounds"),
+    *(
+        "children",
+        "config",
+        "data",
+        "run_dir",
+        "policies",
+        "provenance",
+        "generation",
+        "training",
+        "scoring",
+        "checks",
+    ),
+    *("inputs", "manifest", "results", "stages", "rounds"),
 ]
 
 

@@ -36,17 +36,17 @@ ACTIONS = {
     "report": ("write a run's report.html", ""),
     "answers": (
         "write a round's evaluation answers for a judge",
-        "[--round N] [--turn K] [--format FORMAT] --output FILE ",
+        "[--round N|best] [--turn K] [--format FORMAT] --output FILE ",
     ),
-    "lm-eval": ("run lm-evaluation-harness on a round's model", "[--round N] --tasks TASKS "),
+    "lm-eval": ("run lm-evaluation-harness on a round's model", "[--round N|best] --tasks TASKS "),
     "export": (
         "save a round's policy as a model or an adapter",
-        "[--round N] [--merge | --adapter] --output DIR [--push_to_hub REPO [--private]] ",
+        "[--round N|best] [--merge | --adapter] --output DIR [--push_to_hub REPO [--private]] ",
     ),
     "pairs": ("save the pairs of all rounds as a dataset", "--output DIR [--push_to_hub REPO [--private]] "),
     "refine": (
         "refine answers to any prompts with a model, or with a run's policy",
-        "[--round N] [--model MODEL] [--adapter ADAPTER] --prompts FILE [--turns N] [--select KIND [NAME]] [--format FORMAT] --output FILE ",
+        "[--round N|best] [--model MODEL] [--adapter ADAPTER] --prompts FILE [--turns N] [--select KIND [NAME]] [--format FORMAT] --output FILE ",
     ),
     "try-verifier": ("score ten rows with the recipe's verifiers", ""),
 }
@@ -131,7 +131,13 @@ def add_aries(parser: argparse.ArgumentParser) -> None:
         (export, "finished"),
         (refine, "finished"),
     ):
-        action.add_argument("--round", type=int, metavar="N", help=f"the round; by default the last {default} one")
+        better = ", or the best if that is clearly better" if action is export else ""
+        action.add_argument(
+            "--round",
+            type=round_name,
+            metavar="N",
+            help=f"the round, or best for the one with the highest mean score; by default the last {default} one{better}",
+        )
     answers.add_argument("--turn", type=int, default=1, metavar="K", help="the answer; by default 1, the direct one")
     answers.add_argument(
         "--format", choices=("alpaca_eval", "jsonl"), default="alpaca_eval", help="format of the file"
@@ -176,6 +182,13 @@ def add_refine(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+
+
+def round_name(text: str) -> int | str:
+    """`--round`: a number, or `best`."""
+    if text != "best" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be the number of a round, or best; got {text!r}")
+    return text if text == "best" else int(text)
 
 
 def add_doctor_and_migrate(commands: "argparse._SubParsersAction") -> None:

@@ -167,7 +167,7 @@ def test_bad_input_is_named_before_any_work(sorting, tmp_path, capsys, changes, 
 def test_a_policy_is_not_a_reward_model(sorting, tmp_path, capsys, listed):
     scorer = {"reward_model": str(sorting / "model")}
     scores = {"scorers": [{"verifier": "recipes/quickstart/verifier.py:exact_match"}, scorer]} if listed else scorer
-    refused(sorting, tmp_path, capsys, {"scores": scores}, r"r\.yaml:\d+: `scores.reward_model`: .*has 2 outputs")
+    refused(sorting, tmp_path, capsys, {"scores": scores}, r"r\.yaml:\d+: `scores\S*\.reward_model`: .*has 2 outputs")
 
 
 def test_a_prompt_that_cannot_be_shared(sorting, tmp_path, capsys):

@@ -55,7 +55,7 @@ def read_inputs(config: AriesConfig) -> Inputs:
     """
     check_sources(config)
     Strategy(config.refinements)  # a broken template shows before a million prompts are read
-    for scorer in config.scores.each():
+    for scorer in config.all_scorers:
         if scorer.verifier is not None:
             verifier_file(scorer.verifier)
     prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
@@ -118,12 +118,14 @@ def local_inputs(config: AriesConfig, launch: Launch | None) -> dict[str, Path |
         "sft.dataset": config.sft["dataset"] if config.sft else "",
         "training.accelerate_config": "" if launch is None else launch.config_file,
     }
-    for scorer in config.scores.each():
-        one = config.scores.scorers is None
-        if scorer.verifier is not None:
-            named["scores.verifier" if one else f"scores.scorers.{scorer.name}"] = scorer.verifier.rpartition(":")[0]
-        if scorer.reward_model is not None:
-            named["scores.reward_model" if one else f"scores.scorers.{scorer.name}"] = scorer.reward_model
+    for section, scores in (("scores", config.scores), ("evaluation.scores", config.evaluation.scores)):
+        for scorer in [] if scores is None else scores.each():
+            one = scores.scorers is None
+            key = f"{section}.{scorer.kinds()[0]}" if one else f"{section}.scorers.{scorer.name}"
+            if scorer.verifier is not None:
+                named[key] = scorer.verifier.rpartition(":")[0]
+            if scorer.reward_model is not None:
+                named[key] = scorer.reward_model
     paths = {key: Path(name).expanduser() for key, name in named.items() if name}
     return {key: path if path.exists() else None for key, path in paths.items()}
 

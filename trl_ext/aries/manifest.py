@@ -14,7 +14,7 @@ import trl_ext
 
 from .config import AriesConfig
 from .data.records import read_json, sha256, write_json
-from .policies import policy_after
+from .policies import base_round, learning_rate_factor, policy_after
 from .provenance import made
 from .run_dir import RunDir
 
@@ -64,9 +64,12 @@ def round_facts(run: RunDir, config: AriesConfig, number: int) -> dict[str, Any]
     }
     for counts in (round_dir.sft_drops, round_dir.drops, round_dir.training / "rows.json"):
         facts |= read_json(counts) or {}
-    for name, decided in (("health", round_dir.health), ("guard", round_dir.guard)):
+    for name, decided in (("health", round_dir.health), ("guard", round_dir.guard), ("setback", round_dir.setback)):
         if decided.exists():
             facts[name] = read_json(decided)["decision"]
+    factor = learning_rate_factor(run, number)
+    if factor < 1:
+        facts |= {"started_from_round": base_round(run, number), "learning_rate_factor": factor}
     return facts
 
 

@@ -27,16 +27,45 @@ class Policy:
 
 def policy_after(run: RunDir, config: AriesConfig, number: int) -> Policy:
     """
-    The policy after a round. A round that the guard skipped keeps the one before it; before round 1, without SFT, it is the
+    The policy after a round. A round that the guard skipped keeps the one that it started from; before round 1, without SFT, it is the
     recipe's model.
     """
     base = config.model["model_name_or_path"]
     if is_skipped(run.round(number)):
-        return policy_after(run, config, number - 1)
+        return start_policy(run, config, number)
     if number == 0 and config.sft is None:
         return Policy(base, None)
     made = str(product(run.round(number), config))
     return Policy(base, made) if config.model.get("use_peft") else Policy(made, None)
+
+
+def start_policy(run: RunDir, config: AriesConfig, number: int) -> Policy:
+    """The policy that a round's training starts from."""
+    return policy_after(run, config, base_round(run, number))
+
+
+def base_round(run: RunDir, number: int) -> int:
+    """The round whose policy round `number` starts from: the one before or, if that was rolled back, the one that it started from."""
+    before = number - 1
+    return base_round(run, before) if is_rolled_back(run.round(before)) else before
+
+
+def answering_round(run: RunDir, answering: int) -> int:
+    """
+    The round whose policy answers what round `answering`'s is to answer: its own, until it is rolled back. Then only the next round's prompts
+    are left.
+    """
+    return base_round(run, answering + 1)
+
+
+def learning_rate_factor(run: RunDir, number: int) -> float:
+    """One half for each round before this one that was rolled back."""
+    return 0.5 ** sum(is_rolled_back(run.round(n)) for n in range(1, number))
+
+
+def is_rolled_back(round_dir: RoundDir) -> bool:
+    """Whether the next round does not start from this one's policy, which has become worse."""
+    return (read_json(round_dir.setback) or {}).get("decision") == "rolled_back"
 
 
 def product(round_dir: RoundDir, config: AriesConfig) -> Path:
@@ -58,26 +87,64 @@ def is_decided(round_dir: RoundDir, config: AriesConfig) -> bool:
 
 @dataclass
 class Answers:
-    """Prompts that a policy answers, its answers, and their scores."""
+    """Prompts that a policy answers, and its answers."""
 
     prompts: Path
     answers: Path
-    scores: Path
     is_evaluation: bool
+
+
+@dataclass
+class Scored:
+    """
+    Answers, who scores them, and their scores.
+
+    Args:
+        answers ([`Answers`]):
+            The answers.
+        by (`str`):
+            The section of the recipe that names the scorers, of [`~aries.config.AriesConfig.scorers`].
+        scores (`Path`):
+            The file of the scores.
+        chains (`int`, *optional*):
+            Only the first ones are scored.
+    """
+
+    answers: Answers
+    by: str
+    scores: Path
+    chains: int | None = None
 
 
 def answers_of(run: RunDir, config: AriesConfig, answering: int) -> list[Answers]:
     """What the policy of round `answering` answers: the evaluation prompts, then those of the next round if there is one."""
     own = run.round(answering)
-    found = [Answers(run.evaluation_prompts, own.evaluation, own.evaluation_scores, is_evaluation=True)]
+    found = [Answers(run.evaluation_prompts, own.evaluation, is_evaluation=True)]
     if answering < config.rounds:
         made = run.round(answering + 1)
-        found.append(Answers(made.prompts, made.answers, made.scores, is_evaluation=False))
+        found.append(Answers(made.prompts, made.answers, is_evaluation=False))
     return found
 
 
-def unscored(run: RunDir, config: AriesConfig, answering: int) -> list[Answers]:
-    return [answers for answers in answers_of(run, config, answering) if not answers.scores.exists()]
+def scored(run: RunDir, config: AriesConfig, answering: int) -> list[Scored]:
+    """
+    Who scores what of these answers. If `evaluation.scores` names judges of its own, they score the evaluation, beside those that select, and
+    a few chains of the next round for the guard.
+    """
+    own, made, judging = run.round(answering), run.round(answering + 1), config.judging
+    evaluation, *others = answers_of(run, config, answering)
+    found = [Scored(evaluation, judging, own.evaluation_scores)]
+    if judging != "scores" and config.scorers["scores"]:
+        found.append(Scored(evaluation, "scores", own.selecting_scores))
+    for answers in others:
+        found.append(Scored(answers, "scores", made.scores))
+        if judging != "scores" and config.pairs.guard_samples:
+            found.append(Scored(answers, judging, made.guard_scores, config.pairs.guard_samples))
+    return found
+
+
+def unscored(run: RunDir, config: AriesConfig, answering: int) -> list[Scored]:
+    return [file for file in scored(run, config, answering) if not file.scores.exists()]
 
 
 def needs_samples(run: RunDir, config: AriesConfig, answering: int) -> bool:

@@ -5,18 +5,18 @@ The SHA-256 of a file is noted in its round's `made.json` when the stage that ma
 continues compares before it does anything else. Unfinished files and a trainer's checkpoints are not compared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ..recipe import RecipeError
 from .config import AriesConfig
 from .data.records import read_json, sha256, write_json
-from .policies import policy_after
+from .policies import base_round, policy_after
 from .run_dir import RunDir
 
 
 # Files of a closed round that later rounds read besides its policy
-READ_LATER = ("evaluation_prompts.jsonl", "evaluation.jsonl", "evaluation_scores.jsonl")
+READ_LATER = ("evaluation_prompts.jsonl", "evaluation.jsonl", "evaluation_scores.jsonl", "selecting_scores.jsonl")
 
 
 def made_files(run: RunDir, number: int) -> list[Path]:
@@ -24,9 +24,16 @@ def made_files(run: RunDir, number: int) -> list[Path]:
     round_dir = run.round(number)
     return [
         *([run.evaluation_prompts] if number == 0 else []),
-        *(round_dir.sft, round_dir.prompts, round_dir.answers, round_dir.scores, round_dir.pairs),
+        *(
+            round_dir.sft,
+            round_dir.prompts,
+            round_dir.answers,
+            round_dir.scores,
+            round_dir.guard_scores,
+            round_dir.pairs,
+        ),
         *(round_dir.model, round_dir.adapter, round_dir.samples),
-        *(round_dir.evaluation, round_dir.evaluation_scores, round_dir.metrics),
+        *(round_dir.evaluation, round_dir.evaluation_scores, round_dir.selecting_scores, round_dir.metrics),
     ]
 
 
@@ -48,6 +55,12 @@ def note_made(run: RunDir, rounds: int) -> None:
                 write_json(round_dir.made, now)
 
 
+def forget(run: RunDir, number: int, names: Collection[str]) -> None:
+    """Take back the notes of files that will be made again."""
+    noted = read_json(run.round(number).made) or {}
+    write_json(run.round(number).made, {name: value for name, value in noted.items() if name not in names})
+
+
 def check_made(run: RunDir, config: AriesConfig) -> None:
     """
     Compare what an unfinished run has made with the notes; of the policies, only those still needed.
@@ -56,13 +69,14 @@ def check_made(run: RunDir, config: AriesConfig) -> None:
         [`RecipeError`]: a file has changed, or is gone and cannot be made again.
     """
     is_open = next(n for n in range(config.rounds + 2) if not run.round(n).manifest.exists())
-    needed = {_path(run, config, n) for n in (0, max(is_open - 1, 0), is_open)}
+    base = base_round(run, is_open)
+    needed = {_path(run, config, n) for n in (0, max(base, 0), max(is_open - 1, 0), is_open)}
     for number in range(config.rounds + 1):
         closed, files = read_json(run.round(number).manifest), {path.name: path for path in made_files(run, number)}
         expected = closed["sha256"] if closed else read_json(run.round(number).made) or {}
         for name in files.keys() & expected.keys():
             if name not in ("model", "adapter") or str(files[name]) in needed:
-                read = str(files[name]) in needed or (name in READ_LATER and number in (0, is_open - 1))
+                read = str(files[name]) in needed or (name in READ_LATER and number in (0, base, is_open - 1))
                 _compare(
                     run, number, files[name], expected[name], closed=bool(closed), is_needed=bool(closed) and read
                 )

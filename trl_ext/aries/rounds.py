@@ -17,6 +17,7 @@ from ..recipe import COMMAND_LINE, Recipe, RecipeError, load_yaml
 from .checks.gates import decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
 from .checks.overlap import count_overlap, overlap_lines
 from .checks.set_aside import degenerate, set_aside, take_back
+from .checks.setback import decide_setback, discard_answers, discarded_tokens, rolled_back, stopped
 from .checks.training_rows import write_pairs
 from .children import one_gpu, warm_up
 from .config import AriesConfig
@@ -33,7 +34,7 @@ from .results.progress import WARNING, JsonProgress, RunProgress, duration
 from .results.status import print_next, print_results
 from .results.tracking import training_environment
 from .run_dir import RoundDir, RunDir
-from .scoring.evaluation import evaluation_metrics, setbacks
+from .scoring.round_metrics import round_metrics, round_setbacks, round_warnings
 from .scoring.scores import first_row, load_chains, read_chains
 from .scoring.watch import ends_explained
 from .stages.messages import (
@@ -118,7 +119,7 @@ class Rounds(Stages):
             where = recipe.where("generation", "engine")
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
         with self.stage(0, "check") as update:
-            if self.config.scores.each():
+            if self.config.all_scorers:
                 rows = [first_row(self.inputs.prompts), first_row(self.inputs.evaluation_prompts)]
                 log = self.dir.logs / "check_scores.log"
                 with ends_explained(self.dir, log, made=[]):
@@ -188,6 +189,9 @@ class Rounds(Stages):
         self.check_health(answering)
         self.score(answering)
         self.close(answering)
+        if discard_answers(self.dir, answering):  # it was rolled back: another policy goes on
+            self.generate(answering)
+            self.score(answering)
 
     def generate(self, answering: int) -> None:
         """Generate drafts and refinements for the evaluation prompts and the next round's."""
@@ -233,16 +237,18 @@ class Rounds(Stages):
 
     def score(self, answering: int) -> None:
         """Score the evaluation answers, and those to the next round's prompts."""
-        made = [answers.scores for answers in unscored(self.dir, self.config, answering)]
-        if not made:
+        files = unscored(self.dir, self.config, answering)
+        if not files:
             return
         with self.answering_stage(answering, "scores") as (logs, update):
-            for scorer in self.config.scores.each():
-                if scorer.reward_model is not None:
-                    message = RewardModelMessage(self.dir.path, answering, scorer.name)
-                    self.start("reward_model", message, logs / f"{scorer.name}.log", update)
+            for section in dict.fromkeys(file.by for file in files):
+                for scorer in self.config.scorers[section]:
+                    if scorer.reward_model is not None:
+                        message = RewardModelMessage(self.dir.path, answering, section, scorer.name)
+                        log = logs / f"{section.removesuffix('scores')}{scorer.name}.log"
+                        self.start("reward_model", message, log, update)
             log = logs / "scores.log"
-            with ends_explained(self.dir, log, made):
+            with ends_explained(self.dir, log, made=[file.scores for file in files]):
                 self.start("score", AnsweringMessage(self.dir.path, answering), log, update)
 
     def close(self, number: int) -> None:
@@ -250,34 +256,27 @@ class Rounds(Stages):
         round_dir = self.dir.round(number)
         if round_dir.manifest.exists():
             return
+        metrics = round_metrics(self.dir, self.config, number)
+        write_json(round_dir.metrics, metrics)
+        for line in round_warnings(self.dir, self.config, number, metrics):
+            self.note(f"round {number}: {line}.", WARNING)
+        lost = round_setbacks(self.config, metrics)
+        decision = decide_setback(self.dir, self.config, number, lost)
+        if decision == "stopped":
+            self.at = (number, "setback")
+            raise stopped(self.dir, self.config, number, lost)
+        if decision == "rolled_back" and number < self.config.rounds:
+            lost = [*lost, rolled_back(self.dir, number)]
+        for line in lost:
+            self.note(f"round {number}: {line}.", WARNING)
         chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)
-        earlier = [self.evaluation_scores(n) for n in range(number)]
-        metrics = evaluation_metrics(
-            chains,
-            self.evaluation_scores(number),
-            self.config.refinements.turns,
-            initial=earlier[0] if earlier else None,
-            previous=earlier[-1] if earlier else None,
-            earlier=earlier,
-            correct_score=self.config.evaluation.correct_score,
-            bootstrap_samples=self.config.evaluation.bootstrap_samples,
-            seed=self.config.seed,
-        )
-        kl_to_initial = (read_json(round_dir.parity) or {}).get("kl_to_initial")
-        write_json(round_dir.metrics, metrics | {"kl_to_initial": kl_to_initial})
-        judged = any(scorer.judge is not None for scorer in self.config.scores.each())
-        for setback in [] if judged else setbacks(metrics):  # a judge's scores compare turns, not rounds
-            self.note(f"round {number}: {setback}.", WARNING)
         answers = read_chains(round_dir.prompts, round_dir.answers) if number > 0 else []
-        cost = round_cost(self.dir.read_events(), number, (chain for _, chain in answers), evaluation=chains)
+        of_round, discarded = (chain for _, chain in answers), discarded_tokens(self.dir, number)
+        cost = round_cost(self.dir.read_events(), number, of_round, evaluation=chains, discarded=discarded)
         write_json(round_dir.cost, cost)
         self.track(number)
         write_manifest(self.dir, self.config, number)
         self.write_report(running=number < self.config.rounds)
-
-    def evaluation_scores(self, number: int) -> list[list[float | None]]:
-        """Scores of a round's answers to the evaluation prompts, in the order of the prompts."""
-        return [row["scores"] for row in read_jsonl(self.dir.round(number).evaluation_scores)]
 
     def pair(self, number: int) -> None:
         """Write the round's preference dataset: direct and refinement rows."""

@@ -28,8 +28,13 @@ from .data.records import append_lines, read_json, write_atomically, write_json
 # what stops it
 OPERATIONAL_KEYS = {
     "output_dir",
+    "evaluation.best_turn",
     "evaluation.bootstrap_samples",
     "evaluation.correct_score",
+    "evaluation.scores.judge.max_concurrency",
+    "evaluation.scores.judge.max_retries",
+    "evaluation.scores.judge.timeout",
+    "evaluation.scores.timeout",
     "generation.api_key_env",
     "generation.base_urls",
     "generation.cpu_kv_cache_gib",
@@ -48,6 +53,7 @@ OPERATIONAL_KEYS = {
     "health.max_kl",
     "health.min_diversity",
     "health.min_length",
+    "health.on_setback",
     "parity.tolerance",
     "pairs.guard",
     "scores.judge.max_concurrency",
@@ -79,6 +85,7 @@ class RoundDir:
         self.prompts = path / "prompts.jsonl"
         self.answers = path / "answers.jsonl"
         self.scores = path / "scores.jsonl"
+        self.guard_scores = path / "guard_scores.jsonl"
         self.pairs = path / "pairs.jsonl"
         self.drops = path / "drops.json"
         self.guard = path / "guard.json"
@@ -92,7 +99,10 @@ class RoundDir:
         self.health = path / "health.json"
         self.set_aside = path / "set_aside"
         self.evaluation_scores = path / "evaluation_scores.jsonl"
+        self.selecting_scores = path / "selecting_scores.jsonl"
         self.metrics = path / "metrics.json"
+        self.setback = path / "setback.json"
+        self.rolled_back = path / "rolled_back"
         self.cost = path / "cost.json"
         self.lm_eval = path / "lm_eval"
         self.made = path / "made.json"

@@ -80,7 +80,7 @@ def check(recipe: Recipe, probe: bool, report: Report) -> None:
 
 def check_data(config: AriesConfig, inputs: Inputs, report: Report) -> None:
     columns = [key for key in inputs.prompts[0] if key != "prompt_id"]
-    needed = ["prompt", *sorted(set().union(*map(columns_of, config.scores.each())))]
+    needed = ["prompt", *sorted(set().union(*map(columns_of, config.all_scorers)))]
     missing = [column for column in needed if column not in columns]
     found = f"found {', '.join(columns)}; needed {', '.join(needed)}"
     fix = f"Add a column {', '.join(missing)} to the prompts, or use another scorer." if missing else None
@@ -262,7 +262,7 @@ def estimates(config: AriesConfig, model_config: PreTrainedConfig, report: Repor
         engine = engine_memory(shape, config.generation, dtype, rank)
         check_memory(engine, report)
         _engine_room(shape, config, dtype, engine, report)
-    for scorer in config.scores.each():
+    for scorer in config.all_scorers:
         if scorer.reward_model is not None:
             check_memory(reward_memory(scorer.reward_model, scorer.reward_model_revision), report)
     settings = trainer_settings(config, 1, "unused")

@@ -163,6 +163,64 @@ def test_a_stopped_run_says_why_and_continues_only_when_told_to(a_round, capsys)
     assert decision(loop) == "warned"
 
 
+@pytest.mark.parametrize(
+    ("bounds", "found"),
+    [
+        ({"min_settled": 0.8}, ["min_settled"]),
+        ({"min_changed": 0.8}, ["min_changed"]),
+        ({"min_settled": 0.75, "min_changed": 2 / 3}, []),
+        ({}, []),
+    ],
+)
+def test_the_rule_s_own_evidence(a_round, bounds, found):
+    """
+    Without scores, three of four chains settle, and of these two end with another answer than the draft. Each is as much as its bound, or less.
+    """
+    loop = a_round(None, None, None, None)
+    loop.config = replace(loop.config, pairs=replace(loop.config.pairs, guard="stop", **bounds))
+    answers = [["a", "b", "b"], ["a", "b", "b"], ["b", "b", "b"], ["a", "b", "c"]]
+    chains = [
+        Chain(f"p-{i}", "x", [Answer(k, text, 1, "stop") for k, text in enumerate(texts, start=1)])
+        for i, texts in enumerate(answers)
+    ]
+    write_jsonl(loop.dir.round(1).answers, [chain.to_row() for chain in chains])
+    loop.pair(1)
+    guard = json.loads(loop.dir.round(1).guard.read_text())
+    assert guard["rule"] == {"whole": 4, "settled": 0.75, "changed": pytest.approx(2 / 3)}
+    assert [name for name in ("min_settled", "min_changed") if name in " ".join(guard["findings"])] == found
+    if found:
+        with pytest.raises(RecipeError, match=f"`pairs.{found[0]}`"):
+            loop.guard(1)
+        skipped = a_round(guard="skip")
+        skipped.guard(1)
+        assert decision(skipped) == "skipped"
+    else:
+        loop.guard(1)
+        assert decision(loop) == "trained"
+
+
+def test_scorers_that_judge_see_a_best_over_worst_round(a_round):
+    """
+    Selected by scores of 0.5, 1 and 1, so the last answer is chosen over the draft. Those that judge have scored three of four chains: by
+    them the chosen have 0, 0 and 1, and the rejected 1, 1 and 1.
+    """
+    loop = a_round(1.0, 1.0, 1.0, 1.0)
+    loop.config = replace(
+        loop.config,
+        pairs=replace(loop.config.pairs, selection="best_over_worst"),
+        evaluation=replace(loop.config.evaluation, scores=ScoresConfig(verifier="w.py:f")),
+    )
+    judged = [[1.0, 0.0, 0.0], [1.0, 0.5, 0.0], [1.0, 0.5, 1.0]]
+    rows = [{"prompt_id": f"p-{i}", "scores": scores} for i, scores in enumerate(judged)]
+    write_jsonl(loop.dir.round(1).guard_scores, rows)
+    loop.pair(1)
+    found = json.loads(loop.dir.round(1).guard.read_text())
+    assert (found["decision"], found["by"], found["by_construction"]) == ("stopped", "evaluation.scores", False)
+    assert found["compared"] == 3 and found["chosen_score"] == pytest.approx(1 / 3) and found["rejected_score"] == 1
+    with pytest.raises(RecipeError, match="3 pairs, by `evaluation.scores`"):
+        loop.guard(1)
+
+
 def test_a_skipped_round_leaves_the_policy_as_it_was(a_round):
     loop = a_round(0.0, 0.0, guard="skip")
     loop.pair(1)

@@ -3,7 +3,7 @@ from itertools import product
 import pytest
 
 from trl_ext.aries.config import PairsConfig
-from trl_ext.aries.data.pairs import Pair, preference_rows, select_pairs
+from trl_ext.aries.data.pairs import Pair, preference_rows, rule_evidence, select_pairs
 from trl_ext.aries.data.records import Answer, Chain
 from trl_ext.aries.data.templates import compile_template
 
@@ -81,6 +81,51 @@ def test_rule_based_takes_the_last_over_the_first_if_the_chain_has_settled():
 )
 def test_rule_based_drops(a_chain, reason):
     assert select(a_chain, [None] * len(a_chain.answers), selection="rule_based") == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("texts", "agreement", "turn"),
+    [
+        (("a", "b", "c", "c"), 2, 4),
+        (("a", "b", "c", "c"), 3, None),
+        (("a", "c", "c", "c"), 3, 4),
+        (("a", "b", "c", "c", "c"), 4, None),
+        (("a", "b"), 3, 2),  # a draft and one refinement have nothing to settle
+    ],
+)
+def test_how_many_must_agree(texts, agreement, turn):
+    found = select(chain(*texts), [None] * len(texts), selection="rule_based", agreement=agreement)
+    assert found == {"not_settled": 1} if turn is None else (found.chosen.turn, found.rejected.turn) == (turn, 1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (("so #### 3", "hence #### 4", "it must be that #### 4 "), None),  # other words, the same answer
+        (("so #### 4", "hence #### 5", "it must be that #### 4"), "not_settled"),
+        (("so #### 3", "4", "4"), "not_settled"),  # nothing found agrees with nothing
+        (("so #### 4", "hence #### 4", "it must be that #### 4"), "draft_agrees"),
+    ],
+)
+def test_agreement_on_a_part_of_the_answers(texts, reason):
+    found = select(chain(*texts), [None] * 3, selection="rule_based", agreement_pattern=r"####\s*(.*)")
+    assert found == {reason: 1} if reason else found.chosen.turn == 3
+
+
+@pytest.mark.parametrize("selection", ["best_over_worst", "rule_based"])
+def test_a_margin_of_similarity(selection):
+    """`a b c d` and `a b c e` share three of four words: a ratio of 0.75."""
+    texts = chain("a b c d", "a b c e")
+    assert select(texts, [0.0, 1.0], selection=selection, max_similarity=0.7) == {"too_similar": 1}
+    assert select(texts, [0.0, 1.0], selection=selection, max_similarity=0.75).chosen.turn == 2
+
+
+def test_what_the_rule_says_of_refining():
+    """Of 10 chains, 2 have faults and 4 did not settle; of the 4 others, 2 end where they began and 1 says the same."""
+    counts = {"prompt_too_long": 1, "empty_answer": 1, "not_settled": 4, "identical_answers": 2, "draft_agrees": 1}
+    assert rule_evidence(10, counts) == {"whole": 8, "settled": 0.5, "changed": 0.25}
+    assert rule_evidence(2, {"prompt_too_long": 2}) == {"whole": 0, "settled": None, "changed": None}
+    assert rule_evidence(2, {"not_settled": 2}) == {"whole": 2, "settled": 0.0, "changed": None}
 
 
 def test_counts_add_up():
@@ -177,6 +222,10 @@ def test_rule_based_does_not_look_at_the_scores_but_keeps_them_for_the_guard():
         ({"pairs_per_prompt": 0}, "pairs_per_prompt"),
         ({"pairs_per_prompt": 2, "selection": "rule_based"}, "needs `pairs.selection: best_over_worst`"),
         ({"max_length_ratio": 0.9}, "max_length_ratio"),
+        ({"min_settled": 0.5}, "`pairs.min_settled`.*`pairs.selection: rule_based`"),
+        ({"agreement_pattern": "(a)"}, "`pairs.agreement_pattern`.*`pairs.selection: rule_based`"),
+        ({"agreement_pattern": "a", "selection": "rule_based"}, "has 0 groups"),
+        ({"agreement": 1, "selection": "rule_based"}, "agreement"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(config, key):

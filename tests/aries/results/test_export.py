@@ -4,6 +4,7 @@ Export: what is written is the policy, by the weights and by its log-probabiliti
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trl_ext
 from trl_ext.aries.children import ChildError
 from trl_ext.aries.config.templates import REFINEMENT_TEMPLATE
-from trl_ext.aries.data.records import to_line
+from trl_ext.aries.data.records import Answer, Chain, to_line, write_json, write_jsonl
 from trl_ext.aries.policies import Policy
 from trl_ext.aries.results.export import measure
+from trl_ext.aries.scoring.evaluation import evaluation_metrics
 from trl_ext.cli import main
 
 
@@ -124,6 +126,27 @@ def test_the_adapter_is_merged_into_the_checkpoint_not_into_nf4(recipe, base, ca
     ):
         assert text in card
     assert [path.name for path in Path("deep").iterdir()] == ["merged"]
+
+
+@pytest.mark.parametrize("last", [0.0, 1.0])
+def test_the_best_round_is_the_default_if_it_is_clearly_better(recipe, capsys, last):
+    """Round 1 has all 20 direct answers right, and round 2 none, or all."""
+    recipe()
+    content = yaml.safe_load(Path("r.yaml").read_text()) | {"scores": {"verifier": "v.py:f"}}
+    Path("r.yaml").write_text(yaml.safe_dump(content))
+    shutil.copytree("run/round_01", "run/round_02")
+    for number, score in ((1, 1.0), (2, last)):
+        chains, scores = [Chain(str(i), "x", [Answer(1, "a", 1, "stop")]) for i in range(20)], [[score]] * 20
+        directory = Path(f"run/round_0{number}")
+        write_json(directory / "metrics.json", evaluation_metrics(chains, scores, turns=1))
+        write_jsonl(directory / "evaluation_scores.jsonl", [{"scores": row} for row in scores])
+    assert export("--adapter", "--output", "exported") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Exporting the best round in place of the last: round 1" in printed
+        and "`--round 2` exports the last one" in printed
+    ) == (last == 0)
+    assert f"The policy after round {1 if last == 0 else 2} of 2" in Path("exported/README.md").read_text()
 
 
 def test_an_adapter_is_saved_as_it_is(recipe):

@@ -3,7 +3,8 @@ Gates: whether a round may be trained on, and whether what it trained may contin
 
 Before training, the scores compare the round's chosen answers with its rejected ones. In a rule-based round the scores take no part in
 the selection, so the comparison shows when refining no longer improves. A best-over-worst round was selected by the same scores, so it
-always passes: the gate sees neither a wrong scorer nor a policy that got worse. No pair is dropped; `pairs.guard` decides about the round.
+always passes: the gate sees neither a wrong scorer nor a policy that got worse. With `evaluation.scores` the scorers that judge compare
+the pairs of some chains instead, in either kind of round. No pair is dropped; `pairs.guard` decides about the round.
 
 After training, KL, length and diversity of the policy's direct answers are compared with the initial policy's, within the bounds of
 `health`.
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import HealthConfig
+from ..config import HealthConfig, PairsConfig
 from ..data.pairs import Pair
 from ..data.records import Chain
 from ..scoring.evaluation import difference_interval, distinct
@@ -31,19 +32,34 @@ DECISIONS = {"stop": "stopped", "skip": "skipped", "warn": "warned"}
 
 
 class PairsMeasure:
-    """Compares the chosen answers of a round with the rejected ones. It keeps the scores of pairs and no text."""
+    """
+    Compares the chosen answers of a round with the rejected ones. It keeps the scores of pairs and no text.
 
-    def __init__(self):
+    Args:
+        judged (`dict[str, list[float | None]]`, *optional*):
+            Scores of the answers of some chains, by prompt: pairs of other chains are not compared. Default: the scores that selected.
+    """
+
+    def __init__(self, judged: dict[str, list[float | None]] | None = None):
+        self._judged = judged
         self._chosen, self._rejected, self._prompt_ids = array("d"), array("d"), []
         self._chosen_tokens = self._rejected_tokens = 0
 
     def add(self, pair: Pair) -> None:
         self._chosen_tokens += pair.chosen.tokens
         self._rejected_tokens += pair.rejected.tokens
-        if pair.chosen_score is not None and pair.rejected_score is not None:
-            self._chosen.append(pair.chosen_score)
-            self._rejected.append(pair.rejected_score)
+        chosen, rejected = self._scores(pair)
+        if chosen is not None and rejected is not None:
+            self._chosen.append(chosen)
+            self._rejected.append(rejected)
             self._prompt_ids.append(pair.chain.prompt_id)
+
+    def _scores(self, pair: Pair) -> tuple[float | None, float | None]:
+        if self._judged is None:
+            return pair.chosen_score, pair.rejected_score
+        turns = (answer.turn for answer in pair.chain.answers)
+        scores = dict(zip(turns, self._judged.get(pair.chain.prompt_id, ()), strict=False))
+        return scores.get(pair.chosen.turn), scores.get(pair.rejected.turn)
 
     def measured(self) -> dict[str, Any]:
         """
@@ -94,12 +110,37 @@ def mean_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float]
 
 def decide(measured: dict[str, Any], guard: str) -> str:
     """
-    What happens to the round: `"trained"`, or, if the chosen answers do not score higher on average, what `pairs.guard` says. Without
-    scores the round is trained on.
+    What happens to the round: `"trained"`, or what `pairs.guard` says if the chosen answers do not score higher on average, or if the rule's
+    own evidence speaks against them. Without scores and such findings the round is trained on.
     """
-    if measured["difference"] is None or measured["difference"] > 0:
-        return "trained"
-    return DECISIONS[guard]
+    return DECISIONS[guard] if scores_lower(measured) or measured.get("findings") else "trained"
+
+
+def scores_lower(measured: dict[str, Any]) -> bool:
+    """Whether the chosen answers do not score higher than the rejected ones."""
+    return measured["difference"] is not None and measured["difference"] <= 0
+
+
+def reasons(measured: dict[str, Any]) -> str:
+    """What speaks against training on the round, in words."""
+    by_scores = [pair_findings(measured)] if scores_lower(measured) else []
+    return "; ".join([*by_scores, *measured.get("findings", [])])
+
+
+def rule_findings(evidence: dict[str, Any], config: PairsConfig) -> list[str]:
+    """What of [`~aries.data.pairs.rule_evidence`] is below its bound, in words."""
+    found = []
+    if config.min_settled is not None and evidence["settled"] is not None and evidence["settled"] < config.min_settled:
+        found.append(
+            f"{evidence['settled']:.1%} of {evidence['whole']:,} chains settled, fewer than `pairs.min_settled` ({config.min_settled:g}): "
+            "refining goes astray"
+        )
+    if config.min_changed is not None and evidence["changed"] is not None and evidence["changed"] < config.min_changed:
+        found.append(
+            f"{evidence['changed']:.1%} of the settled chains end with another answer than their draft, fewer than `pairs.min_changed` "
+            f"({config.min_changed:g}): refining adds nothing"
+        )
+    return found
 
 
 def pair_findings(measured: dict[str, Any]) -> str:
@@ -108,22 +149,31 @@ def pair_findings(measured: dict[str, Any]) -> str:
     spread = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
     return (
         f"the chosen answers score {measured['chosen_score']:.3f} on average and the rejected ones "
-        f"{measured['rejected_score']:.3f} (difference {measured['difference']:+.3f}{spread}, {measured['compared']:,} pairs)"
+        f"{measured['rejected_score']:.3f} (difference {measured['difference']:+.3f}{spread}, {measured['compared']:,} pairs{by(measured)})"
     )
+
+
+def by(measured: dict[str, Any]) -> str:
+    """Who compared, if not the scorers that also select."""
+    return ", by `evaluation.scores`" if measured.get("by") == "evaluation.scores" else ""
 
 
 def pair_lines(measured: dict[str, Any], decision: str) -> list[str]:
     """The lines to print about a round, if any. A round that ends the run also has [`pairs_stop_message`]."""
     lines = []
-    if measured["compared"] == 0:
+    if measured["compared"] == 0 and decision == "trained":
         lines.append(
-            "no scores, so the guard cannot tell whether the chosen answers are better. Set `scores.verifier` or `scores.reward_model`; "
-            "rule-based selection does not use them."
+            f"no scores{by(measured)}, so the guard cannot tell whether the chosen answers are better. "
+            + (
+                "Raise `pairs.guard_samples`."
+                if by(measured)
+                else "Set `scores.verifier` or `scores.reward_model`; rule-based selection does not use them."
+            )
         )
     elif decision == "skipped":
-        lines.append(f"{pair_findings(measured)}: left untrained.")
+        lines.append(f"{reasons(measured)}: left untrained.")
     elif decision == "warned":
-        lines.append(f"{pair_findings(measured)}: training on it anyway will likely make the policy worse.")
+        lines.append(f"{reasons(measured)}: training on it anyway will likely make the policy worse.")
     ratio = measured["length_ratio"]
     if ratio is not None and ratio > LONG_CHOSEN_RATIO:
         lines.append(
@@ -140,8 +190,12 @@ def pairs_stop_message(number: int, measured: dict[str, Any], selection: str) ->
         "`training.learning_rate`, if refining got worse over the rounds; or fewer `rounds`, to end with the last policy",
         "best_over_worst": "another scorer, or a larger `pairs.min_margin`",
     }[selection]
+    if scores_lower(measured):
+        what = "would train the policy away from its better answers"
+    else:
+        what = "would train the policy on refinements that no longer help, by the rule's own evidence"
     return (
-        f"round {number} would train the policy away from its better answers: {pair_findings(measured)}. A preference loss "
+        f"round {number} {what}: {reasons(measured)}. A preference loss "
         "makes the chosen answers more likely than the rejected ones, whichever are better. Under another `output_dir`, try "
         f"{fixes}. Or continue this run with `--pairs.guard skip`, which leaves the round untrained, or `--pairs.guard warn`, "
         "which trains on it anyway."

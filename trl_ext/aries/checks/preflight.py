@@ -23,6 +23,7 @@ from trl import DPOConfig, ModelConfig, get_peft_config
 from ...launch import recipe_launch
 from ...model_files import load_problem
 from ...recipe import Recipe, RecipeError, check_keys
+from ...recipe_values import dotted
 from ...rows.completions import judge_completions
 from ...rows.judge import Findings, Judge
 from ...trainers.packed_pairs import why_not_packed
@@ -115,15 +116,17 @@ def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversationa
                 check_reward_model(scorer.reward_model, scorer.reward_model_revision, conversational)
             except ValueError as error:
                 where = recipe.where(*keys, "reward_model")
-                raise RecipeError(f"{where}: `scores.reward_model`: {error}") from error
+                raise RecipeError(f"{where}: `{dotted((*keys, 'reward_model'))}`: {error}") from error
 
 
 def scorer_keys(config: AriesConfig) -> list[tuple[tuple[str | int, ...], ScorerConfig]]:
     """Each scorer, with the path of keys that leads to it in the recipe."""
-    listed = config.scores.scorers is not None
+    sections = {("scores",): config.scores, ("evaluation", "scores"): config.evaluation.scores}
     return [
-        (("scores", "scorers", index) if listed else ("scores",), scorer)
-        for index, scorer in enumerate(config.scores.each())
+        ((*keys, "scorers", index) if scores.scorers is not None else keys, scorer)
+        for keys, scores in sections.items()
+        if scores is not None
+        for index, scorer in enumerate(scores.each())
     ]
 
 

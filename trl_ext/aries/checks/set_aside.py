@@ -7,7 +7,7 @@ from pathlib import Path
 from ...recipe import RecipeError
 from ..config import AriesConfig
 from ..data.records import read_json
-from ..policies import policy_after, product
+from ..policies import product, start_policy
 from ..run_dir import RoundDir, RunDir
 from .gates import policy_findings, policy_stop_message
 
@@ -41,7 +41,7 @@ def take_back(run: RunDir, config: AriesConfig, number: int) -> bool:
 
 def degenerate(run: RunDir, config: AriesConfig, number: int, found: list[str]) -> RecipeError:
     """The error that ends a run whose policy has been set aside."""
-    last_good = policy_after(run, config, number - 1)
+    last_good = start_policy(run, config, number)
     aside = str(_aside(run.round(number), config))
     return RecipeError(policy_stop_message(number, found, aside, last_good.adapter or last_good.model))
 

@@ -12,11 +12,11 @@ from jinja2 import Template
 from ...recipe import RecipeError
 from ..config import AriesConfig
 from ..data.faults import FAULTS, share_finding
-from ..data.pairs import Selection, preference_rows
-from ..data.records import read_rows, write_json, write_jsonl
+from ..data.pairs import Selection, preference_rows, rule_evidence
+from ..data.records import read_jsonl, read_rows, write_json, write_jsonl
 from ..run_dir import RoundDir
 from ..scoring.scores import read_chains
-from .gates import PairsMeasure, decide
+from .gates import PairsMeasure, decide, rule_findings
 
 
 def write_pairs(round_dir: RoundDir, config: AriesConfig, number: int, template: Template) -> tuple[int, Selection]:
@@ -38,7 +38,12 @@ def checked_rows(
     round_dir: RoundDir, config: AriesConfig, number: int, selection: Selection, template: Template
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows; after the last one, write and judge the counts."""
-    measure = PairsMeasure()
+    judged = (
+        {row["prompt_id"]: row["scores"] for row in read_jsonl(round_dir.guard_scores)}
+        if round_dir.guard_scores.exists()
+        else None
+    )
+    measure = PairsMeasure(judged)
     for pair in selection:
         measure.add(pair)
         yield from preference_rows(pair, template, config.pairs)
@@ -58,6 +63,9 @@ def checked_rows(
             "(under another `output_dir`)."
         )
     measured = measure.measured()
-    by_construction = config.pairs.selection == "best_over_worst"
-    decision = decide(measured, config.pairs.guard)
-    write_json(round_dir.guard, {"decision": decision, "by_construction": by_construction, **measured})
+    by_construction = config.pairs.selection == "best_over_worst" and judged is None
+    if config.pairs.selection == "rule_based":
+        evidence = rule_evidence(chains, dropped)
+        measured |= {"rule": evidence, "findings": rule_findings(evidence, config.pairs)}
+    decision, by = decide(measured, config.pairs.guard), "scores" if judged is None else config.judging
+    write_json(round_dir.guard, {"decision": decision, "by": by, "by_construction": by_construction, **measured})

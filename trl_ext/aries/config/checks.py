@@ -2,7 +2,7 @@
 What is checked while a run goes on, and when it stops.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
@@ -29,7 +29,7 @@ class ParityConfig(Section):
 class HealthConfig(Section):
     """
     When a run stops rather than go on with what is left of its data or of its policy. `null` switches a bound off. The bounds on the
-    policy see a collapse, but not that its answers get worse otherwise: a round says that when it is closed.
+    policy see a collapse, but not that its answers get worse otherwise: that is `on_setback`.
     """
 
     max_dropped: Annotated[float, Field(ge=0, lt=1)] | None = 0.5
@@ -44,3 +44,7 @@ class HealthConfig(Section):
     """Smallest mean length of the direct evaluation answers, as a ratio to round 0's."""
     min_diversity: PositiveShare | None = 0.1
     """Smallest `distinct_2` of the direct evaluation answers, as a ratio to round 0's."""
+    on_setback: Literal["warn", "stop", "roll_back"] = "warn"
+    """What happens when a turn's answers lose against the same turn's of the round before, or of round 0, beyond the interval:
+    `"warn"` says so and goes on, `"stop"` ends the run, `"roll_back"` goes on from the policy of the round before, with half
+    the learning rate (our choice)."""

@@ -5,6 +5,7 @@ The data of a run: the prompts to learn from, and those of the evaluation.
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from ...recipe_checks import Section, Texts, section
+from .scores import ScoresConfig
 
 
 @section
@@ -81,8 +82,13 @@ class EvaluationConfig(Source):
     """Use only the first ones."""
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature; `0` is greedy."""
+    scores: ScoresConfig | None = None
+    """Scorers that judge and do not select, with the keys of [`scores`](#scores). The metrics, the comparisons of rounds and
+    the guard then go by them, and the scores of `scores` are kept beside theirs. Default: what selects also judges."""
     correct_score: float | None = None
     """Score from which an answer counts as right, for the flips between turns. Default: 1 if all scores are 0 or 1,
     otherwise no answer is right or wrong."""
+    best_turn: PositiveInt = 1
+    """Turn by whose mean score the best round is chosen: 1 is the direct answer (our choice)."""
     bootstrap_samples: PositiveInt = 10_000
     """Resamples of the 95 % bootstrap intervals over prompts. Mean scores have such intervals; shares need none."""

@@ -2,7 +2,6 @@
 How answers are generated: the engine, the drafts, and the chain of refinements after each.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,25 +16,13 @@ from pydantic import (
 
 from ...recipe_checks import Section, Texts, section
 from .templates import EVALUATION_TEMPLATE, TEMPLATES, check_evaluation_template, check_refinement_template
-from .values import EnvName, OneOrEach, PositiveShare, Share, StopTexts, TopK, check_url
+from .values import EnvName, OneOrEach, PositiveShare, Share, StopTexts, TopK, check_pattern, check_url
 
 
 # Sampling parameters that each refinement may have its own value of
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 # What ends an answer, the same for all refinements
 STOP_KEYS = ("stop", "stop_token_ids")
-
-
-def check_pattern(pattern: str) -> str:
-    try:
-        groups = re.compile(pattern).groups
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"is not a regular expression of Python: {error}. In YAML, put it in single quotes."
-        ) from error
-    if groups != 1:
-        raise ValueError(f"has {groups} groups. Put ( ) around the answer, and write (?: ) for any other group.")
-    return pattern
 
 
 def check_urls(urls: list[str]) -> list[str]:

@@ -4,10 +4,10 @@ How scored chains become preference pairs.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from ...recipe_checks import Section, section
-from .values import Share
+from .values import Share, check_pattern
 
 
 @section
@@ -29,9 +29,25 @@ class PairsConfig(Section):
     worst, no text twice (our choice)."""
     max_length_ratio: Annotated[float, Field(ge=1)] | None = None
     """The chosen answer may have at most this many times the tokens of the rejected one. Much shorter ones stay."""
+    max_similarity: Share | None = None
+    """The chosen and the rejected answer may be at most this similar (difflib's ratio of their words). Default: any two
+    that are not the same."""
+    agreement: Annotated[int, Field(ge=2)] = 2
+    """For `"rule_based"`, how many of the last answers must agree for a chain to have settled. Relatives of the paper ask
+    for three; two is our choice."""
     settled_similarity: Share = 0.9
-    """For `"rule_based"`, how similar the last two answers must be at least (difflib's ratio of their words; our
+    """For `"rule_based"`, how similar answers that agree must be at least (difflib's ratio of their words; our
     choice)."""
+    agreement_pattern: Annotated[str, AfterValidator(check_pattern)] | None = None
+    """For `"rule_based"`, a regular expression with one group, such as `'####\\s*(.*)'`: answers agree if it finds the
+    same in them, whatever else they say, instead of by `settled_similarity`. A chain whose draft agrees with the last
+    answer gives no pair."""
+    min_settled: Share | None = None
+    """For `"rule_based"`, smallest share of whole chains that settle. Below it, refining goes astray, and `guard` decides
+    about the round."""
+    min_changed: Share | None = None
+    """For `"rule_based"`, smallest share of the settled chains whose last answer is another than the draft. Below it,
+    refining adds nothing, and `guard` decides about the round."""
     direct_weight: NonNegativeInt = 1
     """How often an epoch shows a pair's direct row. `0` leaves it out (our choice)."""
     refinement_weight: NonNegativeInt = 1
@@ -43,8 +59,11 @@ class PairsConfig(Section):
     guard: Literal["stop", "skip", "warn"] = "stop"
     """What happens to a round whose chosen answers do not score higher than its rejected ones on average: `"stop"`
     ends the run before training, `"skip"` leaves the round untrained and goes on to the next one, `"warn"` trains on
-    it all the same. It cannot judge a `"best_over_worst"` round, which is selected by the same scores and passes by
-    construction (our choice)."""
+    it all the same. Without `evaluation.scores` it cannot judge a `"best_over_worst"` round, which is selected by the same
+    scores and passes by construction (our choice)."""
+    guard_samples: NonNegativeInt = 200
+    """With `evaluation.scores`, how many chains of a round those scorers score too, for the guard: the first ones, in the
+    random order of the prompts. `0` leaves the guard with the scores of `scores` (our choice)."""
 
     @model_validator(mode="after")
     def check_pairs(self):
@@ -53,6 +72,9 @@ class PairsConfig(Section):
                 "`pairs.pairs_per_prompt` above 1 ranks the answers by score: it needs `pairs.selection: best_over_worst`. The "
                 "rule has one pair per chain."
             )
+        for key in ("min_settled", "min_changed", "agreement_pattern"):
+            if getattr(self, key) is not None and self.selection != "rule_based":
+                raise ValueError(f"`pairs.{key}` is about the rule: it needs `pairs.selection: rule_based`.")
         if self.direct_weight == self.refinement_weight == 0:
             raise ValueError(
                 "`pairs.direct_weight` and `pairs.refinement_weight` are both 0, so there is nothing to train on."

@@ -18,7 +18,7 @@ from .checks import HealthConfig, ParityConfig
 from .data import EvaluationConfig, PromptsConfig
 from .generation import DraftsConfig, GenerationConfig, RefinementsConfig, check_room
 from .pairs import PairsConfig
-from .scores import ScoresConfig
+from .scores import ScorerConfig, ScoresConfig
 
 
 # α of the squared objective if the recipe names none: the paper's was not available to us, and two public relatives have this one
@@ -136,6 +136,27 @@ class AriesConfig(Section):
         return LoopConfig(**{key: self.training[key] for key in LOOP_KEYS if key in self.training})
 
     @property
+    def scorers(self) -> dict[str, list[ScorerConfig]]:
+        """The scorers by the section that names them: `"scores"`, which select, and `"evaluation.scores"`, which judge, if it is given."""
+        judging = self.evaluation.scores
+        return {"scores": self.scores.each()} | ({} if judging is None else {"evaluation.scores": judging.each()})
+
+    @property
+    def all_scorers(self) -> list[ScorerConfig]:
+        return [scorer for section in self.scorers.values() for scorer in section]
+
+    @property
+    def judging(self) -> str:
+        """The section whose scores the metrics go by."""
+        return "scores" if self.evaluation.scores is None else "evaluation.scores"
+
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether the metrics' scores compare policies: a judge's compare the answers of a chain."""
+        judging = self.scorers[self.judging]
+        return bool(judging) and all(scorer.judge is None for scorer in judging)
+
+    @property
     def trust_remote_code(self) -> bool:
         return bool(self.training.get("trust_remote_code", False))
 
@@ -158,6 +179,31 @@ class AriesConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def check_judging(self):
+        if self.evaluation.scores is not None and not self.evaluation.scores.each():
+            raise ValueError(
+                "`evaluation.scores` names neither a `verifier` nor a `reward_model` nor a `judge`. Name one, or leave the section out."
+            )
+        if self.evaluation.best_turn > self.refinements.turns:
+            raise ValueError(
+                f"`evaluation.best_turn` ({self.evaluation.best_turn}) is beyond the last answer: `refinements.turns` is {self.refinements.turns}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_setbacks(self):
+        if self.health.on_setback != "warn" and not self.compares_rounds:
+            raise ValueError(
+                f"`health.on_setback: {self.health.on_setback}` needs scores that compare rounds, and "
+                + (
+                    f"a judge's, of `{self.judging}`, compare the answers of a chain. Name a verifier or a reward model as `evaluation.scores`."
+                    if self.scorers[self.judging]
+                    else "there are none. Name a scorer as `evaluation.scores`."
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_selection(self):
         if self.pairs.selection != "rule_based" and not self.scores.each():
             raise ValueError(
@@ -169,6 +215,11 @@ class AriesConfig(Section):
             raise ValueError(
                 "`pairs.selection: rule_based` takes the last answer over the first, and with `refinements.strategy: parallel` "
                 "they are samples of one prompt. Set `pairs.selection: best_over_worst`, or another strategy."
+            )
+        if self.pairs.selection == "rule_based" and self.pairs.agreement > max(2, self.refinements.turns - 1):
+            raise ValueError(
+                f"`pairs.agreement` ({self.pairs.agreement}) takes in the draft, which is rejected: `refinements.turns` is "
+                f"{self.refinements.turns}. Have at most {max(2, self.refinements.turns - 1)} refinements agree, or more turns."
             )
         if self.pairs.learn == "full_text" and self.generation.answer_pattern is None:
             raise ValueError(

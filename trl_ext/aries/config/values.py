@@ -34,6 +34,19 @@ def check_stop(texts: list[str]) -> list[str]:
     return texts
 
 
+def check_pattern(pattern: str) -> str:
+    """Refuse what is no regular expression with one group."""
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"is not a regular expression of Python: {error}. In YAML, put it in single quotes."
+        ) from error
+    if groups != 1:
+        raise ValueError(f"has {groups} groups. Put ( ) around the answer, and write (?: ) for any other group.")
+    return pattern
+
+
 def check_url(url: str) -> str:
     """Refuse an address that is not a server's, or holds a secret, which is not shown."""
     if "@" in url or "?" in url:

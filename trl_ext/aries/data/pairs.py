@@ -6,6 +6,7 @@ rejected or the chosen draft (https://huggingface.co/papers/2502.05605: each squ
 preference pair under such a prompt). So any pairwise trainer learns to answer and to refine from the same file.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from typing import Any
 from jinja2 import Template
 
 from ..config import PairsConfig
+from .faults import FAULTS
 from .records import Answer, Chain, as_completion
-from .templates import refinement_prompt
+from .templates import LONGEST_SECONDS, refinement_prompt
+from .time_limit import time_limit
 
 
 @dataclass
@@ -72,46 +75,98 @@ def drop_reason(pair: Pair, config: PairsConfig) -> str | None:
         return "chosen_score_too_low"
     if config.max_rejected_score is not None and pair.rejected_score > config.max_rejected_score:
         return "rejected_score_too_high"
-    return length_drop_reason(pair, config)
+    return contrast_drop_reason(pair, config)
 
 
-def length_drop_reason(pair: Pair, config: PairsConfig) -> str | None:
-    """Whether the chosen answer is much longer. A much shorter one stays, since it teaches not to ramble."""
+def contrast_drop_reason(pair: Pair, config: PairsConfig) -> str | None:
+    """
+    Whether the chosen answer is much longer than the rejected one, or too much like it. A much shorter one stays, since it teaches not to
+    ramble.
+    """
     # A product rather than a ratio: an answer may have no tokens
     if config.max_length_ratio is not None and pair.chosen.tokens > config.max_length_ratio * pair.rejected.tokens:
         return "chosen_too_long"
+    if config.max_similarity is not None and similarity(pair.chosen.text, pair.rejected.text) > config.max_similarity:
+        return "too_similar"
     return None
 
 
 def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
     """
-    Selection without a reward model. The paper does not spell out its rule. Our choice: if the chain has settled (its last two answers
-    are alike), the last refinement is chosen and the draft rejected, unless they are equal. Scores are not used; only the guard reads them.
+    Selection without a reward model. The paper does not spell out its rule. Our choice: if the chain has settled (its last answers agree,
+    `pairs.agreement` of them), the last refinement is chosen and the draft rejected, unless these agree too. Scores take no part; the guard
+    reads them.
 
     Returns:
         `list[Pair | str]`: one entry, the pair or the reason why there is none.
     """
     if len(chain.answers) < 2:
         return [chain.stopped or "fewer_than_two_answers"]
-    draft, (previous, last) = chain.answers[0], chain.answers[-2:]
+    draft, last = chain.answers[0], chain.answers[-1]
     if last.finish_reason != "stop":
         return ["last_answer_truncated"]
     if chain.stopped is not None:
         return [chain.stopped]
     # A draft and one refinement have nothing to settle
-    if len(chain.answers) > 2 and similarity(previous.text, last.text) < config.settled_similarity:
+    if len(chain.answers) > 2 and not all(agree(a, last, config) for a in chain.answers[-config.agreement : -1]):
         return ["not_settled"]
     if last.text == draft.text:
         return ["identical_answers"]
     if not last.text.strip():
         return ["empty_answer"]
+    if config.agreement_pattern is not None and agree(draft, last, config):
+        return ["draft_agrees"]
     pair = Pair(chain, last, draft, scores[-1], scores[0])
-    return [length_drop_reason(pair, config) or pair]
+    return [contrast_drop_reason(pair, config) or pair]
+
+
+def agree(answer: Answer, other: Answer, config: PairsConfig) -> bool:
+    """Whether two answers say the same: by their texts' similarity, or by what `pairs.agreement_pattern` finds in them."""
+    if config.agreement_pattern is None:
+        return similarity(answer.text, other.text) >= config.settled_similarity
+    found = part(answer.text, config.agreement_pattern)
+    return found is not None and found == part(other.text, config.agreement_pattern)
+
+
+def part(text: str, pattern: str) -> str | None:
+    """What a pattern's group finds in a text, without white space around it; `None` if that is nothing."""
+    slow = (
+        f"`pairs.agreement_pattern` took more than {LONGEST_SECONDS:g} seconds on a text of {len(text):,} characters. Write it without "
+        "repetitions inside repetitions."
+    )
+    with time_limit(LONGEST_SECONDS, slow):
+        match = re.search(pattern, text)
+    return (match.group(1) or "").strip() or None if match else None
 
 
 def similarity(text: str, other: str) -> float:
     """Similarity of two texts in [0, 1]: difflib's ratio over their words."""
     return SequenceMatcher(None, text.split(), other.split(), autojunk=False).ratio()
+
+
+def rule_evidence(chains: int, dropped: dict[str, int]) -> dict[str, Any]:
+    """
+    What the rule itself says about refining, from the counts of a rule-based round.
+
+    Returns:
+        `dict`: `whole`, chains without a fault; `settled`, the share of these whose last answers agree; `changed`, the share of the settled ones
+        whose last answer is another than the draft. `None` without such chains.
+
+    Example:
+
+    ```python
+    >>> rule_evidence(10, {"prompt_too_long": 2, "not_settled": 4, "identical_answers": 3})
+    {'whole': 8, 'settled': 0.5, 'changed': 0.25}
+    ```
+    """
+    whole = chains - sum(count for reason, count in dropped.items() if reason in FAULTS)
+    settled = whole - dropped.get("not_settled", 0)
+    changed = settled - dropped.get("identical_answers", 0) - dropped.get("draft_agrees", 0)
+    return {
+        "whole": whole,
+        "settled": settled / whole if whole else None,
+        "changed": changed / settled if settled else None,
+    }
 
 
 SELECTIONS = {"best_over_worst": best_over_worst, "rule_based": rule_based}

@@ -15,7 +15,7 @@ from ...recipe import RecipeError
 from ..children import Reporter
 from ..config import AriesConfig, DraftsConfig, sampling_by_turn
 from ..data.records import read_jsonl, read_rows, write_jsonl
-from ..policies import Answers, answers_of, needs_samples, policy_after
+from ..policies import Answers, answering_round, answers_of, needs_samples, policy_after
 from ..run_dir import RunDir
 from .chains import EngineSettings, Task, TaskEngine, answer_task
 from .intake import Intake
@@ -48,17 +48,18 @@ def generate(run: RunDir, config: AriesConfig, answering: int, report: Reporter)
     if needs_samples(run, config, answering):
         seed = (config.seed, "parity")
         parity = ParitySamples(run.evaluation_prompts, own.samples, config.parity.samples, config.drafts, seed)
-    policy = policy_after(run, config, answering)
+    source = answering_round(run, answering)
+    policy = policy_after(run, config, source)
     settings = EngineSettings(
         model=policy.model,
         config=config.generation,
         # A new name and id for every round: vLLM may answer from stale weights under an old one
-        adapter=None if policy.adapter is None else (f"round_{answering:02d}", answering + 1, policy.adapter),
+        adapter=None if policy.adapter is None else (f"round_{source:02d}", source + 1, policy.adapter),
         max_lora_rank=next(rank for rank in LORA_RANKS if rank >= config.model.get("lora_r", 16)),
         revision=config.model.get("model_revision"),
         trust_remote_code=config.trust_remote_code,
     )
-    answer_tasks(settings, tasks, parity, own.probe, report)
+    answer_tasks(settings, tasks, parity, run.round(source).probe, report)
 
 
 def make_task(config: AriesConfig, answers: Answers, answering: int, report: Reporter) -> Task:

@@ -17,7 +17,7 @@ from .progress import RunProgress
 from .state import chosen_round
 
 
-def export_answers(config: AriesConfig, number: int | None, turn: int, file_format: str, output: Path) -> int:
+def export_answers(config: AriesConfig, number: int | str | None, turn: int, file_format: str, output: Path) -> int:
     """
     Write the answers of a turn (1 is the direct answer) as `"alpaca_eval"` or `"jsonl"` to a new file, and return the exit code, 0.
 

@@ -103,8 +103,12 @@ def obstacle(first: RunRecord, other: RunRecord) -> str | None:
 
 def scorers(run: RunRecord) -> dict[str, Any]:
     """The settings of the scorers, with the hashes of verifiers."""
-    hashes = {key: value for key, value in run.resolved["inputs"].items() if key.startswith("scores.")}
-    return run.resolved["scores"] | hashes
+    judging = run.resolved["evaluation"].get("scores")
+    section = "evaluation.scores." if judging else "scores."
+    hashes = {
+        key.removeprefix(section): value for key, value in run.resolved["inputs"].items() if key.startswith(section)
+    }
+    return (judging or run.resolved["scores"]) | hashes
 
 
 def remarks(columns: list[Column]) -> list[str]:

@@ -12,7 +12,11 @@ PEAKS = ("peak_memory", "peak_gpu_memory")
 
 
 def round_cost(
-    events: list[dict[str, Any]], number: int, chains: Iterable[Chain], evaluation: Iterable[Chain]
+    events: list[dict[str, Any]],
+    number: int,
+    chains: Iterable[Chain],
+    evaluation: Iterable[Chain],
+    discarded: int = 0,
 ) -> dict[str, Any]:
     """
     What `cost.json` holds.
@@ -22,11 +26,13 @@ def round_cost(
             The run's event log, and the round.
         chains (iterable of [`Chain`]), evaluation (iterable of [`Chain`]):
             Its answers, and its policy's answers to the evaluation prompts.
+        discarded (`int`, *optional*, defaults to `0`):
+            Tokens of answers that were not used, because the policy that gave them was rolled back.
 
     Returns:
-        `dict`: `generated_tokens` of `drafts`, `refinements` and `evaluation`, without critiques, whose tokens are not recorded; and `stages`,
-        for each stage of the round its name, the `seconds` of its finished runs, how many were `interrupted`, whose time is unknown, and
-        if known the `peak_memory` and `peak_gpu_memory` of its largest process in bytes.
+        `dict`: `generated_tokens` of `drafts`, `refinements` and `evaluation`, without critiques, whose tokens are not recorded, and `discarded`
+        if any were; and `stages`, for each stage of the round its name, the `seconds` of its finished runs, how many were `interrupted`,
+        whose time is unknown, and if known the `peak_memory` and `peak_gpu_memory` of its largest process in bytes.
     """
     drafts = refinements = 0
     for chain in chains:
@@ -38,6 +44,7 @@ def round_cost(
             "drafts": drafts,
             "refinements": refinements,
             "evaluation": sum(a.tokens for chain in evaluation for a in (*chain.answers, *chain.unanswered)),
+            **({"discarded": discarded} if discarded else {}),
         },
         "stages": stage_times(events, number),
     }

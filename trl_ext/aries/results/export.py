@@ -27,6 +27,7 @@ from ..generation.policy_identity import compare
 from ..policies import Policy, policy_after
 from ..provenance import check_policy
 from ..run_dir import RunDir
+from .best import best_round
 from .cards import FORMS, model_card
 from .hub import make_repo, upload
 from .progress import RunProgress
@@ -38,16 +39,18 @@ SAMPLES = 16  # answers whose log-probabilities are compared
 
 def export(
     config: AriesConfig,
-    number: int | None,
+    number: int | str | None,
     output: Path,
     form: str | None,
     repo: str | None = None,
     private: bool = False,
 ) -> int:
     """
-    Export a finished round, by default the last, and return the exit code, 0.
+    Export a finished round and return the exit code, 0.
 
     Args:
+        number (`int` or `str`, *optional*):
+            The round, or `"best"`. Default: the last one, unless the best one is clearly better.
         output (`Path`):
             The directory to make. It must not exist, or be empty.
         form (`str`, *optional*):
@@ -64,6 +67,10 @@ def export(
     if number == 0 and config.sft is None:
         raise RecipeError("`--round`: round 0 of a run without SFT is the recipe's model, unchanged.")
     finished = [n for n in range(0 if config.sft else 1, config.rounds + 1) if run.round(n).manifest.exists()]
+    best = best_round(run, config, finished) if number is None else None
+    if best is not None and best.clear:
+        say(f"Exporting the best round in place of the last: {best}. `--round {best.last}` exports the last one.")
+        number = best.number
     number = chosen_round(run, number, finished, "finished")
     check_policy(run, config, number)
     policy = policy_after(run, config, number)

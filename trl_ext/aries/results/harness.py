@@ -17,7 +17,7 @@ from ..run_dir import RunDir
 from .state import chosen_round
 
 
-def lm_eval(config: AriesConfig, number: int | None, tasks: str, args: Sequence[str]) -> int:
+def lm_eval(config: AriesConfig, number: int | str | None, tasks: str, args: Sequence[str]) -> int:
     """
     Run `lm_eval` on a trained round, by default the last, and return its exit code. The user's `args` come last and win; without
     `--output_path`, results go to the round's `lm_eval/`.

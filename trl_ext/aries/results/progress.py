@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ...terminal import printable
-from .tables import answers_table, score_table
+from .tables import answers_table, score_table, selecting_table
 
 
 # Columns of a table in a log, which has no width
@@ -205,6 +205,9 @@ class RunProgress:
         [`~aries.results.tables.score_table`].
         """
         self.show(score_table(metrics, turns, has_sft, kind))
+        selecting = selecting_table(metrics, turns, has_sft, kind)
+        if selecting is not None:
+            self.show(selecting)
         if "correct_score" in metrics[max(metrics)]:  # not in the metrics of earlier versions
             self.show(answers_table(metrics, has_sft))
 

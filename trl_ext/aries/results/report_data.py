@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...recipe import RecipeError
+from ..checks.gates import scores_lower
 from ..config import EvaluationConfig
 from ..data.records import read_json, read_jsonl
 from ..run_dir import RoundDir, RunDir
@@ -38,6 +39,7 @@ class RoundRecord:
         self.number = number
         self.name = name
         self.metrics = read_json(files.metrics)
+        self.setback = read_json(files.setback)
         for turn in self.metrics["turns"] if self.metrics else ():
             turn.update({key: turn.get(key) for key in LATER_KEYS})
         self.sft_drops = read_json(files.sft_drops)
@@ -85,8 +87,8 @@ class RunRecord:
     @property
     def judged(self) -> bool:
         """Whether a judge contributes to the scores, which then compare the answers of a chain rather than two policies."""
-        scorers = self.resolved["scores"].get("scorers") or [self.resolved["scores"]]
-        return any(scorer.get("judge") for scorer in scorers)
+        scores = self.resolved["evaluation"].get("scores") or self.resolved["scores"]
+        return any(scorer.get("judge") for scorer in scores.get("scorers") or [scores])
 
     @property
     def draw(self) -> dict[str, int]:
@@ -141,6 +143,24 @@ def decide_right(rounds: list[RoundRecord]) -> None:
             of_round["correct_score"] = None
             for turn in of_round["turns"]:
                 turn |= {"correct": None, "flips": None}
+
+
+def selecting_and_judging(run: RunRecord) -> list[dict[str, Any]]:
+    """
+    What the scorers that select and those that judge say of each round's answers, if `evaluation.scores` names some: `name`, and for each
+    turn `turn`, `selecting` and `judging`, the metrics of either.
+    """
+    return [
+        {
+            "name": round_.name,
+            "turns": [
+                {"turn": selecting["turn"], "selecting": selecting, "judging": judging}
+                for selecting, judging in zip(round_.metrics["selecting"], round_.metrics["turns"], strict=True)
+            ],
+        }
+        for round_ in run.evaluated
+        if "selecting" in round_.metrics
+    ]
 
 
 # Did it get better?
@@ -206,9 +226,10 @@ def warnings(run: RunRecord) -> list[str]:
         decision = (round_.guard or {}).get("decision")
         if decision in ("skipped", "warned", "stopped"):
             done = {"skipped": "left untrained", "warned": "trained on anyway", "stopped": "the run stopped"}
-            found.append(
-                f"Round {round_.number}: the chosen answers did not score higher than the rejected ones; {done[decision]}."
-            )
+            findings = round_.guard.get("findings") or []
+            lower = scores_lower(round_.guard) or not findings
+            why = ["the chosen answers did not score higher than the rejected ones"] * lower + findings
+            found.append(f"Round {round_.number}: {'; '.join(why)}; {done[decision]}.")
     cut, missing = {}, {}
     for round_ in run.evaluated:
         turns = round_.metrics["turns"]

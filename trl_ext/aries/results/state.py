@@ -11,6 +11,7 @@ from typing import Any
 from ...recipe import RecipeError
 from ..data.records import write_json
 from ..run_dir import RunDir, is_locked
+from .best import best_round
 from .progress import StageProgress
 
 
@@ -99,15 +100,23 @@ def read_state(run: RunDir, rounds: int, running: bool | None = None) -> RunStat
     return RunState("died", **heard)
 
 
-def chosen_round(run: RunDir, number: int | None, found: list[int], what: str) -> int:
+def chosen_round(run: RunDir, number: int | str | None, found: list[int], what: str) -> int:
     """
-    The round that `--round` names, by default the last of those `found`, which are `what`: `"evaluated"`, `"trained"`, ...
+    The round that `--round` names, a number or `"best"`, by default the last of those `found`, which are `what`: `"evaluated"`, `"trained"`, ...
 
     Raises:
-        [`RecipeError`]: it is not among them, or there is none.
+        [`RecipeError`]: it is not among them, there is none, or no scores say which one is best.
     """
     if not found:
         raise RecipeError(f"{run.path} has no {what} round yet. `trl-ext aries run {run.path}` continues it.")
+    if number == "best":
+        best = best_round(run, run.read_config(), found)
+        if best is None:
+            raise RecipeError(
+                f"`--round best`: {run.path} has no scores that compare rounds (a judge's compare the answers of a chain). Name a round: "
+                f"{', '.join(map(str, found))}."
+            )
+        return best.number
     if number is not None and number not in found:
         raise RecipeError(
             f"`--round`: round {number} of {run.path} is not {what}; {', '.join(map(str, found))} can be named."

@@ -8,9 +8,11 @@ from pathlib import Path
 from ..checks.overlap import prompts_kind
 from ..config import AriesConfig
 from ..data.records import read_json
-from ..policies import is_skipped, policy_after, product
+from ..policies import is_rolled_back, is_skipped, policy_after, product
 from ..run_dir import RunDir
-from .progress import RunProgress
+from ..scoring.round_metrics import round_warnings
+from .best import best_round
+from .progress import WARNING, RunProgress
 from .state import read_progress, read_state
 
 
@@ -43,6 +45,8 @@ def status(config: AriesConfig) -> int:
             done["training"] = "skipped by the guard"
         if round_dir.set_aside.exists() and not product(round_dir, config).exists():
             done["training"] = "set aside as degenerate"
+        if is_rolled_back(round_dir):
+            done["evaluation"] = "done, rolled back"
         words = [f"{name} {state}" for name, state in done.items()]
         say(f"  round {number}: " + ", ".join(words))
         drops = round_dir.drops if number > 0 else round_dir.sft_drops
@@ -53,6 +57,10 @@ def status(config: AriesConfig) -> int:
     if state.kind in ("stopped", "died"):
         say(f"To continue: trl-ext aries run {run.path}")
     print_results(run, config, progress)
+    for number in range(config.rounds + 1):
+        metrics = read_json(run.round(number).metrics)
+        for line in round_warnings(run, config, number, metrics) if metrics else ():
+            say(f"Warning: round {number}: {line}.", WARNING)
     return 0
 
 
@@ -63,11 +71,14 @@ def answers_so_far(path: Path) -> str:
 
 
 def print_results(run: RunDir, config: AriesConfig, progress: RunProgress) -> None:
-    """Print the scores so far."""
+    """Print the scores so far, and which round is best if it is not the last one."""
     found = {number: read_json(run.round(number).metrics) for number in range(config.rounds + 1)}
     metrics = {number: of_round for number, of_round in found.items() if of_round is not None}
     if metrics:
         progress.results(metrics, config.refinements.turns, config.sft is not None, prompts_kind(run))
+        best = best_round(run, config)
+        if best is not None and best.number != best.last:
+            progress.say(f"Best: {best}.")
 
 
 def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, elapsed: str) -> None:

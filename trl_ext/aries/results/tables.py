@@ -7,7 +7,9 @@ from typing import Any
 from rich.table import Table
 
 
-def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> Table:
+def score_table(
+    metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str, scores: str = "score"
+) -> Table:
     """
     Mean scores on the evaluation prompts with 95 % intervals: rounds down, answers y1, y2, ... across. Four turns fit on 100 columns.
 
@@ -20,12 +22,14 @@ def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, k
             Whether round 0 is the policy after SFT or the recipe's model.
         kind (`str`):
             What to call the prompts, from [`~aries.checks.overlap.prompts_kind`].
+        scores (`str`, *optional*, defaults to `"score"`):
+            What to call the scores.
     """
     prompts = max((m["prompts"] for m in metrics.values()), default=0)
     interval = (
         ", with 95 % interval" if any("interval" in turn for m in metrics.values() for turn in m["turns"]) else ""
     )
-    table = Table(title=f"Mean score of each answer on {prompts} {kind} prompts{interval}", title_justify="left")
+    table = Table(title=f"Mean {scores} of each answer on {prompts} {kind} prompts{interval}", title_justify="left")
     table.add_column("policy")
     for turn in range(1, turns + 1):
         table.add_column(f"y{turn}" + (" (direct)" if turn == 1 else ""), justify="right")
@@ -33,6 +37,14 @@ def score_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, k
         cells = (score_cell(turn, round_metrics["prompts"]) for turn in round_metrics["turns"])
         table.add_row(policy_name(number, has_sft), *cells)
     return table
+
+
+def selecting_table(metrics: dict[int, dict[str, Any]], turns: int, has_sft: bool, kind: str) -> Table | None:
+    """[`score_table`] of the scorers that select, `None` unless others judge."""
+    found = {
+        n: of_round | {"turns": of_round["selecting"]} for n, of_round in metrics.items() if "selecting" in of_round
+    }
+    return score_table(found, turns, has_sft, kind, "selecting score (`scores`)") if found else None
 
 
 def score_cell(turn: dict[str, Any], prompts: int) -> str:

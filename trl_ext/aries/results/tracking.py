@@ -68,6 +68,7 @@ def round_values(run: RunDir, number: int) -> dict[str, float]:
         found["accuracy"] = turn["correct"]  # a share already
         values |= {f"{key}/turn_{turn['turn']}": value for key, value in found.items()}
         values |= {f"flips/{key}/turn_{turn['turn']}": value for key, value in (turn["flips"] or {}).items()}
+    values |= {f"selecting_score/turn_{turn['turn']}": turn["score"] for turn in metrics.get("selecting", ())}
     if metrics["kl_to_initial"] is not None:
         values["kl_to_initial"] = metrics["kl_to_initial"]["per_token"]
     if drops is not None:

@@ -9,7 +9,7 @@ if all its values are the same. Nothing here reads a clock, so a round evaluated
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,9 @@ Z = 1.959963984540054  # the normal distribution's quantile for it
 
 # Values drawn at once by the bootstrap: 32 MiB of indices
 _CHUNK = 2**22
+
+# Win rates of a turn, and the round that each is over
+COMPARED = {"win_rate_previous": "the round before", "win_rate_round_0": "round 0"}
 
 Scores = list[list[float | None]]  # of each chain, of each of its answers
 Interval = Callable[[Sequence[float]], list[float] | None]
@@ -92,6 +95,95 @@ def evaluation_metrics(
     return {"prompts": len(chains), "correct_score": correct_score, "turns": per_turn}
 
 
+def selecting_metrics(
+    scores: Scores,
+    turns: int,
+    initial: Scores | None,
+    previous: Scores | None,
+    bootstrap_samples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """
+    What the scorers that select say of the same answers, beside those that judge.
+
+    Returns:
+        `list[dict]`: for each turn `turn`, `score`, `interval`, `scored`, `win_rate_round_0` and `win_rate_previous`, as in
+        [`evaluation_metrics`].
+    """
+    per_turn = []
+    for turn in range(1, turns + 1):
+        column = of_turn(scores, turn)
+        values = [score for score in column if score is not None]
+        per_turn.append(
+            {
+                "turn": turn,
+                "score": sum(values) / len(values) if values else None,
+                "interval": mean_interval(values, bootstrap_samples, seed),
+                "scored": len(values),
+                "win_rate_round_0": None if initial is None else win_rate(column, of_turn(initial, turn)),
+                "win_rate_previous": None if previous is None else win_rate(column, of_turn(previous, turn)),
+            }
+        )
+    return per_turn
+
+
+def partings(metrics: dict[str, Any]) -> list[str]:
+    """
+    The turns whose answers win against an earlier round's by the scores that select, and lose by those that judge: both 95 % intervals lie
+    beyond one half. That is Goodhart's law at work: the scores that select are being exploited.
+    """
+    lines, said = [], []
+    for key, before in COMPARED.items():
+        rates = {
+            judging["turn"]: (selecting[key], judging[key])
+            for judging, selecting in zip(metrics["turns"], metrics.get("selecting", []), strict=False)
+            if judging[key] and selecting[key] and judging[key]["interval"] and selecting[key]["interval"]
+        }
+        parted = {
+            turn: (selected, judged)
+            for turn, (selected, judged) in rates.items()
+            if judged["interval"][1] < 0.5 < selected["interval"][0]
+        }
+        if parted and parted not in said:  # in round 1 both comparisons are the same
+            said.append(parted)
+            turn, (selected, judged) = list(parted.items())[-1]
+            lines.append(
+                f"what selects is being exploited: by `scores` {in_words(parted)} against the same answers of {before}, and by "
+                f"`evaluation.scores` {'it loses' if len(parted) == 1 else 'they lose'}: y{turn} wins {selected['win_rate']:.2f} of the "
+                f"comparisons by the one, {judged['win_rate']:.2f} by the other, where 0.5 is no change"
+            )
+    return lines
+
+
+def in_words(turns: Iterable[int]) -> str:
+    """
+    Example:
+
+    ```python
+    >>> in_words([2, 3]), in_words([1])
+    ('y2, y3 win', 'y1 wins')
+    ```
+    """
+    names = [f"y{turn}" for turn in turns]
+    return f"{', '.join(names)} win{'s' * (len(names) == 1)}"
+
+
+def ceiling(metrics: dict[str, Any], scores: Scores) -> str | None:
+    """What to say of a policy whose direct answers all have the same score; `None` if they differ."""
+    values = [score for score in of_turn(scores, 1) if score is not None]
+    if len(values) < 2 or len(set(values)) > 1:
+        return None
+    if metrics.get("correct_score") is not None and values[0] >= metrics["correct_score"]:
+        return (
+            f"all {len(values):,} direct answers of the initial policy are right: it is at the ceiling of these scores, and no round can do "
+            "measurably better. Take harder prompts, or a finer score"
+        )
+    return (
+        f"all {len(values):,} direct answers of the initial policy have the same score, {values[0]:g}: these scores cannot tell good answers "
+        "from bad ones yet. Take other prompts, or a finer score"
+    )
+
+
 def lost_turns(metrics: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """
     The turns whose answers have become worse. They lose against the same turn of the round before, or of round 0: the 95 % interval of their
@@ -105,7 +197,7 @@ def lost_turns(metrics: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
         `dict`: by the round that something was lost to, the turns and their win rates; in round 1 both are round 0, and only the first is reported.
     """
     lost: dict[str, dict[int, dict[str, Any]]] = {}
-    for key, before in (("win_rate_previous", "the round before"), ("win_rate_round_0", "round 0")):
+    for key, before in COMPARED.items():
         rates = {turn["turn"]: turn[key] for turn in metrics["turns"] if turn[key] and turn[key]["interval"]}
         worse = {turn: rate for turn, rate in rates.items() if rate["interval"][1] < 0.5}
         if worse and worse not in lost.values():

@@ -9,7 +9,7 @@ missing there, and `scores` reads it back. `None` leaves an answer without a sco
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from operator import mul
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,14 +82,19 @@ class ScoreTask:
 
     prompts: Path
     answers: Path
+    chains: int | None = None  # only the first ones
 
     def __post_init__(self):
         self.columns = other_columns(read_rows(self.prompts))
 
     def __iter__(self) -> Iterator[tuple[Chain, dict[str, Any]]]:
         """Each chain with the other columns of its prompt, read from the files as it goes."""
-        for prompt, chain in read_chains(self.prompts, self.answers):
+        for prompt, chain in islice(read_chains(self.prompts, self.answers), self.chains):
             yield chain, {name: prompt.get(name) for name in self.columns}
+
+    def __len__(self) -> int:
+        with open(self.answers, "rb") as file:
+            return sum(1 for _ in islice(file, self.chains))
 
 
 def chains_of(tasks: list[ScoreTask]) -> Iterator[tuple[Chain, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from ...recipe import RecipeError
 from ..children import Reporter
 from ..config import AriesConfig, ScorerConfig
 from ..data.records import write_jsonl
-from ..policies import unscored
+from ..policies import Scored, unscored
 from ..run_dir import RunDir
 from .reward_model import RewardModel
 from .scores import ScoreCache, Scorer, ScoreTask, score_rows
@@ -34,13 +34,19 @@ def score(run: RunDir, config: AriesConfig, answering: int, report: Reporter) ->
     """
     scorers, cache = make_scorers(config, Watch(run.verifier_call)), ScoreCache(run.score_cache)
     files = unscored(run, config, answering)
-    tasks = [ScoreTask(answers.prompts, answers.answers) for answers in files]
-    for scorer in scorers:
-        for note in scorer.score(tasks, cache, report):
-            report.note(note)
-    rows = Counted(sum(map(count_lines, (task.answers for task in tasks))), report)
-    for task, answers in zip(tasks, files, strict=True):
-        write_jsonl(answers.scores, rows(score_rows(task, scorers, cache)))
+    tasks = [score_task(file) for file in files]
+    for section, named in scorers.items():
+        own = [task for task, file in zip(tasks, files, strict=True) if file.by == section]
+        for scorer in named if own else ():
+            for note in scorer.score(own, cache, report):
+                report.note(note)
+    rows = Counted(sum(map(len, tasks)), report)
+    for task, file in zip(tasks, files, strict=True):
+        write_jsonl(file.scores, rows(score_rows(task, scorers[file.by], cache)))
+
+
+def score_task(file: Scored) -> ScoreTask:
+    return ScoreTask(file.answers.prompts, file.answers.answers, file.chains)
 
 
 def check_scorers(run: RunDir, config: AriesConfig, rows: list[dict[str, Any]]) -> None:
@@ -50,17 +56,19 @@ def check_scorers(run: RunDir, config: AriesConfig, rows: list[dict[str, Any]]) 
     Raises:
         [`RecipeError`]: one of them cannot score.
     """
-    for scorer in make_scorers(config, Watch(run.verifier_call)):
-        scorer.check([[row] for row in rows])
+    for scorers in make_scorers(config, Watch(run.verifier_call)).values():
+        for scorer in scorers:
+            scorer.check([[row] for row in rows])
 
 
-def make_scorers(config: AriesConfig, watch: Watch) -> list[Scorer]:
+def make_scorers(config: AriesConfig, watch: Watch) -> dict[str, list[Scorer]]:
+    """The scorers of each section."""
     tokenizer = Tokenizer(
         absolute(config.model["model_name_or_path"]), config.model.get("model_revision"), config.trust_remote_code
     )
     # All paths before the first verifier is imported: it may change the directory
-    scorers = [with_absolute_paths(scorer) for scorer in config.scores.each()]
-    return [make_scorer(scorer, config, tokenizer, watch) for scorer in scorers]
+    sections = {name: list(map(with_absolute_paths, scorers)) for name, scorers in config.scorers.items()}
+    return {name: [make_scorer(one, config, tokenizer, watch) for one in each] for name, each in sections.items()}
 
 
 def make_scorer(scorer: ScorerConfig, config: AriesConfig, encode: "Tokenizer", watch: Watch) -> Scorer:
@@ -120,8 +128,3 @@ class Counted:
             self._done += 1
             if self._done % REPORTED_CHAINS == 0 or self._done == self._total:
                 self._report(self._done, self._total)
-
-
-def count_lines(path: Path) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)

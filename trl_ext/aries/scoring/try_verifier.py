@@ -34,7 +34,7 @@ def try_verifier(config: AriesConfig, console: Console | None = None) -> int:
     Raises:
         [`~recipe.RecipeError`]: the recipe has no verifier, or its file or the rows cannot be read.
     """
-    verifiers = [scorer.verifier for scorer in config.scores.each() if scorer.verifier is not None]
+    verifiers = list(dict.fromkeys(scorer.verifier for scorer in config.all_scorers if scorer.verifier is not None))
     if not verifiers:
         raise RecipeError(
             "`scores.verifier` is missing. Write `path/to/file.py:function`; reward models and judges cannot be tried here."

@@ -21,8 +21,9 @@ class AnsweringMessage:
 
 @dataclass
 class RewardModelMessage(AnsweringMessage):
-    """Its answers are scored by the reward model of this name."""
+    """Its answers are scored by the reward model of this name, in this section of the recipe."""
 
+    section: str
     name: str
 
 

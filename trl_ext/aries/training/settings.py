@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LOOP_KEYS, AriesConfig
-from ..policies import Policy, policy_after, product
+from ..policies import Policy, learning_rate_factor, policy_after, product, start_policy
 from ..run_dir import RunDir
 
 
@@ -44,6 +44,8 @@ class Training:
             What it learns, and where the policy goes.
         max_dropped (`float`, *optional*):
             `health.max_dropped`.
+        learning_rate_factor (`float`, *optional*, defaults to `1.0`):
+            What the learning rate is multiplied by, after rounds that were rolled back.
     """
 
     settings: TrainerSettings
@@ -53,6 +55,7 @@ class Training:
     rows: Path
     output: Path
     max_dropped: float | None
+    learning_rate_factor: float = 1.0
 
 
 def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> TrainerSettings:
@@ -82,7 +85,7 @@ def training_of(run: RunDir, config: AriesConfig, number: int) -> Training:
     if number == 0:
         policy = reference = Policy(config.model["model_name_or_path"], None)
     else:
-        policy = policy_after(run, config, number - 1)
+        policy = start_policy(run, config, number)
         reference = policy_after(run, config, 0) if config.loop.reference == "initial" else policy
     return Training(
         trainer_settings(config, number, str(round_dir.training)),
@@ -92,4 +95,5 @@ def training_of(run: RunDir, config: AriesConfig, number: int) -> Training:
         rows=round_dir.sft if number == 0 else round_dir.pairs,
         output=product(round_dir, config),
         max_dropped=config.health.max_dropped,
+        learning_rate_factor=learning_rate_factor(run, number),
     )

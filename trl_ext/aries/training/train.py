@@ -169,6 +169,7 @@ def make_trainer(training: Training, progress: Callable[[int, int], None]):
     trainer_class, config_class = trainer_classes(settings)
     model_args = ModelConfig(**training.model)
     args = config_class(**settings.config)
+    args.learning_rate *= training.learning_rate_factor
     model = load_policy(training, model_args, args.trust_remote_code)
     kwargs: dict[str, Any] = {}
     if isinstance(model, str):
