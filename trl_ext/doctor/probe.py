@@ -158,7 +158,10 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, prompts: list[dict[str, 
     ends = {done: at for at, done in loop.times["training"] if done > 0}
     each = (ends[STEPS] - ends[1]) / (STEPS - 1)
     size = json.loads((round_dir.training / "rows.json").read_text(encoding="utf-8"))["batch_size"]
-    per_pair = config.pairs.direct_weight + 2 * config.pairs.refinement_weight
+    # How many `refinement_rows: neighbors` makes depends on the chains
+    per_pair = (
+        config.pairs.direct_weight + (2 if config.pairs.drafts == "both" else 1) * config.pairs.refinement_weight
+    )
     return (
         f"training: {each:.2f} s for {size} rows, so {each / size * per_pair:.3f} s for a pair of {per_pair} rows, times "
         "the round's pairs and `num_train_epochs`"
