@@ -100,6 +100,8 @@ def test_seeds_that_no_generator_takes_are_refused(seed):
 def test_rules_about_the_last_answer_need_one():
     with pytest.raises(RecipeError, match="`pairs.selection: rule_based`"):
         parse(refinements={"strategy": "parallel"}, pairs={"selection": "rule_based"})
+    with pytest.raises(RecipeError, match="pairs.refinement_rows"):
+        parse(refinements={"strategy": "parallel"}, pairs={"refinement_rows": "both"})
 
 
 @pytest.mark.parametrize("strategy", TEMPLATES)

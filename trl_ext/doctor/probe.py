@@ -202,7 +202,9 @@ def steps_time(loop: ProbedRounds, config: AriesConfig, chains: list[Chain], dir
     ends = {done: at for at, done in loop.times["training"] if done > 0}
     each = (ends[STEPS] - ends[1]) / (STEPS - 1)
     size = json.loads((round_dir.training / "rows.json").read_text(encoding="utf-8"))["batch_size"]
-    per_pair = config.pairs.direct_weight + 2 * config.pairs.refinement_weight
+    # How many `refinement_rows: neighbors` makes depends on the chains
+    drafts = 2 if config.pairs.drafts == "both" else 1
+    per_pair = config.pairs.direct_weight + drafts * config.pairs.refinement_weight
     epochs = config.training.get("num_train_epochs", DPOConfig.num_train_epochs)
     cost.training = cost.size * cost.pairs * each / size * per_pair * epochs
     return (

@@ -226,6 +226,8 @@ def test_rule_based_does_not_look_at_the_scores_but_keeps_them_for_the_guard():
         ({"agreement_pattern": "(a)"}, "`pairs.agreement_pattern`.*`pairs.selection: rule_based`"),
         ({"agreement_pattern": "a", "selection": "rule_based"}, "has 0 groups"),
         ({"agreement": 1, "selection": "rule_based"}, "agreement"),
+        ({"drafts": "first"}, "drafts"),
+        ({"refinement_rows": "neighbors", "selection": "rule_based"}, "needs `pairs.selection: best_over_worst`"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(config, key):
@@ -254,3 +256,93 @@ def test_plain_text_stays_plain_text_and_a_weight_of_0_leaves_rows_out():
     pair = Pair(a_chain, a_chain.answers[1], a_chain.answers[0], 1.0, 0.0)
     [row] = preference_rows(pair, compile_template("{{ draft }}"), PairsConfig(refinement_weight=0))
     assert (row["prompt"], row["chosen"], row["rejected"]) == ("x", " good", " bad")
+
+
+# Refinement rows of other drafts, and of neighboring answers
+
+
+def refinements(a_chain, scores, **config):
+    """What the refinement rows of a chain say: draft, chosen and rejected text, and the column `draft`."""
+    config = PairsConfig(**config)
+    pairs, _ = select_pairs([a_chain], [scores], config)
+    rows = [row for pair in pairs for row in preference_rows(pair, compile_template("{{ draft }}"), config)]
+    return [(row["prompt"], row["chosen"], row["rejected"], row["draft"]) for row in rows if row["turn"] == 1]
+
+
+@pytest.mark.parametrize(
+    ("drafts", "expected"),
+    [
+        ("rejected", [("bad", "good", "bad", "rejected")]),
+        ("chosen", [("good", "good", "bad", "chosen")]),
+    ],
+)
+def test_drafts(drafts, expected):
+    assert refinements(chain("bad", "good"), [0.0, 1.0], drafts=drafts) == expected
+
+
+@pytest.mark.parametrize(
+    ("a_chain", "scores", "config", "expected"),
+    [
+        # Each step up is its own row, and the last answer is best: it stays, over the worst
+        (
+            chain("a", "b", "c"),
+            [0.0, 0.5, 1.0],
+            {},
+            [("a", "b", "a", "rejected"), ("b", "c", "b", "rejected"), ("c", "c", "a", "chosen")],
+        ),
+        # Refining spoils b, and mends c again. d is the best, as b is
+        (
+            chain("a", "b", "c", "d"),
+            [0.0, 1.0, 0.0, 1.0],
+            {},
+            [
+                ("a", "b", "a", "rejected"),
+                ("b", "b", "c", "chosen"),
+                ("c", "d", "c", "rejected"),
+                ("d", "d", "a", "chosen"),
+            ],
+        ),
+        # b changes nothing, and is not the best: neither a nor c over it, until c improves it
+        (chain("a", "b", "c"), [0.0, 0.0, 1.0], {}, [("b", "c", "b", "rejected"), ("c", "c", "a", "chosen")]),
+        # Settled: the two b are one row
+        (chain("a", "b", "b"), [0.0, 1.0, 1.0], {}, [("a", "b", "a", "rejected"), ("b", "b", "a", "chosen")]),
+        # c does not refine a
+        (chain("a", "b", "c"), [0.0, None, 1.0], {}, [("c", "c", "a", "chosen")]),
+        # What was cut off is not chosen
+        (
+            chain("a", "b", "c", truncated=(2,)),
+            [0.0, 0.5, 1.0],
+            {},
+            [("b", "c", "b", "rejected"), ("c", "c", "a", "chosen")],
+        ),
+        # A pair's bounds are each row's: a step of 0.2 is too small
+        (chain("a", "b", "c"), [0.0, 0.2, 1.0], {"min_margin": 0.3}, [("b", "c", "b", "rejected"), ("c", "c", "a", "chosen")]),
+        (chain("a", "b", "c"), [0.0, 0.5, 1.0], {"drafts": "chosen"}, [("c", "c", "a", "chosen")]),
+        # A chain without a pair has no rows
+        (chain("a", "b"), [1.0, 1.0], {}, []),
+    ],
+)  # fmt: skip
+def test_neighbors(a_chain, scores, config, expected):
+    assert refinements(a_chain, scores, refinement_rows="neighbors", **config) == expected
+
+
+def test_both_have_no_row_twice():
+    """The pair is c over a: its two rows first, then a -> b and b -> c. That c stays is the pair's row already."""
+    assert refinements(chain("a", "b", "c"), [0.0, 0.5, 1.0], refinement_rows="both") == [
+        ("a", "c", "a", "rejected"),
+        ("c", "c", "a", "chosen"),
+        ("a", "b", "a", "rejected"),
+        ("b", "c", "b", "rejected"),
+    ]
+
+
+def test_neighbors_come_once_with_a_chains_first_pair_and_are_not_counted():
+    """Scores 3 5 1 2: 2 over 3, then 1 over 4. Steps: a -> b up, b stays over c, c -> d up."""
+    config = PairsConfig(pairs_per_prompt=2, refinement_rows="neighbors")
+    pairs, dropped = select_pairs([chain("a", "b", "c", "d")], [[3.0, 5.0, 1.0, 2.0]], config)
+    assert turns(pairs) == [(2, 3), (1, 4)]
+    assert dropped == {}
+    rows = [row for pair in pairs for row in preference_rows(pair, compile_template("{{ draft }}"), config)]
+    found = [(row["draft"], row["chosen_turn"], row["rejected_turn"], row["chosen_score"]) for row in rows]
+    assert found == [(None, 2, 3, 5.0), ("rejected", 2, 1, 5.0), ("chosen", 2, 3, 5.0), ("rejected", 4, 3, 2.0), (None, 1, 4, 3.0)]  # fmt: skip
+    assert len({tuple(row) for row in rows}) == 1  # the same columns

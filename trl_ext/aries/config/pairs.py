@@ -51,8 +51,13 @@ class PairsConfig(Section):
     direct_weight: NonNegativeInt = 1
     """How often an epoch shows a pair's direct row. `0` leaves it out (our choice)."""
     refinement_weight: NonNegativeInt = 1
-    """How often an epoch shows each of a pair's two refinement rows, from the rejected and from the chosen draft. `0`
-    leaves them out (our choice)."""
+    """How often an epoch shows each refinement row. `0` leaves them out (our choice). `16` is the weight that the code of
+    the paper's relatives amounts to."""
+    refinement_rows: Literal["pair", "neighbors", "both"] = "pair"
+    """Which answers the refinement rows compare: `"pair"` (the paper's), those of the pair; `"neighbors"`, each answer and
+    [the one that refines it](aries.md#refinement-rows); or `"both"` (our choice)."""
+    drafts: Literal["both", "rejected", "chosen"] = "both"
+    """Which drafts the refinement rows have. With `"rejected"`, no row teaches to leave a draft as it is (our choice)."""
     learn: Literal["answer", "full_text"] = "answer"
     """With `generation.answer_pattern`, what a training row holds: `"answer"`, or `"full_text"`, all that was
     generated, including a thinking model's thought. The answer is refined and scored in either case."""
@@ -67,6 +72,11 @@ class PairsConfig(Section):
 
     @model_validator(mode="after")
     def check_pairs(self):
+        if self.refinement_rows != "pair" and self.selection != "best_over_worst":
+            raise ValueError(
+                f"`pairs.refinement_rows: {self.refinement_rows}` compares answers by score: it needs `pairs.selection: "
+                "best_over_worst`. The rule has `pair`."
+            )
         if self.pairs_per_prompt > 1 and self.selection != "best_over_worst":
             raise ValueError(
                 "`pairs.pairs_per_prompt` above 1 ranks the answers by score: it needs `pairs.selection: best_over_worst`. The "

@@ -55,7 +55,8 @@ class LoopConfig(Section):
     """`"logistic"`: every row takes the trainer's loss (our choice). `"squared"` is the paper's, `(1 − α) L_direct + α
     L_refine` with the [squared loss](aries.md#the-squared-objective) on refinement rows."""
     objective_alpha: Annotated[float, Field(gt=0, le=1)] | None = None
-    """α of `"squared"`. Not `alpha`, which is TDPO2's. Default: 0.8, as in two public relatives (our choice)."""
+    """α of `"squared"`. Not `alpha`, which is TDPO2's. Default: 0.8, as in two public relatives (our choice). Their refinement
+    loss is 4 times ours, so that their weights are those of an α of 16/17, 0.941."""
     accelerate_config: str | None = None
     """A file, or a name such as `ddp` or `fsdp2`, with which this training and the SFT are
     [launched](running_aries.md#several-gpus). Default: one process."""
@@ -220,6 +221,11 @@ class AriesConfig(Section):
             raise ValueError(
                 f"`pairs.agreement` ({self.pairs.agreement}) takes in the draft, which is rejected: `refinements.turns` is "
                 f"{self.refinements.turns}. Have at most {max(2, self.refinements.turns - 1)} refinements agree, or more turns."
+            )
+        if self.pairs.refinement_rows != "pair" and self.refinements.strategy == "parallel":
+            raise ValueError(
+                f"`pairs.refinement_rows: {self.pairs.refinement_rows}` compares a draft with the answer that refines it, and with "
+                "`refinements.strategy: parallel` none does. Set `pairs.refinement_rows: pair`, or another strategy."
             )
         if self.pairs.learn == "full_text" and self.generation.answer_pattern is None:
             raise ValueError(

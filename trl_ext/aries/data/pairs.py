@@ -4,12 +4,13 @@ Pairs: scored chains in, one TRL preference dataset out, and a count of everythi
 A pair gives up to three rows: the direct one, and two refinement rows whose prompt is the refinement template around the
 rejected or the chosen draft (https://huggingface.co/papers/2502.05605: each square of its refinement loss is a
 preference pair under such a prompt). So any pairwise trainer learns to answer and to refine from the same file.
+Refinement rows may also compare each answer with the one that refines it.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -31,6 +32,7 @@ class Pair:
     rejected: Answer
     chosen_score: float | None
     rejected_score: float | None
+    neighbors: list[tuple["Pair", str]] = field(default_factory=list)  # of the chain, with its first pair
 
 
 def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[Pair | str]:
@@ -61,6 +63,38 @@ def best_over_worst(chain: Chain, scores: list[float | None], config: PairsConfi
         selected.append(drop_reason(pair, config) or pair)
         scored = [item for item in scored if item[0].text not in (chosen.text, rejected.text)]
     return selected
+
+
+def neighbors(chain: Chain, scores: list[float | None], config: PairsConfig) -> list[tuple[Pair, str]]:
+    """
+    What each answer teaches as a draft (our choice). If the next answer scores higher, it is chosen and the draft rejected. If it
+    scores lower, the draft is chosen and the next answer rejected. Otherwise a draft that no answer of the chain beats is chosen, and
+    the chain's worst answer rejected. What would be dropped as a pair is left out, and so are repeated texts.
+
+    Returns:
+        `list[tuple[Pair, str]]`: two answers, and which of them is the draft, `"rejected"` or `"chosen"`.
+    """
+    scored = [(answer, score) for answer, score in zip(chain.answers, scores, strict=True) if score is not None]
+    if not scored:
+        return []
+    best = max(score for _, score in scored)
+    worst = min(scored, key=lambda item: (item[1], item[0].turn))
+    by_turn = {answer.turn: (answer, score) for answer, score in scored}
+    found = {}
+    for answer, score in scored:
+        # After an answer without a score, the next one does not refine this draft
+        following, following_score = by_turn.get(answer.turn + 1, (None, score))
+        if following_score > score:
+            pair, draft = Pair(chain, following, answer, following_score, score), "rejected"
+        elif following_score < score:
+            pair, draft = Pair(chain, answer, following, score, following_score), "chosen"
+        elif score == best:
+            pair, draft = Pair(chain, answer, worst[0], score, worst[1]), "chosen"
+        else:
+            continue
+        if pair.chosen.finish_reason == "stop" and drop_reason(pair, config) is None:
+            found.setdefault((draft, pair.chosen.text, pair.rejected.text), (pair, draft))
+    return list(found.values())
 
 
 def drop_reason(pair: Pair, config: PairsConfig) -> str | None:
@@ -201,9 +235,11 @@ class Selection:
         select = SELECTIONS[self._config.selection]
         for chain, scores in self._scored:
             self.chains += 1
+            found = neighbors(chain, scores, self._config) if self._config.refinement_rows != "pair" else []
             for selected in select(chain, scores, self._config):
                 if isinstance(selected, Pair):
                     self.pairs += 1
+                    selected.neighbors, found = found, []
                     yield selected
                 else:
                     self._dropped[selected] += 1
@@ -231,24 +267,33 @@ def preference_rows(pair: Pair, template: Template, config: PairsConfig) -> list
         (which answer is refined: "rejected", "chosen", or `None`), `weight` (how often an epoch shows the row), and
         where they come from: `prompt_id`, `chosen_turn`, `rejected_turn`, `chosen_score`, `rejected_score`.
     """
+    rows = []
+    if config.direct_weight:
+        rows.append(preference_row(pair, None, template, config))
+    if config.refinement_weight:
+        refined = [] if config.refinement_rows == "neighbors" else [(pair, "rejected"), (pair, "chosen")]
+        known = (pair.chosen.text, pair.rejected.text) if refined else None
+        refined += [(two, draft) for two, draft in pair.neighbors if (two.chosen.text, two.rejected.text) != known]
+        rows += [
+            preference_row(two, draft, template, config) for two, draft in refined if config.drafts in ("both", draft)
+        ]
+    return rows
+
+
+def preference_row(pair: Pair, draft: str | None, template: Template, config: PairsConfig) -> dict[str, Any]:
+    """The row of a pair that asks to refine its `draft`, or to answer directly."""
     prompt = pair.chain.prompt
-    answers = {
+    asked = prompt if draft is None else refinement_prompt(prompt, [getattr(pair, draft).text], template)
+    return {
+        "prompt": asked,
         "chosen": as_completion(prompt, learned_text(pair.chosen, config.learn)),
         "rejected": as_completion(prompt, learned_text(pair.rejected, config.learn)),
-    }
-    sources = {
+        "turn": 0 if draft is None else 1,
+        "draft": draft,
+        "weight": config.direct_weight if draft is None else config.refinement_weight,
         "prompt_id": pair.chain.prompt_id,
         "chosen_turn": pair.chosen.turn,
         "rejected_turn": pair.rejected.turn,
         "chosen_score": pair.chosen_score,
         "rejected_score": pair.rejected_score,
     }
-    rows = []
-    if config.direct_weight:
-        rows.append({"prompt": prompt, **answers, "turn": 0, "draft": None, "weight": config.direct_weight, **sources})
-    if config.refinement_weight:
-        for draft, text in (("rejected", pair.rejected.text), ("chosen", pair.chosen.text)):
-            asked = refinement_prompt(prompt, [text], template)
-            weight = config.refinement_weight
-            rows.append({"prompt": asked, **answers, "turn": 1, "draft": draft, "weight": weight, **sources})
-    return rows
