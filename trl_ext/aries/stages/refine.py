@@ -19,7 +19,7 @@ from ..results.refine import ADAPTER_CONFIG
 from ..results.work_dir import RefineMessage, WorkDir
 from ..scoring.reward_model import RewardModel, check_reward_model
 from ..scoring.scores import ScoreCache, Scorer, ScoreTask, first_row, score_rows
-from ..scoring.scoring import Counted, Tokenizer, absolute, count_lines, make_scorer, with_absolute_paths
+from ..scoring.scoring import Counted, Tokenizer, absolute, make_scorer, with_absolute_paths
 from ..scoring.watch import Watch
 
 
@@ -152,7 +152,7 @@ def score(work: WorkDir, config: RefineConfig, report: Reporter) -> None:
     for scorer in scorers:
         for note in scorer.score([task], cache, report):
             report.note(note)
-    rows = Counted(count_lines(work.answers), report)
+    rows = Counted(len(task), report)
     write_jsonl(work.scores, rows(score_rows(task, scorers, cache)))
 
 
