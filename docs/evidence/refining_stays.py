@@ -1,0 +1,83 @@
+"""
+What keeps refining alive: other refinement rows, other drafts, another weight. `make evidence-refining`.
+
+    python docs/evidence/refining_stays.py --seeds 3
+
+In: seeds. Out: `refining_stays.csv`, a row per run and policy, the tables of its page, and a directory of runs, which `aries.py` makes and
+measures. So "default" is its "ARIES, DPO", with the same data and SFT model. A second call goes on with the runs that are missing.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tables import cell, grouped, table, write
+
+import aries
+
+
+HERE = Path(__file__).parent
+DEFAULT = aries.FIRST
+# What an arm's recipe changes in the quickstart's, by section
+ARMS = {
+    DEFAULT: {},
+    "rejected drafts": {"pairs": {"drafts": "rejected"}},
+    "neighbors": {"pairs": {"refinement_rows": "neighbors"}},
+    "neighbors, rejected drafts": {"pairs": {"refinement_rows": "neighbors", "drafts": "rejected"}},
+    "both": {"pairs": {"refinement_rows": "both"}},
+    "squared, 4 to 1": {"training": {"objective": "squared", "objective_alpha": 0.8}},
+    "squared, 16 to 1": {"training": {"objective": "squared", "objective_alpha": 0.941}},
+}
+# An exact verifier sees no step of an edit but the last
+PARTIAL_ARMS = {"neighbors, partial scores": ARMS["neighbors"] | aries.PARTIAL}
+TASKS = {
+    "sorting": [*ARMS],
+    "editing": [DEFAULT, "rejected drafts", "squared, 16 to 1", "ARIES, partial scores", *PARTIAL_ARMS],
+}
+aries.ALL_METHODS |= ARMS | PARTIAL_ARMS
+
+
+def answers_table(rows: list[dict]) -> str:
+    """Answers by round, in %, and the rows of all three rounds."""
+    head = ["", "seeds", "answer", "SFT", "round 1", "round 2", "round 3", "training rows"]
+    lines = []
+    for (method,), group in grouped(rows, "method").items():
+        seeds = len({row["seed"] for row in group})
+        trained = sum(row["rows"] for row in group if row["round"] > 0) / seeds
+        for answer in ("y1", "y2", "y4"):
+            by_round = [[100 * row[answer] for row in group if row["round"] == number] for number in range(4)]
+            name = method.replace(DEFAULT, "default").replace("ARIES, partial", "default, partial")
+            last = f"{trained:,.0f}" if answer == "y1" else ""
+            lines.append([name, str(seeds), answer, *(cell(values, 1) for values in by_round), last])
+    return table(head, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="*", default=[*TASKS])
+    parser.add_argument("--methods", nargs="*", help="only these, and the default")
+    parser.add_argument("--root", type=Path, default=Path("runs/evidence"), help="where the runs are")
+    parser.add_argument("--output", type=Path, default=HERE / "refining_stays.csv")
+    args = parser.parse_args()
+    args.root.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    rows: list[dict] = []
+    for seed in range(args.seeds):
+        for task in args.tasks:
+            for method in TASKS[task]:
+                if args.methods is None or method in (DEFAULT, *args.methods):
+                    rows += aries.run(task, method, seed, args.root)
+                    write(sorted(rows, key=aries.place), args.output)
+                    print(
+                        {key: rows[-1][key] for key in ("task", "method", "seed", "round", "y1", "y2", "y4")},
+                        flush=True,
+                    )
+    for task in args.tasks:
+        print(
+            f"\n## {task.capitalize()}\n\n{answers_table([row for row in sorted(rows, key=aries.place) if row['task'] == task])}"
+        )
+
+
+if __name__ == "__main__":
+    main()
