@@ -110,7 +110,7 @@ def test_an_engine_with_processes_of_its_own(number, sorting, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+    "number", [*(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
 )
 def test_a_launched_training_that_is_asked_to_end(number, tiny_model_dir, conversational_pairs, tmp_path):
     """`trl-ext tdpo` through accelerate's launcher, on two processes."""

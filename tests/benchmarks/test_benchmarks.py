@@ -56,6 +56,7 @@ def test_gpu_script(monkeypatch, tmp_path):
     assert {row["trainer"] for row in rows(tmp_path / "gpu_steps")} >= {"DPOTrainer", "TDPOTrainer"}
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_generation(tmp_path):
     """docs/running_aries.md, Speed: a loop over turns takes at least 1.25 as many steps; nothing waits for anything takes no fewer than 0.9."""

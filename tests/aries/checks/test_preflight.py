@@ -173,9 +173,7 @@ def test_settings_that_nobody_looks_at_before_the_training(check, sorting, tmp_p
 
 
 def test_a_model_with_fewer_positions_than_the_engine_is_asked_for(model):
-    with pytest.raises(
-        RecipeError, match=r"r\.yaml:\d+: `generation.max_model_len` is 64, and the model has 32 positions"
-    ):
+    with pytest.raises(RecipeError, match=r"r\.yaml:\d+: `generation.max_model_len` is 64, .*32 positions"):
         model(lambda path: edit_json(path / "config.json", max_position_embeddings=32))
 
 

@@ -57,6 +57,7 @@ def test_a_node_that_is_killed_loses_nothing(tiny_model_path, prompts, tmp_path)
     assert read_jsonl(tmp_path / "ray.jsonl") == embedded(tiny_model_path, prompts, tmp_path / "embedded.jsonl")
 
 
+@pytest.mark.slow
 def test_a_request_that_kills_its_workers_is_set_aside(tiny_model_path, prompts, tmp_path):
     """Its chain alone has no answer; those that were lost beside it are answered all the same."""
     pytest.importorskip("ray")

@@ -174,6 +174,24 @@ def test_right_is_decided_for_the_run(tmp_path):
     assert "Mean score on 10" in text
 
 
+def test_what_selects_is_drawn_below_what_judges(tmp_path):
+    """Goodhart's curve. By hand: each point of either has its value on hovering; without `evaluation.scores` there is no such figure."""
+    run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER])
+    write_report(run.path)
+    assert "selecting-and-judging" not in run.report.read_text(encoding="utf-8")
+    for number, score in enumerate((1.25, 7.75)):
+        metrics = json.loads(run.round(number).metrics.read_text())
+        turns = range(1, len(metrics["turns"]) + 1)
+        metrics["selecting"] = [{"turn": turn, "score": score, "interval": None, "scored": 4} for turn in turns]
+        write_json(run.round(number).metrics, metrics)
+    write_report(run.path)
+    page = run.report.read_text(encoding="utf-8")
+    figure = page[page.index("selecting-and-judging") :].partition("</svg>")[0]
+    for hover in ("start, y1: 1.250, 4 answers", "round 1, y1: 7.750, 4 answers"):
+        assert hover in figure
+    assert figure.count("round 1, y1: ") == 2
+
+
 def test_a_file_of_somebody_else_is_not_overwritten(tmp_path):
     finished = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER]).path
     write_report(finished)

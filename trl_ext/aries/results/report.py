@@ -181,8 +181,12 @@ def figures(run: RunRecord, metrics: Metrics, label: str) -> dict[str, "Markup |
     moved = any(entry["per_answer"] for entry in kl.values())
     has_lengths = several and any(turn["tokens"] for turn in every)
     spread = shown_scores(run) if scored else {}
+    selecting = {r.number: r.metrics["selecting"] for r in run.evaluated if "selecting" in r.metrics}
     return {
         "score_by_round": draw.score_by_round(metrics, label) if scored and several else None,
+        "selecting_and_judging": draw.selecting_and_judging(metrics, selecting)
+        if scored and len(selecting) > 1
+        else None,
         "score_by_turn": draw.score_by_turn(metrics, label) if scored and run.turns > 1 else None,
         "histogram": draw.histogram(spread, "score") if spread else None,
         "flips": draw.flips(metrics, keys, parent, names) if changed else None,

@@ -145,24 +145,6 @@ def decide_right(rounds: list[RoundRecord]) -> None:
                 turn |= {"correct": None, "flips": None}
 
 
-def selecting_and_judging(run: RunRecord) -> list[dict[str, Any]]:
-    """
-    What the scorers that select and those that judge say of each round's answers, if `evaluation.scores` names some: `name`, and for each
-    turn `turn`, `selecting` and `judging`, the metrics of either.
-    """
-    return [
-        {
-            "name": round_.name,
-            "turns": [
-                {"turn": selecting["turn"], "selecting": selecting, "judging": judging}
-                for selecting, judging in zip(round_.metrics["selecting"], round_.metrics["turns"], strict=True)
-            ],
-        }
-        for round_ in run.evaluated
-        if "selecting" in round_.metrics
-    ]
-
-
 # Did it get better?
 
 

@@ -178,6 +178,28 @@ def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
     )
 
 
+def selecting_and_judging(judging: dict[int, Turns], selecting: dict[int, Turns]) -> Markup:
+    """Goodhart's curve: what judges above what selects, a line per turn in each. They part when one rises and the other falls."""
+
+    def draw(*panels: Axes) -> list[Hover]:
+        hovers = []
+        for axes, metrics, label in zip(
+            panels, (judging, selecting), ("judging score", "selecting score"), strict=True
+        ):
+            turns = len(next(iter(metrics.values())))
+            for turn in range(turns):
+                offset = (turn - (turns - 1) / 2) * DODGE
+                points = [(n + offset, row[turn], f"{policy(n)}, y{turn + 1}") for n, row in metrics.items()]
+                hovers += line(axes, points, turn_name(turn + 1), turn)
+            round_axis(axes, list(judging))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.set_ylabel(label)
+        return hovers
+
+    title = "Mean judging score and mean selecting score by round, one line for each answer of the chain"
+    return render("selecting-and-judging", title, draw, height=2 * HEIGHT, panels=2)
+
+
 def score_by_run(turn: int, lines: dict[str, list[tuple[int, dict[str, Any]]]]) -> Markup:
     """A line per run, of one turn."""
 
