@@ -114,4 +114,4 @@ def as_prompt(words: list[str], text: bool) -> str | list[dict[str, str]]:
 
 def as_completion(ordered: list[str], text: bool) -> str | list[dict[str, str]]:
     answer = ", ".join(ordered)
-    return f" {answer}\n" if text else [{"role": "assistant", "content": answer}]
+    return f" {answer}" if text else [{"role": "assistant", "content": answer}]

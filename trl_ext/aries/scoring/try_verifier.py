@@ -5,12 +5,15 @@ In: the first SFT rows, or the first prompts. Out: a line for each answer, with 
 empty one, which a policy may give, and every other text of the row: its completion and draft, or the columns with right answers.
 """
 
+import io
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr
 from itertools import islice
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ...recipe import RecipeError
 from ...recipe_values import show
@@ -42,6 +45,7 @@ def try_verifier(config: AriesConfig, console: Console | None = None) -> int:
     console = console or Console(soft_wrap=True)
     failed = False
     for reference in verifiers:
+        errors: dict[str, tuple[str, int]] = {}  # the first message of each kind, and how many answers raised it
         function = load_verifier(reference)
         source, rows = rows_to_try(config, needed_columns(function))
         table = Table("row", "answer", "score", title=f"{reference} on {source}", title_justify="left")
@@ -50,12 +54,17 @@ def try_verifier(config: AriesConfig, console: Console | None = None) -> int:
             columns = {key: value for key, value in row.items() if key not in ("prompt", "prompt_id", *GENERATED)}
             for name, text in answers(row):
                 try:
-                    [score] = call_verifier(function, [(chain, Answer(1, text, 0, "stop"), columns)])
+                    with redirect_stderr(io.StringIO()):  # a traceback for each answer
+                        [score] = call_verifier(function, [(chain, Answer(1, text, 0, "stop"), columns)])
                     found = "None" if score is None else f"{score:g}"
                 except RecipeError as error:
-                    found, failed = printable(str(error)), True
+                    found = type(error.__cause__ or error).__name__
+                    message, count = errors.get(found, (str(error), 0))
+                    errors[found], failed = (message, count + 1), True
                 table.add_row(str(number), printable(f"{name}: {show(text)}"), found)
         console.print(table)
+        for message, count in errors.values():
+            console.print(Text(f"{count} of {table.row_count} answers. The first: {printable(message)}"))
     return 2 if failed else 0
 
 
