@@ -4,11 +4,13 @@ a test gives.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
 
+from trl_ext.aries.checks.gates import PairsMeasure
 from trl_ext.aries.checks.overlap import count_overlap
 from trl_ext.aries.config import AriesConfig, PairsConfig
 from trl_ext.aries.data.pairs import Pair, preference_rows
@@ -98,6 +100,14 @@ def make_run(
         }
         write_json(files.manifest, manifest)
     return run
+
+
+def measure_pairs(pairs: Iterable[Pair]) -> dict[str, Any]:
+    """What the guard measures of these pairs."""
+    measure = PairsMeasure()
+    for pair in pairs:
+        measure.add(pair)
+    return measure.measured()
 
 
 def pair_files(run: RunDir, number: int, prompt: Any, texts: list[str]) -> None:

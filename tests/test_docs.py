@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from trl_ext import SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.aries.checks.gates import DECISIONS, measure_pairs
+from trl_ext.aries.checks.gates import DECISIONS
 from trl_ext.aries.config import (
     LOOP_KEYS,
     AriesConfig,
@@ -32,6 +32,7 @@ from trl_ext.aries.scoring.evaluation import evaluation_metrics
 from trl_ext.recipe import Recipe, check_keys, parse_section
 from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES
 
+from .made_run import measure_pairs
 from .test_readme import blocks, check_command, commands
 from .test_trl_contract import ADDED_METRICS
 

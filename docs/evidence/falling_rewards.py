@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from reviews import log_probs, make_pairs, make_prompts, make_reference, measure
+from reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure
 from tables import cell, grouped, read, table, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -24,24 +24,7 @@ from trl_ext import TDPOConfig, TDPOTrainer
 HERE = Path(__file__).parent
 RESULTS = HERE / "falling_rewards.csv"
 SEEDS, HELD_OUT = 3, 256
-OPTIONS = {
-    "beta": 0.1,
-    "max_steps": 120,
-    "per_device_train_batch_size": 32,
-    "learning_rate": 2e-4,
-    "optim": "rmsprop",
-    "warmup_steps": 30,
-    "lr_scheduler_type": "constant_with_warmup",
-    "max_grad_norm": 10.0,
-    "max_length": 64,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-}
+OPTIONS = {**TRAINING, "beta": 0.1, "max_steps": 120, "per_device_train_batch_size": 32, "learning_rate": 2e-4}
 METHODS = {
     "DPO": {},
     "DPO, a quarter of the learning rate": {"learning_rate": 5e-5},

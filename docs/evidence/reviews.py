@@ -24,6 +24,21 @@ OTHER = ("the", "was", "seemed", "and", "but", ".")
 PAD, EOS = "<pad>", "</s>"
 AGREEMENT = 0.75  # share of adjectives that have the review's sentiment
 LONGEST_PROMPT, NEW_TOKENS = 8, 32
+# What every training on the reviews has
+TRAINING = {
+    "optim": "rmsprop",  # TDPO's
+    "warmup_steps": 30,
+    "lr_scheduler_type": "constant_with_warmup",
+    "max_grad_norm": 10.0,
+    "max_length": 64,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+}
 
 
 def draw(generator: random.Random, words: tuple[str, ...]) -> str:

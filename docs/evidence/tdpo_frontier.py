@@ -14,7 +14,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from reviews import log_probs, make_pairs, make_prompts, make_reference, measure, sequence_kl
+from reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure, sequence_kl
 from tables import write
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -76,18 +76,7 @@ def train(
         "max_steps": STEPS,
         "per_device_train_batch_size": BATCH,
         "learning_rate": LEARNING_RATE,
-        "optim": "rmsprop",  # the paper's
-        "warmup_steps": 30,
-        "lr_scheduler_type": "constant_with_warmup",
-        "max_grad_norm": 10.0,
-        "max_length": 64,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
+        **TRAINING,
     }
     load = {"dtype": "float32"}
     model, reference = (AutoModelForCausalLM.from_pretrained(reference_path, **load) for _ in range(2))

@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from tests.made_run import measure_pairs
 
-from trl_ext.aries.checks.gates import decide, mean_interval, measure_pairs, pair_lines
+from trl_ext.aries.checks.gates import decide, mean_interval, pair_lines
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, PairsConfig, PromptsConfig, ScoresConfig
 from trl_ext.aries.data.pairs import Pair
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl, write_jsonl

@@ -80,14 +80,6 @@ class PairsMeasure:
         return measured | {"length_ratio": ratio}
 
 
-def measure_pairs(pairs: Iterable[Pair]) -> dict[str, Any]:
-    """What [`PairsMeasure`] measures of these pairs."""
-    measure = PairsMeasure()
-    for pair in pairs:
-        measure.add(pair)
-    return measure.measured()
-
-
 def mean_interval(values: Sequence[float], prompt_ids: list[str]) -> list[float] | None:
     """
     95 % interval of a mean difference, the same for the same values. Whole prompts are resampled, since the pairs of one chain are not

@@ -19,7 +19,7 @@ from jinja2.meta import find_undeclared_variables
 
 VARIABLES = ("question", "draft", "drafts", "critique", "turn")
 
-REFINEMENT_TEMPLATE = """\
+DRAFTED = """\
 Below are a question and a draft of an answer to it. Write a more helpful answer than the draft: clearer, more accurate, and \
 soundly reasoned. Work through the question step by step, and leave out what has nothing to do with it.
 
@@ -31,7 +31,10 @@ Draft:
 
 {{ draft }}
 
-If the draft is good enough to build on, improve it; if it is not, write a new answer. Reply with your answer only."""
+"""
+ENDING = "If the draft is good enough to build on, improve it; if it is not, write a new answer. Reply with your answer only."
+
+REFINEMENT_TEMPLATE = DRAFTED + ENDING
 
 FEW_SHOT_TEMPLATE = """\
 Below are a question and attempts at an answer to it, the latest last. Write a more helpful answer than the attempts: clearer, \
@@ -49,23 +52,13 @@ Question:
 only."""
 
 # The same as the refinement template if there is no critique
-SELF_EVALUATION_TEMPLATE = """\
-Below are a question and a draft of an answer to it. Write a more helpful answer than the draft: clearer, more accurate, and \
-soundly reasoned. Work through the question step by step, and leave out what has nothing to do with it.
-
-Question:
-
-{{ question }}
-
-Draft:
-
-{{ draft }}
-
+CRITICIZED = """\
 {% if critique %}An assessment of the draft:
 
 {{ critique }}
 
-{% endif %}If the draft is good enough to build on, improve it; if it is not, write a new answer. Reply with your answer only."""
+{% endif %}"""
+SELF_EVALUATION_TEMPLATE = DRAFTED + CRITICIZED + ENDING
 
 EVALUATION_TEMPLATE = """\
 {{ question }}

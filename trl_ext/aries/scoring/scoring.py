@@ -13,7 +13,7 @@ from typing import Any
 
 from ...recipe import RecipeError
 from ..children import Reporter
-from ..config import AriesConfig, ScorerConfig
+from ..config import AriesConfig, GenerationConfig, ScorerConfig
 from ..data.records import write_jsonl
 from ..policies import Scored, unscored
 from ..run_dir import RunDir
@@ -32,17 +32,23 @@ def score(run: RunDir, config: AriesConfig, answering: int, report: Reporter) ->
     Score the answers of round `answering`'s policy that have no scores yet. `run` has an absolute path: a verifier may change the working
     directory.
     """
-    scorers, cache = make_scorers(config, Watch(run.verifier_call)), ScoreCache(run.score_cache)
-    files = unscored(run, config, answering)
-    tasks = [score_task(file) for file in files]
+    scorers = recipe_scorers(config, Watch(run.verifier_call))
+    files = [(score_task(file), file.by, file.scores) for file in unscored(run, config, answering)]
+    score_files(files, scorers, ScoreCache(run.score_cache), report)
+
+
+def score_files(
+    files: list[tuple[ScoreTask, str, Path]], scorers: dict[str, list[Scorer]], cache: ScoreCache, report: Reporter
+) -> None:
+    """Score answers, each file of them by the scorers of a section, and write their scores to a file."""
     for section, named in scorers.items():
-        own = [task for task, file in zip(tasks, files, strict=True) if file.by == section]
-        for scorer in named if own else ():
-            for note in scorer.score(own, cache, report):
+        tasks = [task for task, by, _ in files if by == section]
+        for scorer in named if tasks else ():
+            for note in scorer.score(tasks, cache, report):
                 report.note(note)
-    rows = Counted(sum(map(len, tasks)), report)
-    for task, file in zip(tasks, files, strict=True):
-        write_jsonl(file.scores, rows(score_rows(task, scorers[file.by], cache)))
+    rows = Counted(sum(len(task) for task, _, _ in files), report)
+    for task, by, output in files:
+        write_jsonl(output, rows(score_rows(task, scorers[by], cache)))
 
 
 def score_task(file: Scored) -> ScoreTask:
@@ -56,29 +62,34 @@ def check_scorers(run: RunDir, config: AriesConfig, rows: list[dict[str, Any]]) 
     Raises:
         [`RecipeError`]: one of them cannot score.
     """
-    for scorers in make_scorers(config, Watch(run.verifier_call)).values():
+    for scorers in recipe_scorers(config, Watch(run.verifier_call)).values():
         for scorer in scorers:
             scorer.check([[row] for row in rows])
 
 
-def make_scorers(config: AriesConfig, watch: Watch) -> dict[str, list[Scorer]]:
+def recipe_scorers(config: AriesConfig, watch: Watch) -> dict[str, list[Scorer]]:
+    model = config.model
+    encode = Tokenizer(model["model_name_or_path"], model.get("model_revision"), config.trust_remote_code)
+    return make_scorers(config.scorers, config.generation, encode, watch)
+
+
+def make_scorers(
+    sections: dict[str, list[ScorerConfig]], generation: GenerationConfig, encode: "Tokenizer", watch: Watch
+) -> dict[str, list[Scorer]]:
     """The scorers of each section."""
-    tokenizer = Tokenizer(
-        absolute(config.model["model_name_or_path"]), config.model.get("model_revision"), config.trust_remote_code
-    )
     # All paths before the first verifier is imported: it may change the directory
-    sections = {name: list(map(with_absolute_paths, scorers)) for name, scorers in config.scorers.items()}
-    return {name: [make_scorer(one, config, tokenizer, watch) for one in each] for name, each in sections.items()}
+    sections = {name: list(map(with_absolute_paths, scorers)) for name, scorers in sections.items()}
+    return {name: [make_scorer(one, generation, encode, watch) for one in each] for name, each in sections.items()}
 
 
-def make_scorer(scorer: ScorerConfig, config: AriesConfig, encode: "Tokenizer", watch: Watch) -> Scorer:
+def make_scorer(scorer: ScorerConfig, generation: GenerationConfig, encode: "Tokenizer", watch: Watch) -> Scorer:
     if scorer.verifier is not None:
         return Verifier(scorer, encode, watch)
     if scorer.judge is not None:
         from .judge import Judge  # a client for HTTP, which other scorers do not need
 
         return Judge(scorer)
-    return RewardModel(scorer, config.generation)
+    return RewardModel(scorer, generation)
 
 
 def with_absolute_paths(scorer: ScorerConfig) -> ScorerConfig:
@@ -99,7 +110,7 @@ class Tokenizer:
     """The policy's tokenizer as a function, loaded when it is first called: few verifiers ask for token ids."""
 
     def __init__(self, name: str, revision: str | None, trust_remote_code: bool):
-        self._name, self._options = name, {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._name, self._options = absolute(name), {"revision": revision, "trust_remote_code": trust_remote_code}
         self._tokenizer: Any = None
 
     def __call__(self, text: str) -> list[int]:

@@ -9,7 +9,7 @@ from ...model_files import load_problem
 from ...recipe import RecipeError
 from ..children import Reporter, child_main
 from ..config import RefineConfig, sampling_by_turn
-from ..data.records import read_json, read_rows, write_jsonl
+from ..data.records import read_json, read_rows
 from ..generation.chains import EngineSettings, Task
 from ..generation.generate import LORA_RANKS, answer_tasks
 from ..generation.intake import Intake
@@ -18,8 +18,8 @@ from ..policies import Comparison, Policy
 from ..results.refine import ADAPTER_CONFIG
 from ..results.work_dir import RefineMessage, WorkDir
 from ..scoring.reward_model import RewardModel, check_reward_model
-from ..scoring.scores import ScoreCache, Scorer, ScoreTask, first_row, score_rows
-from ..scoring.scoring import Counted, Tokenizer, absolute, make_scorer, with_absolute_paths
+from ..scoring.scores import ScoreCache, Scorer, ScoreTask, first_row
+from ..scoring.scoring import Tokenizer, make_scorers, score_files, with_absolute_paths
 from ..scoring.watch import Watch
 
 
@@ -117,10 +117,9 @@ def local_adapter(config: RefineConfig) -> str | None:
 
 def scorers_of(work: WorkDir, config: RefineConfig) -> list[Scorer]:
     model = config.model
-    encode = Tokenizer(absolute(model.model_name_or_path), model.model_revision, model.trust_remote_code)
-    # All paths before the first verifier is imported: it may change the directory
-    scorers = [with_absolute_paths(scorer) for scorer in config.scores.each()]
-    return [make_scorer(scorer, config, encode, Watch(work.verifier_call)) for scorer in scorers]
+    encode = Tokenizer(model.model_name_or_path, model.model_revision, model.trust_remote_code)
+    made = make_scorers({"scores": config.scores.each()}, config.generation, encode, Watch(work.verifier_call))
+    return made["scores"]
 
 
 def check(work: WorkDir, config: RefineConfig) -> None:
@@ -144,16 +143,8 @@ def score_by_reward_model(work: WorkDir, config: RefineConfig, name: str, report
 
 
 def score(work: WorkDir, config: RefineConfig, report: Reporter) -> None:
-    scorers, cache, task = (
-        scorers_of(work, config),
-        ScoreCache(work.score_cache),
-        ScoreTask(work.prompts, work.answers),
-    )
-    for scorer in scorers:
-        for note in scorer.score([task], cache, report):
-            report.note(note)
-    rows = Counted(len(task), report)
-    write_jsonl(work.scores, rows(score_rows(task, scorers, cache)))
+    files = [(ScoreTask(work.prompts, work.answers), "scores", work.scores)]
+    score_files(files, {"scores": scorers_of(work, config)}, ScoreCache(work.score_cache), report)
 
 
 if __name__ == "__main__":
