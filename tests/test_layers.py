@@ -21,6 +21,7 @@ PACKAGE = Path(trl_ext.__file__).parent
 MAY_IMPORT = {
     "processes": set(),
     "fork_server": {"processes"},
+    "import_bitsandbytes": set(),
     "arguments": set(),
     "recipe_values": set(),
     "recipe_checks": {"recipe_values"},

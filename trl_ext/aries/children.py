@@ -47,7 +47,10 @@ SERVER_OF = {
 }
 # What a server imports before its first child, and after it
 IMPORTS = {
-    "trl": (["trl_ext.aries.checks.preflight"], ["trl_ext.aries.results.report_figures"]),
+    "trl": (
+        ["trl_ext.import_bitsandbytes", "trl_ext.aries.checks.preflight"],
+        ["trl_ext.aries.results.report_figures"],
+    ),
     "vllm": (["vllm.entrypoints.llm"], ["vllm.v1.worker.gpu_model_runner"]),
 }
 # Variables that are set in the servers only
