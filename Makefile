@@ -96,24 +96,24 @@ bench: $(STAMP) ## Measure steps of the trainers and the loop's schedule; writes
 bench-gpu: $(STAMP) ## Measure them on a GPU, at the sizes of real models
 	$(BIN)/python -m tests.benchmarks.gpu $(ARGS)
 
-evidence-frontier: $(STAMP) ## The experiment on TDPO's frontier of reward and KL; writes docs/evidence
-	$(BIN)/python docs/evidence/tdpo_frontier.py $(ARGS)
-	$(BIN)/python docs/evidence/tdpo_frontier_figure.py
+evidence-frontier: $(STAMP) ## The experiment on TDPO's frontier of reward and KL; writes docs/evidence/small
+	$(BIN)/python -m docs.evidence.small.tdpo_frontier $(ARGS)
+	$(BIN)/python -m docs.evidence.small.tdpo_frontier_figure
 
-evidence-self-refine: $(STAMP) ## The experiment on Sr-DPO's marginals and overfitting; writes docs/evidence
-	$(BIN)/python docs/evidence/self_refine.py $(ARGS)
-	$(BIN)/python docs/evidence/self_refine_figure.py
+evidence-self-refine: $(STAMP) ## The experiment on Sr-DPO's marginals and overfitting; writes docs/evidence/small
+	$(BIN)/python -m docs.evidence.small.self_refine $(ARGS)
+	$(BIN)/python -m docs.evidence.small.self_refine_figure
 
 evidence-aries: $(STAMP) ## ARIES against iterative DPO and others; run again to continue
-	$(BIN)/python docs/evidence/aries.py $(ARGS)
-	$(BIN)/python docs/evidence/aries_figure.py
+	$(BIN)/python -m docs.evidence.small.aries $(ARGS)
+	$(BIN)/python -m docs.evidence.small.aries_figure
 
 evidence-preference: $(STAMP) ## The preference term on, off and flipped
-	$(BIN)/python docs/evidence/preference_term.py $(ARGS)
-	$(BIN)/python docs/evidence/preference_term_figure.py
+	$(BIN)/python -m docs.evidence.small.preference_term $(ARGS)
+	$(BIN)/python -m docs.evidence.small.preference_term_figure
 
 evidence-refining: $(STAMP) ## Refinement rows, drafts and weights that may keep refining; run again to continue
-	$(BIN)/python docs/evidence/refining_stays.py $(ARGS)
+	$(BIN)/python -m docs.evidence.small.refining_stays $(ARGS)
 
 style: $(STAMP) ## Format and fix with ruff
 	$(BIN)/ruff check --fix .

@@ -104,10 +104,8 @@ def test_home_links_to_every_page():
 
 
 def test_table_of_falling_rewards_is_that_of_the_raw_results(monkeypatch, capsys):
-    evidence = ROOT / "docs" / "evidence"
-    monkeypatch.syspath_prepend(evidence)
     monkeypatch.setattr(sys, "argv", ["falling_rewards.py", "--table"])
-    runpy.run_path(str(evidence / "falling_rewards.py"), run_name="__main__")
+    runpy.run_module("docs.evidence.small.falling_rewards", run_name="__main__")
     table = capsys.readouterr().out
     assert table.startswith("| trained with |") and table in DOCS["falling_rewards"]
 

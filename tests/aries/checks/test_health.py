@@ -80,7 +80,7 @@ def test_findings(answers, kl, found):
 
 def test_the_kl_bound_tells_collapse_from_the_rest_in_the_evidence():
     """Of the experiment's rounds whose KL was measured, those that lost most of what the SFT could do, and no others."""
-    with open(Path(__file__).parents[3] / "docs/evidence/aries.csv", encoding="utf-8") as file:
+    with open(Path(__file__).parents[3] / "docs/evidence/small/aries.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     start = {(row["task"], row["method"], row["seed"]): float(row["y4"]) for row in rows if row["round"] == "0"}
     measured = [row for row in rows if row["kl_per_token"]]

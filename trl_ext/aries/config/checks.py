@@ -38,7 +38,7 @@ class HealthConfig(Section):
     do not count. Generation is checked from its first 64 chains on."""
     max_kl: PositiveFloat | None = 0.4
     """Largest KL of a round's policy to the initial policy, in nats per token. Measured if `parity.samples` is not 0.
-    Our choice, from `docs/evidence/aries.md`: rounds in which the policy collapsed have 0.41 to 0.96, all others at
+    Our choice, from `docs/evidence/small/aries.md`: rounds in which the policy collapsed have 0.41 to 0.96, all others at
     most 0.26. It does not see a policy that gets worse close to where it began."""
     min_length: PositiveShare | None = 0.1
     """Smallest mean length of the direct evaluation answers, as a ratio to round 0's."""

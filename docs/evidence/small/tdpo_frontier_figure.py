@@ -1,7 +1,7 @@
 """
 Draw and sum up what tdpo_frontier.py measured.
 
-    python docs/evidence/tdpo_frontier_figure.py
+    python -m docs.evidence.small.tdpo_frontier_figure
 
 In: `tdpo_frontier.csv`. Out: `tdpo_frontier.svg`, and the tables of tdpo_frontier.md on stdout. Intervals are 95 % by Student's t over seeds.
 """
@@ -16,7 +16,8 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
 
 from matplotlib import pyplot as plt  # noqa: E402
-from tables import cell, grouped, read, table  # noqa: E402
+
+from ..tables import cell, grouped, read, table  # noqa: E402
 
 
 HERE = Path(__file__).parent

@@ -2,7 +2,7 @@
 ARIES beside what it is made of: iterative DPO, fine-tuning on the best answers, other trainers and selections, and what makes it
 degenerate. `make evidence-aries`.
 
-    python docs/evidence/aries.py --seeds 3 --jobs 2
+    python -m docs.evidence.small.aries --seeds 3 --jobs 2
 
 In: seeds. Out: `aries.csv`, a row per run and policy, and a directory of runs. Each run is `trl-ext aries run` on a recipe that differs
 from the quickstart's in what its method says. Runs of a seed start from the same SFT model, that of the seed's first run, and each
@@ -18,14 +18,15 @@ import sys
 from multiprocessing import get_context
 from pathlib import Path
 
-import editing
 import torch
 import yaml
-from quickstart_task import QUICKSTART, Answers, prepare
-from tables import write
 
 from trl_ext.aries.data.records import read_json, read_jsonl
 from trl_ext.aries.scoring.evaluation import lost_turns
+
+from ..tables import write
+from . import editing
+from .quickstart_task import QUICKSTART, Answers, prepare
 
 
 HERE = Path(__file__).parent

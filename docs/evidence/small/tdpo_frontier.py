@@ -1,7 +1,7 @@
 """
 TDPO's frontier: reward against KL for DPO, TDPO1 and TDPO2, on the reviews of reviews.py. `make evidence-frontier`.
 
-    python docs/evidence/tdpo_frontier.py --seeds 3
+    python -m docs.evidence.small.tdpo_frontier --seeds 3
 
 In: seeds. Out: `tdpo_frontier.csv`, a row per run and evaluation, and `tdpo_frontier.svg`. Every run starts from the same reference and
 sees the same pairs of its seed in the same order; the trainers are TRL's DPOTrainer and this package's TDPOTrainer.
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure, sequence_kl
-from tables import write
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext import TDPOConfig, TDPOTrainer
+
+from ..tables import write
+from .reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure, sequence_kl
 
 
 HERE = Path(__file__).parent

@@ -1,7 +1,7 @@
 """
 Draw and sum up what self_refine.py measured.
 
-    python docs/evidence/self_refine_figure.py
+    python -m docs.evidence.small.self_refine_figure
 
 In: `self_refine.csv`. Out: `self_refine.svg`, and the tables of self_refine.md on stdout. Intervals are 95 % by Student's t over seeds; a difference
 is taken within each seed, whose runs have the same reference and the same pairs.
@@ -17,7 +17,8 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
 
 from matplotlib import pyplot as plt  # noqa: E402
-from tables import cell, grouped, read, t_interval, table  # noqa: E402
+
+from ..tables import cell, grouped, read, t_interval, table  # noqa: E402
 
 
 HERE = Path(__file__).parent

@@ -9,7 +9,7 @@ quickstart's.
 import random
 from pathlib import Path
 
-from quickstart_task import prepare as quickstart
+from .quickstart_task import prepare as quickstart
 
 
 DIGITS = 12

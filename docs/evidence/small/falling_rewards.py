@@ -1,7 +1,7 @@
 """
 How far the log-probability of chosen answers falls under DPO, and under what is advised against it, on the reviews of reviews.py.
 
-    python docs/evidence/falling_rewards.py
+    python -m docs.evidence.small.falling_rewards
 
 In: seeds. Out: `falling_rewards.csv`, one row per run after its last step, and on standard output the table of docs/falling_rewards.md.
 All runs of a seed start from the same reference and see the same pairs in the same order. `--table` prints the table of the results that are there.
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure
-from tables import cell, grouped, read, table, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from trl_ext import TDPOConfig, TDPOTrainer
+
+from ..tables import cell, grouped, read, table, write
+from .reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure
 
 
 HERE = Path(__file__).parent

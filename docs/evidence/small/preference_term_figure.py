@@ -1,7 +1,7 @@
 """
 Draw and sum up what preference_term.py measured.
 
-    python docs/evidence/preference_term_figure.py
+    python -m docs.evidence.small.preference_term_figure
 
 In: `preference_term.csv`. Out: `preference_term.svg`, and the table of preference_term.md on stdout. Intervals are 95 % by Student's t over seeds.
 """
@@ -16,7 +16,8 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
 
 from matplotlib import pyplot as plt  # noqa: E402
-from tables import cell, grouped, read, table  # noqa: E402
+
+from ..tables import cell, grouped, read, table  # noqa: E402
 
 
 HERE = Path(__file__).parent

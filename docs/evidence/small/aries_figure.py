@@ -1,7 +1,7 @@
 """
 Draw and sum up what aries.py measured.
 
-    python docs/evidence/aries_figure.py
+    python -m docs.evidence.small.aries_figure
 
 In: `aries.csv`. Out: `aries.svg`, and the tables of aries.md on stdout. Intervals are 95 % by Student's t over seeds.
 """
@@ -16,7 +16,8 @@ matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
 
 from matplotlib import pyplot as plt  # noqa: E402
-from tables import cell, grouped, read, table  # noqa: E402
+
+from ..tables import cell, grouped, read, table  # noqa: E402
 
 
 HERE = Path(__file__).parent

@@ -1,7 +1,7 @@
 """
 Is the preference term at work? The same pairs trained on with it, without it and with its sign flipped. `make evidence-preference`.
 
-    python docs/evidence/preference_term.py --seeds 3
+    python -m docs.evidence.small.preference_term --seeds 3
 
 In: seeds. Out: `preference_term.csv`, a row per training. A seed's SFT model answers 1,500 prompts in
 chains; the pairs, direct and refinement rows, are those of ARIES. Without it is β = 0, and flipped is -β, the loss of the opposite preference, while an
@@ -15,8 +15,6 @@ from pathlib import Path
 
 import datasets
 import torch
-from quickstart_task import TEMPLATE, Answers, prepare, verifier
-from tables import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -25,6 +23,9 @@ from trl_ext.aries.config import PairsConfig
 from trl_ext.aries.data.pairs import preference_rows, select_pairs
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl
 from trl_ext.aries.data.sft import sft_row
+
+from ..tables import write
+from .quickstart_task import TEMPLATE, Answers, prepare, verifier
 
 
 HERE = Path(__file__).parent

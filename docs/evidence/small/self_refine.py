@@ -2,7 +2,7 @@
 Sr-DPO and Sr-IPO against DPO and IPO: marginals, accuracies, correlation with a known gap in quality, and overfitting, on the pairs of
 sorting.py. `make evidence-self-refine`.
 
-    python docs/evidence/self_refine.py --seeds 3
+    python -m docs.evidence.small.self_refine --seeds 3
 
 In: seeds. Out: `self_refine.csv`, a row per run and evaluation, written as it goes. The runs of a seed start from the same reference and see
 the same pairs in the same order; the trainer is this package's SelfRefineDPOTrainer, which is TRL's DPOTrainer for λ = 0.
@@ -20,11 +20,12 @@ from typing import NamedTuple
 import datasets
 import torch
 import torch.nn.functional as F
-from correlations import kendall, pearson, spearman
-from sorting import BEST_PROMPT, SortingPair, log_probs, make_pairs, make_reference, right_digits, to_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer
+
+from .correlations import kendall, pearson, spearman
+from .sorting import BEST_PROMPT, SortingPair, log_probs, make_pairs, make_reference, right_digits, to_ids
 
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from trl_ext.aries.data.records import read_jsonl
 from trl_ext.aries.data.templates import compile_template, refinement_prompt
 
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart"
 sys.path.append(str(QUICKSTART))
 
 import prepare  # noqa: E402, F401

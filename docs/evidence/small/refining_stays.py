@@ -1,7 +1,7 @@
 """
 What keeps refining alive: other refinement rows, other drafts, another weight. `make evidence-refining`.
 
-    python docs/evidence/refining_stays.py --seeds 3
+    python -m docs.evidence.small.refining_stays --seeds 3
 
 In: seeds. Out: `refining_stays.csv`, a row per run and policy, the tables of its page, and a directory of runs, which `aries.py` makes and
 measures. So "default" is its "ARIES, DPO", with the same data and SFT model. A second call goes on with the runs that are missing.
@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from tables import cell, grouped, table, write
 
-import aries
+from ..tables import cell, grouped, table, write
+from . import aries
 
 
 HERE = Path(__file__).parent
