@@ -376,6 +376,11 @@ def _values(rows: list[dict], key: str) -> list[float]:
     return [scale * row[key] for row in rows]
 
 
+def _cell(values: list[float], digits: int, sign: str = "") -> str:
+    """As `cell`; empty for correlations with a constant."""
+    return "" if any(map(math.isnan, values)) else cell(values, digits, sign)
+
+
 def with_differences(row: dict) -> dict:
     return row | {
         "kl_difference": row["kl_rejected"] - row["kl_chosen"],
@@ -394,13 +399,13 @@ def tables(rows: list[dict]) -> str:
     for title, (arms, columns) in TABLES.items():
         arms = [arm for arm in arms if (arm,) in last]
         head = [name for _, name, _ in columns]
-        lines = [[arm, *(cell(_values(last[arm,], key), digits) for key, _, digits in columns)] for arm in arms]
+        lines = [[arm, *(_cell(_values(last[arm,], key), digits) for key, _, digits in columns)] for arm in arms]
         text += f"{title}, at the last step\n\n{table(['method', *head], lines)}\n"
         lines = []
         for arm in arms[1:]:
             of_dpo = [base[row["seed"]] for row in last[arm,]]
             pairs = {key: zip(_values(last[arm,], key), _values(of_dpo, key), strict=True) for key, _, _ in columns}
-            lines.append([arm, *(cell([x - y for x, y in pairs[key]], digits, "+") for key, _, digits in columns)])
+            lines.append([arm, *(_cell([x - y for x, y in pairs[key]], digits, "+") for key, _, digits in columns)])
         text += f"Difference from DPO within a seed\n\n{table(['method', *head], lines)}\n"
     seeds = grouped(rows, "seed")
     lines = []
