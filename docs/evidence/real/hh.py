@@ -1,0 +1,530 @@
+"""
+TDPO and Sr-DPO against DPO on pairs that people labelled: HH-RLHF with Gemma 3 270M. `make evidence-real-hh`.
+
+    python -m docs.evidence.real.hh --model google/gemma-3-270m --jobs 4
+
+In: a pretrained model and HH-RLHF. Out: under `--output` the runs, `hh.csv` with a row per run and evaluation, `tdpo_hh.svg`, `self_refine_hh.svg`, and on
+standard output the tables of tdpo_hh.md and self_refine_hh.md. Each seed has its own held-out pairs, its own fine-tuning on the chosen answers, which is
+the start and the reference of its runs, and its own order of the pairs. What has finished is not run again; to start over, delete the folder.
+
+The margins are compared with a score that no run was trained on: how offensive alt-profanity-check finds the answers.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+from functools import partial
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
+from trl_ext.trainers.position_kl_head import logit_transform
+from trl_ext.trainers.prepared import prepared_pairs
+from trl_ext.trainers.self_refine_dpo_config import REFINEMENT_PROMPT
+from trl_ext.trainers.self_refine_dpo_trainer import augment_prompt
+
+from ..tables import cell, grouped, read, table, write
+from .runs import run_all
+
+
+BETA = 0.1  # both papers'
+LAMBDA_0 = "Sr-DPO, λ = 0"  # DPO again, by the other trainer: how much two equal runs differ. One seed
+ARMS = {
+    "DPO": {},
+    LAMBDA_0: {"refinement_weight": 0.0},
+    "TDPO1": {"variant": "tdpo1"},
+    "TDPO2, α = 0.3": {"variant": "tdpo2", "alpha": 0.3},
+    "TDPO2, α = 0.5": {"variant": "tdpo2", "alpha": 0.5},
+    "Sr-DPO, λ = 0.1": {"refinement_weight": 0.1},
+    "Sr-DPO, λ = 0.3": {"refinement_weight": 0.3},
+    "Sr-DPO, λ = 1": {"refinement_weight": 1.0},
+    "DPO, β = 0.05": {"beta": BETA / 2},  # is λ more than a smaller β?
+}
+MAX_LENGTH = 512  # tokens of a prompt with an answer; longer pairs are left out
+HELD_OUT, PAIRS = 312, 1840  # held-out and training pairs; so many training pairs as held-out ones are measured too
+BATCH, ACCUMULATED, EVALUATIONS = 16, 2, 4  # pairs a step, in so many parts
+SFT_LEARNING_RATE = 2e-5
+ON_GPU = torch.cuda.is_available()
+COMMON = {
+    "gradient_checkpointing": False,
+    "train_sampling_strategy": "sequential",  # `in_batches` has the order
+    "num_train_epochs": 1,  # `in_batches` repeats the pairs
+    "bf16": ON_GPU,  # autocast; the weights are float32
+    "use_cpu": not ON_GPU,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+# Data
+
+
+def prepare(hh: str, tokenizer, path: Path) -> None:
+    """
+    Write the pairs that can be used, as JSON: texts, token ids (`augmented_prompt_ids` for p ⊕ x), and `gap`, by how much the rejected answer is
+    the more offensive one, in [-1, 1].
+    """
+    from profanity_check import predict_prob
+
+    if Path(hh).exists():
+        rows = datasets.load_dataset("json", data_files=hh, split="train")
+    else:
+        rows = datasets.load_dataset(hh, data_dir="harmless-base", split="test")
+    args = DPOConfig(output_dir=str(path.parent), max_length=None, use_cpu=True, bf16=False)
+    found, account = prepared_pairs(rows, tokenizer, args)
+    print(*account.lines, sep="\n")
+    pairs = []
+    for row in found:
+        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= MAX_LENGTH:
+            texts = {key: row[key].removesuffix(tokenizer.eos_token) for key in ("prompt", "chosen", "rejected")}
+            pairs.append({**texts, **{key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}})
+    under_p = [{**pair, "prompt": augment_prompt(pair["prompt"], REFINEMENT_PROMPT)} for pair in pairs]
+    columns = ["prompt", "chosen", "rejected"]
+    augmented, _ = prepared_pairs(datasets.Dataset.from_list(under_p).select_columns(columns), tokenizer, args)
+    chosen, rejected = (predict_prob([pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+    for pair, row, gap in zip(pairs, augmented, rejected - chosen, strict=True):
+        pair |= {"augmented_prompt_ids": row["prompt_ids"], "gap": float(gap)}
+    agree = sum(pair["gap"] > 0 for pair in pairs)
+    print(
+        f"{len(pairs)} pairs, {len(found) - len(pairs)} longer ones left out; the rejected answer is the more offensive one in "
+        f"{agree / len(pairs):.1%}"
+    )
+    path.write_text(json.dumps(pairs), encoding="utf-8")
+
+
+def split(path: Path, held_out: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """Held-out and training pairs of a seed. No dialogue of the one begins as one of the other."""
+    pairs = json.loads(path.read_text(encoding="utf-8"))
+    random.Random(seed).shuffle(pairs)
+    openings = [pair["prompt"].split("\n\nAssistant:")[0] for pair in pairs]
+    held = set(openings[:held_out])
+    training = [pair for pair, opening in zip(pairs, openings, strict=True) if opening not in held]
+    return pairs[:held_out], training[:PAIRS]
+
+
+def in_batches(pairs: list[dict], epochs: int, seed: int) -> list[dict]:
+    """Pairs for all epochs, in batches of similar lengths, shuffled; those that fill no batch are left out of an epoch."""
+    rng = random.Random(seed)
+    ordered = []
+    for _ in range(epochs):
+        rows = rng.sample(pairs, len(pairs))
+        pools = [sorted(rows[i : i + 8 * BATCH], key=_length) for i in range(0, len(rows), 8 * BATCH)]
+        batches = [pool[i : i + BATCH] for pool in pools for i in range(0, len(pool) - BATCH + 1, BATCH)]
+        rng.shuffle(batches)
+        ordered += [pair for batch in batches for pair in batch]
+    return ordered
+
+
+def _length(pair: dict) -> int:
+    return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+
+# Measurement: in float32 (TF32 products on a GPU), by whole distributions, with no code of the trainers
+
+
+class Answers:
+    """Both answers of some pairs, chosen and then rejected, and the states of a model that predict their N tokens."""
+
+    def __init__(self, pairs: list[dict], prompt: str = "prompt_ids"):
+        self.sequences = [
+            (pair[prompt], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs
+        ]  # [chosen, rejected]
+        self.lengths = [len(answer) for _, answer in self.sequences]
+
+    @torch.no_grad()
+    def states(self, model) -> torch.Tensor:
+        """`(N, H)`. The model's body is called without its head, and so without the trainer's autocast."""
+        states = [torch.empty(0)] * len(self.sequences)
+        order = sorted(range(len(states)), key=lambda i: sum(map(len, self.sequences[i])))
+        for start in range(0, len(order), 32):
+            batch = order[start : start + 32]
+            ids = [torch.tensor(sum(self.sequences[i], [])) for i in batch]
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            body = model.base_model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            )
+            for row, i in zip(body.last_hidden_state, batch, strict=True):
+                first = len(self.sequences[i][0]) - 1  # the prompt's last token predicts the answer's first
+                states[i] = row[first : first + self.lengths[i]]
+        return torch.cat(states)
+
+    @torch.no_grad()
+    def measure(self, model, reference=None, reference_states: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Log-probabilities of the answers in nats, `(2, B)`; with a reference, `(2, 2, B)`: these, and the sums of KL(π_ref ‖ π) over the
+        positions of the answers.
+        """
+        states, ids = self.states(model), torch.tensor([token for _, answer in self.sequences for token in answer])
+        found = []
+        for rows in torch.arange(len(states)).split(512):
+            logps = _log_softmax(model, states[rows])  # (512, V)
+            values = [logps.gather(-1, ids[rows, None].to(logps.device)).squeeze(-1)]
+            if reference is not None:
+                ref_logps = _log_softmax(reference, reference_states[rows])
+                values.append((ref_logps.exp() * (ref_logps - logps)).sum(-1))
+            found.append(torch.stack(values).double().cpu())
+        sums = [part.sum(-1) for part in torch.cat(found, dim=1).split(self.lengths, dim=1)]
+        return torch.stack(sums, dim=-1).unflatten(-1, (2, -1)).squeeze(0)
+
+
+def _log_softmax(model, states: torch.Tensor) -> torch.Tensor:
+    return (states @ model.get_output_embeddings().weight.T).log_softmax(-1)
+
+
+def rank_correlation(x, y) -> float:
+    """Spearman's, of which ties share the mean of their ranks."""
+    return float(pd.Series(x).rank().corr(pd.Series(y).rank()))
+
+
+class Evaluate(TrainerCallback):
+    """Measure the policy a few times, on held-out pairs and on as many training pairs."""
+
+    def __init__(self, name: str, reference, held_out: list[dict], training: list[dict], beta: float, weight: float):
+        self.name, self.reference, self.beta, self.weight, self.rows = name, reference, beta, weight, []
+        self.gaps = [pair["gap"] for pair in held_out]
+        self.plain, self.learned = Answers(held_out), Answers(training[: len(held_out)])
+        self.under_p = Answers(held_out, "augmented_prompt_ids")
+        self.ref_states = self.plain.states(reference)
+        self.ref_logps = {of: of.measure(reference) for of in (self.plain, self.under_p, self.learned)}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        every = math.ceil(state.max_steps / EVALUATIONS)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            model.eval()
+            self.rows.append({"step": state.global_step, **self.evaluate(model)})
+            model.train()
+            shown = ", ".join(f"{key} {self.rows[-1][key]:.3f}" for key in ("margin", "accuracy", "kl_chosen"))
+            print(f"{self.name}, step {state.global_step} of {state.max_steps}: {shown}", flush=True)
+
+    def evaluate(self, model) -> dict[str, float]:
+        logps, kls = self.plain.measure(model, self.reference, self.ref_states)
+        ratios = logps - self.ref_logps[self.plain]  # (2, B)
+        margins = ratios[0] - ratios[1]
+        learned, under_p = (of.measure(model) - self.ref_logps[of] for of in (self.learned, self.under_p))
+        learned, deltas = learned[0] - learned[1], self.beta * (under_p[0] - under_p[1])
+        reference = self.ref_logps[self.plain][0] - self.ref_logps[self.plain][1]
+        values = {
+            "margin": margins.mean(),
+            "accuracy": (margins > 0).double().mean(),
+            "loss": -F.logsigmoid(BETA * margins).mean(),  # DPO's at β = 0.1 and without λ Δ, of all runs
+            "chosen": ratios[0].mean(),
+            "rejected": ratios[1].mean(),
+            "kl_chosen": kls[0].mean(),
+            "kl_rejected": kls[1].mean(),
+            "train_margin": learned.mean(),
+            "train_accuracy": (learned > 0).double().mean(),
+            "delta": deltas.mean(),
+            "accuracy_under_p": (deltas > 0).double().mean(),
+            # What λ Δ takes off the margin β u
+            "share": self.weight * deltas.abs().mean() / (self.beta * margins.abs().mean()),
+            "pearson": pd.Series(margins).corr(pd.Series(self.gaps)),
+            "spearman": rank_correlation(margins, self.gaps),
+            "delta_spearman": rank_correlation(deltas, self.gaps),
+            "delta_margin_spearman": rank_correlation(deltas, margins),
+            "reference_spearman": rank_correlation(reference, self.gaps),
+            "score_accuracy": statistics.mean(gap > 0 for gap in self.gaps),
+        }
+        return {name: float(value) for name, value in values.items()}
+
+
+# Runs
+
+
+def load(path: str | Path):
+    if ON_GPU:
+        torch.set_float32_matmul_precision("high")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    if logit_transform(model.config.get_text_config()) != (1.0, None):
+        raise ValueError(
+            f"the logits of {path} are scaled or capped, which is not measured here. Use another model, such as google/gemma-3-270m."
+        )
+    return model.to("cuda" if ON_GPU else "cpu")
+
+
+def start(seed: int, *, model: str, tokenizer: str, data: Path, held_out: int, models: Path) -> list[dict]:
+    """Fine-tune on the chosen answers, for one epoch, and save the model: the start and the reference of the seed's runs."""
+    held, training = split(data, held_out, seed)
+    policy, tokenizer = load(model), AutoTokenizer.from_pretrained(tokenizer)
+    answers = Answers(held)
+    before = -answers.measure(policy)[0].sum() / sum(answers.lengths[: len(held)])
+    args = SFTConfig(
+        output_dir=str(models / "out"),
+        seed=seed,
+        learning_rate=SFT_LEARNING_RATE,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        per_device_train_batch_size=BATCH // ACCUMULATED,
+        gradient_accumulation_steps=ACCUMULATED,
+        max_length=MAX_LENGTH,
+        **COMMON,
+    )
+    rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in in_batches(training, 1, seed)]
+    trainer = SFTTrainer(policy, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    policy.eval()
+    after = -answers.measure(policy)[0].sum() / sum(answers.lengths[: len(held)])
+    trainer.save_model(str(models / f"start-{seed}"))
+    return [{"step": trainer.state.global_step, "nll_before": float(before), "nll": float(after)}]
+
+
+def make_trainer(
+    arm: str, seed: int, learning_rate: float, *, data: Path, held_out: int, models: Path, epochs: int
+) -> tuple[DPOTrainer, Evaluate]:
+    held, training = split(data, held_out, seed)
+    path = models / f"start-{seed}"
+    model, reference = load(path), load(path).eval()
+    options = {"beta": BETA, **ARMS[arm]}
+    if "variant" in options:
+        trainer_class, config_class = TDPOTrainer, TDPOConfig
+    elif "refinement_weight" in options:
+        trainer_class, config_class = SelfRefineDPOTrainer, SelfRefineDPOConfig
+    else:
+        trainer_class, config_class = DPOTrainer, DPOConfig
+    args = config_class(
+        output_dir=str(models / "out"),
+        seed=seed,
+        learning_rate=learning_rate,
+        optim="rmsprop",
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=0.1,
+        max_grad_norm=10.0,
+        per_device_train_batch_size=BATCH // ACCUMULATED,
+        gradient_accumulation_steps=ACCUMULATED,
+        max_length=MAX_LENGTH,
+        **COMMON,
+        **options,
+    )
+    texts = [
+        datasets.Dataset.from_list([{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in pairs])
+        for pairs in (in_batches(training, epochs, seed), held)
+    ]
+    evaluate = Evaluate(
+        f"{arm}, seed {seed}", reference, held, training, options["beta"], options.get("refinement_weight", 0.0)
+    )
+    trainer = trainer_class(
+        model=model,
+        ref_model=reference,
+        args=args,
+        train_dataset=texts[0],
+        eval_dataset=texts[1],
+        processing_class=AutoTokenizer.from_pretrained(path),
+        callbacks=[evaluate],
+    )
+    return trainer, evaluate
+
+
+def train(arm: str, seed: int, learning_rate: float, **options) -> list[dict]:
+    trainer, evaluate = make_trainer(arm, seed, learning_rate, **options)
+    trainer.train()
+    memory = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else math.nan
+    return [{**row, "peak_gib": memory} for row in evaluate.rows]
+
+
+# Tables and figures. (key, head, digits); shares and accuracies in percent
+
+
+TDPO = ["DPO", "TDPO1", "TDPO2, α = 0.3", "TDPO2, α = 0.5"]
+SELF_REFINE = ["DPO", "Sr-DPO, λ = 0.1", "Sr-DPO, λ = 0.3", "Sr-DPO, λ = 1", "DPO, β = 0.05"]
+COMMON_COLUMNS = [("margin", "margin, nats", 2), ("accuracy", "accuracy, %", 1), ("loss", "loss", 4)]
+TABLES = {
+    "TDPO": (
+        TDPO,
+        [
+            *COMMON_COLUMNS,
+            ("chosen", "log-ratio of y_w", 2),
+            ("rejected", "log-ratio of y_l", 2),
+            ("kl_chosen", "SeqKL(y_w)", 2),
+            ("kl_rejected", "SeqKL(y_l)", 2),
+            ("kl_difference", "SeqKL(y_l) − SeqKL(y_w)", 2),
+        ],
+    ),
+    "Sr-DPO: margins and overfitting": (
+        SELF_REFINE,
+        [
+            *COMMON_COLUMNS,
+            ("accuracy_under_p", "accuracy under p, %", 1),
+            ("share", "share of the margin", 3),
+            ("margin_gap", "margin, learned − held-out", 2),
+            ("accuracy_gap", "accuracy, learned − held-out, %", 1),
+        ],
+    ),
+    "Sr-DPO: correlation with the score": (
+        SELF_REFINE,
+        [
+            ("pearson", "Pearson", 3),
+            ("spearman", "Spearman", 3),
+            ("delta_spearman", "Δ: Spearman", 3),
+            ("delta_margin_spearman", "Δ with the margin", 3),
+        ],
+    ),
+}
+
+
+def _values(rows: list[dict], key: str) -> list[float]:
+    scale = 100 if "accuracy" in key else 1
+    return [scale * row[key] for row in rows]
+
+
+def _cell(values: list[float], digits: int, sign: str = "") -> str:
+    """As `cell`; empty for correlations with a constant."""
+    return "" if any(map(math.isnan, values)) else cell(values, digits, sign)
+
+
+def with_differences(row: dict) -> dict:
+    return row | {
+        "kl_difference": row["kl_rejected"] - row["kl_chosen"],
+        "margin_gap": row["train_margin"] - row["margin"],
+        "accuracy_gap": row["train_accuracy"] - row["accuracy"],
+    }
+
+
+def tables(rows: list[dict]) -> str:
+    """Markdown tables of both pages, of the rows of hh.csv."""
+    starts, trained = ([row for row in rows if (row["arm"] == "SFT") is is_start] for is_start in (True, False))
+    of_runs = grouped(trained, "arm", "seed").values()
+    last = grouped((with_differences(max(run, key=lambda row: row["step"])) for run in of_runs), "arm")
+    base = {row["seed"]: row for row in last["DPO",]}
+    text = ""
+    for title, (arms, columns) in TABLES.items():
+        arms = [arm for arm in arms if (arm,) in last]
+        head = [name for _, name, _ in columns]
+        lines = [[arm, *(_cell(_values(last[arm,], key), digits) for key, _, digits in columns)] for arm in arms]
+        text += f"{title}, at the last step\n\n{table(['method', *head], lines)}\n"
+        lines = []
+        for arm in arms[1:]:
+            of_dpo = [base[row["seed"]] for row in last[arm,]]
+            pairs = {key: zip(_values(last[arm,], key), _values(of_dpo, key), strict=True) for key, _, _ in columns}
+            lines.append([arm, *(_cell([x - y for x, y in pairs[key]], digits, "+") for key, _, digits in columns)])
+        text += f"Difference from DPO within a seed\n\n{table(['method', *head], lines)}\n"
+    seeds = grouped(rows, "seed")
+    lines = []
+    for (seed,), of in seeds.items():
+        start, dpo = next(row for row in of if row["arm"] == "SFT"), base[seed]
+        lines.append(
+            [
+                f"{seed:g}",
+                f"{start['nll_before']:.3f}",
+                f"{start['nll']:.3f}",
+                f"{dpo['reference_spearman']:.3f}",
+                f"{100 * dpo['score_accuracy']:.1f}",
+            ]
+        )
+    head = ["seed", "NLL before", "NLL after", "Spearman of the reference", "score agrees with the label, %"]
+    text += f"The start of each seed, on its held-out pairs\n\n{table(head, lines)}\n"
+    if again := last.get((LAMBDA_0,)):
+        lines = [
+            [name, f"{base[again[0]['seed']][key]:.5f}", f"{again[0][key]:.5f}"]
+            for key, name, _ in (*COMMON_COLUMNS, ("kl_chosen", "SeqKL(y_w)", 0), ("spearman", "Spearman", 0))
+        ]
+        text += f"DPO twice, by both trainers\n\n{table(['', 'DPO', LAMBDA_0], lines)}\n"
+    return text
+
+
+GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
+COLORS = [GRAY, "#2a9d6f", "#2f7fd8", "#d1642a", "#9a63d8"]
+FIGURES = {
+    "tdpo_hh.svg": (
+        TDPO,
+        [
+            ("kl_chosen", "SeqKL(y_w), nats"),
+            ("kl_difference", "SeqKL(y_l) − SeqKL(y_w), nats"),
+            ("chosen", "log-ratio of y_w, nats"),
+        ],
+    ),
+    "self_refine_hh.svg": (
+        SELF_REFINE,
+        [
+            ("margin", "margin on held-out pairs, nats"),
+            ("margin_gap", "margin, learned − held-out, nats"),
+            ("spearman", "Spearman of margin and score"),
+        ],
+    ),
+}
+
+
+def draw(rows: list[dict], folder: Path) -> None:
+    """The curves of both pages: means over seeds, and bands from the least to the greatest seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
+    from matplotlib import pyplot as plt
+
+    by_arm = grouped((with_differences(row) for row in rows if row["arm"] != "SFT"), "arm")
+    for name, (arms, panels) in FIGURES.items():
+        arms = [arm for arm in arms if (arm,) in by_arm]
+        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.6), layout="constrained")
+        for ax, (key, label) in zip(axes, panels, strict=True):
+            for arm, color in zip(arms, COLORS, strict=False):
+                points = {step: [row[key] for row in of] for (step,), of in grouped(by_arm[arm,], "step").items()}
+                ax.plot(
+                    list(points), [statistics.mean(v) for v in points.values()], color=color, label=arm, marker="o"
+                )
+                least, greatest = zip(*((min(v), max(v)) for v in points.values()), strict=True)
+                ax.fill_between(list(points), least, greatest, color=color, alpha=0.12, linewidth=0)
+            ax.set_xlabel("step", color=GRAY)
+            ax.set_title(label, color=GRAY, fontsize=10)
+            ax.tick_params(colors=GRAY, length=0)
+            ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.8)
+            ax.spines[:].set_visible(False)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(arms), frameon=False, labelcolor=GRAY)
+        figure.savefig(folder / name, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="google/gemma-3-270m", help="a pretrained model, by path or name")
+    parser.add_argument("--tokenizer", help="default: the model's")
+    parser.add_argument("--hh", default="Anthropic/hh-rlhf", help="the dataset, or a JSONL file with its columns")
+    parser.add_argument("--output", type=Path, default=Path("build/evidence-hh"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--learning_rate", type=float, default=5e-6)
+    parser.add_argument("--held_out", type=int, default=HELD_OUT, help="pairs")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--tables", action="store_true", help="only the tables and figures of OUTPUT/hh.csv")
+    args = parser.parse_args()
+    results, data = args.output / "hh.csv", args.output / "pairs.json"
+    if not args.tables:
+        args.output.mkdir(parents=True, exist_ok=True)
+        datasets.disable_progress_bars()
+        tokenizer = args.tokenizer or args.model
+        if not data.exists():
+            prepare(args.hh, AutoTokenizer.from_pretrained(tokenizer), data)
+        common = {"data": data, "held_out": args.held_out, "models": args.output / "models"}
+        of_start = partial(start, model=args.model, tokenizer=tokenizer, **common)
+        seeds = [{"seed": seed} for seed in range(args.seeds)]
+        rows = [{"arm": "SFT", **row} for row in run_all(of_start, seeds, args.output / "starts", jobs=args.jobs)]
+        runs = [
+            {"arm": arm, "seed": seed, "learning_rate": args.learning_rate}
+            for seed in range(args.seeds)
+            for arm in args.arms
+            if arm != LAMBDA_0 or seed == 0
+        ]
+        of_arm = partial(train, **common, epochs=args.epochs)
+        rows += [
+            {**row, "learning_rate": f"{row['learning_rate']:g}"}  # not rounded to five places
+            for row in run_all(of_arm, runs, args.output / "runs", jobs=args.jobs)
+        ]
+        write(rows, results)
+    rows = read(results, texts=("arm",))
+    print(tables(rows))
+    draw(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()
