@@ -9,9 +9,11 @@ import random
 import re
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -57,7 +59,7 @@ SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
 
 
 def make_openings(count: int, seed: int) -> list[str]:
-    """Distinct openings of reviews, in random order; about 8,000 are possible."""
+    """Distinct openings of reviews, in random order; about 32,000 are possible."""
     generator, openings = random.Random(seed), {}
     while len(openings) < count:
         words = {slot: generator.choice(choices) for slot, choices in WORDS.items()}
@@ -104,7 +106,7 @@ def reward(text: str) -> float:
     return analyzer().polarity_scores(text)["compound"]
 
 
-def load_model(path: str) -> PreTrainedModel:
+def load_model(path: str | Path) -> PreTrainedModel:
     """A model in float32 (TF32 on a GPU, if there is one) that samples from its whole distribution unless told otherwise."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -121,8 +123,11 @@ def load_model(path: str) -> PreTrainedModel:
     return model.to("cuda" if cuda else "cpu").eval()
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path, padding_side="left")
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Its EOS is the model's: the tokenizer of a pretrained model may name the end of a chat's turn, which the model has never seen."""
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(AutoConfig.from_pretrained(path).eos_token_id)
+    return tokenizer
 
 
 @torch.no_grad()
@@ -131,11 +136,11 @@ def sample(
 ) -> list[list[int]]:
     """A continuation of each prompt at temperature 1: token ids, the last one EOS unless it was cut off."""
     torch.manual_seed(seed)
-    eos, continuations = model.config.eos_token_id, []
+    eos, pad, continuations = model.config.eos_token_id, model.config.pad_token_id, []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         length = max(map(len, batch))
-        ids = torch.tensor([[model.config.pad_token_id] * (length - len(p)) + p for p in batch], device=model.device)
+        ids = torch.tensor([[pad] * (length - len(p)) + p for p in batch], device=model.device)
         attention = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch], device=model.device)
         new = model.generate(input_ids=ids, attention_mask=attention, top_p=top_p)[:, length:].tolist()
         continuations += [row[: row.index(eos) + 1] if eos in row else row for row in new]

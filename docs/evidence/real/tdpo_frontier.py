@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--learning_rate", type=float, default=1e-5)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each takes about 20 GB of a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each takes about 15 GB of a GPU")
     parser.add_argument("--tiny", action="store_true", help="a few examples of everything, to try the script on a CPU")
     parser.add_argument(
         "--output",
