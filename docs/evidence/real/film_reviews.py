@@ -265,14 +265,14 @@ def make_pairs(
     completions = sample(model, prompts, seed)
     pairs = []
     for i, opening in enumerate(openings):
-        texts = [
-            text
+        scored = [
+            (reward(text), text)
             for ids in completions[i * SAMPLES : (i + 1) * SAMPLES]
             if (text := text_of(tokenizer, ids)) and completion_ids(tokenizer, opening, text) == ids
         ]
-        for texts_of_pair in combinations(texts, 2):
-            rejected, chosen = sorted(texts_of_pair, key=reward)
-            if reward(rejected) < reward(chosen):
+        for two in combinations(scored, 2):
+            (low, rejected), (high, chosen) = sorted(two)
+            if low < high:
                 pairs.append({"prompt": opening, "chosen": chosen, "rejected": rejected})
     random.Random(seed).shuffle(pairs)
     return pairs
