@@ -37,7 +37,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference evidence-refining evidence-real-hh style lint tdpo self-refine-dpo aries status report docs docs-serve build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference evidence-refining evidence-real-hh evidence-real-frontier style lint tdpo self-refine-dpo aries status report docs docs-serve build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -117,6 +117,10 @@ evidence-real-hh: $(STAMP) ## TDPO and Sr-DPO on HH-RLHF with Gemma 3 270M, on a
 
 evidence-refining: $(STAMP) ## Refinement rows, drafts and weights that may keep refining; run again to continue
 	$(BIN)/python -m docs.evidence.small.refining_stays $(ARGS)
+
+evidence-real-frontier: $(STAMP) ## TDPO's frontier on Gemma 3 270M, for a GPU; run again to continue
+	$(BIN)/python -m docs.evidence.real.tdpo_frontier $(ARGS)
+	$(BIN)/python -m docs.evidence.real.tdpo_frontier_figure
 
 style: $(STAMP) ## Format and fix with ruff
 	$(BIN)/ruff check --fix .
