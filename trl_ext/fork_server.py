@@ -27,6 +27,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from typing import IO, Any, NamedTuple, NoReturn
 
 from .processes import LAUNCHER, die_with_parent, launcher_command, name_process
@@ -39,6 +41,8 @@ RUN_TIME_VARIABLES = {
 }
 # Open once a driver has been started; asking NVML about the devices does not open them
 DEVICE_FILES = ("/dev/nvidia-uvm", "/dev/kfd")
+# bitsandbytes starts the driver as it is imported. PEFT tries that on import, and goes on without it
+LEFT_TO_CHILDREN = {"bitsandbytes"}
 HEADER = 8  # bytes: the length of a request
 
 
@@ -325,6 +329,22 @@ def end_session(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
+class LeftToChildren(MetaPathFinder, Loader):
+    """Finds the packages of [`LEFT_TO_CHILDREN`], and refuses to import them."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in LEFT_TO_CHILDREN else None
+        if spec is not None:
+            spec.loader = self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> NoReturn:
+        raise ImportError(f"{spec.name} is left to the children of this server")
+
+    def exec_module(self, module: Any) -> None:
+        """Not reached."""
+
+
 def why_not_forked() -> str | None:
     """What makes a fork of this process unsafe, or `None`."""
     if threading.active_count() > 1:
@@ -347,6 +367,8 @@ def main() -> None:
     os.close(os.pidfd_open(os.getpid()))  # a kernel without it ends the server here
     server = Server(socket.socket(fileno=0))
     request = None
+    refusing = LeftToChildren()
+    sys.meta_path.insert(0, refusing)
     for number, module in enumerate(modules, start=1):
         with suppress(Exception):  # a child that needs it says what is wrong
             import_module(module)
@@ -354,6 +376,7 @@ def main() -> None:
             request = server.serve(wait=False)
         if request is not None:
             break
+    sys.meta_path.remove(refusing)
     if request is None:
         gc.collect()
         gc.freeze()  # a collection in a child would copy every page that it looks at

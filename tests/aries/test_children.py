@@ -301,6 +301,17 @@ def test_a_driver_that_an_import_has_started_is_found(tmp_path, monkeypatch):
         assert "GPU" in fork_server.why_not_forked()
 
 
+def test_a_package_that_starts_the_driver_is_left_to_the_child(forked, tmp_path):
+    """The server finds it, as PEFT and transformers ask, and does not import it."""
+    (tmp_path / "bitsandbytes.py").write_text("")
+    (tmp_path / "asking.py").write_text(
+        "import importlib.util\nfound = importlib.util.find_spec('bitsandbytes') is not None\n"
+        "try:\n    import bitsandbytes as there\nexcept ImportError:\n    there = None\n"
+    )
+    asked = "[(a := __import__('asking')).found, a.there is None, __import__('bitsandbytes').__file__]"
+    assert forked("asking").tell(asked) == [True, True, str(tmp_path / "bitsandbytes.py")]
+
+
 def test_a_module_that_the_server_has_is_run_anew(forked):
     """As in a fresh process: its own code, as `__main__`, and as it is now."""
     stage = forked("stage")
