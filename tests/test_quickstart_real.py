@@ -1,5 +1,5 @@
 """
-The task of `make quickstart-real`: its rows and its verifier. `tests/real/test_quickstart.py` runs the recipe.
+The task of `make quickstart-real`: its rows and its verifier.
 
 The oracle of the verifier is the sentence: each case breaks one thing that can be seen by reading it.
 """

@@ -13,6 +13,7 @@ in chains whatever the run's own strategy, to the same held-out prompts.
 
 import argparse
 import hashlib
+import os
 import shutil
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ from trl_ext.aries.data.templates import compile_template, refinement_prompt
 from trl_ext.aries.generation.drafts import stop_token_ids
 from trl_ext.aries.scoring.evaluation import win_rate
 from trl_ext.aries.scoring.verifier import load_verifier
+from trl_ext.processes import die_with_parent
 
 from ..tables import cell, grouped, read, table, write
 from .runs import name_of, run_all
@@ -118,14 +120,15 @@ def run_recipe(file: Path, output: Path) -> str:
         RuntimeError: a stage keeps failing, or the run never began.
     """
     command = [sys.executable, "-m", "trl_ext.cli", "aries", "run", "--config", str(file)]
+    ends_with_us = partial(die_with_parent, os.getpid())
     for _ in range(TRIES):
         with open(file.with_suffix(".log"), "a") as log:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True, preexec_fn=ends_with_us)
             log.write(done.stderr)
         if done.returncode == 0:
             return ""
         if "The same command continues" not in done.stderr:
-            if not (output / "round_00" / "metrics.json").exists():
+            if done.returncode not in (1, 2) or not (output / "round_00" / "metrics.json").exists():
                 break
             return done.stderr.strip().splitlines()[-1]  # its own checks ended it, which is a result
         print(f"{file.stem}, again after:\n{done.stderr[-2000:]}", flush=True)
@@ -134,6 +137,7 @@ def run_recipe(file: Path, output: Path) -> str:
 
 def run(method: str, seed: int, *, model: str, sizes: dict[str, int], root: Path) -> list[Row]:
     """One run, and its policies measured: rows of the CSV."""
+    die_with_parent(os.getppid())  # a killed experiment leaves no run behind
     name = name_of({"method": method, "seed": seed})
     data, output = root / "data" / name, root / name
     prepare(data, seed, sizes)
