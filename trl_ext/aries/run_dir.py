@@ -40,6 +40,7 @@ OPERATIONAL_KEYS = {
     "generation.cpu_kv_cache_gib",
     "generation.enforce_eager",
     "generation.engine",
+    "generation.gpu_kv_cache_gib",
     "generation.gpu_memory_utilization",
     "generation.max_concurrency_per_server",
     "generation.max_num_seqs",

@@ -285,8 +285,9 @@ def _engine_room(shape: Shape, config: AriesConfig, dtype: str, engine: Estimate
         report.detail(f"{'':>10}  on a CPU: the weights, and `cpu_kv_cache_gib: {config.generation.cpu_kv_cache_gib}`")
         return
     fit = concurrency(shape, config.generation, dtype, engine, torch.cuda.mem_get_info(0)[1])
-    share = config.generation.gpu_memory_utilization
-    report.detail(f"{'':>10}  in {share:.0%} of cuda:0, {fit} sequences of `max_model_len` fit at once")
+    share, cache = config.generation.gpu_memory_utilization, config.generation.gpu_kv_cache_gib
+    where = f"{share:.0%} of cuda:0" if cache is None else f"`gpu_kv_cache_gib: {cache:g}`"
+    report.detail(f"{'':>10}  in {where}, {fit} sequences of `max_model_len` fit at once")
 
 
 def reward_memory(name: str, revision: str | None) -> Estimate:

@@ -158,10 +158,12 @@ def kv_bytes(shape: Shape, dtype: str) -> int:
 
 
 def concurrency(shape: Shape, generation: GenerationConfig, dtype: str, estimate: Estimate, total: int) -> int:
-    """How many sequences of `max_model_len` fit on a GPU of `total` bytes within `gpu_memory_utilization`."""
-    token = kv_bytes(shape, dtype) // generation.tensor_parallel_size
-    others = estimate.total - generation.max_model_len * token
-    return max(0, int(generation.gpu_memory_utilization * total - others)) // (generation.max_model_len * token)
+    """How many sequences of `max_model_len` fit on a GPU of `total` bytes: in `gpu_kv_cache_gib` or else in `gpu_memory_utilization`."""
+    sequence = generation.max_model_len * kv_bytes(shape, dtype) // generation.tensor_parallel_size
+    room = generation.gpu_kv_cache_bytes
+    if room is None:
+        room = int(generation.gpu_memory_utilization * total - (estimate.total - sequence))
+    return max(0, room) // sequence
 
 
 def overhead() -> Item:

@@ -51,6 +51,9 @@ class GenerationConfig(Section):
     """Data type of the engine's weights. `"auto"` is vLLM's choice: the checkpoint's, but 16 bits for a float32 one."""
     gpu_memory_utilization: PositiveShare = 0.9
     """Share of the GPU's memory that vLLM may use. It is given back before training."""
+    gpu_kv_cache_gib: PositiveFloat | None = None
+    """Memory for the KV cache on a GPU, in GiB. Default: what the rest leaves of `gpu_memory_utilization`. Set it if other
+    processes use the same GPU: vLLM measures the rest as it starts, and fails if one of them frees memory meanwhile."""
     cpu_kv_cache_gib: PositiveInt = 2
     """Memory for the KV cache on a machine without a GPU, in GiB."""
     tensor_parallel_size: PositiveInt = 1
@@ -85,6 +88,11 @@ class GenerationConfig(Section):
     busy (status 429) is waited for, up to `max_outage`."""
     max_outage: PositiveFloat = 600.0
     """Seconds without any usable server, or worker of Ray, after which the run stops."""
+
+    @property
+    def gpu_kv_cache_bytes(self) -> int | None:
+        """`gpu_kv_cache_gib` as vLLM wants it."""
+        return None if self.gpu_kv_cache_gib is None else int(self.gpu_kv_cache_gib * 2**30)
 
     @model_validator(mode="after")
     def check_engine(self):

@@ -34,7 +34,10 @@ class EmbeddedEngine(RequestEngine):
         from vllm.lora.request import LoRARequest
         from vllm.platforms import current_platform
 
-        options: dict[str, Any] = {"enforce_eager": config.enforce_eager}
+        options: dict[str, Any] = {
+            "enforce_eager": config.enforce_eager,
+            "kv_cache_memory_bytes": config.gpu_kv_cache_bytes,
+        }
         if current_platform.is_cpu():
             # Seeded sampling of large batches dies on CPU ("CPU Generator does not use offset") unless prompts are
             # prefilled whole and a step can take all of them

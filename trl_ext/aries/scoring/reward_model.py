@@ -209,6 +209,7 @@ def vllm_scores(
             max_model_len=max(map(len, texts)),
             max_num_seqs=generation.max_num_seqs,
             gpu_memory_utilization=generation.gpu_memory_utilization,
+            kv_cache_memory_bytes=None if current_platform.is_cpu() else generation.gpu_kv_cache_bytes,
             tensor_parallel_size=generation.tensor_parallel_size,
             enforce_eager=generation.enforce_eager or current_platform.is_cpu(),
             disable_log_stats=True,
