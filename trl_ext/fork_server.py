@@ -12,6 +12,7 @@ both libraries stop and restart around a fork.
 """
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -37,8 +38,7 @@ RUN_TIME_VARIABLES = {
     *("CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST", "TENSORBOARD_LOGGING_DIR"),
     *("WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_RUN_ID"),
 }
-# Open once a driver has been started; asking NVML about the devices does not open them
-DEVICE_FILES = ("/dev/nvidia-uvm", "/dev/kfd")
+NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED
 HEADER = 8  # bytes: the length of a request
 
 
@@ -330,14 +330,21 @@ def why_not_forked() -> str | None:
     if threading.active_count() > 1:
         names = sorted(thread.name for thread in threading.enumerate() if thread is not threading.main_thread())
         return f"an import has started threads: {', '.join(names)}"
-    opened = set()
-    for file in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # that of the listing itself
-            opened.add(os.readlink(f"/proc/self/fd/{file}"))
-    torch = sys.modules.get("torch")
-    if opened.intersection(DEVICE_FILES) or (torch is not None and torch.cuda.is_initialized()):
+    if driver_is_started():
         return "an import has started the driver of the GPU"
     return None
+
+
+def driver_is_started() -> bool:
+    """Whether this process has initialized CUDA or ROCm. Asking NVML about the devices does not, although it opens the same device files."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return True
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:  # it is not loaded
+        return False
+    return driver.cuCtxGetCurrent(ctypes.byref(ctypes.c_void_p())) != NOT_INITIALIZED
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -292,13 +293,15 @@ def test_a_server_that_must_not_fork(forked, tmp_path, module, reason):
     assert reason in stage.log.read_text()
 
 
-def test_a_driver_that_an_import_has_started_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(fork_server, "DEVICE_FILES", (str(tmp_path / "device"),))
+@pytest.mark.parametrize(("code", "started"), [(fork_server.NOT_INITIALIZED, False), (0, True), (201, True)])
+def test_a_driver_that_an_import_has_started_is_found(code, started, monkeypatch):
+    """Loaded, as NVML and bitsandbytes leave it, is not started. The stand-in for CUDA's library answers as `cuCtxGetCurrent` does."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(fork_server.threading, "active_count", lambda: 1)
-    assert fork_server.why_not_forked() is None
-    with open(tmp_path / "device", "w"):
-        assert "GPU" in fork_server.why_not_forked()
+    assert fork_server.why_not_forked() is None  # not loaded here
+    library = types.SimpleNamespace(cuCtxGetCurrent=lambda context: code)
+    monkeypatch.setattr(fork_server.ctypes, "CDLL", lambda name, mode: library)
+    assert ("GPU" in (fork_server.why_not_forked() or "")) == started
 
 
 def test_a_module_that_the_server_has_is_run_anew(forked):
