@@ -33,9 +33,9 @@ from .results.cost import round_cost
 from .results.progress import WARNING, JsonProgress, RunProgress, duration
 from .results.status import print_next, print_results
 from .results.tracking import training_environment
-from .run_dir import RoundDir, RunDir
+from .run_dir import ChangedSettings, RoundDir, RunDir
 from .scoring.round_metrics import round_metrics, round_setbacks, round_warnings
-from .scoring.scores import first_row, load_chains, read_chains
+from .scoring.scores import each_form, load_chains, read_chains
 from .scoring.watch import ends_explained
 from .stages.messages import (
     AnsweringMessage,
@@ -120,10 +120,10 @@ class Rounds(Stages):
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
         with self.stage(0, "check") as update:
             if self.config.all_scorers:
-                rows = [first_row(self.inputs.prompts), first_row(self.inputs.evaluation_prompts)]
+                files = [each_form(rows.placed()) for rows in (self.inputs.prompts, self.inputs.evaluation_prompts)]
                 log = self.dir.logs / "check_scores.log"
                 with ends_explained(self.dir, log, made=[]):
-                    self.start("check_scorers", CheckScorersMessage(self.dir.path, rows), log, update)
+                    self.start("check_scorers", CheckScorersMessage(self.dir.path, files), log, update)
             preflight = PreflightMessage.of(self.dir.path, recipe, self.inputs.conversational)
             self.start("preflight", preflight, self.dir.logs / "check.log", update)
 

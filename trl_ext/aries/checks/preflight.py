@@ -4,8 +4,8 @@ Preflight: every setting of a recipe is constructed once, before any work is don
 Constructing TRL's configs starts accelerate, and with it CUDA, so this runs in a process of its own: the loop's stays free of both.
 """
 
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -304,10 +304,10 @@ def check_prompts(
     """
     key, entries = f"{section}.dataset", getattr(config, section).entries()
     longest = config.generation.max_model_len - config.drafts.max_tokens
-    rows = load_prompts(entries, key)
-    count = min(len(rows), samples or len(rows))
+    rows = load_prompts(entries, key, samples)
+    count = len(rows)
     judge = Judge(tokenizer, Findings(f"prompts of `{key}`"), vocabulary)
-    for number, row in enumerate(islice(rows, count), start=1):
+    for number, row in enumerate(rows, start=1):
         judge.row(number, row["prompt"], [], row)
     judge.findings.check(most=0)
     # All of them if a token without embedding may be among them

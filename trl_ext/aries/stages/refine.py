@@ -18,8 +18,8 @@ from ..policies import Comparison, Policy
 from ..results.refine import ADAPTER_CONFIG
 from ..results.work_dir import RefineMessage, WorkDir
 from ..scoring.reward_model import RewardModel, check_reward_model
-from ..scoring.scores import ScoreCache, Scorer, ScoreTask, first_row
-from ..scoring.scoring import Tokenizer, make_scorers, score_files, with_absolute_paths
+from ..scoring.scores import ScoreCache, Scorer, ScoreTask, each_form
+from ..scoring.scoring import Tokenizer, check_scorers, make_scorers, score_files, with_absolute_paths
 from ..scoring.watch import Watch
 
 
@@ -124,9 +124,10 @@ def scorers_of(work: WorkDir, config: RefineConfig) -> list[Scorer]:
 
 def check(work: WorkDir, config: RefineConfig) -> None:
     """Try the scorers on the first prompt, before anything is generated."""
-    row = first_row(list(read_rows(work.prompts)))
+    rows = each_form((row["prompt_id"], row) for row in read_rows(work.prompts))
+    row = next(iter(rows.values()))
     for scorer in scorers_of(work, config):
-        scorer.check([[row]])
+        check_scorers([scorer], [rows])
         if isinstance(scorer, RewardModel):
             of = scorer.config
             try:
