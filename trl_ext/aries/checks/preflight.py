@@ -323,7 +323,7 @@ def check_prompts(
         too_long += len(ids) > longest
         judge.row_ids(number + 1, np.array(ids), [], None)
     judge.findings.check(most=0)
-    for warning in judge.findings.warnings:
+    for warning in warnings(judge.findings, config):
         report.note(warning)
     finding = share_finding(f"prompts of `{key}`", {"prompt_too_long": too_long}, len(probed), config.health)
     if finding:
@@ -341,14 +341,26 @@ def check_sft_rows(tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: 
         [`RecipeError`]: too many cannot be trained on.
     """
     dataset = config.sft["dataset"]
-    rows, _ = usable_sft_rows(load_rows(DatasetConfig(dataset), "sft.dataset"), dataset)
+    rows, dropped = usable_sft_rows(load_rows(DatasetConfig(dataset), "sft.dataset"), dataset)
+    if empty := dropped.get("empty_completion"):
+        total = len(rows) + empty
+        report.note(
+            f"Left out: {empty:,} of {total:,} rows of `sft.dataset` have no text in `completion`. Write it, or remove them."
+        )
     template = Strategy(config.refinements).templates[0]
     rows = (sft_row(row, template) for row in rows)
     max_length = trainer_settings(config, 0, "unused").config["max_length"]
     _, findings = judge_completions(rows, tokenizer, "rows of `sft.dataset`", vocabulary, max_length)
     findings.check(config.health.max_dropped)
-    for line in [*findings.drops, *findings.warnings]:
+    for line in [*findings.drops, *warnings(findings, config)]:
         report.note(line)
+
+
+def warnings(findings: Findings, config: AriesConfig) -> list[str]:
+    """What is odd about some rows. That they are plain text is not, in a recipe that says where an answer to plain text ends."""
+    if config.drafts.stop:
+        del findings.warned["plain text"]
+    return findings.warnings
 
 
 def check_packing(args: DPOConfig, config: AriesConfig, option: str) -> None:

@@ -98,7 +98,7 @@ def check_prompts(work: WorkDir, config: RefineConfig, report: Reporter) -> None
     is_text = isinstance(next(read_rows(work.prompts))["prompt"], str)
     if not is_text and tokenizer.chat_template is None:
         raise RecipeError(f"the prompts are messages, and the tokenizer of {name} has no chat template. Give texts.")
-    if is_text and tokenizer.chat_template is not None:
+    if is_text and tokenizer.chat_template is not None and not config.drafts.stop:
         report.note(
             f"the prompts are texts, and {name} continues them as they are. Its tokenizer has a chat template: for a chat, make each prompt "
             "a list of messages."
