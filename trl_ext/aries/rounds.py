@@ -82,6 +82,8 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
             if config.generation.base_urls is None and config.generation.engine != "ray":
                 warm_up("vllm")
             loop.look_for_overlap()
+            if loop.dir.report.exists():  # it says that the run has stopped
+                loop.write_report(running=True)
         loop.sft()
         for number in range(1, config.rounds + 1):
             loop.round(number)
