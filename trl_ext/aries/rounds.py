@@ -7,6 +7,8 @@ there are two numbers: `answering` is the round whose policy answers and is eval
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,7 +76,11 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     files = local_inputs(config, launch)
     RunDir(Path(config.output_dir)).check_free(files)
     loop = Rounds(config, read_inputs(config), progress, launch)
-    with loop.dir.opened(config, recipe_text(recipe), input_hashes(files)), loop.stops_reported():
+    with (
+        unknown_keys_first(config, recipe),
+        loop.dir.opened(config, recipe_text(recipe), input_hashes(files)),
+        loop.stops_reported(),
+    ):
         if not loop.dir.round(config.rounds).manifest.exists():
             check_made(loop.dir, config)
             note_made(loop.dir, config.rounds)  # a file that is gone is made again, and may differ
@@ -91,6 +97,18 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     print_results(loop.dir, config, progress)
     print_next(loop.dir, config, progress, duration(time.monotonic() - start))
     return 0
+
+
+@contextmanager
+def unknown_keys_first(config: AriesConfig, recipe: Recipe) -> Iterator[None]:
+    """Have a misspelt key of one of TRL's sections be an unknown key, as in a new run, and not a changed setting."""
+    try:
+        yield
+    except ChangedSettings:
+        from .checks.preflight import check_trl_keys  # imports TRL, which takes seconds
+
+        check_trl_keys(config, recipe)
+        raise
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -82,7 +82,7 @@ def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversationa
         [`RecipeError`]: an unknown key; a setting that its config, its trainer or the engine refuses; a tokenizer without what the prompts
             need; or `scores.reward_model` names another kind of model.
     """
-    check_keys(recipe, [ModelConfig], ("model",))
+    check_trl_keys(config, recipe)
     check_launch(config, recipe)
     for key in ("use_dora", "lora_modules_to_save"):
         if config.model.get(key):
@@ -90,8 +90,8 @@ def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversationa
                 f"{recipe.where('model', key)}: `model.{key}`: vLLM cannot serve such an adapter. Remove it."
             )
     if config.sft is not None:
-        check_trainer(config, recipe, "sft", 0, ("dataset",))
-    check_trainer(config, recipe, "training", 1, LOOP_KEYS)
+        check_trainer(config, recipe, "sft", 0)
+    check_trainer(config, recipe, "training", 1)
 
     quantization = config.generation.quantization
     if quantization is not None and config.generation.base_urls is None:  # servers have their own
@@ -141,11 +141,28 @@ def check_launch(config: AriesConfig, recipe: Recipe) -> None:
         raise RecipeError(f"{where}: `training.accelerate_config`: {problem}")
 
 
-def check_trainer(config: AriesConfig, recipe: Recipe, section: str, number: int, own_keys: tuple[str, ...]) -> None:
+def check_trl_keys(config: AriesConfig, recipe: Recipe) -> None:
+    """
+    Raises:
+        [`RecipeError`]: a section has a key that its config does not know, or a value of the wrong type.
+    """
+    check_keys(recipe, [ModelConfig], ("model",))
+    for section, number in (("sft", 0), ("training", 1)):
+        if recipe.at(section) is not None:
+            trainer_keys(config, recipe, section, number)
+
+
+def trainer_keys(config: AriesConfig, recipe: Recipe, section: str, number: int) -> dict[str, Any]:
+    """The checked values of a trainer's section, without the loop's own keys."""
+    _, config_class = trainer_classes(trainer_settings(config, number, "unused"))
+    return check_keys(recipe, [config_class], (section,), also=("dataset",) if section == "sft" else LOOP_KEYS)
+
+
+def check_trainer(config: AriesConfig, recipe: Recipe, section: str, number: int) -> None:
     """Construct the config of a section, for the round of this number, and ask the trainer about it."""
     settings = trainer_settings(config, number, "unused")
     trainer_class, config_class = trainer_classes(settings)
-    for key, value in check_keys(recipe, [config_class], (section,), also=own_keys).items():
+    for key, value in trainer_keys(config, recipe, section, number).items():
         if key in POSITIVE_KEYS and not value > 0:
             raise RecipeError(f"{recipe.where(section, key)}: `{section}.{key}` must be positive, got {value}.")
         if key in OWNED_KEYS:
