@@ -79,3 +79,8 @@ def test_verifiers_are_found_at_home(task, monkeypatch):
     shutil.move("my-task/verifier.py", "verifier.py")
     task.scores.verifier = "~/verifier.py:score"
     assert try_verifier(task, Console(record=True)) == 0
+
+
+def test_the_readme_of_a_text_task_does_not_ask_for_text(task):
+    text = isinstance(json.loads(Path("my-task/prompts.jsonl").read_text().splitlines()[0])["prompt"], str)
+    assert ("init --text" in Path("my-task/README.md").read_text()) != text

@@ -1,6 +1,6 @@
 import fcntl
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,9 @@ from trl_ext.aries.config import (
 )
 from trl_ext.aries.data.records import sha256
 from trl_ext.aries.manifest import write_manifest
+from trl_ext.aries.rounds import unknown_keys_first
 from trl_ext.aries.run_dir import RunDir, is_locked, keep_templates
-from trl_ext.recipe import RecipeError
+from trl_ext.recipe import Recipe, RecipeError, apply_overrides
 
 
 @pytest.fixture
@@ -291,3 +292,17 @@ def test_the_manifest_names_versions_and_hashes(config):
     assert manifest["sha256"] == {"pairs.jsonl": sha256(round_dir.pairs)}
     assert manifest["recipe_sha256"] == sha256(run_dir.resolved)
     assert {"trl-ext", "trl", "torch", "transformers"} <= set(manifest["versions"])
+
+
+def test_a_misspelt_key_of_a_begun_run(config):
+    """The sections that are TRL's are mappings here. A changed setting stays one."""
+    enter(config)
+    recipe = {key: value for key, value in asdict(config).items() if key in ("output_dir", "model", "training")}
+    for key, said in (
+        ("learning_rat", "command line: unknown key `learning_rat` in `training`. Did you mean `learning_rate`?"),
+        ("beta", r"was made with other settings or data:\n  training.beta: None -> 0.5"),
+    ):
+        changed = apply_overrides(Recipe(None, recipe, {}), [f"--training.{key}=0.5"])
+        with pytest.raises(RecipeError, match=said):
+            with unknown_keys_first(changed_config := replace(config, training=changed.at("training")), changed):
+                enter(changed_config)

@@ -28,7 +28,7 @@ class Inputs:
     Args:
         prompts ([`~aries.data.prompts.Prompts`]), round_size (`int`):
             The prompts of all rounds, and how many a round takes.
-        evaluation_prompts (`list[dict]`):
+        evaluation_prompts ([`~aries.data.prompts.Prompts`]):
             The held-out prompts.
         sft_rows (`list[dict]`), sft_dropped (`dict[str, int]`):
             The rows for SFT, if any, and how many cannot be used, by reason.
@@ -36,7 +36,7 @@ class Inputs:
 
     prompts: Prompts
     round_size: int
-    evaluation_prompts: list[dict[str, Any]]
+    evaluation_prompts: Prompts
     sft_rows: list[dict[str, Any]]
     sft_dropped: dict[str, int]
 
@@ -60,7 +60,7 @@ def read_inputs(config: AriesConfig) -> Inputs:
             verifier_file(scorer.verifier)
     prompts = load_prompts(config.prompts.entries(), "prompts.dataset")
     round_size = prompts_per_round(len(prompts), config.prompts.per_round, config.rounds)
-    evaluation_prompts = load_prompts(config.evaluation.entries(), "evaluation.dataset")[: config.evaluation.samples]
+    evaluation_prompts = load_prompts(config.evaluation.entries(), "evaluation.dataset", config.evaluation.samples)
     sft_rows, sft_dropped = read_sft_rows(config) if config.sft else ([], {})
     return Inputs(prompts, round_size, evaluation_prompts, sft_rows, sft_dropped)
 

@@ -7,6 +7,8 @@ there are two numbers: `answering` is the round whose policy answers and is eval
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,9 +35,9 @@ from .results.cost import round_cost
 from .results.progress import WARNING, JsonProgress, RunProgress, duration
 from .results.status import print_next, print_results
 from .results.tracking import training_environment
-from .run_dir import RoundDir, RunDir
+from .run_dir import ChangedSettings, RoundDir, RunDir
 from .scoring.round_metrics import round_metrics, round_setbacks, round_warnings
-from .scoring.scores import first_row, load_chains, read_chains
+from .scoring.scores import each_form, load_chains, read_chains
 from .scoring.watch import ends_explained
 from .stages.messages import (
     AnsweringMessage,
@@ -74,7 +76,11 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     files = local_inputs(config, launch)
     RunDir(Path(config.output_dir)).check_free(files)
     loop = Rounds(config, read_inputs(config), progress, launch)
-    with loop.dir.opened(config, recipe_text(recipe), input_hashes(files)), loop.stops_reported():
+    with (
+        unknown_keys_first(config, recipe),
+        loop.dir.opened(config, recipe_text(recipe), input_hashes(files)),
+        loop.stops_reported(),
+    ):
         if not loop.dir.round(config.rounds).manifest.exists():
             check_made(loop.dir, config)
             note_made(loop.dir, config.rounds)  # a file that is gone is made again, and may differ
@@ -82,6 +88,8 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
             if config.generation.base_urls is None and config.generation.engine != "ray":
                 warm_up("vllm")
             loop.look_for_overlap()
+            if loop.dir.report.exists():  # it says that the run has stopped
+                loop.write_report(running=True)
         loop.sft()
         for number in range(1, config.rounds + 1):
             loop.round(number)
@@ -89,6 +97,18 @@ def run(config: AriesConfig, recipe: Recipe, log_format: str = "text", quiet: bo
     print_results(loop.dir, config, progress)
     print_next(loop.dir, config, progress, duration(time.monotonic() - start))
     return 0
+
+
+@contextmanager
+def unknown_keys_first(config: AriesConfig, recipe: Recipe) -> Iterator[None]:
+    """Have a misspelt key of one of TRL's sections be an unknown key, as in a new run, and not a changed setting."""
+    try:
+        yield
+    except ChangedSettings:
+        from .checks.preflight import check_trl_keys  # imports TRL, which takes seconds
+
+        check_trl_keys(config, recipe)
+        raise
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -120,10 +140,10 @@ class Rounds(Stages):
             raise RecipeError(f"{where}: `generation.engine: ray` needs the extra `ray`: `pip install 'ray>=2.40'`.")
         with self.stage(0, "check") as update:
             if self.config.all_scorers:
-                rows = [first_row(self.inputs.prompts), first_row(self.inputs.evaluation_prompts)]
+                files = [each_form(rows.placed()) for rows in (self.inputs.prompts, self.inputs.evaluation_prompts)]
                 log = self.dir.logs / "check_scores.log"
                 with ends_explained(self.dir, log, made=[]):
-                    self.start("check_scorers", CheckScorersMessage(self.dir.path, rows), log, update)
+                    self.start("check_scorers", CheckScorersMessage(self.dir.path, files), log, update)
             preflight = PreflightMessage.of(self.dir.path, recipe, self.inputs.conversational)
             self.start("preflight", preflight, self.dir.logs / "check.log", update)
 

@@ -76,6 +76,10 @@ FIRST_FILES = {"run.lock", "resolved.json.tmp"}
 LOOKS, SECONDS_OF_A_LOOK = 20, 0.1
 
 
+class ChangedSettings(RecipeError):
+    """A run was begun with other settings or data."""
+
+
 class RoundDir:
     """Files of one round, in the order they are made. Round 0 is the policy before round 1, after the SFT if any."""
 
@@ -226,7 +230,7 @@ class RunDir:
                 details.append(f"{key}: {lookup(settings, key) or 'what it names'} {input_change(before, now)}")
         if details:
             lines = "\n".join(f"  {line}" for line in details)
-            raise RecipeError(
+            raise ChangedSettings(
                 f"{self.path} was made with other settings or data:\n{lines}\nSet another `output_dir` for the new ones, or go back "
                 f"to the old ones ({self.recipe}) to continue."
             )

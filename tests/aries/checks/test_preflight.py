@@ -45,16 +45,18 @@ def recipe(sorting: Path, output_dir: Path, **changes) -> dict:
 
 @pytest.fixture
 def check(sorting, tmp_path):
-    """Run the preflight of the tests' recipe with these changes, in this process."""
+    """Run the preflight of the tests' recipe with these changes, in this process; what it reported."""
 
-    def run(**changes):
+    def run(**changes) -> str:
+        reports = io.StringIO()
         file = tmp_path / "r.yaml"
         file.write_text(yaml.safe_dump(recipe(sorting, tmp_path / "run", **changes)))
         loaded = load_yaml(file)
         config = parse_section(loaded, AriesConfig)
         conversational = read_inputs(config).conversational
         run_dir = RunDir(tmp_path / "run")
-        preflight.check_recipe(run_dir, config, loaded, conversational, Reporter(io.StringIO()))
+        preflight.check_recipe(run_dir, config, loaded, conversational, Reporter(reports))
+        return reports.getvalue()
 
     return run
 
@@ -349,3 +351,23 @@ def test_adapters_of_a_run(check, sorting, tmp_path, lora, edit, message):
         return
     with pytest.raises(RecipeError, match=f"round_01/adapter(.|\n)*{message}(.|\n)*another `output_dir`"):
         check()
+
+
+def test_plain_text_is_odd_unless_the_recipe_says_where_an_answer_ends(check, sorting, tmp_path):
+    """The tiny model's tokenizer has a chat template. `drafts.stop` is what a base model needs, and `init --text` writes."""
+    sections = {}
+    for name, file in (("prompts", "train"), ("evaluation", "eval"), ("sft", "sft")):
+        row = {"prompt": f"{name} : 2 1", **({"completion": "1 2"} if name == "sft" else {})}
+        (tmp_path / f"{file}.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+        sections[name] = recipe(sorting, tmp_path)[name] | {"dataset": str(tmp_path / f"{file}.jsonl")}
+    assert check(**sections).count("are plain text, to which the tokenizer's chat template is not applied") == 3
+    assert check(**sections, drafts={"max_tokens": 8, "stop": ["\n"]}) == ""
+
+
+def test_sft_rows_without_an_answer_are_counted(check, sorting, tmp_path):
+    rows = [json.loads(line) for line in (sorting / "sft.jsonl").read_text().splitlines()[:6]]
+    rows[1]["completion"] = None
+    rows[4]["completion"] = [{"role": "assistant", "content": " "}]
+    (tmp_path / "sft.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    said = check(sft={"dataset": str(tmp_path / "sft.jsonl"), **ON_CPU})
+    assert "Left out: 2 of 6 rows of `sft.dataset` have no text in `completion`." in said

@@ -196,3 +196,15 @@ def test_the_size_of_a_round():
     for rows, per_round in ((10, 4), (2, None)):
         with pytest.raises(RecipeError, match="`prompts.per_round`: 3 rounds"):
             prompts_per_round(rows, per_round, 3)
+
+
+def test_places_of_a_mixture(tmp_path):
+    """File and row of each, whatever its number in the mixture; `samples` takes the first ones."""
+    files = [write(tmp_path / name, {"prompt": "a"}, {"prompt": "b"}) for name in ("p.jsonl", "q.jsonl")]
+    prompts = load_prompts([DatasetConfig(file) for file in files], "prompts.datasets", samples=3)
+    assert len(prompts) == 3
+    assert [(place, row["prompt"]) for place, row in prompts.placed()] == [
+        (f"{files[0]}, row 1", "a"),
+        (f"{files[0]}, row 2", "b"),
+        (f"{files[1]}, row 1", "a"),
+    ]

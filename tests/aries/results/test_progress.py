@@ -148,6 +148,11 @@ def test_a_stage_of_which_nothing_is_heard():
     pulse = Pulse(0, "check", clock)
     clock.now += 61
     assert progress_line(pulse.due(), 61) == "nothing yet, after 1 min 01 s"
+    pulse = Pulse(0, "drafts and refinements", clock)
+    clock.now += 61
+    assert progress_line(pulse.due(), 61) == "the engine is starting, after 1 min 01 s"
+    pulse.update(0, 40)
+    assert progress_line(pulse.at(), 70) == "0 of 40, after 1 min 10 s"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.aries import model_server
 
 import trl_ext
 from trl_ext.aries.children import ChildError, Reporter
-from trl_ext.aries.config import AriesConfig
+from trl_ext.aries.config import AriesConfig, SettledConfig
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl, read_rows, write_jsonl
 from trl_ext.aries.results import refine as module
 from trl_ext.aries.results.chosen import choose
@@ -111,7 +111,23 @@ CUT = Answer(9, "cut", 1, "length")
 def test_choice(answers, scores, chosen):
     """By hand: the last whole one; the best whole one, the latest of equals; the last whole one like the one before it."""
     chain = Chain("p", "x", answers)
-    assert {select: choose(chain, scores, select, 0.9) for select in chosen} == chosen
+    assert {select: choose(chain, scores, select, SettledConfig()) for select in chosen} == chosen
+
+
+@pytest.mark.parametrize(
+    ("settled", "chosen"),
+    [
+        ({}, 4),
+        ({"agreement": 3}, 2),
+        ({"agreement": 4}, 5),
+        ({"agreement_pattern": "#(.)"}, 5),
+        ({"agreement": 3, "agreement_pattern": "#(.)"}, 5),
+    ],
+)
+def test_the_rule(settled, chosen):
+    """By hand: answers 1 to 3 are the same, and so are 4 and 5; what the pattern finds is the same in 4 to 6. Else the last."""
+    chain = Chain("p", "x", whole("a", "a", "a", "b #1", "b #1", "c #1"))
+    assert choose(chain, [None] * 6, "rule", SettledConfig(**settled)) == chosen
 
 
 def test_the_best_by_a_verifier(played, capsys):
@@ -309,9 +325,9 @@ def run(played) -> Path:
         "evaluation": {"dataset": "e.jsonl"},
         "generation": {"answer_pattern": "(.*)"},
         "drafts": {"temperature": 0.3},
-        "refinements": {"turns": 2, "template": "{{ question }} {{ draft }}"},
+        "refinements": {"turns": 4, "template": "{{ question }} {{ draft }}"},
         "scores": {"verifier": "verifier.py:right"},
-        "pairs": {"settled_similarity": 0.5},
+        "pairs": {"selection": "rule_based", "settled_similarity": 0.5, "agreement": 3, "agreement_pattern": "(.)"},
         "training": {},
     }
     config = parse_section(Recipe(None, settings, {}), AriesConfig)
@@ -330,9 +346,9 @@ def run(played) -> Path:
 def test_a_run_brings_its_policy_and_its_settings(run):
     config = resolve(run, None, ["last"], {})
     assert (config.model.model_name_or_path, config.adapter) == ("model", str(run / "round_01" / "adapter"))
-    assert (config.generation.answer_pattern, config.drafts.temperature, config.refinements.turns) == ("(.*)", 0.3, 2)
+    assert (config.generation.answer_pattern, config.drafts.temperature, config.refinements.turns) == ("(.*)", 0.3, 4)
     assert config.refinements.template == "{{ question }} {{ draft }}"
-    assert config.pairs.settled_similarity == 0.5
+    assert config.pairs == SettledConfig(settled_similarity=0.5, agreement=3, agreement_pattern="(.)")
     assert not config.scores.each(), "new prompts need not have the columns that a run's verifier asks for"
     assert resolve(run, 0, ["scores"], {}).scores.verifier == "verifier.py:right"
     assert resolve(run, 0, ["verifier"], {}).adapter is None

@@ -57,7 +57,8 @@ def test_closing_a_round_says_what_became_worse(tmp_path, scorer, said):
 def test_a_run_that_goes_on(loop):
     loop.write_report(running=True)
     assert printed(loop) == ""
-    assert '<span class="badge running">' in loop.dir.report.read_text(encoding="utf-8")
+    html = loop.dir.report.read_text(encoding="utf-8")
+    assert '<span class="badge running">' in html and f"trl-ext aries report {loop.dir.path}" in html
     assert (loop.dir.path / "logs" / "report.job.json").exists()
 
 
@@ -88,11 +89,21 @@ def test_an_error_that_stops_the_run(loop):
     assert "The run stopped in round 2, training (tdpo)" in html and "training failed\nsee the log" in html
 
 
-def test_an_interrupt_does_not_wait_for_a_report(loop):
-    with pytest.raises(KeyboardInterrupt), loop.stops_reported():
-        raise KeyboardInterrupt
-    assert read_state(loop.dir, 2).error == "interrupted"
-    assert not loop.dir.report.exists()
+def test_an_interrupt(loop):
+    """It makes no report, but one that is there would go on saying that the run is running."""
+    for report in (False, True):
+        if report:
+            loop.write_report(running=True)
+        with pytest.raises(KeyboardInterrupt), loop.stops_reported():
+            loop.at = (2, "training (tdpo)")
+            raise KeyboardInterrupt
+        assert read_state(loop.dir, 2).error == "interrupted"
+        assert loop.dir.report.exists() == report
+    html = loop.dir.report.read_text(encoding="utf-8")
+    assert "The run was interrupted in round 2, training (tdpo)" in html
+    assert f"trl-ext aries run {loop.dir.path}" in html
+    for gone in ('<span class="badge running">', 'http-equiv="refresh"', "<pre>interrupted"):
+        assert gone not in html
 
 
 def test_an_error_before_any_work_leaves_no_report(tmp_path, loop):

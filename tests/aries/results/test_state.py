@@ -61,6 +61,14 @@ def test_how_far_a_running_stage_is(run, capsys, monkeypatch):
         assert "150 of 300" not in printed(run, capsys)
 
 
+def test_an_engine_that_starts(run, capsys):
+    run.log_event(event="start", round=2, stage="drafts and refinements")
+    assert "the engine is starting" not in printed(run, capsys)  # nothing is running
+    with open(run.lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "  the engine is starting\n" in printed(run, capsys)
+
+
 def test_died_in_a_stage(run, capsys):
     """The lock went with its process; the log ends in the middle of a stage."""
     run.log_event(event="start", round=2, stage="training (tdpo)")

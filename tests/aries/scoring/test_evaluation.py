@@ -213,8 +213,8 @@ class TestFlips:
     def test_what_is_right_is_the_same_in_a_run(self):
         """All scores of this round are 0 or 1, and those of an earlier one are not: then none of either is right or wrong."""
         chains, scores = chains_of([["a", "b"]]), [[0.0, 1.0]]
-        assert evaluation_metrics(chains, scores, 2, earlier=[[[1.0, 0.0]]])["correct_score"] == 1.0
-        metrics = evaluation_metrics(chains, scores, 2, earlier=[[[0.5, 0.0]], [[1.0, 0.0]]])
+        assert evaluation_metrics(chains, scores, 2)["correct_score"] == 1.0
+        metrics = evaluation_metrics(chains, scores, 2, binary=False)
         assert metrics["correct_score"] is None and metrics["turns"][1]["flips"] is None
 
     @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_transformers_gives_the_logits(tiny_model_path, tmp_path, pad):
     chains = [*conversations(), plain]
     scores, notes, reports = score_here(path, write_task(tmp_path, chains), tmp_path / "cache.jsonl", batch_size=3)
     assert scores == [pytest.approx(logits(path, chain), abs=1e-4) for chain in chains]
-    assert notes == [] and reports == [(done, 10) for done in range(11)]
+    assert notes == [] and reports == [(done, 10) for done in range(1, 11)]
 
 
 def test_an_answer_longer_than_the_model_has_no_score(tiny_model_path, tmp_path):

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 
 from trl_ext.aries.children import ChildError, run_child
 from trl_ext.aries.config import AriesConfig, EvaluationConfig, PromptsConfig, ScorerConfig, ScoresConfig
+from trl_ext.aries.data.prompts import Prompts
 from trl_ext.aries.data.records import Answer, Chain, read_jsonl, write_json, write_jsonl
 from trl_ext.aries.run_dir import RunDir
-from trl_ext.aries.scoring.scores import ScoreCache, ScoreTask, first_row, score_rows
+from trl_ext.aries.scoring.scores import ScoreCache, ScoreTask, each_form, score_rows
 from trl_ext.aries.scoring.verifier import Verifier, call_verifier, load_verifier
 from trl_ext.aries.scoring.watch import ends_explained
 from trl_ext.aries.stages.messages import AnsweringMessage, CheckScorersMessage
@@ -250,8 +251,8 @@ def run(directory: Path, model: Path | None = None, check: bool = False, **setti
         write_json(run_dir.resolved, asdict(config))
         stage, message, made = "score", AnsweringMessage(RUN, answering=1), [run_dir.round(1).evaluation_scores]
         if check:
-            rows = [first_row(read_jsonl(run_dir.evaluation_prompts))]
-            stage, message, made = "check_scorers", CheckScorersMessage(RUN, rows), []
+            rows = each_form(Prompts([("e.jsonl", read_jsonl(run_dir.evaluation_prompts), 3)]).placed())
+            stage, message, made = "check_scorers", CheckScorersMessage(RUN, [rows]), []
         log = run_dir.logs / "scores.log"
         with ends_explained(run_dir, log, made):
             run_child(f"trl_ext.aries.stages.{stage}", message, log, lambda done, total: None)
@@ -375,3 +376,22 @@ def test_a_second_run_calls_it_for_nothing(tmp_path):
     assert (tmp_path / "v.py.calls").read_text() == "."
     cache = ScoreCache(run_dir.score_cache)
     assert list(score_rows(task, [Verifier(ScorerConfig(verifier=f"{tmp_path}/v.py:f"))], cache)) == found
+
+
+def test_a_row_without_a_column_that_the_verifier_takes(tmp_path):
+    """It is named before anything is generated, unless the parameter has a default. `null` is a value."""
+    write_task(tmp_path, "def f(completions, right, **kwargs):\n    return [0.0] * len(completions)\n")
+    prompts = RunDir(tmp_path / RUN).evaluation_prompts
+    first, second, third = read_jsonl(prompts)
+    write_jsonl(prompts, [first | {"other": "x"}, second | {"right": None}, third])
+    run(tmp_path, check=True)
+    third["wright"] = third.pop("right")
+    write_jsonl(prompts, [first | {"other": "x"}, second, third])
+    with pytest.raises(RecipeError) as error:
+        run(tmp_path, check=True)
+    assert str(error.value) == (
+        f"e.jsonl, row 3: no column `right`, which the verifier `f` ({tmp_path}/v.py) takes. Did you mean `wright`? Add it (`null` if "
+        "the row has none), or give the parameter a default: `right=None`."
+    )
+    (tmp_path / "v.py").write_text("def f(completions, right=None, **kwargs):\n    return [0.0] * len(completions)\n")
+    run(tmp_path, check=True)

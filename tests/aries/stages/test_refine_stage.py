@@ -66,22 +66,23 @@ def test_a_run_answers_as_in_its_evaluation(whole_run):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "template", "said"),
+    ("prompt", "template", "stop", "said"),
     [
-        ([{"role": "user", "content": "Sort : 2 1"}], True, None),
-        ("Sort : 2 1", True, "continues them as they are"),
-        ("Sort : 2 1", False, None),
-        ([{"role": "user", "content": "Sort : 2 1"}], False, RecipeError),
+        ([{"role": "user", "content": "Sort : 2 1"}], True, None, None),
+        ("Sort : 2 1", True, None, "continues them as they are"),
+        ("Sort : 2 1", True, ["\n"], None),
+        ("Sort : 2 1", False, None, None),
+        ([{"role": "user", "content": "Sort : 2 1"}], False, None, RecipeError),
     ],
 )
-def test_prompts_and_the_tokenizer(sorting, tmp_path, prompt, template, said):
-    """Texts are continued, which is seldom what is meant for a chat model; messages need a chat template."""
+def test_prompts_and_the_tokenizer(sorting, tmp_path, prompt, template, stop, said):
+    """Texts are continued, which is seldom meant for a chat model, unless `stop` says where to end; messages need a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(sorting / "model")
     tokenizer.chat_template = tokenizer.chat_template if template else None
     tokenizer.save_pretrained(tmp_path / "model")
     work, reports = WorkDir(tmp_path), io.StringIO()
     write_jsonl(work.prompts, [{"prompt_id": "p", "prompt": prompt}])
-    config = RefineConfig(model={"model_name_or_path": str(tmp_path / "model")})
+    config = RefineConfig(model={"model_name_or_path": str(tmp_path / "model")}, drafts={"stop": stop})
     if said is RecipeError:
         with pytest.raises(RecipeError, match="chat template"):
             check_prompts(work, config, Reporter(reports))

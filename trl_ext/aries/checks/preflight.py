@@ -4,8 +4,8 @@ Preflight: every setting of a recipe is constructed once, before any work is don
 Constructing TRL's configs starts accelerate, and with it CUDA, so this runs in a process of its own: the loop's stays free of both.
 """
 
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversationa
         [`RecipeError`]: an unknown key; a setting that its config, its trainer or the engine refuses; a tokenizer without what the prompts
             need; or `scores.reward_model` names another kind of model.
     """
-    check_keys(recipe, [ModelConfig], ("model",))
+    check_trl_keys(config, recipe)
     check_launch(config, recipe)
     for key in ("use_dora", "lora_modules_to_save"):
         if config.model.get(key):
@@ -90,8 +90,8 @@ def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversationa
                 f"{recipe.where('model', key)}: `model.{key}`: vLLM cannot serve such an adapter. Remove it."
             )
     if config.sft is not None:
-        check_trainer(config, recipe, "sft", 0, ("dataset",))
-    check_trainer(config, recipe, "training", 1, LOOP_KEYS)
+        check_trainer(config, recipe, "sft", 0)
+    check_trainer(config, recipe, "training", 1)
 
     quantization = config.generation.quantization
     if quantization is not None and config.generation.base_urls is None:  # servers have their own
@@ -141,11 +141,28 @@ def check_launch(config: AriesConfig, recipe: Recipe) -> None:
         raise RecipeError(f"{where}: `training.accelerate_config`: {problem}")
 
 
-def check_trainer(config: AriesConfig, recipe: Recipe, section: str, number: int, own_keys: tuple[str, ...]) -> None:
+def check_trl_keys(config: AriesConfig, recipe: Recipe) -> None:
+    """
+    Raises:
+        [`RecipeError`]: a section has a key that its config does not know, or a value of the wrong type.
+    """
+    check_keys(recipe, [ModelConfig], ("model",))
+    for section, number in (("sft", 0), ("training", 1)):
+        if recipe.at(section) is not None:
+            trainer_keys(config, recipe, section, number)
+
+
+def trainer_keys(config: AriesConfig, recipe: Recipe, section: str, number: int) -> dict[str, Any]:
+    """The checked values of a trainer's section, without the loop's own keys."""
+    _, config_class = trainer_classes(trainer_settings(config, number, "unused"))
+    return check_keys(recipe, [config_class], (section,), also=("dataset",) if section == "sft" else LOOP_KEYS)
+
+
+def check_trainer(config: AriesConfig, recipe: Recipe, section: str, number: int) -> None:
     """Construct the config of a section, for the round of this number, and ask the trainer about it."""
     settings = trainer_settings(config, number, "unused")
     trainer_class, config_class = trainer_classes(settings)
-    for key, value in check_keys(recipe, [config_class], (section,), also=own_keys).items():
+    for key, value in trainer_keys(config, recipe, section, number).items():
         if key in POSITIVE_KEYS and not value > 0:
             raise RecipeError(f"{recipe.where(section, key)}: `{section}.{key}` must be positive, got {value}.")
         if key in OWNED_KEYS:
@@ -304,10 +321,10 @@ def check_prompts(
     """
     key, entries = f"{section}.dataset", getattr(config, section).entries()
     longest = config.generation.max_model_len - config.drafts.max_tokens
-    rows = load_prompts(entries, key)
-    count = min(len(rows), samples or len(rows))
+    rows = load_prompts(entries, key, samples)
+    count = len(rows)
     judge = Judge(tokenizer, Findings(f"prompts of `{key}`"), vocabulary)
-    for number, row in enumerate(islice(rows, count), start=1):
+    for number, row in enumerate(rows, start=1):
         judge.row(number, row["prompt"], [], row)
     judge.findings.check(most=0)
     # All of them if a token without embedding may be among them
@@ -323,7 +340,7 @@ def check_prompts(
         too_long += len(ids) > longest
         judge.row_ids(number + 1, np.array(ids), [], None)
     judge.findings.check(most=0)
-    for warning in judge.findings.warnings:
+    for warning in warnings(judge.findings, config):
         report.note(warning)
     finding = share_finding(f"prompts of `{key}`", {"prompt_too_long": too_long}, len(probed), config.health)
     if finding:
@@ -341,14 +358,26 @@ def check_sft_rows(tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: 
         [`RecipeError`]: too many cannot be trained on.
     """
     dataset = config.sft["dataset"]
-    rows, _ = usable_sft_rows(load_rows(DatasetConfig(dataset), "sft.dataset"), dataset)
+    rows, dropped = usable_sft_rows(load_rows(DatasetConfig(dataset), "sft.dataset"), dataset)
+    if empty := dropped.get("empty_completion"):
+        total = len(rows) + empty
+        report.note(
+            f"Left out: {empty:,} of {total:,} rows of `sft.dataset` have no text in `completion`. Write it, or remove them."
+        )
     template = Strategy(config.refinements).templates[0]
     rows = (sft_row(row, template) for row in rows)
     max_length = trainer_settings(config, 0, "unused").config["max_length"]
     _, findings = judge_completions(rows, tokenizer, "rows of `sft.dataset`", vocabulary, max_length)
     findings.check(config.health.max_dropped)
-    for line in [*findings.drops, *findings.warnings]:
+    for line in [*findings.drops, *warnings(findings, config)]:
         report.note(line)
+
+
+def warnings(findings: Findings, config: AriesConfig) -> list[str]:
+    """What is odd about some rows. That they are plain text is not, in a recipe that says where an answer to plain text ends."""
+    if config.drafts.stop:
+        del findings.warned["plain text"]
+    return findings.warnings
 
 
 def check_packing(args: DPOConfig, config: AriesConfig, option: str) -> None:

@@ -3,16 +3,16 @@ Refinement by itself, without a run: what `trl-ext aries refine` and `trl_ext.re
 """
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import NonNegativeInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from ...recipe_checks import Section, section
 from .data import Source
 from .generation import DraftsConfig, GenerationConfig, RefinementsConfig, check_room
 from .pairs import PairsConfig
 from .scores import ScoresConfig
-from .values import Share
+from .values import Share, check_pattern
 
 
 @section
@@ -41,8 +41,12 @@ class RefinePromptsConfig(Source):
 class SettledConfig(Section):
     """When a chain has settled, for `select: rule`."""
 
+    agreement: Annotated[int, Field(ge=2)] = PairsConfig.agreement
+    """How many answers in a row must agree (our choice)."""
     settled_similarity: Share = PairsConfig.settled_similarity
-    """How similar an answer and the one before it must be (difflib's ratio of their words; our choice)."""
+    """How similar answers that agree must be at least (difflib's ratio of their words; our choice)."""
+    agreement_pattern: Annotated[str, AfterValidator(check_pattern)] | None = None
+    """A regular expression with one group: answers agree if it finds the same in them, instead of by `settled_similarity`."""
 
 
 @section

@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Template
 
-from ..config import PairsConfig
+from ..config import PairsConfig, SettledConfig
 from .faults import FAULTS
 from .records import Answer, Chain, as_completion
 from .templates import LONGEST_SECONDS, refinement_prompt
@@ -154,7 +154,7 @@ def rule_based(chain: Chain, scores: list[float | None], config: PairsConfig) ->
     return [contrast_drop_reason(pair, config) or pair]
 
 
-def agree(answer: Answer, other: Answer, config: PairsConfig) -> bool:
+def agree(answer: Answer, other: Answer, config: PairsConfig | SettledConfig) -> bool:
     """Whether two answers say the same: by their texts' similarity, or by what `pairs.agreement_pattern` finds in them."""
     if config.agreement_pattern is None:
         return similarity(answer.text, other.text) >= config.settled_similarity

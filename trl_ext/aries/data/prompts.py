@@ -3,6 +3,7 @@ Prompts: a dataset in, the fresh prompts of one round out, each with an id that 
 """
 
 import random
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -121,41 +122,54 @@ class Prompts(Sequence):
     Args:
         mixture (`list[tuple]`):
             From [`load_mixture`].
+        samples (`int`, *optional*):
+            Only the first ones.
     """
 
-    def __init__(self, mixture: list[tuple[str, Rows, int]]):
-        self._mixture = mixture
+    def __init__(self, mixture: list[tuple[str, Rows, int]], samples: int | None = None):
+        self._mixture, self._samples = mixture, samples
 
     def __len__(self) -> int:
-        return sum(count for _, _, count in self._mixture)
+        return min(sum(count for _, _, count in self._mixture), self._samples or sys.maxsize)
 
     def __getitem__(self, index: int | slice) -> Any:
         numbers = range(len(self))[index]
         return self._row(numbers) if isinstance(index, int) else [self._row(number) for number in numbers]
 
-    def _row(self, number: int) -> dict[str, Any]:
+    def _find(self, number: int) -> tuple[str, Rows, int]:
+        """A dataset's path and rows, and which of them this is."""
         place = number
         for path, rows, count in self._mixture:
             if place < count:
-                row = in_trl_form(rows[place])
-                columns = {"dataset_prompt_id" if name == "prompt_id" else name: row[name] for name in row}
-                return {"prompt_id": f"{Path(path).stem}-{number + 1:07d}", **columns}
+                return path, rows, place
             place -= count
         raise IndexError(number)
 
+    def _row(self, number: int) -> dict[str, Any]:
+        path, rows, place = self._find(number)
+        row = in_trl_form(rows[place])
+        columns = {"dataset_prompt_id" if name == "prompt_id" else name: row[name] for name in row}
+        return {"prompt_id": f"{Path(path).stem}-{number + 1:07d}", **columns}
 
-def load_prompts(entries: list[DatasetConfig], where: str) -> Prompts:
+    def placed(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each row behind its place, such as `"train.jsonl, row 7"`."""
+        for number, row in enumerate(self):
+            path, _, place = self._find(number)
+            yield f"{path}, row {place + 1}", row
+
+
+def load_prompts(entries: list[DatasetConfig], where: str, samples: int | None = None) -> Prompts:
     """
-    The prompts, after a check of every row.
+    The prompts, the first `samples` or all, after a check of every row.
 
     Raises:
         [`RecipeError`]: a row without `prompt`, with an empty one, with messages that do not end with the user's, or text
         among messages.
     """
-    return checked_prompts(load_mixture(entries, where), where)
+    return checked_prompts(load_mixture(entries, where), where, samples)
 
 
-def checked_prompts(mixture: list[tuple[str, Rows, int]], where: str) -> Prompts:
+def checked_prompts(mixture: list[tuple[str, Rows, int]], where: str, samples: int | None = None) -> Prompts:
     """[`load_prompts`] of rows that are loaded already, each list with its name and how many of it are taken."""
     kind = None
     for path, rows, count in mixture:
@@ -168,7 +182,7 @@ def checked_prompts(mixture: list[tuple[str, Rows, int]], where: str) -> Prompts
                 raise RecipeError(
                     f"`{where}`: {path}, row {number}: text and messages are mixed. Make all prompts one kind."
                 )
-    return Prompts(mixture)
+    return Prompts(mixture, samples)
 
 
 def in_trl_form(row: dict[str, Any]) -> dict[str, Any]:

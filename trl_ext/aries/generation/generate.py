@@ -106,8 +106,8 @@ def answer_tasks(
             Told of finished chains, and of what becomes of servers and workers.
     """
     sizes = [sum(1 for _ in read_rows(task.prompts)) for task in tasks]
-    report(0, sum(sizes))
     with closing(start_engine(settings, probe, report)) as engine:
+        report(0, sum(sizes))
         # First, so that the batch, and with it the rounding, is the same in a run that continues
         if parity is not None:
             prompts = read_jsonl(parity.prompts)[: parity.count]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..config import RefineConfig
+from ..config import RefineConfig, SettledConfig
 from ..data.disk import writing
-from ..data.pairs import similarity
+from ..data.pairs import agree
 from ..data.records import Chain, read_rows, write_json, write_jsonl
 from ..scoring.scores import read_chains
 from .answers import alpaca_eval_rows, message_rows
@@ -20,7 +20,7 @@ from .work_dir import WorkDir
 FORMATS = ("jsonl", "messages", "alpaca_eval")
 
 
-def choose(chain: Chain, scores: list[float | None], select: str, settled_similarity: float) -> int | None:
+def choose(chain: Chain, scores: list[float | None], select: str, pairs: SettledConfig) -> int | None:
     """
     Index of the chosen answer. One that was cut off by `max_tokens`, or is empty, is chosen only if all are; among equal scores the latest
     is. Without a settled answer the rule takes the last one. `None` if there is no answer, or with `select="all"`.
@@ -29,7 +29,7 @@ def choose(chain: Chain, scores: list[float | None], select: str, settled_simila
 
     ```python
     >>> chain = Chain("p-1", "x", [Answer(1, "1 2", 2, "stop"), Answer(2, "1 2", 2, "stop"), Answer(3, "2 1", 2, "stop")])
-    >>> [choose(chain, [0.5, 1.0, 0.0], select, 0.9) for select in ("last", "scores", "rule")]
+    >>> [choose(chain, [0.5, 1.0, 0.0], select, SettledConfig()) for select in ("last", "scores", "rule")]
     [2, 1, 1]
     ```
     """
@@ -41,7 +41,10 @@ def choose(chain: Chain, scores: list[float | None], select: str, settled_simila
     if select == "scores":
         return max(whole, key=lambda i: (scores[i] is not None, scores[i] or 0.0, i))
     if select == "rule":
-        settled = [i for i in whole if i and similarity(answers[i - 1].text, answers[i].text) >= settled_similarity]
+        before = pairs.agreement - 1
+        settled = [
+            i for i in whole if i >= before and all(agree(a, answers[i], pairs) for a in answers[i - before : i])
+        ]
         return (settled or whole)[-1]
     return whole[-1]
 
@@ -54,7 +57,7 @@ def choices(work: WorkDir, config: RefineConfig) -> Iterator[Choice]:
     scored = read_rows(work.scores) if config.scores.each() else None
     for prompt, chain in read_chains(work.prompts, work.answers):
         scores = [None] * len(chain.answers) if scored is None else next(scored)["scores"]
-        yield prompt, chain, scores, choose(chain, scores, config.select, config.pairs.settled_similarity)
+        yield prompt, chain, scores, choose(chain, scores, config.select, config.pairs)
 
 
 def full_row(choice: Choice) -> dict[str, Any]:

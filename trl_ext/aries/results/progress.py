@@ -32,6 +32,8 @@ from .tables import answers_table, score_table, selecting_table
 TABLE_WIDTH = 100
 # Style of the lines that `--quiet` prints too
 WARNING = "yellow"
+# What a stage does until its first report, if that may take minutes
+STARTING = {"drafts and refinements": "the engine is starting"}
 # Seconds between two lines of a log about the same stage
 LOG_SECONDS = 60.0
 # Seconds between two checks whether a line is due
@@ -178,11 +180,11 @@ class RunProgress:
         label, pulse = f"{self.label(number, name):<38}", Pulse(number, name, self.clock)
         if self.console.is_terminal and not self.quiet:
             with Progress(*columns(), console=self.console, transient=True) as bars:
-                task = bars.add_task(label, total=None)
+                task = bars.add_task(label + STARTING.get(name, ""), total=None)
 
                 def update(done: int, total: int) -> None:
                     pulse.update(done, total)
-                    bars.update(task, completed=done, total=total)
+                    bars.update(task, description=label, completed=done, total=total)
 
                 yield update
         else:
@@ -282,7 +284,7 @@ def progress_line(at: StageProgress, seconds: float) -> str:
     ```
     """
     if not at.total:
-        return f"nothing yet, after {duration(seconds)}"
+        return f"{STARTING.get(at.stage, 'nothing yet')}, after {duration(seconds)}"
     if at.rate is None:
         return f"{at}, after {duration(seconds)}"
     amount, unit = next(

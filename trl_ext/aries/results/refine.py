@@ -8,15 +8,15 @@ continues from; it is removed once the file is complete. Nothing is trained. The
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...model_files import folder_problem
 from ...outputs import check_new
 from ...recipe import Recipe, RecipeError, apply_overrides, export_env, load_yaml, parse_section
 from ..children import one_gpu, run_child
-from ..config import RefineConfig, ScoresConfig
+from ..config import RefineConfig, ScoresConfig, SettledConfig
 from ..data.prompts import Prompts, checked_prompts, load_prompts
 from ..data.records import Prompt, read_json, read_jsonl
 from ..policies import policy_after
@@ -55,7 +55,7 @@ class RefineProgress(RunProgress):
 # What is asked
 
 
-def run_settings(path: Path, number: int | None, scored: bool) -> dict[str, Any]:
+def run_settings(path: Path, number: int | str | None, scored: bool) -> dict[str, Any]:
     """
     The settings of a run's policy: the model, how it is sampled, its templates and its answer pattern, and with `scored` its scorers.
 
@@ -81,7 +81,7 @@ def run_settings(path: Path, number: int | None, scored: bool) -> dict[str, Any]
         },
         "adapter": policy.adapter,
         **{name: sections[name] for name in ("generation", "drafts", "refinements", "seed")},
-        "pairs": {"settled_similarity": config.pairs.settled_similarity},
+        "pairs": {key.name: sections["pairs"][key.name] for key in fields(SettledConfig)},
         **({"scores": sections["scores"]} if scored else {}),
     }
 
@@ -98,11 +98,15 @@ def merged(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve(
-    run: Path | None, number: int | None, select: Sequence[str], given: dict[str, Any], overrides: Sequence[str] = ()
+    run: Path | None,
+    number: int | str | None,
+    select: Sequence[str],
+    given: dict[str, Any],
+    overrides: Sequence[str] = (),
 ) -> RefineConfig:
     """
     Args:
-        run (`Path`, *optional*), number (`int`, *optional*):
+        run (`Path`, *optional*), number (`int` or `"best"`, *optional*):
             The directory of a run that stands for the model, and one of its rounds.
         select (`Sequence[str]`):
             One of [`SELECTIONS`], and a name if it may have one.
@@ -216,7 +220,7 @@ def refine_file(
 
 def refine_command(
     run: Path | None,
-    number: int | None,
+    number: int | str | None,
     select: Sequence[str],
     given: dict[str, Any],
     overrides: Sequence[str],
@@ -241,7 +245,7 @@ def refine(
     *,
     adapter: str | Path | None = None,
     run: str | Path | None = None,
-    round: int | None = None,
+    round: int | Literal["best"] | None = None,
     turns: int | None = None,
     select: str | Sequence[str] = "last",
     generation: dict[str, Any] | None = None,
@@ -266,12 +270,12 @@ def refine(
             A LoRA adapter on it.
         run (`str`, *optional*):
             The directory of an ARIES run, instead of a model: its policy answers, with the run's templates, sampling and answer pattern.
-        round (`int`, *optional*):
-            A round of the run. Default: the last finished one.
+        round (`int` or `"best"`, *optional*):
+            A round of the run, or the one with the highest mean score. Default: the last finished one.
         turns (`int`, *optional*):
             Answers of a chain, the first one included. Default: 4, or the run's.
         select (`str` or `list[str]`, *optional*, defaults to `"last"`):
-            The answer to choose: `"last"`, `"rule"` (the last one that is like the one before it), `["verifier", "file.py:name"]`,
+            The answer to choose: `"last"`, `"rule"` (the last one that agrees with the one before it), `["verifier", "file.py:name"]`,
             `["reward_model", "name"]`, `"judge"` or `"scores"` (the best by `scores`), or `"all"` for no choice.
         generation (`dict`, *optional*):
             The engine: keys of a recipe's section `generation`.

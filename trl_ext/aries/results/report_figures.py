@@ -142,19 +142,20 @@ def round_axis(axes: Axes, rounds: Sequence[int]) -> None:
 
 
 def score_by_round(metrics: dict[int, Turns], label: str) -> Markup:
-    """A line per turn."""
+    title = f"{label} by round, one line for each answer of the chain"
+    return render("score-by-round", title, lambda axes: lines_by_turn(axes, metrics, label))
 
-    def draw(axes: Axes) -> list[Hover]:
-        turns, hovers = len(next(iter(metrics.values()))), []
-        for turn in range(turns):
-            offset = (turn - (turns - 1) / 2) * DODGE
-            points = [(n + offset, of_round[turn], f"{policy(n)}, y{turn + 1}") for n, of_round in metrics.items()]
-            hovers += line(axes, points, turn_name(turn + 1), turn)
-        round_axis(axes, list(metrics))
-        score_axis(axes, label)
-        return hovers
 
-    return render("score-by-round", f"{label} by round, one line for each answer of the chain", draw)
+def lines_by_turn(axes: Axes, metrics: dict[int, Turns], label: str) -> list[Hover]:
+    """Scores by round, a line per turn."""
+    turns, hovers = len(next(iter(metrics.values()))), []
+    for turn in range(turns):
+        offset = (turn - (turns - 1) / 2) * DODGE
+        points = [(n + offset, of_round[turn], f"{policy(n)}, y{turn + 1}") for n, of_round in metrics.items()]
+        hovers += line(axes, points, turn_name(turn + 1), turn)
+    round_axis(axes, list(metrics))
+    score_axis(axes, label)
+    return hovers
 
 
 def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
@@ -181,20 +182,9 @@ def score_by_turn(metrics: dict[int, Turns], label: str) -> Markup:
 def selecting_and_judging(judging: dict[int, Turns], selecting: dict[int, Turns]) -> Markup:
     """Goodhart's curve: what judges above what selects, a line per turn in each. They part when one rises and the other falls."""
 
-    def draw(*panels: Axes) -> list[Hover]:
-        hovers = []
-        for axes, metrics, label in zip(
-            panels, (judging, selecting), ("judging score", "selecting score"), strict=True
-        ):
-            turns = len(next(iter(metrics.values())))
-            for turn in range(turns):
-                offset = (turn - (turns - 1) / 2) * DODGE
-                points = [(n + offset, row[turn], f"{policy(n)}, y{turn + 1}") for n, row in metrics.items()]
-                hovers += line(axes, points, turn_name(turn + 1), turn)
-            round_axis(axes, list(judging))
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.set_ylabel(label)
-        return hovers
+    def draw(above: Axes, below: Axes) -> list[Hover]:
+        above_hovers = lines_by_turn(above, judging, "judging score")
+        return above_hovers + lines_by_turn(below, selecting, "selecting score")
 
     title = "Mean judging score and mean selecting score by round, one line for each answer of the chain"
     return render("selecting-and-judging", title, draw, height=2 * HEIGHT, panels=2)

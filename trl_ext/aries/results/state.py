@@ -15,6 +15,8 @@ from .best import best_round
 from .progress import StageProgress
 
 
+# The error of a run that a signal stopped
+INTERRUPTED = "interrupted"
 # Seconds between two writes of `progress.json`
 RECORD_SECONDS = 2.0
 
@@ -66,6 +68,11 @@ class RunState:
     since: str | None = None
     error: str | None = None
     in_stage: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was stopped by Ctrl-C or another signal."""
+        return self.error == INTERRUPTED
 
     def __str__(self) -> str:
         where = "before the first stage" if self.stage is None else f"round {self.round}, {self.stage}"

@@ -12,7 +12,7 @@ from ..policies import is_rolled_back, is_skipped, policy_after, product
 from ..run_dir import RunDir
 from ..scoring.round_metrics import round_warnings
 from .best import best_round
-from .progress import WARNING, RunProgress
+from .progress import STARTING, WARNING, RunProgress
 from .state import read_progress, read_state
 
 
@@ -28,6 +28,8 @@ def status(config: AriesConfig) -> int:
     under_way = read_progress(run)
     if state.kind == "running" and under_way and (under_way.round, under_way.stage) == (state.round, state.stage):
         say(f"  {under_way}")
+    elif state.kind == "running" and state.in_stage and state.stage in STARTING:
+        say(f"  {STARTING[state.stage]}")
     for number in range(config.rounds + 1):
         round_dir = run.round(number)
         stages = {"sft": product(round_dir, config)} if config.sft else {}

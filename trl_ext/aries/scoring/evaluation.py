@@ -39,7 +39,7 @@ def evaluation_metrics(
     *,
     initial: Scores | None = None,
     previous: Scores | None = None,
-    earlier: Sequence[Scores] = (),
+    binary: bool = True,
     correct_score: float | None = None,
     bootstrap_samples: int = 10_000,
     seed: int = 0,
@@ -54,11 +54,11 @@ def evaluation_metrics(
             Answers per chain.
         initial, previous (`list[list[float | None]]`, *optional*):
             Scores of round 0 and of the round before, on the same prompts.
-        earlier (sequence of `list[list[float | None]]`, *optional*):
-            Scores of all rounds before: what is right is the same in a run.
+        binary (`bool`, *optional*, defaults to `True`):
+            Whether all scores of the rounds before are 0 or 1: what is right is the same in a run.
         correct_score (`float`, *optional*):
-            Score from which an answer is right. Default: 1 if all scores, `earlier` ones too, are 0 or 1; otherwise no answer is
-            right or wrong.
+            Score from which an answer is right. Default: 1 if all scores, those of the rounds before too, are 0 or 1; otherwise no answer
+            is right or wrong.
         bootstrap_samples (`int`, *optional*, defaults to `10000`), seed (`int`, *optional*, defaults to `0`):
             For the intervals of mean scores other than 0 and 1; see [`bootstrap_interval`].
 
@@ -69,7 +69,7 @@ def evaluation_metrics(
         [`flips`]), `tokens` (mean), `token_quartiles`, `truncated` (how many), `truncated_share`, `distinct_1`,
         `distinct_2` (see [`distinct`]), `similarity` to the answer before and the share of `identical` ones.
     """
-    if correct_score is None and is_binary([*scores, *(row for of_round in earlier for row in of_round)]):
+    if correct_score is None and binary and is_binary(scores):
         correct_score = 1.0
     interval = partial(mean_interval, samples=bootstrap_samples, seed=seed)
     per_turn = []

@@ -70,7 +70,6 @@ class RewardModel(AnswerScorer):
         # The longest first, so that a lack of memory shows at once
         keys = sorted((key for key in encoded if key not in cache), key=lambda key: -len(encoded[key]))
         texts = [without_padding(encoded[key], text_config.pad_token_id) for key in keys]
-        progress(0, len(keys))
 
         reason = "it was asked for" if config.reward_model_backend == "transformers" else missing_from_vllm(config)
         if config.reward_model_backend == "vllm" and reason is not None:

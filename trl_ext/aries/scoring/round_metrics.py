@@ -22,22 +22,22 @@ def round_metrics(run: RunDir, config: AriesConfig, number: int) -> dict[str, An
     """
     round_dir = run.round(number)
     chains = load_chains(read_jsonl(run.evaluation_prompts), round_dir.evaluation)
-    earlier = [read_scores(run.round(n).evaluation_scores) for n in range(number)]
+    before = [run.round(n) for n in (0, base_round(run, number))] if number > 0 else []
+    initial, previous = [read_scores(earlier.evaluation_scores) for earlier in before] or (None, None)
+    last = read_json(run.round(number - 1).metrics) or {}
     draw = {"bootstrap_samples": config.evaluation.bootstrap_samples, "seed": config.seed}
     metrics = evaluation_metrics(
         chains,
         read_scores(round_dir.evaluation_scores),
         config.refinements.turns,
-        initial=earlier[0] if earlier else None,
-        previous=earlier[base_round(run, number)] if earlier else None,
-        earlier=earlier,
+        initial=initial,
+        previous=previous,
+        binary=last.get("correct_score", 1.0) is not None,
         correct_score=config.evaluation.correct_score,
         **draw,
     )
     if round_dir.selecting_scores.exists():
-        initial, previous = (
-            read_scores(run.round(n).selecting_scores) if number > 0 else None for n in (0, base_round(run, number))
-        )
+        initial, previous = [read_scores(earlier.selecting_scores) for earlier in before] or (None, None)
         scores = read_scores(round_dir.selecting_scores)
         metrics["selecting"] = selecting_metrics(scores, config.refinements.turns, initial, previous, **draw)
     return metrics | {"kl_to_initial": (read_json(round_dir.parity) or {}).get("kl_to_initial")}

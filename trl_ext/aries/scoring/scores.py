@@ -106,9 +106,12 @@ def other_columns(prompts: Iterable[dict[str, Any]]) -> list[str]:
     return sorted({key for row in prompts for key in row} - {"prompt", "prompt_id"})
 
 
-def first_row(prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The first of the prompts, with every column that any of them has."""
-    return dict.fromkeys(other_columns(prompts)) | prompts[0]
+def each_form(prompts: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The first of the prompts, and the first one with each other set of columns, by their places."""
+    found = {}
+    for place, row in prompts:
+        found.setdefault(frozenset(row), (place, row))
+    return dict(found.values())
 
 
 def load_chains(prompts: list[dict[str, Any]], answers: Path) -> list[Chain]:

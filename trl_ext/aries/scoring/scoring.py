@@ -6,7 +6,7 @@ goes on. It calls verifiers, which are user code, so it runs in a process of its
 scores; what verifiers print goes to this stage's log.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,22 @@ def score_task(file: Scored) -> ScoreTask:
     return ScoreTask(file.answers.prompts, file.answers.answers, file.chains)
 
 
-def check_scorers(run: RunDir, config: AriesConfig, rows: list[dict[str, Any]]) -> None:
+def check_scorers(scorers: Iterable[Scorer], files: list[dict[str, dict[str, Any]]]) -> None:
     """
-    Try the scorers on these prompts.
+    Try scorers on the prompts of some files.
+
+    Args:
+        files (`list[dict]`):
+            For each file [`~aries.scoring.scores.each_form`] of its rows.
 
     Raises:
-        [`RecipeError`]: one of them cannot score.
+        [`RecipeError`]: one of them cannot score, or a row lacks a column that a verifier takes.
     """
-    for scorers in recipe_scorers(config, Watch(run.verifier_call)).values():
-        for scorer in scorers:
-            scorer.check([[row] for row in rows])
+    for scorer in scorers:
+        if isinstance(scorer, Verifier):
+            for rows in files:
+                scorer.check_columns(rows)
+        scorer.check([list(rows.values()) for rows in files])
 
 
 def recipe_scorers(config: AriesConfig, watch: Watch) -> dict[str, list[Scorer]]:

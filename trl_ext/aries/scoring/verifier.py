@@ -162,6 +162,18 @@ class Verifier(AnswerScorer):
             columns = {name: rows[0].get(name) for name in other_columns(rows)}
             self._call([(chain, Answer(1, "", 0, "stop"), columns)])
 
+    def check_columns(self, rows: dict[str, dict[str, Any]]) -> None:
+        """
+        Raises:
+            [`RecipeError`]: a row, given by its place, lacks a column that the function takes and has no default for.
+        """
+        for place, row in rows.items():
+            for column in sorted(needed_columns(self._function) - row.keys()):
+                raise RecipeError(
+                    f"{place}: no column `{column}`, which {self._what} takes.{did_you_mean(column, row)} Add it (`null` if the row has none), "
+                    f"or give the parameter a default: `{column}=None`."
+                )
+
     def score(self, tasks: list[ScoreTask], cache: ScoreCache, progress: Progress) -> list[str]:
         return []  # `scores` calls the function
 

@@ -43,10 +43,10 @@ class ReportMessage:
 
 @dataclass
 class CheckScorersMessage:
-    """Prompts that the scorers are tried on; the run has not taken any yet."""
+    """Prompts of each file that the scorers are tried on, by their places; the run has not taken any yet."""
 
     run: Path
-    rows: list[dict[str, Any]]
+    files: list[dict[str, dict[str, Any]]]
 
 
 @dataclass

@@ -18,8 +18,8 @@ from ..policies import Comparison, Policy
 from ..results.refine import ADAPTER_CONFIG
 from ..results.work_dir import RefineMessage, WorkDir
 from ..scoring.reward_model import RewardModel, check_reward_model
-from ..scoring.scores import ScoreCache, Scorer, ScoreTask, first_row
-from ..scoring.scoring import Tokenizer, make_scorers, score_files, with_absolute_paths
+from ..scoring.scores import ScoreCache, Scorer, ScoreTask, each_form
+from ..scoring.scoring import Tokenizer, check_scorers, make_scorers, score_files, with_absolute_paths
 from ..scoring.watch import Watch
 
 
@@ -98,7 +98,7 @@ def check_prompts(work: WorkDir, config: RefineConfig, report: Reporter) -> None
     is_text = isinstance(next(read_rows(work.prompts))["prompt"], str)
     if not is_text and tokenizer.chat_template is None:
         raise RecipeError(f"the prompts are messages, and the tokenizer of {name} has no chat template. Give texts.")
-    if is_text and tokenizer.chat_template is not None:
+    if is_text and tokenizer.chat_template is not None and not config.drafts.stop:
         report.note(
             f"the prompts are texts, and {name} continues them as they are. Its tokenizer has a chat template: for a chat, make each prompt "
             "a list of messages."
@@ -124,9 +124,10 @@ def scorers_of(work: WorkDir, config: RefineConfig) -> list[Scorer]:
 
 def check(work: WorkDir, config: RefineConfig) -> None:
     """Try the scorers on the first prompt, before anything is generated."""
-    row = first_row(list(read_rows(work.prompts)))
+    rows = each_form((row["prompt_id"], row) for row in read_rows(work.prompts))
+    row = next(iter(rows.values()))
     for scorer in scorers_of(work, config):
-        scorer.check([[row]])
+        check_scorers([scorer], [rows])
         if isinstance(scorer, RewardModel):
             of = scorer.config
             try:

@@ -17,7 +17,7 @@ from ..config import AriesConfig
 from ..provenance import note_made
 from ..results.progress import WARNING, RunProgress
 from ..results.report import NEEDS_MATPLOTLIB
-from ..results.state import recorded
+from ..results.state import INTERRUPTED, recorded
 from ..results.tracking import is_tracked
 from ..run_dir import RunDir
 from .messages import AnsweringMessage, ReportMessage, RoundMessage
@@ -72,6 +72,7 @@ class Stages:
     def stage(self, number: int, name: str) -> Iterator[Update]:
         """Show a stage while it runs, and log its start and end."""
         start, self._peaks = time.monotonic(), []
+        self.dir.progress.unlink(missing_ok=True)  # of a process that was killed
         self.at = (number, name)
         self.dir.log_event(event="start", round=number, stage=name)
         with self.progress.stage(number, name) as update:
@@ -96,10 +97,11 @@ class Stages:
             yield
         except BaseException as error:
             number, stage = self.at
-            text = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
+            text = INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
             self.dir.log_event(event="stopped", round=number, stage=stage, error=text)
             self.progress.stopped(number, stage, text)
-            if not isinstance(error, KeyboardInterrupt) and any(self.dir.path.glob("round_*/*")):
+            made = any(self.dir.path.glob("round_*/*")) and not isinstance(error, KeyboardInterrupt)
+            if made or self.dir.report.exists():  # a report that is there says that the run goes on
                 self.write_report(running=False)
             raise
 
