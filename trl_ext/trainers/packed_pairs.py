@@ -57,6 +57,8 @@ def attention_by_runs(
     """
     if not isinstance(attention_mask, RunMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if query.is_cuda:
+        return attention_by_padded_runs(module, query, key, value, attention_mask, **kwargs)
     kwargs["is_causal"] = True  # for runs without a mask
     runs = attention_mask[0, 0].tolist()
     queries, keys, values = (x.split([length for length, *_ in runs], dim=2) for x in (query, key, value))
@@ -78,6 +80,55 @@ def attention_by_runs(
         output, _ = sdpa_attention_forward(module, queries[i], *seen, mask, **kwargs)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
+
+
+def attention_by_padded_runs(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: RunMask,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    [`attention_by_runs`] in one product of all runs, padded: a GPU would wait for the launches of one product per run, and has padding for
+    free in comparison. Everything but attention is computed without padding all the same.
+    """
+    if not hasattr(attention_mask, "padded"):  # one mask serves all layers of its kind
+        attention_mask.padded = padded_runs(attention_mask, query.device)
+    queries_of, keys_of, visible, places = attention_mask.padded
+    padded = [x[0][:, of].transpose(0, 1) for x, of in ((query, queries_of), (key, keys_of), (value, keys_of))]
+    output, _ = sdpa_attention_forward(module, *padded, visible, **kwargs)  # (R, L, heads, head size)
+    return output.flatten(0, 1)[places][None], None
+
+
+def padded_runs(runs: RunMask, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """
+    The R runs that are not empty, padded to L queries and K keys each.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: the places of the queries in the sequence, `(R, L)`, and of the keys, `(R, K)`; the mask, `(R, 1, L, K)`; and
+        the place of each token of the sequence among the R · L queries, `(S,)`.
+    """
+    runs = runs[0, 0].as_subclass(torch.Tensor)
+    starts = runs[:, 0].cumsum(0) - runs[:, 0]
+    before = starts.roll(1)
+    (length, prefix, prompt, window), starts, before = (
+        runs[runs[:, 0] > 0].T[:, :, None],
+        *(x[runs[:, 0] > 0, None] for x in (starts, before)),
+    )
+    seen, query, key = (
+        prefix + prompt,
+        torch.arange(int(length.max())),
+        torch.arange(int((prefix + prompt + length).max())),
+    )
+    queries_of = (starts + query).where(query < length, 0)
+    keys_of = torch.where(key < prefix, key, torch.where(key < seen, before + key - prefix, starts + key - seen))
+    keys_of = keys_of.where(key < seen + length, 0)
+    distance = (seen + query)[:, :, None] - key  # (R, L, K): how far the key is behind the query
+    visible = (distance >= 0) & ((window == 0)[:, :, None] | (distance < window[:, :, None]))
+    places = (query < length).flatten().nonzero()[:, 0]
+    return tuple(x.to(device) for x in (queries_of, keys_of, visible[:, None], places))
 
 
 AttentionInterface.register(PACKED_SDPA, attention_by_runs)
