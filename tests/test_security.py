@@ -135,7 +135,6 @@ def test_no_file_of_a_run_and_no_error_holds_a_secret(tmp_path, monkeypatch):
     """A key of a judge and a token of the Hub in the environment; then every byte of the run directory is searched."""
     monkeypatch.setenv("JUDGE_KEY", SECRET)
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     (tmp_path / "stage.py").write_text(
         "from trl_ext.aries.children import child_main\nfrom trl_ext.aries.stages.messages import PreflightMessage\n"
         "def main(message, report):\n    print(message)\n    report(1, 1)\n\nchild_main(main, PreflightMessage)\n"

@@ -36,6 +36,7 @@ from .processes import LAUNCHER, die_with_parent, launcher_command, name_process
 # What may differ between a child and its server, since it is read when it is used. Any other variable may be one that an import reads
 RUN_TIME_VARIABLES = {
     *("CUDA_VISIBLE_DEVICES", "PYTEST_CURRENT_TEST", "TENSORBOARD_LOGGING_DIR"),
+    "TORCHINDUCTOR_CACHE_DIR",  # which torch sets in any process that looks it up
     *("WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_RUN_ID"),
 }
 NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED

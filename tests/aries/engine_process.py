@@ -24,6 +24,7 @@ class Asked:
     refinements: RefinementsConfig
     sampling: list[DraftsConfig]
     seed: tuple[Any, ...] = (0, 1)
+    answer_pattern: str | None = None
 
 
 @dataclass
@@ -49,9 +50,9 @@ def answer(
     settings: EngineSettings, asked: list[Asked], parity: ParitySamples | None = None, probe: Path = Path("unused")
 ) -> list[str]:
     """The same in this process."""
-    pattern, reports = settings.config.answer_pattern, io.StringIO()
+    reports = io.StringIO()
     tasks = [
-        Task(task.prompts, task.answers, Strategy(task.refinements, pattern), task.sampling, task.seed)
+        Task(task.prompts, task.answers, Strategy(task.refinements, task.answer_pattern), task.sampling, task.seed)
         for task in asked
         if not task.answers.exists()
     ]

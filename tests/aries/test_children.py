@@ -113,7 +113,7 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_until_dead(pid: int) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not is_alive(pid)
@@ -207,10 +207,12 @@ def test_what_the_child_started_ends_with_it(stage, tmp_path, end):
 @pytest.mark.parametrize("place", ["at work", "while it imports"])
 def test_the_child_dies_with_its_parent(tmp_path, way, place):
     """The parent is killed with SIGKILL, so nothing of it can clean up; a stage spends its first seconds on imports."""
-    pid_file = tmp_path / "pids"
+    pid_file, asked = tmp_path / "pids", tmp_path / "asked"
+    # By then it has asked the kernel to end with its parent
+    grandchild = f"import time; open({str(asked)!r}, 'w'); time.sleep(600)"
     lines = [
         "from trl_ext.processes import launcher_command",
-        "p = subprocess.Popen(launcher_command('-c', 'import time; time.sleep(600)'))",  # as the loop starts what it starts
+        f"p = subprocess.Popen(launcher_command('-c', {grandchild!r}))",  # as the loop starts what it starts
         f"open({str(pid_file)!r}, 'w').write(f'{{os.getpid()}} {{p.pid}} {{os.getppid()}}.')",
         "time.sleep(600)",
     ]
@@ -226,12 +228,11 @@ def test_the_child_dies_with_its_parent(tmp_path, way, place):
     )
     paths = os.pathsep.join([str(tmp_path), os.getcwd()])
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
-    deadline = time.monotonic() + 20
-    while not (pid_file.exists() and pid_file.read_text().endswith(".")) and time.monotonic() < deadline:
+    while not (asked.exists() and pid_file.exists() and pid_file.read_text().endswith(".")):
+        assert parent.poll() is None
         time.sleep(0.05)
     child, grandchild, starter = map(int, pid_file.read_text()[:-1].split())
     assert (starter == parent.pid) == (way == "fresh")
-    time.sleep(1)  # until the grandchild has asked the kernel, too
     assert all(map(is_alive, (child, grandchild, starter)))
     parent.send_signal(signal.SIGKILL)
     parent.wait()
@@ -246,7 +247,7 @@ def test_the_environment_is_that_of_a_fresh_process(forked, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
     stage.tell("1")  # the server is there, and has these
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    for changes in ({}, {"CUDA_VISIBLE_DEVICES": "4", "WANDB_RESUME": "allow"}):
+    for changes in ({}, {"CUDA_VISIBLE_DEVICES": "4", "TORCHINDUCTOR_CACHE_DIR": "/a"}):
         found = stage.tell("[dict(os.environ), os.getpid()]", changes)
         own = {fork_server.LAUNCHER: str(found[1])}
         assert found[0] == {**os.environ, **children.ENVIRONMENT, **changes, **own}
@@ -329,12 +330,19 @@ def test_random_states_are_each_child_s_own(forked):
 def test_memory_is_returned(forked):
     stage = forked("numpy")
     body = (
-        "data = __import__('numpy').ones(50_000_000)\nprogress(os.getpid(), os.getppid())\ntime.sleep(0.1)\ndata.sum()"
+        "data = __import__('numpy').ones(50_000_000)\nprogress(os.getpid(), os.getppid())\n"
+        "while not os.path.exists(job.file): time.sleep(0.01)"
     )
-    held = []
-    stage.on_progress = lambda *pids: held.append([(pid, resident_kib(pid)) for pid in pids])
+    held, measured = [], stage.directory / "measured"
+
+    def measure(*pids: int) -> None:
+        held.append([(pid, resident_kib(pid)) for pid in pids])
+        measured.touch()
+
+    stage.on_progress = measure
     for _ in range(3):
-        stage(body)
+        measured.unlink(missing_ok=True)
+        stage(body, file=str(measured))
     first, _, last = ([kib for _, kib in both] for both in held)
     assert first[0] > 390_000, "a child has 400 MB"
     assert last[1] < first[1] + 4096, "its server does not grow"

@@ -205,11 +205,11 @@ def killed_run(sorting: Path, output: Path, moments: list[Moment], rng: random.R
 
 @pytest.mark.vllm
 def test_a_run_that_is_killed_in_every_stage(sorting, whole_run, tmp_path):
-    """At least eight kills; a second generation and training besides."""
+    """A checkpoint and an adapter half written, once each; a second training besides."""
     first, second = moments_of_round(1), moments_of_round(2)
-    moments = [SFT[0], SFT[2], first[1], first[2], first[3], first[5], first[6], first[9], first[11], second[10]]
+    moments = [SFT[0], first[1], first[2], first[3], first[5], first[6], first[11], second[10]]
     killed = killed_run(sorting, tmp_path / "killed", moments, random.Random(0))
-    assert killed.kills.total() >= 6  # of 13 moments; on a busy machine some are over before they are seen
+    assert killed.kills.total() >= 5  # of 8 moments; on a busy machine some are over before they are seen
     assert killed.torn >= 1
     assert results(killed.output) == results(whole_run[0])
     assert killed.spent() <= 1.1

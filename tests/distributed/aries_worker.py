@@ -1,7 +1,7 @@
 """
 Runs jobs of ARIES' training stage under DDP, FSDP2 or ZeRO-3 on CPUs, and saves beside each product how it was trained.
 
-Launched by the tests, `torchrun -m tests.distributed.aries_worker <jobs> <strategy> ...`, and imported by them for what one process makes
+Launched by the tests, `python -m tests.distributed.aries_worker <jobs> <strategy> ...`, and imported by them for what one process makes
 of the same jobs.
 """
 
@@ -16,6 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import set_seed
 
+from tests.distributed.launch import two_processes
 from tests.distributed.worker import STRATEGIES, held_share
 from trl_ext.aries.training import train
 from trl_ext.aries.training.settings import Training
@@ -81,5 +82,4 @@ def main(jobs: Path, strategies: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
-    torch.distributed.destroy_process_group()
+    two_processes(main, Path(sys.argv[1]), sys.argv[2:])

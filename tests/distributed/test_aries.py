@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.aries.tiny_run import MINIMAL
 from tests.conftest import PAIRS
 from tests.distributed.aries_worker import Job, run
-from tests.distributed.launch import ROOT, torchrun
+from tests.distributed.launch import ROOT, run_module
 from trl_ext.aries.children import run_child
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.data.records import to_line, write_json
@@ -119,7 +119,7 @@ def launch(strategies: list[str], model: Path, output: Path, **environment: str)
     """Runs the cases on two processes, with one strategy after another, and returns the directory of the results."""
     made = {strategy: jobs(output / strategy, model, 2) for strategy in strategies}
     (output / "jobs.json").write_bytes(TypeAdapter(dict[str, list[Job]]).dump_json(made))
-    torchrun("tests.distributed.aries_worker", str(output / "jobs.json"), *strategies, **environment)
+    run_module("tests.distributed.aries_worker", str(output / "jobs.json"), *strategies, **environment)
     return output
 
 
@@ -206,8 +206,9 @@ def test_zero(zero, one_process, tiny_model_dir, stage, held, name):
     check(zero / stage, one_process, name, tiny_model_dir, wrapper="DeepSpeedEngine", held=held)
 
 
-def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypatch):
-    """`accelerate launch` with recipes/accelerate_configs/ddp.yaml, ended in the middle and run again."""
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypatch, stopped):
+    """`accelerate launch` with recipes/accelerate_configs/ddp.yaml, also ended in the middle and run again."""
     name = "dpo_lora_previous"
     [job] = [job for job in jobs(tmp_path, tiny_model_dir, 2) if job.training.output.name == name]
     training, run_dir = job.training, RunDir(tmp_path / "run")
@@ -232,10 +233,11 @@ def test_as_the_loop_launches_it(one_process, tiny_model_dir, tmp_path, monkeypa
         if done == 3:
             raise Stopped
 
-    with pytest.raises(Stopped):
-        run_child("trl_ext.aries.stages.train", message, log, stop, launch=launch)
-    assert not round_dir.adapter.exists()
+    if stopped:
+        with pytest.raises(Stopped):
+            run_child("trl_ext.aries.stages.train", message, log, stop, launch=launch)
+        assert not round_dir.adapter.exists()
     run_child("trl_ext.aries.stages.train", message, log, lambda *at: reports.append(at), launch=launch)
-    assert reports == [(2, STEPS), (3, STEPS), (4, STEPS)]
+    assert reports == [(step, STEPS) for step in range(2 if stopped else 0, STEPS + 1)]
     assert json.loads((tmp_path / f"{name}-training" / "rows.json").read_text())["processes"] == 2
     check_product(tmp_path, one_process, name, tiny_model_dir)

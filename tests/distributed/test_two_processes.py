@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_module
 from tests.distributed.worker import CASES, IN_PARTS, train
 
 
@@ -53,7 +53,7 @@ def one_process(models, tmp_path_factory):
 
 def launch(strategies: list[str], models: Path, output: Path, **environment: str) -> Path:
     """Trains every case on two processes, with one strategy after another, and returns the directory of the results."""
-    torchrun("tests.distributed.worker", str(models), str(output), *strategies, **environment)
+    run_module("tests.distributed.worker", str(models), str(output), *strategies, **environment)
     return output
 
 

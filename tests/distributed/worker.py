@@ -1,7 +1,7 @@
 """
 Trains tiny models under DDP, FSDP2 or ZeRO on CPUs and saves what came out, one file per case and process.
 
-Launched by the tests, `torchrun -m tests.distributed.worker <models> <output> <strategy> ...`, and imported by them for what
+Launched by the tests, `python -m tests.distributed.worker <models> <output> <strategy> ...`, and imported by them for what
 one process makes of the same global batches.
 """
 
@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOTrainer
 
 from tests.conftest import PAIRS, perturb
+from tests.distributed.launch import two_processes
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
 
 
@@ -230,5 +231,4 @@ def main(models: Path, output: Path, strategies: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
-    torch.distributed.destroy_process_group()
+    two_processes(main, Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -5,7 +5,9 @@ The chain driver on a small engine of our own, and the embedded engine itself on
 import json
 import random
 import re
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -118,11 +120,6 @@ def asked(directory: Path, prompts: list[dict], temperature=0.0) -> Asked:
     )
 
 
-def generate(engine: EngineSettings, task: Asked) -> list[dict]:
-    run_engine(engine, [task])
-    return read_jsonl(task.answers)
-
-
 def greedy(model, tokenizer, prompt, max_new_tokens: int = 8, **options) -> str:
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False, **options)
@@ -133,94 +130,118 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def adapted(model: str, path: Path):
-    """The model with an adapter that changes what it says, which is saved too."""
+def with_strategies(task: Asked, strategies: dict, sampling: list[DraftsConfig], **changes) -> dict[str, Asked]:
+    """The task with several strategies."""
+    return {
+        name: replace(
+            task,
+            answers=task.answers.with_name(f"{name}.jsonl"),
+            refinements=RefinementsConfig(strategy=name, turns=len(sampling), **templates),
+            sampling=sampling,
+            **changes,
+        )
+        for name, templates in strategies.items()
+    }
+
+
+# With an adapter: one start of the engine answers everything
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_model_path, tmp_path_factory):
+    """The model with an adapter that changes what it says, which is saved as its `adapter`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    policy = get_peft_model(
-        base, LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    policy = get_peft_model(base, config)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:  # zero at the start: an adapter that is not applied would go unnoticed
             torch.nn.init.normal_(parameter, std=0.5)
-    policy.save_pretrained(path)
+    policy.adapter = tmp_path_factory.mktemp("policy") / "adapter"
+    policy.save_pretrained(policy.adapter)
     return policy
 
 
-@pytest.mark.vllm
-def test_greedy_chains_are_what_transformers_generates_with_the_adapter(tiny_model_path, tmp_path):
-    """
-    Oracle: transformers' greedy decoding of the same PEFT model, draft and refinement. A prompt too long for the engine
-    ends its chain with the reason. The job is run twice: the second continues from half of the answers and generates only
-    the other half.
-    """
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_path):
     from transformers import AutoTokenizer
 
-    tokenizer, policy = AutoTokenizer.from_pretrained(tiny_model_path), adapted(tiny_model_path, tmp_path / "adapter")
+    return AutoTokenizer.from_pretrained(tiny_model_path)
 
-    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
-    prompts.append({"prompt_id": "long", "prompt": user(" ".join(["1"] * 60))})
-    engine, task = settings(tiny_model_path, tmp_path / "adapter"), asked(tmp_path, prompts)
-    rows = generate(engine, task)
 
-    assert [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in prompts]
-    assert rows[-1] == {"prompt_id": "long", "answers": [], "stopped": "prompt_too_long"}
-    for prompt, row in zip(prompts[:-1], rows[:-1], strict=True):
-        draft = greedy(policy, tokenizer, prompt["prompt"])
+NINE = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(9)]
+SIX = NINE[:6]
+
+
+@dataclass
+class Adapted:
+    """What the engine answers with the adapter, and what it was asked."""
+
+    drafts: list[str]  # the oracle's, of the six prompts
+    word: str  # one of theirs
+    directory: Path
+
+    def rows(self, name: str) -> list[dict]:
+        return read_jsonl(self.directory / f"{name}.jsonl")
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_model_path, policy, tokenizer, tmp_path_factory) -> Adapted:
+    directory = tmp_path_factory.mktemp("adapted")
+    drafts = [greedy(policy, tokenizer, row["prompt"]) for row in SIX]
+    word = drafts[0].split()[-1]
+    cases = {
+        "stop": {"temperature": 0.0, "stop": word},
+        "stop_token_ids": {
+            "temperature": 0.0,
+            "stop_token_ids": tokenizer(word, add_special_tokens=False)["input_ids"][-1:],
+        },
+        "repetition_penalty": {"temperature": 0.0, "repetition_penalty": 1.5},
+        "min_p": {"temperature": 1.0, "min_p": 1.0},
+    }
+    task = asked(directory, [*SIX, {"prompt_id": "long", "prompt": user(" ".join(["1"] * 60))}])
+    six = directory / "six.jsonl"
+    six.write_text("".join(map(to_line, SIX)))
+    twice = RefinementsConfig(strategy="parallel", turns=2)
+    tasks = [
+        Asked(six, directory / f"{name}.jsonl", twice, [DraftsConfig(max_tokens=8, **case)] * 2)
+        for name, case in cases.items()
+    ]
+    sampling = DraftsConfig(max_tokens=8, stop=[word])
+    parity = ParitySamples(six, directory / "parity.jsonl", 6, sampling, seed=(0,))
+    run_engine(settings(tiny_model_path, policy.adapter), [task, *tasks], parity)
+    return Adapted(drafts, word, directory)
+
+
+@pytest.mark.vllm
+def test_greedy_chains_are_what_transformers_generates_with_the_adapter(adapted, policy, tokenizer):
+    """
+    Oracle: transformers' greedy decoding of the same PEFT model, draft and refinement. A prompt too long for the engine ends its chain with
+    the reason.
+    """
+    *rows, long = adapted.rows("answers")
+    assert long == {"prompt_id": "long", "answers": [], "stopped": "prompt_too_long"}
+    assert [row["prompt_id"] for row in rows] == [row["prompt_id"] for row in SIX]
+    for prompt, draft, row in zip(SIX, adapted.drafts, rows, strict=True):
         refined = greedy(policy, tokenizer, user(f"{prompt['prompt'][0]['content']} {draft}"))
         assert [answer["text"] for answer in row["answers"]] == [draft, refined]
     with policy.disable_adapter():
-        assert greedy(policy, tokenizer, prompts[0]["prompt"]) != rows[0]["answers"][0]["text"]
-
-    # Continue from two chains, the draft of a third, and a torn line
-    for row in rows[:2]:
-        row["answers"][0]["text"] = "kept as it was found"
-    rows[2]["answers"][0]["tokens"] = 99  # likewise
-    drafts = [row | {"answers": row["answers"][:1]} for row in rows[1:3]]
-    part = tmp_path / "answers.jsonl.part"
-    part.write_text("".join(map(to_line, [rows[0], *drafts, rows[1]])) + json.dumps(rows[3])[:20])
-    (tmp_path / "answers.jsonl").unlink()
-    assert generate(engine, task) == rows
-    assert not part.exists()
+        assert greedy(policy, tokenizer, SIX[0]["prompt"]) != adapted.drafts[0]
 
 
 @pytest.mark.vllm
-def test_what_ends_and_shapes_an_answer(tiny_model_path, tmp_path):
+def test_what_ends_and_shapes_an_answer(adapted, policy, tokenizer):
     """
     Oracles: transformers' greedy decoding, cut before a word or a token of its own; with its own repetition penalty; and at temperature
     1, if no token may be less likely than the likeliest, once more. Answers for the parity check end likewise.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model_path), adapted(tiny_model_path, tmp_path / "adapter")
-    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(6)]
-    drafts = [greedy(model, tokenizer, row["prompt"]) for row in prompts]
-    word = drafts[0].split()[-1]
-    token = tokenizer(word, add_special_tokens=False)["input_ids"][-1]
-    task = asked(tmp_path, prompts)
-    cases = {
-        "stop": {"temperature": 0.0, "stop": word},
-        "stop_token_ids": {"temperature": 0.0, "stop_token_ids": [token]},
-        "repetition_penalty": {"temperature": 0.0, "repetition_penalty": 1.5},
-        "min_p": {"temperature": 1.0, "min_p": 1.0},
-    }
-    tasks = [
-        Asked(
-            task.prompts,
-            tmp_path / f"{name}.jsonl",
-            RefinementsConfig(strategy="parallel", turns=2),
-            [DraftsConfig(max_tokens=8, **case)] * 2,
-        )
-        for name, case in cases.items()
-    ]
-    sampling = DraftsConfig(max_tokens=8, stop=[word])
-    parity = ParitySamples(task.prompts, tmp_path / "parity.jsonl", 6, sampling, seed=(0,))
-    run_engine(settings(tiny_model_path, tmp_path / "adapter"), tasks, parity)
-    found = {name: [row["answers"] for row in read_jsonl(tmp_path / f"{name}.jsonl")] for name in cases}
+    drafts, word = adapted.drafts, adapted.word
+    cases = ("stop", "stop_token_ids", "repetition_penalty", "min_p")
+    found = {name: [row["answers"] for row in adapted.rows(name)] for name in cases}
     texts = {name: [[answer["text"] for answer in row] for row in rows] for name, rows in found.items()}
 
     cut = [draft.partition(word)[0].strip() for draft in drafts]
@@ -229,22 +250,13 @@ def test_what_ends_and_shapes_an_answer(tiny_model_path, tmp_path):
         for draft, row in zip(drafts, rows, strict=True):
             assert row[0]["finish_reason"] == ("stop" if word in draft else "length")
     assert texts["min_p"] == [[text] * 2 for text in drafts]
-    penalized = [greedy(model, tokenizer, row["prompt"], repetition_penalty=1.5) for row in prompts]
+    penalized = [greedy(policy, tokenizer, row["prompt"], repetition_penalty=1.5) for row in SIX]
     assert penalized != drafts and texts["repetition_penalty"] == [[text] * 2 for text in penalized]
-    for row in read_jsonl(tmp_path / "parity.jsonl"):
+    for row in adapted.rows("parity"):
         assert word not in tokenizer.decode(row["token_ids"][:-1]) and len(row["logps"]) == len(row["token_ids"])
 
 
-@pytest.mark.vllm
-def test_sampled_answers_depend_on_seed_and_prompt_only(tiny_model_path, tmp_path):
-    """The same requests in another order and batch give the same answers; equal prompts with other ids do not."""
-    prompts = [{"prompt_id": str(i), "prompt": user("Sort : 2 1")} for i in range(6)]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    rows = generate(settings(tiny_model_path), asked(tmp_path / "a", prompts, temperature=1.0))
-    reverse = generate(settings(tiny_model_path), asked(tmp_path / "b", prompts[::-1][:4], temperature=1.0))
-    assert reverse[::-1] == rows[2:]
-    assert len({row["answers"][0]["text"] for row in rows}) > 1
+# Without an adapter: one start of the engine answers everything, and a second one what is missing then
 
 
 TEMPLATES = {
@@ -258,50 +270,104 @@ TEMPLATES = {
         "evaluation_template": "{{ question }} Draft : {{ draft }}",
     },
 }
+HISTORY = [
+    {"role": "system", "content": "Write . " * 64},
+    *user("Sort : 2 1"),
+    {"role": "assistant", "content": "1 2"},
+]
+QUESTIONS = [*SIX[:3], {"prompt_id": "history", "prompt": [*HISTORY, *user("Sort : 7 6")]}]
+EQUAL = [{"prompt_id": str(i), "prompt": user("Sort : 2 1")} for i in range(6)]
 
 
-def with_strategies(task: Asked, strategies, sampling: list[DraftsConfig]) -> dict[str, Asked]:
-    """The task with several strategies."""
-    return {
-        name: replace(
-            task,
-            answers=task.answers.with_name(f"{name}.jsonl"),
-            refinements=RefinementsConfig(strategy=name, turns=len(sampling), **TEMPLATES[name]),
-            sampling=sampling,
-        )
-        for name in strategies
-    }
+@dataclass
+class Plain:
+    """What two starts of the engine answer. Some files were cut off after the first start, and continued by the second."""
+
+    log: str  # of the first start
+    greedy: dict[str, list[dict]]  # rows by strategy
+    equal: list[dict]
+    reversed: list[dict]
+    whole: dict[str, bytes]  # sampled answers by strategy, before they were cut off
+    continued: dict[str, bytes]
+    chains: list[dict]  # rows of the greedy chains, some of them changed before they were cut off
+    continued_chains: list[dict]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model_path, tmp_path_factory) -> Plain:
+    def directory(name: str) -> Path:
+        return tmp_path_factory.mktemp(name)
+
+    def cut_off(file: Path, part: str) -> None:
+        file.with_name(file.name + ".part").write_text(part)
+        file.unlink()
+
+    engine = settings(tiny_model_path, max_model_len=240)
+    turns = [DraftsConfig(temperature=0.0, max_tokens=tokens) for tokens in (8, 6, 7)]
+    greedy_tasks = with_strategies(asked(directory("greedy"), QUESTIONS), TEMPLATES, turns)
+    equal = asked(directory("equal"), EQUAL, temperature=1.0)
+    sampled = with_strategies(
+        asked(directory("sampled"), NINE),
+        {name: TEMPLATES[name] for name in ("parallel", "self_evaluation")},
+        [DraftsConfig(temperature=1.0, max_tokens=6)] * 3,
+        answer_pattern=r"^\s*\d(.*)",  # some texts of a random model begin so, and some do not
+    )
+    with redirect_stdout(StringIO()) as log:
+        run_engine(engine, [*greedy_tasks.values(), equal, *sampled.values()])
+    greedy_rows = {name: read_jsonl(task.answers) for name, task in greedy_tasks.items()}
+
+    whole = {name: task.answers.read_bytes() for name, task in sampled.items()}
+    for task in sampled.values():
+        lines = task.answers.read_text().splitlines(keepends=True)
+        cut_off(task.answers, "".join(lines[2:5]) + lines[7][:30])
+    # Two chains, the draft of a third, and a torn line
+    chains = read_jsonl(greedy_tasks["chain"].answers)
+    for row in chains[:2]:
+        row["answers"][0]["text"] = "kept as it was found"
+    chains[2]["answers"][0]["tokens"] = 99  # likewise
+    drafts = [row | {"answers": row["answers"][:1]} for row in chains[1:3]]
+    cut_off(
+        greedy_tasks["chain"].answers,
+        "".join(map(to_line, [chains[0], *drafts, chains[1]])) + json.dumps(chains[3])[:20],
+    )
+    reverse = asked(directory("reverse"), EQUAL[::-1][:4], temperature=1.0)
+    run_engine(engine, [greedy_tasks["chain"], reverse, *sampled.values()])
+    return Plain(
+        log.getvalue(),
+        greedy_rows,
+        read_jsonl(equal.answers),
+        read_jsonl(reverse.answers),
+        whole,
+        {name: task.answers.read_bytes() for name, task in sampled.items()},
+        chains,
+        read_jsonl(greedy_tasks["chain"].answers),
+    )
 
 
 @pytest.mark.vllm
-def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_model_path, tmp_path, capfd):
+def test_sampled_answers_depend_on_seed_and_prompt_only(plain):
+    """The same requests in another order and batch give the same answers; equal prompts with other ids do not."""
+    assert plain.reversed[::-1] == plain.equal[2:]
+    assert len({row["answers"][0]["text"] for row in plain.equal}) > 1
+
+
+@pytest.mark.vllm
+def test_greedy_answers_of_every_strategy_are_what_transformers_generates(plain, tiny_model_path, tokenizer):
     """
-    Oracle: transformers' greedy decoding, turn by turn, of prompts written out by hand. The four strategies share one
-    start of the engine. Of a conversation, the system message and the earlier turns stay; this one is long enough to fill
-    a block of the prefix cache, 128 tokens on a CPU, which every later request of it then finds there.
+    Oracle: transformers' greedy decoding, turn by turn, of prompts written out by hand. Of a conversation, the system message and the earlier
+    turns stay; this one is long enough to fill a block of the prefix cache, 128 tokens on a CPU, which every later request of it then finds
+    there.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_path, dtype=torch.float32)
-    history = [
-        {"role": "system", "content": "Write . " * 64},
-        *user("Sort : 2 1"),
-        {"role": "assistant", "content": "1 2"},
-    ]
-    prompts = [{"prompt_id": f"{i}", "prompt": user(f"Sort : {i} {i + 1}")} for i in range(3)]
-    prompts.append({"prompt_id": "history", "prompt": [*history, *user("Sort : 7 6")]})
-    sampling = [DraftsConfig(temperature=0.0, max_tokens=tokens) for tokens in (8, 6, 7)]
-    tasks = with_strategies(asked(tmp_path, prompts), TEMPLATES, sampling)
-    run_engine(settings(tiny_model_path, max_model_len=240), list(tasks.values()))
-    log = capfd.readouterr().out
-    found = re.findall(r"([\d.]+)% of (\d+) prompt tokens came from the prefix cache", log)
+    found = re.findall(r"([\d.]+)% of (\d+) prompt tokens came from the prefix cache", plain.log)[: len(TEMPLATES)]
     cached_tokens = [float(share) / 100 * int(total) for share, total in found]
     later_requests = [2, 3, 3, 5]  # of the long conversation: all but the first one of the first task
     assert all(cached > n * 127 for cached, n in zip(cached_tokens, later_requests, strict=True))
 
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(QUESTIONS):
         before, question = prompt["prompt"][:-1], prompt["prompt"][-1]["content"]
 
         def ask(text: str, tokens: int, before=before) -> str:
@@ -319,37 +385,32 @@ def test_greedy_answers_of_every_strategy_are_what_transformers_generates(tiny_m
             "few_shot": [y1, few2, ask(f"{question} Draft : {y1} . Draft : {few2} . ", 7)],
             "self_evaluation": [y1, self2, ask(f"{question} {self2} : {c2} Write a better answer", 7)],
         }
-        rows = {name: read_jsonl(task.answers)[index] for name, task in tasks.items()}
+        rows = {name: answers[index] for name, answers in plain.greedy.items()}
         assert {name: [a["text"] for a in row["answers"]] for name, row in rows.items()} == expected
         assert [a.get("critique") for a in rows["self_evaluation"]["answers"]] == [c1, c2, None]
         assert all(row["stopped"] is None and row["prompt_id"] == prompt["prompt_id"] for row in rows.values())
 
 
 @pytest.mark.vllm
-def test_sampled_chains_with_critiques_and_missing_answers_are_continued(tiny_model_path, tmp_path):
-    """A run that is cut off in the middle of both files, and continued, ends with the bytes of one that is not."""
-    prompts = [{"prompt_id": str(i), "prompt": user(f"Sort : {i} {i + 1}")} for i in range(9)]
-    # Some texts of a random model begin so, and some do not
-    engine = settings(tiny_model_path, answer_pattern=r"^\s*\d(.*)")
-    sampling = [DraftsConfig(temperature=1.0, max_tokens=6)] * 3
-    tasks = with_strategies(asked(tmp_path, prompts), ["parallel", "self_evaluation"], sampling)
-    files = {name: task.answers for name, task in tasks.items()}
-    run_engine(engine, list(tasks.values()))
-    whole = {name: file.read_bytes() for name, file in files.items()}
-    chains = {name: [Chain.from_row(row, user("")) for row in read_jsonl(file)] for name, file in files.items()}
+def test_sampled_chains_with_critiques_and_missing_answers_are_continued(plain):
+    """What is cut off in the middle of both files, and continued, ends with the bytes of what is not."""
+    chains = {
+        name: [Chain.from_row(json.loads(line), user("")) for line in lines.splitlines()]
+        for name, lines in plain.whole.items()
+    }
     for chain in chains["parallel"]:
         assert len(chain.answers) + len(chain.unanswered) == 3
         assert all(answer.full_text.strip()[1:].strip() == answer.text for answer in chain.answers)
     for chain in chains["self_evaluation"]:
         assert (chain.stopped == "no_answer_found") == (len(chain.answers) < 3) == bool(chain.unanswered)
         assert all(answer.critique is not None for answer in chain.answers[:2])
-    for name in files:
-        assert any(chain.answers for chain in chains[name]) and any(chain.unanswered for chain in chains[name])
+    for found in chains.values():
+        assert any(chain.answers for chain in found) and any(chain.unanswered for chain in found)
     assert any(len({answer.full_text for answer in chain.answers}) > 1 for chain in chains["parallel"])
+    assert plain.continued == plain.whole
 
-    for name, file in files.items():
-        lines = whole[name].splitlines(keepends=True)
-        file.with_name(file.name + ".part").write_bytes(b"".join(lines[2:5]) + lines[7][:30])
-        file.unlink()
-    run_engine(engine, list(tasks.values()))
-    assert {name: file.read_bytes() for name, file in files.items()} == whole
+
+@pytest.mark.vllm
+def test_greedy_chains_are_continued(plain):
+    """The answers that are there stay as they are; only the others are generated."""
+    assert plain.continued_chains == plain.chains

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 
 PROMPTS, TURNS = 40, 2
+# Importing it here would set variables, and the embedded engine would not be forked
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs ray")
 
 
 @pytest.fixture
@@ -39,10 +42,10 @@ def embedded(model: str, prompts: Path, answers: Path) -> list[dict]:
     return read_jsonl(answers)
 
 
+@needs_ray
 @pytest.mark.vllm
 def test_a_node_that_is_killed_loses_nothing(tiny_model_path, prompts, tmp_path):
     """Two nodes, one killed by SIGKILL after a fourth of the chains: every chain once, as if there had been one engine."""
-    pytest.importorskip("ray")
     job = {"prompts": str(prompts), "answers": str(tmp_path / "ray.jsonl"), "model": tiny_model_path}
     file = tmp_path / "job.json"
     file.write_text(json.dumps(job | {"kill_after": PROMPTS // 4, "turns": TURNS}))
@@ -57,10 +60,10 @@ def test_a_node_that_is_killed_loses_nothing(tiny_model_path, prompts, tmp_path)
     assert read_jsonl(tmp_path / "ray.jsonl") == embedded(tiny_model_path, prompts, tmp_path / "embedded.jsonl")
 
 
+@needs_ray
 @pytest.mark.slow
 def test_a_request_that_kills_its_workers_is_set_aside(tiny_model_path, prompts, tmp_path):
     """Its chain alone has no answer; those that were lost beside it are answered all the same."""
-    pytest.importorskip("ray")
     ids = [row["prompt_id"] for row in read_jsonl(prompts)]
     job = {"prompts": str(prompts), "answers": str(tmp_path / "ray.jsonl"), "model": tiny_model_path, "turns": 2}
     file = tmp_path / "job.json"

@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from tests.aries import engine_process
 from tests.aries.engine_process import Asked, run_engine
 from tests.aries.model_server import ModelServer, answer, logp, serving, stop
 from tests.aries.tiny_run import MINIMAL, command, recipe, results
@@ -56,8 +57,7 @@ TEXTS = [{"token_ids": [1, 2, 3, 4, 5], "positions": [1, 2, 4]}, {"token_ids": [
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Waits of hundredths of a second, and no proxy."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    """Waits of hundredths of a second."""
     monkeypatch.setattr(served_engine, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(served_engine, "CHECK_SECONDS", 0.1)
 
@@ -473,9 +473,11 @@ class VllmServer:
     """`vllm serve` on the CPU, in a session of its own, so that a SIGKILL takes its engine too."""
 
     def __init__(self, model: str, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        # Held, so that nobody else is given it. vLLM asks for it with the same option, and may then listen
+        self.held = socket.socket()
+        self.held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.held.bind(("127.0.0.1", 0))
+        self.port = self.held.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
         self.model, self.log = model, log
         self.process: subprocess.Popen | None = None
@@ -522,6 +524,7 @@ def vllm_servers(model: str, directory: Path, count: int):
     finally:
         for server in servers:
             server.kill()
+            server.held.close()
 
 
 @pytest.fixture
@@ -530,7 +533,7 @@ def key(monkeypatch):
 
 
 @pytest.mark.vllm
-def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_path):
+def test_a_server_answers_as_the_embedded_engine_does(tiny_model_path, tmp_path, monkeypatch):
     """
     Oracle: the embedded engine, on the same job: greedy and sampled chains with an adapter, and the answers for the parity check. Another
     server of the list is not there. The trainer's log-probabilities under another adapter then do not match. A judge asks the same server.
@@ -573,7 +576,8 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
         ]
         settings = EngineSettings(tiny_model_path, config, ("round_02", 3, adapters["round_02"]), max_lora_rank=8)
         parity = ParitySamples(file, files["parity"], 10, DraftsConfig(**sampling), seed=(0, "parity"))
-        notes.extend(run_engine(settings, tasks, parity, tmp_path / "parity_probe.json"))
+        ask = run_engine if config.base_urls is None else engine_process.answer
+        notes.extend(ask(settings, tasks, parity, tmp_path / "parity_probe.json"))
         return {task: read_jsonl(file) for task, file in files.items()}
 
     policies = {"policy": adapters["round_02"], "base": None, "previous": adapters["round_01"]}
@@ -584,6 +588,7 @@ def test_a_server_answers_as_the_embedded_engine_does(key, tiny_model_path, tmp_
         write_probe(comparison, tmp_path / "prompts.jsonl", tmp_path / "parity_probe.json", "float32", 64)
         embedded = generate("embedded")
         assert notes == []
+        monkeypatch.setenv("VLLM_KEY", SECRET)
         served = generate("served", base_urls=[server.url, gone.url], api_key_env="VLLM_KEY")
         assert len(notes) == 1 and notes[0].endswith("; 1 of 2 are in use")
         assert served["greedy"] == embedded["greedy"] and served["sampled"] == embedded["sampled"]

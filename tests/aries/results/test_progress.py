@@ -82,7 +82,7 @@ def ran(progress: RunProgress) -> str:
 
 def test_a_log_has_one_line_per_stage_and_no_control_characters():
     text = ran(RunProgress(2))
-    assert re.search(r"^round 1/2  training \(dpo\) +12 +0.0 s$", text, flags=re.MULTILINE)
+    assert re.search(r"^round 1/2  training \(dpo\) +12 +\d+\.\d s$", text, flags=re.MULTILINE)
     assert "round 1/2 done in 1 min 01 s, about 1 min 01 s to go" in text
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 

@@ -29,11 +29,6 @@ def serving(prefer=longer, **options):
     return running(ChatServer(prefer, **options))
 
 
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 def judge(url, **options):
     options = {"template": TEMPLATE, "max_retries": 1} | options
     return Judge(ScorerConfig(judge=JudgeConfig(base_url=url, model="m", **options)))

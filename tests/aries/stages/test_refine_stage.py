@@ -4,12 +4,14 @@ import io
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 import trl_ext
+from trl_ext.aries import children
 from trl_ext.aries.children import Reporter
 from trl_ext.aries.config import RefineConfig
 from trl_ext.aries.data.records import read_jsonl, write_jsonl
@@ -24,8 +26,14 @@ TEMPLATE = "{{ question }} Draft : {{ draft }} . Write a better answer ."
 GENERATION = {"max_model_len": 64, "max_num_seqs": 2, "dtype": "float32", "cpu_kv_cache_gib": 1}
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """The stages that this process starts are forked from a server that other tests use too. Those of a command are fresh processes."""
+    monkeypatch.setitem(children.SERVER_OF, "trl_ext.aries.stages.refine", "vllm")
+
+
 @pytest.mark.vllm
-def test_a_killed_command_gives_the_same_file(sorting, tmp_path):
+def test_a_killed_command_gives_the_same_file(forked, sorting, tmp_path):
     prompts = read_jsonl(sorting / "train.jsonl")[:24]
     write_jsonl(tmp_path / "prompts.jsonl", prompts)
     model, output = str(sorting / "model"), tmp_path / "killed.jsonl"
@@ -46,8 +54,8 @@ def test_a_killed_command_gives_the_same_file(sorting, tmp_path):
     command += [f"--generation.{key}={value}" for key, value in GENERATION.items()]
     command += ["--drafts.temperature=1.0", "--drafts.max_tokens=8", "--refinements.template", TEMPLATE]
     command += ["--select", "verifier", VERIFIER]
-    kept = killed(command, output.with_name("killed.jsonl.work") / "answers.jsonl.part", lines=12)
-    assert kept, "it was killed while it answered"
+    while not killed(command, output.with_name("killed.jsonl.work") / "answers.jsonl.part", lines=12):
+        output.unlink()  # it had ended before this process saw it
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -55,7 +63,7 @@ def test_a_killed_command_gives_the_same_file(sorting, tmp_path):
 
 
 @pytest.mark.vllm
-def test_a_run_answers_as_in_its_evaluation(whole_run):
+def test_a_run_answers_as_in_its_evaluation(forked, whole_run):
     """Oracle: the greedy answers of the last round's policy, its adapter and its template included, that the run evaluated."""
     path, _ = whole_run
     prompts = [{"prompt": row["prompt"]} for row in read_jsonl(path / "evaluation_prompts.jsonl")]
@@ -91,14 +99,22 @@ def test_prompts_and_the_tokenizer(sorting, tmp_path, prompt, template, stop, sa
         assert said in reports.getvalue() if said else not reports.getvalue()
 
 
-def killed(command: list[str], file: Path, lines: int) -> bytes:
-    """Start a command, and kill it once a file has so many lines; what the file has then."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not file.exists() or file.read_bytes().count(b"\n") < lines:
-            assert process.poll() is None, "it ended too early"
+def killed(command: list[str], file: Path, lines: int) -> bool:
+    """Start a command, and kill it once a file has so many lines. `False` if it had ended before."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while lines_in(file) < lines:
+            if process.poll() is not None:
+                assert process.returncode == 0, process.stderr.read()
+                return False
             time.sleep(0.005)
         process.kill()
-    return file.read_bytes() if file.exists() else b""
+    return file.exists()
+
+
+def lines_in(file: Path) -> int:
+    with suppress(FileNotFoundError):
+        return file.read_bytes().count(b"\n")
+    return 0
 
 
 def check(rows: list[dict], prompts: list[dict]) -> None:
