@@ -26,7 +26,15 @@ from transformers import (
 from trl import DPOConfig
 
 from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer, TDPOConfig, TDPOTrainer
-from trl_ext.trainers.packed_pairs import EXACT_MODEL_TYPES, PackedPairs, RunMask, attention_by_runs, why_not_packed
+from trl_ext.trainers.packed_pairs import (
+    EXACT_MODEL_TYPES,
+    PackedPairs,
+    RunMask,
+    attention_by_padded_runs,
+    attention_by_runs,
+    padded_runs,
+    why_not_packed,
+)
 from trl_ext.trainers.squared_refinement import SquaredRefinementTDPOTrainer
 
 
@@ -682,6 +690,30 @@ def ragged_batch() -> tuple[torch.Tensor, torch.Tensor]:
     ids[2, :140], ids[3, :10] = ids[0, :140], ids[1, :10]
     lengths = torch.tensor([180, 30, 150, 40])
     return ids, (torch.arange(180) < lengths.unsqueeze(1)).long()
+
+
+@pytest.mark.parametrize("window", [0, 3, 40])
+@pytest.mark.parametrize(("share_prompt", "multiple"), [(True, 64), (True, 1), (False, 64), (False, 1)])
+def test_one_padded_product_for_a_gpu(share_prompt, multiple, window):
+    """Oracle: one product per run, in values and gradients."""
+    packed = PackedPairs.from_batch(*ragged_batch(), share_prompt=share_prompt, pad_to_multiple_of=multiple)
+    mask = torch.tensor([[[[*run, window] for run in packed.runs()]]]).as_subclass(RunMask)
+    assert padded_runs(mask, torch.device("cpu"))[2].any(dim=-1).all(), "a row without a key"
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    results = []
+    for attention in (attention_by_runs, attention_by_padded_runs):
+        generator = torch.Generator().manual_seed(0)
+        states = [
+            torch.randn(
+                1, heads, packed.input_ids.size(1), 8, generator=generator, dtype=torch.float64
+            ).requires_grad_()
+            for heads in (4, 2, 2)
+        ]
+        output, _ = attention(module, *states, mask)
+        (output * torch.randn(output.shape, generator=generator, dtype=torch.float64)).sum().backward()
+        results.append([output.detach(), *(x.grad for x in states)])
+    torch.testing.assert_close(*results)
 
 
 # torch.compile (torch 2.11 and 2.13, and transformers 5.17, which calls it) warns about parts of torch itself while it compiles

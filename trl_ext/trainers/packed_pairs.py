@@ -40,6 +40,8 @@ class RunMask(torch.Tensor):
     the start of the run before (the prompt), and the sliding window, `0` for none. Each token also sees the earlier tokens of its run.
     """
 
+    padded: tuple[torch.Tensor, ...] | None = None  # on a GPU, what all layers of its kind share
+
 
 def attention_by_runs(
     module: nn.Module,
@@ -91,14 +93,14 @@ def attention_by_padded_runs(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    [`attention_by_runs`] in one product of all runs, padded: a GPU would wait for the launches of one product per run, and has padding for
-    free in comparison. Everything but attention is computed without padding all the same.
+    [`attention_by_runs`] with one product of all runs, padded: for a GPU, which would wait for the launches of one product per run.
+    Everything but attention is computed without padding all the same.
     """
-    if not hasattr(attention_mask, "padded"):  # one mask serves all layers of its kind
+    if attention_mask.padded is None:
         attention_mask.padded = padded_runs(attention_mask, query.device)
     queries_of, keys_of, visible, places = attention_mask.padded
-    padded = [x[0][:, of].transpose(0, 1) for x, of in ((query, queries_of), (key, keys_of), (value, keys_of))]
-    output, _ = sdpa_attention_forward(module, *padded, visible, **kwargs)  # (R, L, heads, head size)
+    states = [x[0][:, of].transpose(0, 1) for x, of in ((query, queries_of), (key, keys_of), (value, keys_of))]
+    output, _ = sdpa_attention_forward(module, *states, visible, **kwargs)  # (R, L, heads, head size)
     return output.flatten(0, 1)[places][None], None
 
 
@@ -107,26 +109,21 @@ def padded_runs(runs: RunMask, device: torch.device) -> tuple[torch.Tensor, ...]
     The R runs that are not empty, padded to L queries and K keys each.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: the places of the queries in the sequence, `(R, L)`, and of the keys, `(R, K)`; the mask, `(R, 1, L, K)`; and
-        the place of each token of the sequence among the R · L queries, `(S,)`.
+        `tuple[torch.Tensor, ...]`: the places of the queries in the sequence, `(R, L)`, and of the keys, `(R, K)`; the mask, `(R, 1, L, K)`;
+        and the place of each token of the sequence among the R · L queries, `(S,)`.
     """
-    runs = runs[0, 0].as_subclass(torch.Tensor)
-    starts = runs[:, 0].cumsum(0) - runs[:, 0]
-    before = starts.roll(1)
-    (length, prefix, prompt, window), starts, before = (
-        runs[runs[:, 0] > 0].T[:, :, None],
-        *(x[runs[:, 0] > 0, None] for x in (starts, before)),
-    )
-    seen, query, key = (
-        prefix + prompt,
-        torch.arange(int(length.max())),
-        torch.arange(int((prefix + prompt + length).max())),
-    )
-    queries_of = (starts + query).where(query < length, 0)
-    keys_of = torch.where(key < prefix, key, torch.where(key < seen, before + key - prefix, starts + key - seen))
+    table = runs[0, 0].as_subclass(torch.Tensor)
+    starts = table[:, 0].cumsum(0) - table[:, 0]
+    columns = torch.stack([*table.T, starts, starts.roll(1)])[:, table[:, 0] > 0, None]
+    length, prefix, prompt, window, start, start_before = columns  # (R, 1) each
+    seen = prefix + prompt
+    query, key = torch.arange(int(length.max())), torch.arange(int((seen + length).max()))
+    queries_of = (start + query).where(query < length, 0)
+    keys_of = torch.where(key < prefix, key, torch.where(key < seen, start_before + key - prefix, start + key - seen))
     keys_of = keys_of.where(key < seen + length, 0)
     distance = (seen + query)[:, :, None] - key  # (R, L, K): how far the key is behind the query
     visible = (distance >= 0) & ((window == 0)[:, :, None] | (distance < window[:, :, None]))
+    visible |= (query >= length)[:, :, None]  # padding sees anything: a row without a key would be NaN
     places = (query < length).flatten().nonzero()[:, 0]
     return tuple(x.to(device) for x in (queries_of, keys_of, visible[:, None], places))
 
