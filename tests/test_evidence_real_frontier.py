@@ -1,5 +1,5 @@
 """
-The experiments in docs/evidence/real, at a size for a CPU: each runs from end to end on a model of this file, a second call runs nothing, and what it
+docs/evidence/real/tdpo_frontier.py at a size for a CPU: it runs from end to end on a model of this file, a second call runs nothing, and what it
 measures agrees with a naive computation.
 """
 
@@ -178,6 +178,7 @@ class TestFrontier:
     def test_only_whole_sentences_are_learned(self, text, kept):
         assert film_reviews.first_sentences(text) == kept
 
+    @pytest.mark.slow
     def test_runs_end_to_end_once(self, reviewer, lexicon, tmp_path, monkeypatch, capsys):
         """A second call reads what the first has written: with another reward, new runs would give other rows."""
 
