@@ -360,7 +360,7 @@ def tables(rows: list[Row]) -> str:
     parts = []
     for key, title in MEASURES.items():
         parts += [f"After the last round, {title}", ends(rows, key)]
-        parts += [f"Difference from {FIRST}, within each seed, {title}", differences(rows, key)]
+        parts += [f"Difference from {methods_of(rows)[0]}, within each seed, {title}", differences(rows, key)]
     for key, title in MEASURES.items():
         parts += [f"Round by round, {title}", by_round(rows, key)]
     return "\n\n".join([*parts, "Work", work(rows)])
