@@ -65,9 +65,10 @@ class Sizes:
     held_out: int = 512
     batch: int = 32  # pairs
     every: int = 12  # steps between evaluations
+    early: int = 3  # and between those before the first of them, when DPO's KL grows fastest
 
 
-TINY = Sizes(sft_openings=24, sft_epochs=1, openings=8, held_out=8, batch=2, every=1)
+TINY = Sizes(sft_openings=24, sft_epochs=1, openings=8, held_out=8, batch=2, every=1, early=1)
 
 
 def quiet() -> None:
@@ -162,7 +163,7 @@ class Evaluate(TrainerCallback):
     """Measure the policy at the start and every so many steps, on a copy that no trainer has wrapped."""
 
     def __init__(self, folder: Path, sizes: Sizes):
-        self.every, self.rows = sizes.every, []
+        self.sizes, self.rows = sizes, []
         self.tokenizer = load_tokenizer(folder / "reference")
         self.policy, self.reference = (load_model(folder / "reference") for _ in range(2))
         self.openings, pairs = openings_of("held_out", sizes), pairs_in(folder, "held_out")
@@ -173,7 +174,8 @@ class Evaluate(TrainerCallback):
         }
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every == 0:
+        interval = self.sizes.early if state.global_step < self.sizes.every else self.sizes.every
+        if state.global_step % interval == 0:
             self.evaluate(state.global_step, model)
 
     def evaluate(self, step: int, model) -> None:
