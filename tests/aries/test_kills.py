@@ -208,11 +208,15 @@ def test_a_run_that_is_killed_in_every_stage(sorting, whole_run, tmp_path):
     """A checkpoint and an adapter half written, once each; a second training besides."""
     first, second = moments_of_round(1), moments_of_round(2)
     moments = [SFT[0], first[1], first[2], first[3], first[5], first[6], first[11], second[10]]
-    killed = killed_run(sorting, tmp_path / "killed", moments, random.Random(0))
-    assert killed.kills.total() >= 5  # of 8 moments; on a busy machine some are over before they are seen
-    assert killed.torn >= 1
-    assert results(killed.output) == results(whole_run[0])
-    assert killed.spent() <= 1.1
+    kills, torn, runs = 0, 0, 0
+    while (
+        kills < 5 or torn < 1
+    ):  # one run has eight; on a busy machine some moments are over before they are seen, and come again in another run
+        killed = killed_run(sorting, tmp_path / f"killed{runs}", moments, random.Random(runs))
+        assert results(killed.output) == results(whole_run[0])
+        assert killed.spent() <= 1.1
+        kills, torn, runs = kills + killed.kills.total(), torn + killed.torn, runs + 1
+        assert killed.kills.total() > 0
 
 
 @pytest.mark.slow
