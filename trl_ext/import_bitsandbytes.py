@@ -36,5 +36,5 @@ def import_bitsandbytes() -> None:
         torch.cuda.get_device_capability = ask_driver
 
 
-if find_spec("bitsandbytes") is not None and not os.environ.get("CUDA_VISIBLE_DEVICES", "0").startswith("-"):
+if find_spec("bitsandbytes") is not None:
     import_bitsandbytes()
