@@ -3,6 +3,7 @@ docs/evidence/real/hh.py, end to end on a tiny random model: its own measurement
 """
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import datasets
@@ -35,11 +36,11 @@ def data(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "profanity_check", score)
     monkeypatch.setattr(hh, "BATCH", 4)
     hh.prepare(str(tmp_path / "hh.jsonl"), AutoTokenizer.from_pretrained(tiny_model_dir), tmp_path / "pairs.json")
-    return {"data": tmp_path / "pairs.json", "held_out": 8, "models": tmp_path / "models"}
+    return {"data": tmp_path / "pairs.json", "size": replace(hh.FULL, held_out=8), "models": tmp_path / "models"}
 
 
 def test_hh(data, tiny_model_dir, tmp_path, capsys, single_thread):
-    held_out, training = hh.split(data["data"], 8, seed=0)
+    held_out, training = hh.split(data["data"], data["size"], seed=0)
     assert len(held_out) + len(training) <= 36
     assert all(pair["gap"] == 0.25 * pair["rejected"].split().count("no") for pair in training)
     openings = [{pair["prompt"].split("\n\nAssistant:")[0] for pair in pairs} for pairs in (held_out, training)]

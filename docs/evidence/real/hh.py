@@ -15,6 +15,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -48,16 +49,26 @@ ARMS = {
     "Sr-DPO, λ = 1": {"refinement_weight": 1.0},
     "DPO, β = 0.05": {"beta": BETA / 2},  # is λ more than a smaller β?
 }
-MAX_LENGTH = 512  # tokens of a prompt with an answer; longer pairs are left out
-HELD_OUT, PAIRS = 312, 1840  # held-out and training pairs; so many training pairs as held-out ones are measured too
-BATCH, ACCUMULATED, EVALUATIONS = 16, 2, 4  # pairs a step, in so many parts
+BATCH, ACCUMULATED = 16, 2  # pairs a step, in so many parts
 SFT_LEARNING_RATE = 2e-5
 ON_GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Size:
+    max_length: int  # tokens of a prompt with an answer; longer pairs are left out
+    held_out: int  # pairs; so many training pairs are measured too
+    training: int  # pairs, at most
+    evaluations: int
+    bf16: bool = ON_GPU  # autocast; the weights are float32
+
+
+FULL = Size(max_length=512, held_out=312, training=1840, evaluations=4)
+SMALL = Size(max_length=96, held_out=128, training=320, evaluations=2, bf16=True)  # for two CPU cores
 COMMON = {
     "gradient_checkpointing": False,
     "train_sampling_strategy": "sequential",  # `in_batches` has the order
     "num_train_epochs": 1,  # `in_batches` repeats the pairs
-    "bf16": ON_GPU,  # autocast; the weights are float32
     "use_cpu": not ON_GPU,
     "save_strategy": "no",
     "logging_strategy": "no",
@@ -69,9 +80,9 @@ COMMON = {
 # Data
 
 
-def prepare(hh: str, tokenizer, path: Path) -> None:
+def prepare(hh: str, tokenizer, path: Path, max_length: int = FULL.max_length) -> None:
     """
-    Write the pairs that can be used, as JSON: texts, token ids (`augmented_prompt_ids` for p ⊕ x), and `gap`, by how much the rejected answer is
+    Write the pairs of at most `max_length` tokens, as JSON: texts, token ids (`augmented_prompt_ids` for p ⊕ x), and `gap`, by how much the rejected answer is
     the more offensive one, in [-1, 1].
     """
     from profanity_check import predict_prob
@@ -85,7 +96,7 @@ def prepare(hh: str, tokenizer, path: Path) -> None:
     print(*account.lines, sep="\n")
     pairs = []
     for row in found:
-        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= MAX_LENGTH:
+        if len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= max_length:
             texts = {key: row[key].removesuffix(tokenizer.eos_token) for key in ("prompt", "chosen", "rejected")}
             pairs.append({**texts, **{key: row[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")}})
     under_p = [{**pair, "prompt": augment_prompt(pair["prompt"], REFINEMENT_PROMPT)} for pair in pairs]
@@ -102,14 +113,14 @@ def prepare(hh: str, tokenizer, path: Path) -> None:
     path.write_text(json.dumps(pairs), encoding="utf-8")
 
 
-def split(path: Path, held_out: int, seed: int) -> tuple[list[dict], list[dict]]:
+def split(path: Path, size: Size, seed: int) -> tuple[list[dict], list[dict]]:
     """Held-out and training pairs of a seed. No dialogue of the one begins as one of the other."""
     pairs = json.loads(path.read_text(encoding="utf-8"))
     random.Random(seed).shuffle(pairs)
     openings = [pair["prompt"].split("\n\nAssistant:")[0] for pair in pairs]
-    held = set(openings[:held_out])
+    held = set(openings[: size.held_out])
     training = [pair for pair, opening in zip(pairs, openings, strict=True) if opening not in held]
-    return pairs[:held_out], training[:PAIRS]
+    return pairs[: size.held_out], training[: size.training]
 
 
 def in_batches(pairs: list[dict], epochs: int, seed: int) -> list[dict]:
@@ -190,8 +201,19 @@ def rank_correlation(x, y) -> float:
 class Evaluate(TrainerCallback):
     """Measure the policy a few times, on held-out pairs and on as many training pairs."""
 
-    def __init__(self, name: str, reference, held_out: list[dict], training: list[dict], beta: float, weight: float):
+    def __init__(
+        self,
+        name: str,
+        reference,
+        held_out: list[dict],
+        training: list[dict],
+        *,
+        evaluations: int,
+        beta: float,
+        weight: float,
+    ):
         self.name, self.reference, self.beta, self.weight, self.rows = name, reference, beta, weight, []
+        self.evaluations = evaluations
         self.gaps = [pair["gap"] for pair in held_out]
         self.plain, self.learned = Answers(held_out), Answers(training[: len(held_out)])
         self.under_p = Answers(held_out, "augmented_prompt_ids")
@@ -199,7 +221,7 @@ class Evaluate(TrainerCallback):
         self.ref_logps = {of: of.measure(reference) for of in (self.plain, self.under_p, self.learned)}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        every = math.ceil(state.max_steps / EVALUATIONS)
+        every = math.ceil(state.max_steps / self.evaluations)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
             model.eval()
             self.rows.append({"step": state.global_step, **self.evaluate(model)})
@@ -252,9 +274,9 @@ def load(path: str | Path):
     return model.to("cuda" if ON_GPU else "cpu")
 
 
-def start(seed: int, *, model: str, tokenizer: str, data: Path, held_out: int, models: Path) -> list[dict]:
+def start(seed: int, *, model: str, tokenizer: str, data: Path, size: Size, models: Path) -> list[dict]:
     """Fine-tune on the chosen answers, for one epoch, and save the model: the start and the reference of the seed's runs."""
-    held, training = split(data, held_out, seed)
+    held, training = split(data, size, seed)
     policy, tokenizer = load(model), AutoTokenizer.from_pretrained(tokenizer)
     answers = Answers(held)
     before = -answers.measure(policy)[0].sum() / sum(answers.lengths[: len(held)])
@@ -266,7 +288,8 @@ def start(seed: int, *, model: str, tokenizer: str, data: Path, held_out: int, m
         warmup_steps=0.1,
         per_device_train_batch_size=BATCH // ACCUMULATED,
         gradient_accumulation_steps=ACCUMULATED,
-        max_length=MAX_LENGTH,
+        max_length=FULL.max_length,
+        bf16=size.bf16,
         **COMMON,
     )
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in in_batches(training, 1, seed)]
@@ -279,9 +302,9 @@ def start(seed: int, *, model: str, tokenizer: str, data: Path, held_out: int, m
 
 
 def make_trainer(
-    arm: str, seed: int, learning_rate: float, *, data: Path, held_out: int, models: Path, epochs: int
+    arm: str, seed: int, learning_rate: float, *, data: Path, size: Size, models: Path, epochs: int
 ) -> tuple[DPOTrainer, Evaluate]:
-    held, training = split(data, held_out, seed)
+    held, training = split(data, size, seed)
     path = models / f"start-{seed}"
     model, reference = load(path), load(path).eval()
     options = {"beta": BETA, **ARMS[arm]}
@@ -301,7 +324,8 @@ def make_trainer(
         max_grad_norm=10.0,
         per_device_train_batch_size=BATCH // ACCUMULATED,
         gradient_accumulation_steps=ACCUMULATED,
-        max_length=MAX_LENGTH,
+        max_length=FULL.max_length,
+        bf16=size.bf16,
         **COMMON,
         **options,
     )
@@ -310,7 +334,13 @@ def make_trainer(
         for pairs in (in_batches(training, epochs, seed), held)
     ]
     evaluate = Evaluate(
-        f"{arm}, seed {seed}", reference, held, training, options["beta"], options.get("refinement_weight", 0.0)
+        f"{arm}, seed {seed}",
+        reference,
+        held,
+        training,
+        evaluations=size.evaluations,
+        beta=options["beta"],
+        weight=options.get("refinement_weight", 0.0),
     )
     trainer = trainer_class(
         model=model,
@@ -493,19 +523,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, default=5e-6)
-    parser.add_argument("--held_out", type=int, default=HELD_OUT, help="pairs")
+    parser.add_argument("--small", action="store_true", help="448 short pairs, for two CPU cores")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--tables", action="store_true", help="only the tables and figures of OUTPUT/hh.csv")
     args = parser.parse_args()
     results, data = args.output / "hh.csv", args.output / "pairs.json"
+    size = SMALL if args.small else FULL
     if not args.tables:
         args.output.mkdir(parents=True, exist_ok=True)
         datasets.disable_progress_bars()
         tokenizer = args.tokenizer or args.model
         if not data.exists():
-            prepare(args.hh, AutoTokenizer.from_pretrained(tokenizer), data)
-        common = {"data": data, "held_out": args.held_out, "models": args.output / "models"}
+            prepare(args.hh, AutoTokenizer.from_pretrained(tokenizer), data, size.max_length)
+        common = {"data": data, "size": size, "models": args.output / "models"}
         of_start = partial(start, model=args.model, tokenizer=tokenizer, **common)
         seeds = [{"seed": seed} for seed in range(args.seeds)]
         rows = [{"arm": "SFT", **row} for row in run_all(of_start, seeds, args.output / "starts", jobs=args.jobs)]
