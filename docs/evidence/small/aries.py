@@ -154,6 +154,11 @@ def train_reward_model(start: Path, data: Path, output: Path, seed: int) -> None
 # Runs
 
 
+def measured(task: str, method: str, seed: int, root: Path) -> Path:
+    """The file with a run's rows, once it is over."""
+    return root / f"{slug(task)}_{seed}_{slug(method)}.json"
+
+
 def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
     """One run to its end, or to where its checks stop it, and its policies measured: rows of the CSV."""
     torch.set_num_threads(1)
@@ -161,10 +166,10 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
     data = root / f"{slug(task)}_{seed}"
     prepare_data(task, data, seed)
     first = root / f"{slug(task)}_{seed}_{slug(FIRST)}"
-    output = root / f"{slug(task)}_{seed}_{slug(method)}"
-    measured = output.with_suffix(".json")
-    if measured.exists():
-        return json.loads(measured.read_text())
+    result = measured(task, method, seed, root)
+    if result.exists():
+        return json.loads(result.read_text())
+    output = result.with_suffix("")
     start = None if output == first else first / "round_00" / "model"
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe_of(task, method, data, output, seed, start), sort_keys=False))
@@ -196,7 +201,7 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
             | {"health": health.get("decision", ""), "kl_per_token": health.get("kl_per_token", ""), "lost": lost}
         )
     rows[-1]["ended"] = ended
-    measured.write_text(json.dumps(rows))
+    result.write_text(json.dumps(rows))
     return rows
 
 

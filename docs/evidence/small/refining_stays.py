@@ -8,6 +8,7 @@ measures. So "default" is its "ARIES, DPO", with the same data and SFT model. A 
 """
 
 import argparse
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -52,32 +53,35 @@ def answers_table(rows: list[dict]) -> str:
     return table(head, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_arms(description: str, tasks: dict[str, list[str]], output: Path) -> None:
+    """The command of an experiment: runs of some arms beside the default, measured, as rows of `output` and as tables."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="*", default=[*TASKS])
-    parser.add_argument("--methods", nargs="*", help="only these, and the default")
+    parser.add_argument("--tasks", nargs="*", default=[*tasks])
+    parser.add_argument("--methods", nargs="*", help="run only these, and the default")
     parser.add_argument("--root", type=Path, default=Path("runs/evidence"), help="where the runs are")
-    parser.add_argument("--output", type=Path, default=HERE / "refining_stays.csv")
+    parser.add_argument("--output", type=Path, default=output)
     args = parser.parse_args()
     args.root.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     rows: list[dict] = []
-    for seed in range(args.seeds):
-        for task in args.tasks:
-            for method in TASKS[task]:
-                if args.methods is None or method in (DEFAULT, *args.methods):
-                    rows += aries.run(task, method, seed, args.root)
-                    write(sorted(rows, key=aries.place), args.output)
-                    print(
-                        {key: rows[-1][key] for key in ("task", "method", "seed", "round", "y1", "y2", "y4")},
-                        flush=True,
-                    )
+    for seed, task in product(range(args.seeds), args.tasks):
+        for method in tasks[task]:
+            # What an earlier call has run is in the tables too
+            if (
+                args.methods is None
+                or method in (DEFAULT, *args.methods)
+                or aries.measured(task, method, seed, args.root).exists()
+            ):
+                rows += aries.run(task, method, seed, args.root)
+                write(sorted(rows, key=aries.place), args.output)
+                print(
+                    {key: rows[-1][key] for key in ("task", "method", "seed", "round", "y1", "y2", "y4")}, flush=True
+                )
     for task in args.tasks:
-        print(
-            f"\n## {task.capitalize()}\n\n{answers_table([row for row in sorted(rows, key=aries.place) if row['task'] == task])}"
-        )
+        of_task = [row for row in sorted(rows, key=aries.place) if row["task"] == task]
+        print(f"\n## {task.capitalize()}\n\n{answers_table(of_task)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_arms(__doc__, TASKS, HERE / "refining_stays.csv")
