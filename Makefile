@@ -38,7 +38,7 @@ QLORA_SMOKE := --digits 4 --train_size 600 --eval_size 100 --sft_problems 1000 -
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference evidence-refining evidence-real-hh evidence-real-frontier quickstart-real evidence-real-aries style lint tdpo self-refine-dpo aries status report docs docs-serve build try-trl lock audit clean
+.PHONY: help install quickstart aries-qlora-smoke test test-slow test-real test-tokenizers test-gpu bench bench-gpu evidence-frontier evidence-self-refine evidence-aries evidence-preference evidence-refining evidence-by-rule evidence-real-hh evidence-real-frontier quickstart-real evidence-real-aries style lint tdpo self-refine-dpo aries status report docs docs-serve build try-trl lock audit clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -125,6 +125,9 @@ evidence-real-hh: $(STAMP) ## TDPO and Sr-DPO on HH-RLHF with Gemma 3 270M, on a
 
 evidence-refining: $(STAMP) ## Refinement rows, drafts and weights that may keep refining; run again to continue
 	$(BIN)/python -m docs.evidence.small.refining_stays $(ARGS)
+
+evidence-by-rule: $(STAMP) ## Selection by rule, and what keeps it from collapsing; run again to continue
+	$(BIN)/python -m docs.evidence.small.by_rule $(ARGS)
 
 evidence-real-frontier: $(STAMP) ## TDPO's frontier on Gemma 3 270M, for a GPU; run again to continue
 	$(BIN)/python -m docs.evidence.real.tdpo_frontier $(ARGS)

@@ -10,12 +10,11 @@ second call goes on with the runs that are missing.
 from pathlib import Path
 
 from . import aries
-from .refining_stays import DEFAULT, run_arms
+from .refining_stays import DEFAULT, HOT, run_arms
 
 
 EXACT = {"selection": "rule_based", "settled_similarity": 1.0}  # a list of digits is right as a whole or not at all
 THREE = EXACT | {"agreement": 3}
-HOT = {"drafts": {"temperature": 1.5}, "refinements": {"temperature": 1.0}}
 ARMS = {
     "by rule": aries.METHODS["by rule"],
     "three agree": {"pairs": THREE},

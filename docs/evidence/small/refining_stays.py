@@ -19,6 +19,8 @@ from . import aries
 
 HERE = Path(__file__).parent
 DEFAULT = aries.FIRST
+HOT = {"drafts": {"temperature": 1.5}, "refinements": {"temperature": 1.0}}
+MORE = {"pairs": {"refinement_weight": 4}}  # the quickstart's direct weight is 2
 # What an arm's recipe changes in the quickstart's, by section
 ARMS = {
     DEFAULT: {},
@@ -28,12 +30,33 @@ ARMS = {
     "both": {"pairs": {"refinement_rows": "both"}},
     "squared, 4 to 1": {"training": {"objective": "squared", "objective_alpha": 0.8}},
     "squared, 16 to 1": {"training": {"objective": "squared", "objective_alpha": 0.941}},
+    "hot drafts": HOT,
+    "more refining": MORE,
+    "hot drafts, more refining": HOT | MORE,
+    "refining only": {"pairs": {"direct_weight": 0}},
 }
 # An exact verifier sees no step of an edit but the last
-PARTIAL_ARMS = {"neighbors, partial scores": ARMS["neighbors"] | aries.PARTIAL}
+PARTIAL_ARMS = {
+    "neighbors, partial scores": ARMS["neighbors"] | aries.PARTIAL,
+    "best answers, only neighbors, partial scores": {
+        "pairs": {"refinement_rows": "neighbors", "direct_weight": 0},
+        **aries.METHODS["best answers"],
+        **aries.PARTIAL,
+    },
+}
 TASKS = {
     "sorting": [*ARMS],
-    "editing": [DEFAULT, "rejected drafts", "squared, 16 to 1", "ARIES, partial scores", *PARTIAL_ARMS],
+    "editing": [
+        DEFAULT,
+        "rejected drafts",
+        "squared, 16 to 1",
+        "hot drafts",
+        "more refining",
+        "hot drafts, more refining",
+        "refining only",
+        "ARIES, partial scores",
+        *PARTIAL_ARMS,
+    ],
 }
 aries.ALL_METHODS |= ARMS | PARTIAL_ARMS
 
