@@ -22,6 +22,8 @@ import torch
 import yaml
 
 from trl_ext.aries.data.records import read_json, read_jsonl
+from trl_ext.aries.policies import is_skipped
+from trl_ext.aries.run_dir import RoundDir
 from trl_ext.aries.scoring.evaluation import lost_turns
 
 from ..tables import write
@@ -179,19 +181,20 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
     if done.returncode not in (0, 1):  # 1: its checks ended it, which is a result
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}; see {file.with_suffix('.log')}")
     ended = "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
-    rows = []
+    rows, policy = [], start
     for number in range(ROUNDS + 1):
         path = output / f"round_{number:02d}"
-        policy = start if number == 0 and start else path / "model"
-        aside = path / "set_aside" / "model"
-        if not policy.exists() and not aside.exists():
+        made = [model for model in (path / "model", path / "set_aside" / "model") if model.exists()]
+        if made:
+            policy = made[0]
+        elif number > 0 and not is_skipped(RoundDir(path)):  # a skipped round keeps the policy of the one before
             break
         guard, health, drops = (read_json(path / f"{name}.json") or {} for name in ("guard", "health", "drops"))
         cost = (read_json(path / "cost.json") or {}).get("generated_tokens", {})
         lost = turns_lost(read_json(path / "metrics.json"))
         rows.append(
             {"task": task, "method": method, "seed": seed, "round": number}
-            | Answers(policy if policy.exists() else aside, data / "model", data / "eval.jsonl").measure()
+            | Answers(policy, data / "model", data / "eval.jsonl").measure()
             | {
                 "pairs": drops.get("pairs", 0),
                 "rows": (read_json(path / "training" / "rows.json") or {}).get("rows", 0),
