@@ -13,13 +13,17 @@ from . import aries
 from .refining_stays import DEFAULT, HOT, run_arms
 
 
-EXACT = {"selection": "rule_based", "settled_similarity": 1.0}  # a list of digits is right as a whole or not at all
-THREE = EXACT | {"agreement": 3}
+RULE = {"selection": "rule_based"}
+THREE = RULE | {"agreement": 3, "settled_similarity": 1.0}  # of twelve digits, one wrong makes a list wrong
+CHANGED = {"min_changed": 0.7, "guard": "skip"}
+APART = {"drafts": {"temperature": 1.5}, "refinements": {"temperature": 0.5}}
 ARMS = {
-    "by rule": aries.METHODS["by rule"],
+    "by rule": {"pairs": RULE},
     "three agree": {"pairs": THREE},
-    "three agree, most changed": {"pairs": THREE | {"min_changed": 0.65, "guard": "skip"}},
     "three agree, hot drafts": {"pairs": THREE} | HOT,
+    "most changed": {"pairs": RULE | CHANGED},
+    "hot drafts, cold refinements": {"pairs": RULE} | APART,
+    "hot drafts, cold refinements, most changed": {"pairs": RULE | CHANGED} | APART,
 }
 TASKS = {task: [DEFAULT, *ARMS] for task in ("sorting", "editing")}
 aries.ALL_METHODS |= ARMS
