@@ -32,6 +32,7 @@ from trl_ext.trainers.prepared import prepared_pairs
 from trl_ext.trainers.self_refine_dpo_config import REFINEMENT_PROMPT
 from trl_ext.trainers.self_refine_dpo_trainer import augment_prompt
 
+from ..figures import GRAY, bare, curve, labelled, legend, save, subplots
 from ..tables import cell, grouped, read, table, write
 from .runs import run_all
 
@@ -461,7 +462,6 @@ def tables(rows: list[dict]) -> str:
     return text
 
 
-GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
 COLORS = [GRAY, "#2a9d6f", "#2f7fd8", "#d1642a", "#9a63d8"]
 FIGURES = {
     "tdpo_hh.svg": (
@@ -485,33 +485,19 @@ FIGURES = {
 
 def draw(rows: list[dict], folder: Path) -> None:
     """The curves of both pages: means over seeds, and bands from the least to the greatest seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-    from matplotlib import pyplot as plt
-
     by_arm = grouped((with_differences(row) for row in rows if row["arm"] != "SFT"), "arm")
     for name, (arms, panels) in FIGURES.items():
         arms = [arm for arm in arms if (arm,) in by_arm]
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.6), layout="constrained")
+        figure, axes = subplots(1, len(panels), (11, 3.6))
         for ax, (key, label) in zip(axes, panels, strict=True):
             for arm, color in zip(arms, COLORS, strict=False):
                 points = {step: [row[key] for row in of] for (step,), of in grouped(by_arm[arm,], "step").items()}
-                ax.plot(
-                    list(points), [statistics.mean(v) for v in points.values()], color=color, label=arm, marker="o"
-                )
-                least, greatest = zip(*((min(v), max(v)) for v in points.values()), strict=True)
-                ax.fill_between(list(points), least, greatest, color=color, alpha=0.12, linewidth=0)
+                curve(ax, points, color, label=arm, marker="o")
             ax.set_xlabel("step", color=GRAY)
             ax.set_title(label, color=GRAY, fontsize=10)
-            ax.tick_params(colors=GRAY, length=0)
-            ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.8)
-            ax.spines[:].set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(arms), frameon=False, labelcolor=GRAY)
-        figure.savefig(folder / name, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+            bare(ax)
+        legend(figure, labelled(axes[0]), len(arms), fontsize=10)
+        save(figure, folder / name)
 
 
 def main() -> None:

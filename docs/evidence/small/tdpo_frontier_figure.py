@@ -9,19 +9,12 @@ In: `tdpo_frontier.csv`. Out: `tdpo_frontier.svg`, and the tables of tdpo_fronti
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from ..tables import cell, grouped, read, table  # noqa: E402
+from ..figures import GRAY, save, subplots
+from ..tables import cell, grouped, read, table
 
 
 HERE = Path(__file__).parent
-COLORS = ("#7a7f87", "#d1642a", "#9ec7f2", "#5b9fe0", "#2f7fd8", "#1b4f8a")
+COLORS = (GRAY, "#d1642a", "#9ec7f2", "#5b9fe0", "#2f7fd8", "#1b4f8a")
 BUDGETS = (1.0, 2.0, 4.0)  # nats
 DRAWN_BETA = 0.1
 
@@ -91,7 +84,7 @@ def main() -> None:
         )
     )
 
-    figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.4), layout="constrained")
+    figure, axes = subplots(2, 2, (8.5, 6.4))
     panels = {
         "Reward against KL(π‖π_ref), all β": ("kl", "reward"),
         f"SeqKL(y_w), β = {DRAWN_BETA:g}": ("step", "seq_kl_chosen"),
@@ -127,7 +120,7 @@ def main() -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes.flat[0].set_xlim(0, 8)
     axes.flat[0].legend(fontsize=8, frameon=False)
-    figure.savefig(HERE / "tdpo_frontier.svg", metadata={"Date": None})
+    save(figure, HERE / "tdpo_frontier.svg", transparent=False)
 
 
 if __name__ == "__main__":
