@@ -204,6 +204,15 @@ def sequence_kl(of: torch.Tensor, to: torch.Tensor, mask: torch.Tensor) -> float
     return float((kl * mask).sum(-1).mean())
 
 
+def compare(policy, reference, tokenizer, pairs: list[dict[str, str]], side: str) -> tuple[torch.Tensor, float]:
+    """Of one side of the pairs: log π(y|x) − log π_ref(y|x), `(N,)`, and the mean of Σ_t KL(π_ref ‖ π), in nats."""
+    prompts, texts = ([pair[key] for pair in pairs] for key in ("prompt", side))
+    logps, mask, ids = log_probs(policy, tokenizer, prompts, texts)
+    ref_logps, _, _ = log_probs(reference, tokenizer, prompts, texts)
+    ratios = (logps - ref_logps).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return (ratios * mask).sum(-1), sequence_kl(ref_logps, logps, mask)
+
+
 def measure(model, reference, tokenizer, prompts: list[str], seed: int) -> Measured:
     completions = sample(model, tokenizer, prompts, seed)
     logps, mask, _ = log_probs(model, tokenizer, prompts, completions)
