@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .training import ON_CPU
+
 
 GOOD = ("good", "great", "fine", "moving", "clever", "funny", "warm", "rich", "vivid", "superb")
 BAD = ("bad", "dull", "weak", "boring", "stale", "silly", "cold", "poor", "flat", "awful")
@@ -31,13 +33,7 @@ TRAINING = {
     "lr_scheduler_type": "constant_with_warmup",
     "max_grad_norm": 10.0,
     "max_length": 64,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
+    **ON_CPU,
 }
 
 
