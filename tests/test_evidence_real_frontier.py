@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from docs.evidence.real import film_reviews, runs, tdpo_frontier, tdpo_frontier_figure
+from docs.evidence.real.distributions import sums_over_completions
 from docs.evidence.tables import read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -124,7 +125,7 @@ class TestFrontier:
             [[generator.randrange(3, policy.config.vocab_size) for _ in range(n)] for n in lengths]
             for lengths in ((3, 7, 4), (6, 1, 9))
         )
-        sums = film_reviews.compare(policy, reference, prompts, completions, rows=2, positions=5)
+        sums = sums_over_completions(policy, reference, prompts, completions, rows=2, positions=5)
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             with torch.no_grad():
                 p, q = (
@@ -136,8 +137,10 @@ class TestFrontier:
                 "kl": (p * (p / q).log()).sum(),
                 "seq_kl": (q * (q / p).log()).sum(),
                 "entropy": -(p * p.log()).sum(),
-                "logratio": (p / q).gather(-1, chosen).log().sum(),
+                "logps": p.gather(-1, chosen).log().sum(),
+                "ref_logps": q.gather(-1, chosen).log().sum(),
             }
+            assert sums.keys() == expected.keys()
             for name, value in expected.items():
                 torch.testing.assert_close(sums[name][i], value, rtol=1e-9, atol=1e-9)
 

@@ -33,6 +33,7 @@ from trl_ext.aries.scoring.evaluation import win_rate
 from trl_ext.aries.scoring.verifier import load_verifier
 from trl_ext.processes import die_with_parent
 
+from ..figures import GRAY, bare, curve, labelled, legend, save, subplots
 from ..tables import cell, grouped, read, table, write
 from .runs import name_of, run_all
 
@@ -265,11 +266,8 @@ COLORS = {
     "ARIES, DPO": "#2f7fd8",
     "iterative DPO": "#d1642a",
     "best answers": "#9a63d8",
-    NF4: "#7a7f87",
+    NF4: GRAY,
 }
-GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
-
-
 TURN_NAMES = [f"y{turn}" for turn in range(1, TURNS + 1)]
 
 
@@ -368,14 +366,8 @@ def tables(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], output: Path) -> None:
     """Direct answers by round, and the chain after the last round, for both kinds of prompts."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-    from matplotlib import pyplot as plt
-
     rounds = rounds_of(rows)
-    figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.6), layout="constrained", sharey=True)
+    figure, axes = subplots(2, 2, (8.5, 6.6), sharey=True)
     for line, (key, title) in zip(axes, MEASURES.items(), strict=True):
 
         def values_of(groups: list[list[Row]], key: str = key) -> list[list[float]]:
@@ -383,12 +375,8 @@ def draw(rows: list[Row], output: Path) -> None:
 
         for method in methods_of(rows):
             style = {"color": COLORS[method], "linewidth": 1.8}
-            values = values_of([of(rows, method, number)[0] for number in rounds])
-            reached = rounds[: len(values)]
-            line[0].plot(reached, [*map(statistics.mean, values)], label=method, **style)
-            line[0].fill_between(
-                reached, [*map(min, values)], [*map(max, values)], alpha=0.12, linewidth=0, color=COLORS[method]
-            )
+            direct = values_of([of(rows, method, number)[0] for number in rounds])
+            curve(line[0], dict(zip(rounds, direct, strict=False)), label=method, **style)
             chain = values_of(of(rows, method, rounds[-1]))
             line[1].plot(TURN_NAMES[: len(chain)], [*map(statistics.mean, chain)], marker="o", markersize=3, **style)
         start = [*map(statistics.mean, values_of(of(rows, methods_of(rows)[0], 0)))]
@@ -401,13 +389,9 @@ def draw(rows: list[Row], output: Path) -> None:
         line[0].set_ylabel("both constraints kept, %", color=GRAY)
     for ax in axes.flat:
         ax.set_ylim(0, 100)
-        ax.tick_params(colors=GRAY, length=0)
-        ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.8)
-        ax.spines[:].set_visible(False)
-    handles, labels = (a + b for a, b in zip(*(ax.get_legend_handles_labels() for ax in axes[0]), strict=True))
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, labelcolor=GRAY, fontsize=9)
-    figure.savefig(output, transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+        bare(ax)
+    legend(figure, labelled(*axes[0]), 3)
+    save(figure, output)
 
 
 def keep_report(run: Path, output: Path) -> None:

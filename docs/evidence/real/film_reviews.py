@@ -1,8 +1,8 @@
 """
 The task of tdpo_frontier.py: a pretrained model continues openings of film reviews, and VADER's lexicon says how positive a continuation is.
 
-Openings are filled-in templates, nothing is copied from a data set. A model continues them from Python lists of token ids, in float32; what
-is computed over the vocabulary goes a few positions at a time. Nothing here trains.
+Openings are filled-in templates, nothing is copied from a data set. A model continues them from Python lists of token ids, in float32. Nothing
+here trains.
 """
 
 import random
@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .distributions import sums_over_completions
 
 
 NEW_TOKENS = 40
@@ -151,68 +153,6 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@torch.no_grad()
-def compare(
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    prompts: list[list[int]],
-    completions: list[list[int]],
-    *,
-    rows: int = 128,
-    positions: int = 512,
-) -> dict[str, torch.Tensor]:
-    """
-    Sums over each completion's positions t, of exact terms over the whole vocabulary. At most `positions` times V logits of each model
-    are held at a time.
-
-    Args:
-        policy, reference (`PreTrainedModel`):
-            π and π_ref, causal LMs whose logits are their head's outputs.
-        prompts, completions (`list[list[int]]`):
-            N of each, as token ids.
-        rows (`int`, *optional*, defaults to `128`):
-            Sequences in a forward.
-        positions (`int`, *optional*, defaults to `512`):
-            Positions whose logits are computed at a time.
-
-    Returns:
-        `dict`: tensors of shape `(N,)` in float64. `kl` is Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)) and `seq_kl` Σ_t KL(π_ref(·|s_t) ‖ π(·|s_t)) in nats,
-        `entropy` the sum of the entropies of π(·|s_t), `logratio` the completion's log π - log π_ref.
-    """
-    sums = {name: torch.zeros(len(prompts), dtype=torch.float64) for name in ("kl", "seq_kl", "entropy", "logratio")}
-    for start in range(0, len(prompts), rows):
-        batch = list(zip(prompts[start : start + rows], completions[start : start + rows], strict=True))
-        length = max(len(p) + len(c) for p, c in batch)
-        ids = torch.tensor([p + c + [0] * (length - len(p) - len(c)) for p, c in batch], device=policy.device)
-        place = torch.arange(length, device=policy.device)
-        ends = torch.tensor([[len(p), len(p) + len(c)] for p, c in batch], device=policy.device)  # (rows, 2)
-        attention = place < ends[:, 1:]
-        predicted = (attention & (place >= ends[:, :1]))[
-            :, 1:
-        ]  # (rows, length - 1): its next token is the completion's
-        sequence, labels = predicted.nonzero()[:, 0], ids[:, 1:][predicted]  # (P,), (P,)
-        hidden = [
-            model.base_model(input_ids=ids, attention_mask=attention.long()).last_hidden_state[:, :-1][predicted]
-            for model in (policy, reference)
-        ]  # (P, H)
-        for part in torch.arange(len(labels), device=policy.device).split(positions):
-            log_p, log_q = (
-                model.get_output_embeddings()(states[part]).log_softmax(-1)
-                for model, states in zip((policy, reference), hidden, strict=True)
-            )  # (positions, V)
-            ratio, label = log_p - log_q, labels[part, None]
-            values = {
-                "kl": (log_p.exp() * ratio).sum(-1),
-                "seq_kl": -(log_q.exp() * ratio).sum(-1),
-                "entropy": -(log_p.exp() * log_p).sum(-1),
-                "logratio": ratio.gather(-1, label).squeeze(-1),
-            }
-            where = start + sequence[part].cpu()
-            for name, value in values.items():
-                sums[name].index_add_(0, where, value.double().cpu())
-    return sums
-
-
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, openings: list[str]) -> list[list[int]]:
     """BOS and the opening's tokens, as TRL's trainers tokenize a prompt."""
     return [tokenizer(opening)["input_ids"] for opening in openings]
@@ -240,7 +180,7 @@ def measure(
     """
     prompts = prompt_ids(tokenizer, openings)
     completions = sample(policy, prompts, seed)
-    sums = compare(policy, reference, prompts, completions)
+    sums = sums_over_completions(policy, reference, prompts, completions, rows=128)
     texts = [text_of(tokenizer, ids) for ids in completions]
     bigrams = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
     count, tokens = len(openings), sum(map(len, completions))

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -32,7 +31,10 @@ from trl_ext.trainers.prepared import prepared_pairs
 from trl_ext.trainers.self_refine_dpo_config import REFINEMENT_PROMPT
 from trl_ext.trainers.self_refine_dpo_trainer import augment_prompt
 
+from ..figures import GRAY, bare, curve, labelled, legend, save, subplots
+from ..small.correlations import pearson, spearman
 from ..tables import cell, grouped, read, table, write
+from .distributions import sums_over_completions
 from .runs import run_all
 
 
@@ -140,62 +142,25 @@ def _length(pair: dict) -> int:
     return len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
 
 
-# Measurement: in float32 (TF32 products on a GPU), by whole distributions, with no code of the trainers
+# Measurement: in float32 (TF32 products on a GPU), with no code of the trainers
 
 
 class Answers:
-    """Both answers of some pairs, chosen and then rejected, and the states of a model that predict their N tokens."""
+    """Both answers of B pairs."""
 
     def __init__(self, pairs: list[dict], prompt: str = "prompt_ids"):
-        self.sequences = [
-            (pair[prompt], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs
-        ]  # [chosen, rejected]
-        self.lengths = [len(answer) for _, answer in self.sequences]
+        self.prompts = [pair[prompt] for pair in pairs] * 2
+        self.answers = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]  # [chosen, rejected]
 
-    @torch.no_grad()
-    def states(self, model) -> torch.Tensor:
-        """`(N, H)`. The model's body is called without its head, and so without the trainer's autocast."""
-        states = [torch.empty(0)] * len(self.sequences)
-        order = sorted(range(len(states)), key=lambda i: sum(map(len, self.sequences[i])))
-        for start in range(0, len(order), 32):
-            batch = order[start : start + 32]
-            ids = [torch.tensor(sum(self.sequences[i], [])) for i in batch]
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            body = model.base_model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-            )
-            for row, i in zip(body.last_hidden_state, batch, strict=True):
-                first = len(self.sequences[i][0]) - 1  # the prompt's last token predicts the answer's first
-                states[i] = row[first : first + self.lengths[i]]
-        return torch.cat(states)
+    def measure(self, model, reference=None) -> dict[str, torch.Tensor]:
+        """`sums_over_completions` of the answers, each of shape `(2, B)`."""
+        sums = sums_over_completions(model, reference, self.prompts, self.answers)
+        return {name: values.unflatten(0, (2, -1)) for name, values in sums.items()}
 
-    @torch.no_grad()
-    def measure(self, model, reference=None, reference_states: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Log-probabilities of the answers in nats, `(2, B)`; with a reference, `(2, 2, B)`: these, and the sums of KL(π_ref ‖ π) over the
-        positions of the answers.
-        """
-        states, ids = self.states(model), torch.tensor([token for _, answer in self.sequences for token in answer])
-        found = []
-        for rows in torch.arange(len(states)).split(512):
-            logps = _log_softmax(model, states[rows])  # (512, V)
-            values = [logps.gather(-1, ids[rows, None].to(logps.device)).squeeze(-1)]
-            if reference is not None:
-                ref_logps = _log_softmax(reference, reference_states[rows])
-                values.append((ref_logps.exp() * (ref_logps - logps)).sum(-1))
-            found.append(torch.stack(values).double().cpu())
-        sums = [part.sum(-1) for part in torch.cat(found, dim=1).split(self.lengths, dim=1)]
-        return torch.stack(sums, dim=-1).unflatten(-1, (2, -1)).squeeze(0)
-
-
-def _log_softmax(model, states: torch.Tensor) -> torch.Tensor:
-    return (states @ model.get_output_embeddings().weight.T).log_softmax(-1)
-
-
-def rank_correlation(x, y) -> float:
-    """Spearman's, of which ties share the mean of their ranks."""
-    return float(pd.Series(x).rank().corr(pd.Series(y).rank()))
+    def nll(self, model) -> float:
+        """Mean over the tokens of the chosen answers."""
+        chosen = self.answers[: len(self.answers) // 2]
+        return float(-self.measure(model)["logps"][0].sum() / sum(map(len, chosen)))
 
 
 class Evaluate(TrainerCallback):
@@ -217,8 +182,7 @@ class Evaluate(TrainerCallback):
         self.gaps = [pair["gap"] for pair in held_out]
         self.plain, self.learned = Answers(held_out), Answers(training[: len(held_out)])
         self.under_p = Answers(held_out, "augmented_prompt_ids")
-        self.ref_states = self.plain.states(reference)
-        self.ref_logps = {of: of.measure(reference) for of in (self.plain, self.under_p, self.learned)}
+        self.ref_logps = {of: of.measure(reference)["logps"] for of in (self.learned, self.under_p)}
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         every = math.ceil(state.max_steps / self.evaluations)
@@ -230,12 +194,12 @@ class Evaluate(TrainerCallback):
             print(f"{self.name}, step {state.global_step} of {state.max_steps}: {shown}", flush=True)
 
     def evaluate(self, model) -> dict[str, float]:
-        logps, kls = self.plain.measure(model, self.reference, self.ref_states)
-        ratios = logps - self.ref_logps[self.plain]  # (2, B)
+        plain = self.plain.measure(model, self.reference)
+        ratios, kls = plain["logps"] - plain["ref_logps"], plain["seq_kl"]  # (2, B)
         margins = ratios[0] - ratios[1]
-        learned, under_p = (of.measure(model) - self.ref_logps[of] for of in (self.learned, self.under_p))
+        learned, under_p = (of.measure(model)["logps"] - ref_logps for of, ref_logps in self.ref_logps.items())
         learned, deltas = learned[0] - learned[1], self.beta * (under_p[0] - under_p[1])
-        reference = self.ref_logps[self.plain][0] - self.ref_logps[self.plain][1]
+        reference = plain["ref_logps"][0] - plain["ref_logps"][1]
         values = {
             "margin": margins.mean(),
             "accuracy": (margins > 0).double().mean(),
@@ -250,11 +214,11 @@ class Evaluate(TrainerCallback):
             "accuracy_under_p": (deltas > 0).double().mean(),
             # What λ Δ takes off the margin β u
             "share": self.weight * deltas.abs().mean() / (self.beta * margins.abs().mean()),
-            "pearson": pd.Series(margins).corr(pd.Series(self.gaps)),
-            "spearman": rank_correlation(margins, self.gaps),
-            "delta_spearman": rank_correlation(deltas, self.gaps),
-            "delta_margin_spearman": rank_correlation(deltas, margins),
-            "reference_spearman": rank_correlation(reference, self.gaps),
+            "pearson": pearson(margins, self.gaps),
+            "spearman": spearman(margins, self.gaps),
+            "delta_spearman": spearman(deltas, self.gaps),
+            "delta_margin_spearman": spearman(deltas, margins),
+            "reference_spearman": spearman(reference, self.gaps),
             "score_accuracy": statistics.mean(gap > 0 for gap in self.gaps),
         }
         return {name: float(value) for name, value in values.items()}
@@ -279,7 +243,7 @@ def start(seed: int, *, model: str, tokenizer: str, data: Path, size: Size, mode
     held, training = split(data, size, seed)
     policy, tokenizer = load(model), AutoTokenizer.from_pretrained(tokenizer)
     answers = Answers(held)
-    before = -answers.measure(policy)[0].sum() / sum(answers.lengths[: len(held)])
+    before = answers.nll(policy)
     args = SFTConfig(
         output_dir=str(models / "out"),
         seed=seed,
@@ -296,9 +260,9 @@ def start(seed: int, *, model: str, tokenizer: str, data: Path, size: Size, mode
     trainer = SFTTrainer(policy, args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
     trainer.train()
     policy.eval()
-    after = -answers.measure(policy)[0].sum() / sum(answers.lengths[: len(held)])
+    after = answers.nll(policy)
     trainer.save_model(str(models / f"start-{seed}"))
-    return [{"step": trainer.state.global_step, "nll_before": float(before), "nll": float(after)}]
+    return [{"step": trainer.state.global_step, "nll_before": before, "nll": after}]
 
 
 def make_trainer(
@@ -461,7 +425,6 @@ def tables(rows: list[dict]) -> str:
     return text
 
 
-GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
 COLORS = [GRAY, "#2a9d6f", "#2f7fd8", "#d1642a", "#9a63d8"]
 FIGURES = {
     "tdpo_hh.svg": (
@@ -485,33 +448,19 @@ FIGURES = {
 
 def draw(rows: list[dict], folder: Path) -> None:
     """The curves of both pages: means over seeds, and bands from the least to the greatest seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-    from matplotlib import pyplot as plt
-
     by_arm = grouped((with_differences(row) for row in rows if row["arm"] != "SFT"), "arm")
     for name, (arms, panels) in FIGURES.items():
         arms = [arm for arm in arms if (arm,) in by_arm]
-        figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.6), layout="constrained")
+        figure, axes = subplots(1, len(panels), (11, 3.6))
         for ax, (key, label) in zip(axes, panels, strict=True):
             for arm, color in zip(arms, COLORS, strict=False):
                 points = {step: [row[key] for row in of] for (step,), of in grouped(by_arm[arm,], "step").items()}
-                ax.plot(
-                    list(points), [statistics.mean(v) for v in points.values()], color=color, label=arm, marker="o"
-                )
-                least, greatest = zip(*((min(v), max(v)) for v in points.values()), strict=True)
-                ax.fill_between(list(points), least, greatest, color=color, alpha=0.12, linewidth=0)
+                curve(ax, points, color, label=arm, marker="o")
             ax.set_xlabel("step", color=GRAY)
             ax.set_title(label, color=GRAY, fontsize=10)
-            ax.tick_params(colors=GRAY, length=0)
-            ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.8)
-            ax.spines[:].set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(arms), frameon=False, labelcolor=GRAY)
-        figure.savefig(folder / name, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+            bare(ax)
+        legend(figure, labelled(axes[0]), len(arms), fontsize=10)
+        save(figure, folder / name)
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl_ext import TDPOConfig, TDPOTrainer
 
 from ..tables import write
+from .distributions import sums_over_completions
 from .film_reviews import (
     analyzer,
-    compare,
     completion_ids,
     first_sentences,
     load_model,
@@ -181,15 +181,16 @@ class Evaluate(TrainerCallback):
     def evaluate(self, step: int, model) -> None:
         self.policy.load_state_dict(model.state_dict())
         sums = {
-            side: compare(self.policy, self.reference, self.prompts, completions)
+            side: sums_over_completions(self.policy, self.reference, self.prompts, completions, rows=128)
             for side, completions in self.sides.items()
         }
+        chosen, rejected = (sums[side]["logps"] - sums[side]["ref_logps"] for side in ("chosen", "rejected"))
         self.rows.append(
             {
                 "step": step,
                 **measure(self.policy, self.reference, self.tokenizer, self.openings, seed=step),
                 **{f"seq_kl_{side}": float(of["seq_kl"].mean()) for side, of in sums.items()},
-                "accuracy": float((sums["chosen"]["logratio"] > sums["rejected"]["logratio"]).double().mean()),
+                "accuracy": float((chosen > rejected).double().mean()),
             }
         )
 

@@ -10,20 +10,13 @@ import argparse
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from ..small.tdpo_frontier_figure import reward_at  # noqa: E402
-from ..tables import cell, grouped, read, t_interval, table  # noqa: E402
+from ..figures import GRAY, save, subplots
+from ..small.tdpo_frontier_figure import reward_at
+from ..tables import cell, grouped, read, t_interval, table
 
 
 HERE = Path(__file__).parent
-COLORS = ("#7a7f87", "#d1642a", "#5b9fe0", "#1b4f8a")
+COLORS = (GRAY, "#d1642a", "#5b9fe0", "#1b4f8a")
 BUDGETS = (1.0, 2.0, 4.0, 8.0)  # nats
 COLUMNS = {  # of the last table: name, heading, digits
     "reward": ("reward", 3),
@@ -111,7 +104,7 @@ def draw(runs: dict[tuple[str, float], dict[float, list[dict]]], path: Path) -> 
     """Means over seeds. The intervals of reward and KL are drawn on the frontier of each β."""
     betas = sorted({beta for _, beta in runs})
     first = betas[0]
-    figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.4), layout="constrained")
+    figure, axes = subplots(2, 3, (11.5, 6.4))
     panels = [(f"Reward against KL(π‖π_ref), β = {beta:g}", "kl", "reward", beta) for beta in betas[:2]]
     panels += [
         (f"{title}, β = {first:g}", "step", name, first)
@@ -142,8 +135,7 @@ def draw(runs: dict[tuple[str, float], dict[float, list[dict]]], path: Path) -> 
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     axes.flat[0].legend(fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path, transparent=False)
 
 
 def main(argv: list[str] | None = None) -> None:

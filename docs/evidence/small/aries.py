@@ -29,6 +29,7 @@ from trl_ext.aries.scoring.evaluation import lost_turns
 from ..tables import write
 from . import editing
 from .quickstart_task import QUICKSTART, Answers, prepare
+from .training import ON_CPU
 
 
 HERE = Path(__file__).parent
@@ -133,18 +134,13 @@ def train_reward_model(start: Path, data: Path, output: Path, seed: int) -> None
         args=RewardConfig(
             output_dir=str(output),
             seed=seed,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
             per_device_train_batch_size=64,
             num_train_epochs=3,
             learning_rate=1e-3,
             lr_scheduler_type="cosine",
             adam_beta2=0.98,
             max_length=128,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **ON_CPU,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(data / "model"),

@@ -9,19 +9,11 @@ In: `aries.csv`. Out: `aries.svg`, and the tables of aries.md on stdout. Interva
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from ..tables import cell, grouped, read, table  # noqa: E402
+from ..figures import GRAY, bare, curve, labelled, legend, save, subplots
+from ..tables import cell, grouped, read, table
 
 
 HERE = Path(__file__).parent
-GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
 TEXTS = ("task", "method", "guard", "health", "lost", "ended")
 BASE = "ARIES, DPO"
 TURNS = ("y1", "y2", "y3", "y4")
@@ -121,15 +113,12 @@ def checks(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict], output: Path) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.6), layout="constrained", sharey="row")
+    figure, axes = subplots(2, 2, (8.5, 6.6), sharey="row")
     for ax, key, title in zip(axes[0], ("y1", "y2"), ("direct answer, y1", "refined, y2"), strict=True):
         for method, color in DRAWN.items():
             rounds = of(rows, "sorting", method)
-            values = [[100 * row[key] for row in group] for group in rounds.values()]
-            ax.plot(list(rounds), [statistics.mean(v) for v in values], color=color, label=method, linewidth=1.8)
-            ax.fill_between(
-                list(rounds), [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12, linewidth=0
-            )
+            points = {number: [100 * row[key] for row in group] for number, group in rounds.items()}
+            curve(ax, points, color, label=method, linewidth=1.8)
         ax.set_title(f"sorting: {title}", fontsize=10, color=GRAY)
         ax.set_xticks(range(4), ["SFT", "1", "2", "3"])
         ax.set_xlabel("round", color=GRAY)
@@ -145,24 +134,11 @@ def draw(rows: list[dict], output: Path) -> None:
         ax.set_title(f"{task}: answers in the chain, after round 3", fontsize=10, color=GRAY)
     for ax in axes.flat:
         ax.set_ylim(0, 100)
-        ax.tick_params(colors=GRAY, length=0)
-        ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.8)
-        ax.spines[:].set_visible(False)
+        bare(ax)
     for ax in axes[:, 0]:
         ax.set_ylabel("right, %", color=GRAY)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    more = axes[1, 0].get_legend_handles_labels()
-    figure.legend(
-        handles + more[0],
-        labels + more[1],
-        loc="outside upper center",
-        ncols=3,
-        frameon=False,
-        labelcolor=GRAY,
-        fontsize=9,
-    )
-    figure.savefig(output, transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+    legend(figure, labelled(*axes[:, 0]), 3)
+    save(figure, output)
 
 
 def main() -> None:

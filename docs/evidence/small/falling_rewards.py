@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from trl_ext import TDPOConfig, TDPOTrainer
 
 from ..tables import cell, grouped, read, table, write
-from .reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure
+from .reviews import TRAINING, compare, make_pairs, make_prompts, make_reference, measure
 
 
 HERE = Path(__file__).parent
@@ -33,15 +33,6 @@ METHODS = {
     "DPO and NLL, weights 1 and 1": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
     "TDPO2, α = 0.5": {"variant": "tdpo2", "alpha": 0.5},
 }
-
-
-def log_ratios(policy, reference, tokenizer, pairs: list[dict[str, str]], side: str) -> torch.Tensor:
-    """log π(y|x) − log π_ref(y|x) of one side of the pairs, in nats."""
-    prompts, texts = ([pair[key] for pair in pairs] for key in ("prompt", side))
-    logps, mask, ids = log_probs(policy, tokenizer, prompts, texts)
-    ref_logps, _, _ = log_probs(reference, tokenizer, prompts, texts)
-    ratios = (logps - ref_logps).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-    return (ratios * mask).sum(-1)
 
 
 def run(method: str, seed: int, reference_path: Path, pairs: list[dict[str, str]]) -> dict:
@@ -60,7 +51,7 @@ def run(method: str, seed: int, reference_path: Path, pairs: list[dict[str, str]
     trainer.train()
     policy = trainer.model.eval()
     chosen, rejected = (
-        log_ratios(policy, reference, tokenizer, pairs[:HELD_OUT], side) for side in ("chosen", "rejected")
+        compare(policy, reference, tokenizer, pairs[:HELD_OUT], side)[0] for side in ("chosen", "rejected")
     )
     own = measure(policy, reference, tokenizer, make_prompts(HELD_OUT, seed=999), seed)
     return {

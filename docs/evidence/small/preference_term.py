@@ -26,12 +26,12 @@ from trl_ext.aries.data.sft import sft_row
 
 from ..tables import write
 from .quickstart_task import TEMPLATE, Answers, prepare, verifier
+from .training import ON_CPU
 
 
 HERE = Path(__file__).parent
 PROMPTS, HELD_OUT = 1500, 500
-CPU = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_length": 256}
-QUIET = {"save_strategy": "no", "report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
+COMMON = {"max_length": 256, **ON_CPU}
 TRAINERS = {
     "DPO": (DPOTrainer, DPOConfig, {}),
     "TDPO2": (TDPOTrainer, TDPOConfig, {}),
@@ -74,8 +74,7 @@ def warm_start(directory: Path, seed: int) -> None:
             lr_scheduler_type="cosine",
             warmup_steps=20,
             adam_beta2=0.98,
-            **CPU,
-            **QUIET,
+            **COMMON,
         ),
         train_dataset=datasets.Dataset.from_list(
             [sft_row(row, TEMPLATE) for row in read_jsonl(directory / "sft.jsonl")]
@@ -113,7 +112,7 @@ def train(setting: str, sign: int, directory: Path, pairs: list[dict], seed: int
     trainer = trainer_class(
         model=start[0],
         ref_model=start[1],
-        args=config_class(output_dir=str(output), seed=seed, **options, **CPU, **QUIET),
+        args=config_class(output_dir=str(output), seed=seed, **options, **COMMON),
         train_dataset=datasets.Dataset.from_list(pairs),
         processing_class=AutoTokenizer.from_pretrained(directory / "model"),
     )

@@ -9,19 +9,13 @@ In: `preference_term.csv`. Out: `preference_term.svg`, and the table of preferen
 import statistics
 from pathlib import Path
 
-import matplotlib
+from matplotlib.patches import Rectangle
 
-
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from ..tables import cell, grouped, read, table  # noqa: E402
+from ..figures import GRAY, bare, legend, save, subplots
+from ..tables import cell, grouped, read, table
 
 
 HERE = Path(__file__).parent
-GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
 COLORS = {"on": "#2f7fd8", "off": GRAY, "flipped": "#d1642a"}
 
 
@@ -33,7 +27,7 @@ def gains(rows: list[dict], key: str = "y1") -> list[float]:
 def main() -> None:
     rows = read(HERE / "preference_term.csv", ("setting", "term"))
     groups = grouped(rows, "setting", "term")
-    start = next(iter(grouped(rows, "setting", "term").values()))
+    start = next(iter(groups.values()))
     lines = [
         ["start, after SFT", "", *(cell([100 * r[f"start_{k}"] for r in start], 1) for k in ("y1", "y2")), "", ""]
     ]
@@ -44,7 +38,7 @@ def main() -> None:
     print(table(["trained with", "preference term", "y1", "y2", "gain of y1", "each seed"], lines))
 
     settings = list(dict.fromkeys(setting for setting, _ in groups))
-    figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, axes = subplots(1, 1, (7, 3.4))
     for place, setting in enumerate(settings):
         terms = [term for term in COLORS if (setting, term) in groups]
         for offset, term in enumerate(terms):
@@ -55,13 +49,13 @@ def main() -> None:
     axes.axhline(0, color=GRAY, linewidth=0.8)
     axes.set_xticks(range(len(settings)), settings)
     axes.set_ylabel("gain of y1, points", color=GRAY)
-    axes.tick_params(colors=GRAY, length=0)
-    axes.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.8)
-    axes.spines[:].set_visible(False)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=0.6) for color in COLORS.values()]
-    labels = [f"preference term {term}" for term in COLORS]
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, labelcolor=GRAY, fontsize=9)
-    figure.savefig(HERE / "preference_term.svg", transparent=True, metadata={"Date": None, "Creator": None})
+    bare(axes)
+    patches = [
+        Rectangle((0, 0), 1, 1, color=color, alpha=0.6, label=f"preference term {term}")
+        for term, color in COLORS.items()
+    ]
+    legend(figure, patches, 3)
+    save(figure, HERE / "preference_term.svg")
 
 
 if __name__ == "__main__":

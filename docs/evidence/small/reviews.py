@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from .training import ON_CPU
+
 
 GOOD = ("good", "great", "fine", "moving", "clever", "funny", "warm", "rich", "vivid", "superb")
 BAD = ("bad", "dull", "weak", "boring", "stale", "silly", "cold", "poor", "flat", "awful")
@@ -31,13 +33,7 @@ TRAINING = {
     "lr_scheduler_type": "constant_with_warmup",
     "max_grad_norm": 10.0,
     "max_length": 64,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
+    **ON_CPU,
 }
 
 
@@ -202,6 +198,15 @@ def sequence_kl(of: torch.Tensor, to: torch.Tensor, mask: torch.Tensor) -> float
     """Mean over sequences of Σ_t KL(of ‖ to), from log-probabilities."""
     kl = (of.exp() * (of - to)).sum(-1)
     return float((kl * mask).sum(-1).mean())
+
+
+def compare(policy, reference, tokenizer, pairs: list[dict[str, str]], side: str) -> tuple[torch.Tensor, float]:
+    """Of one side of the pairs: log π(y|x) − log π_ref(y|x), `(N,)`, and the mean of Σ_t KL(π_ref ‖ π), in nats."""
+    prompts, texts = ([pair[key] for pair in pairs] for key in ("prompt", side))
+    logps, mask, ids = log_probs(policy, tokenizer, prompts, texts)
+    ref_logps, _, _ = log_probs(reference, tokenizer, prompts, texts)
+    ratios = (logps - ref_logps).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return (ratios * mask).sum(-1), sequence_kl(ref_logps, logps, mask)
 
 
 def measure(model, reference, tokenizer, prompts: list[str], seed: int) -> Measured:

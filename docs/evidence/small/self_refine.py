@@ -26,6 +26,7 @@ from trl_ext import SelfRefineDPOConfig, SelfRefineDPOTrainer
 
 from .correlations import kendall, pearson, spearman
 from .sorting import BEST_PROMPT, SortingPair, log_probs, make_pairs, make_reference, right_digits, to_ids
+from .training import ON_CPU
 
 
 HERE = Path(__file__).parent
@@ -163,13 +164,7 @@ def train(run: Run, seed: int, path: Path, held_out: list[SortingPair], rows: li
         lr_scheduler_type="linear",
         max_grad_norm=10.0,
         max_length=64,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
-        logging_strategy="no",
-        disable_tqdm=True,
+        **ON_CPU,
     )
     trainer = SelfRefineDPOTrainer(
         model=model,

@@ -10,20 +10,13 @@ is taken within each seed, whose runs have the same reference and the same pairs
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from ..tables import cell, grouped, read, t_interval, table  # noqa: E402
+from ..figures import GRAY, bare, curve, labelled, legend, save, subplots
+from ..tables import cell, grouped, read, t_interval, table
 
 
 HERE = Path(__file__).parent
-GRAY = "#7a7f87"  # 4:1 on white and on GitHub's dark background
 COLORS = {0.0: GRAY, 0.1: "#2a9d6f", 0.3: "#2f7fd8", 0.5: "#9a63d8", 1.0: "#d1642a"}
+LINE = {"linewidth": 1.8, "marker": "o", "markersize": 3}
 BETA, PAIRS = 0.1, 1600
 LABELS = {0.0: "right", 0.2: "20 % flipped"}
 NAMES = {"sigmoid": "DPO", "ipo": "IPO"}
@@ -125,17 +118,10 @@ def tables(rows: list[dict]) -> str:
     return text + f"Spearman of the reference's log-probabilities with the gap\n\n{knows}"
 
 
-def line(ax, points: dict[float, list[float]], color: str, label: str | None = None) -> None:
-    """Means, and a band from the least to the greatest seed."""
-    x, values = list(points), list(points.values())
-    ax.plot(x, [statistics.mean(v) for v in values], color=color, label=label, linewidth=1.8, marker="o", markersize=3)
-    ax.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12, linewidth=0)
-
-
 def draw_marginals(ax, rows: list[dict]) -> None:
     for (weight,), of in grouped(rows, "weight").items():
         points = {step: [row["marginal"] for row in at] for (step,), at in grouped(of, "step").items()}
-        line(ax, points, COLORS[weight], method(of[0]))
+        curve(ax, points, COLORS[weight], label=method(of[0]), **LINE)
     ax.set_xlabel("step")
 
 
@@ -162,7 +148,7 @@ def draw_overfitting(ax, rows: list[dict], key: str) -> None:
     for (weight,), of in grouped(rows, "weight").items():
         points = {size: [scale * row[key] for row in at] for (size,), at in grouped(of, "pairs").items()}
         if len(points) > 1:
-            line(ax, dict(sorted(points.items())), COLORS[weight])
+            curve(ax, dict(sorted(points.items())), COLORS[weight], **LINE)
     sizes = sorted({row["pairs"] for row in rows})
     ax.set_xscale("log")
     ax.minorticks_off()
@@ -171,7 +157,7 @@ def draw_overfitting(ax, rows: list[dict], key: str) -> None:
 
 
 def draw(rows: list[dict], output: Path) -> None:
-    figure, axes = plt.subplots(3, 2, figsize=(8.5, 9), layout="constrained")
+    figure, axes = subplots(3, 2, (8.5, 9))
     last_step = max(row["step"] for row in rows)
     overfitting = {0.0: "marginal_gap", 0.2: "flipped_accuracy"}
     for (flipped, labels), column in zip(LABELS.items(), axes.T, strict=True):
@@ -191,15 +177,9 @@ def draw(rows: list[dict], output: Path) -> None:
     for ax in axes.flat:
         for label in (ax.xaxis.label, ax.yaxis.label):
             label.set_color(GRAY)
-        ax.tick_params(colors=GRAY, length=0)
-        ax.grid(axis="y", color=GRAY, alpha=0.25, linewidth=0.8)
-        ax.spines[:].set_visible(False)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside upper center", ncols=len(names), frameon=False, labelcolor=GRAY, fontsize=9
-    )
-    figure.savefig(output, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+        bare(ax)
+    legend(figure, labelled(axes[0, 0]), len(COLORS))
+    save(figure, output)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from trl_ext import TDPOConfig, TDPOTrainer
 
 from ..tables import write
-from .reviews import TRAINING, log_probs, make_pairs, make_prompts, make_reference, measure, sequence_kl
+from .reviews import TRAINING, compare, make_pairs, make_prompts, make_reference, measure
 
 
 HERE = Path(__file__).parent
@@ -53,16 +53,10 @@ class Evaluate(TrainerCallback):
             "step": step,
             **asdict(measure(model, self.reference, self.tokenizer, self.prompts, seed=step)),
         }
-        prompts = [pair["prompt"] for pair in self.pairs]
-        accurate = torch.zeros(len(prompts))
-        for side, sign in (("chosen", 1), ("rejected", -1)):
-            texts = [pair[side] for pair in self.pairs]
-            logps, mask, ids = log_probs(model, self.tokenizer, prompts, texts)
-            ref_logps, _, _ = log_probs(self.reference, self.tokenizer, prompts, texts)
-            row[f"seq_kl_{side}"] = sequence_kl(ref_logps, logps, mask)
-            ratio = (logps - ref_logps).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            accurate += sign * (ratio * mask).sum(-1)
-        row["accuracy"] = float((accurate > 0).float().mean())
+        ratios = {}
+        for side in ("chosen", "rejected"):
+            ratios[side], row[f"seq_kl_{side}"] = compare(model, self.reference, self.tokenizer, self.pairs, side)
+        row["accuracy"] = float((ratios["chosen"] > ratios["rejected"]).float().mean())
         self.rows.append(row)
         model.train()
 

@@ -9,21 +9,24 @@ In: `tdpo_frontier.csv`. Out: `tdpo_frontier.svg`, and the tables of tdpo_fronti
 import statistics
 from pathlib import Path
 
-import matplotlib
-
-
-matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trl-ext", "font.size": 10})
-
-from matplotlib import pyplot as plt  # noqa: E402
-
-from ..tables import cell, grouped, read, table  # noqa: E402
+from ..figures import GRAY, save, subplots
+from ..tables import cell, grouped, read, table
 
 
 HERE = Path(__file__).parent
-COLORS = ("#7a7f87", "#d1642a", "#9ec7f2", "#5b9fe0", "#2f7fd8", "#1b4f8a")
+COLORS = (GRAY, "#d1642a", "#9ec7f2", "#5b9fe0", "#2f7fd8", "#1b4f8a")
 BUDGETS = (1.0, 2.0, 4.0)  # nats
 DRAWN_BETA = 0.1
+COLUMNS = {  # of the last table: name, heading, digits
+    "reward": ("reward", 3),
+    "kl": ("KL(π‖π_ref)", 2),
+    "seq_kl_chosen": ("SeqKL(y_w)", 2),
+    "seq_kl_rejected": ("SeqKL(y_l)", 2),
+    "difference": ("difference", 2),
+    "accuracy": ("accuracy", 3),
+    "entropy": ("entropy", 3),
+    "distinct_2": ("distinct-2", 3),
+}
 
 
 def reward_at(run: list[dict], budget: float) -> float | None:
@@ -37,6 +40,8 @@ def reward_at(run: list[dict], budget: float) -> float | None:
 
 def main() -> None:
     rows = read(HERE / "tdpo_frontier.csv", texts=["method"])
+    for row in rows:
+        row["difference"] = row["seq_kl_rejected"] - row["seq_kl_chosen"]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     betas = sorted({row["beta"] for row in rows})
     runs = grouped(rows, "method", "beta", "seed")
@@ -55,43 +60,15 @@ def main() -> None:
     print(table(["method", "β", *(f"{budget:g} nats" for budget in BUDGETS)], lines))
 
     print("At the last step\n")
-    names = ("reward", "kl", "seq_kl_chosen", "seq_kl_rejected", "difference", "accuracy", "entropy", "distinct_2")
     lines = []
     for method in methods:
         for beta in betas:
-            last = [
-                run[-1] | {"difference": run[-1]["seq_kl_rejected"] - run[-1]["seq_kl_chosen"]}
-                for run in of(method, beta)
-            ]
-            lines.append(
-                [
-                    method,
-                    f"{beta:g}",
-                    *(
-                        cell([row[name] for row in last], 2 if "kl" in name or name == "difference" else 3)
-                        for name in names
-                    ),
-                ]
-            )
-    print(
-        table(
-            [
-                "method",
-                "β",
-                "reward",
-                "KL(π‖π_ref)",
-                "SeqKL(y_w)",
-                "SeqKL(y_l)",
-                "difference",
-                "accuracy",
-                "entropy",
-                "distinct-2",
-            ],
-            lines,
-        )
-    )
+            last = [run[-1] for run in of(method, beta)]
+            cells = (cell([row[name] for row in last], digits) for name, (_, digits) in COLUMNS.items())
+            lines.append([method, f"{beta:g}", *cells])
+    print(table(["method", "β", *(heading for heading, _ in COLUMNS.values())], lines))
 
-    figure, axes = plt.subplots(2, 2, figsize=(8.5, 6.4), layout="constrained")
+    figure, axes = subplots(2, 2, (8.5, 6.4))
     panels = {
         "Reward against KL(π‖π_ref), all β": ("kl", "reward"),
         f"SeqKL(y_w), β = {DRAWN_BETA:g}": ("step", "seq_kl_chosen"),
@@ -102,32 +79,15 @@ def main() -> None:
         for method, color in zip(methods, COLORS, strict=False):
             for beta in betas if x == "kl" else [DRAWN_BETA]:
                 by_step = grouped((row for run in of(method, beta) for row in run), "step")
-                points = [
-                    {
-                        key: statistics.mean(
-                            row["seq_kl_rejected"] - row["seq_kl_chosen"] if key == "difference" else row[key]
-                            for row in group
-                        )
-                        for key in (x, y)
-                    }
-                    for group in by_step.values()
-                ]
-                label = method if beta == DRAWN_BETA else None
-                ax.plot(
-                    [p[x] for p in points],
-                    [p[y] for p in points],
-                    color=color,
-                    label=label,
-                    marker="o",
-                    markersize=3,
-                    linewidth=0 if x == "kl" else 1.2,
-                )
+                means = [[statistics.mean(row[key] for row in group) for group in by_step.values()] for key in (x, y)]
+                style = {"marker": "o", "markersize": 3, "linewidth": 0 if x == "kl" else 1.2}
+                ax.plot(*means, color=color, label=method if beta == DRAWN_BETA else None, **style)
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("nats" if x == "kl" else "step")
         ax.spines[["top", "right"]].set_visible(False)
     axes.flat[0].set_xlim(0, 8)
     axes.flat[0].legend(fontsize=8, frameon=False)
-    figure.savefig(HERE / "tdpo_frontier.svg", metadata={"Date": None})
+    save(figure, HERE / "tdpo_frontier.svg", transparent=False)
 
 
 if __name__ == "__main__":
