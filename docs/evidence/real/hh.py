@@ -70,7 +70,7 @@ class Size:
 
 FULL = Size(max_length=512, held_out=312, training=1840, evaluations=4, learning_rate=5e-6)
 # For two CPU cores. LoRA spares the gradient of 262,144 embeddings, which takes longer than all else
-SMALL = Size(max_length=96, held_out=128, training=320, evaluations=1, learning_rate=1e-4, lora_r=16, bf16=True)
+SMALL = Size(max_length=96, held_out=96, training=192, evaluations=1, learning_rate=2e-5, lora_r=16, bf16=True)
 COMMON = {
     "gradient_checkpointing": False,
     "train_sampling_strategy": "sequential",  # `in_batches` has the order
