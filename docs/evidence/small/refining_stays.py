@@ -33,6 +33,7 @@ ARMS = {
     "hot drafts": HOT,
     "more refining": MORE,
     "hot drafts, more refining": HOT | MORE,
+    "hot drafts, most refining": HOT | {"pairs": {"direct_weight": 1, "refinement_weight": 4}},
     "refining only": {"pairs": {"direct_weight": 0}},
 }
 # An exact verifier sees no step of an edit but the last
