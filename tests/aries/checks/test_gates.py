@@ -1,6 +1,7 @@
 """The guard, on pairs whose scores are known, and what the loop does with a round that it does not let through."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -122,8 +123,8 @@ def a_round(tmp_path):
     return make
 
 
-def decision(loop: Rounds) -> str:
-    return json.loads(loop.dir.round(1).guard.read_text())["decision"]
+def decision(loop: Rounds, number: int = 1) -> str:
+    return json.loads(loop.dir.round(number).guard.read_text())["decision"]
 
 
 def test_a_round_whose_chosen_are_better_is_trained_on(a_round):
@@ -175,29 +176,34 @@ def test_a_stopped_run_says_why_and_continues_only_when_told_to(a_round, capsys)
 )
 def test_the_rule_s_own_evidence(a_round, bounds, found):
     """
-    Without scores, three of four chains settle, and of these two end with another answer than the draft. Each is as much as its bound, or less.
+    Without scores, in round 1 all chains settle and change. In round 2, three of four settle, and of these two end with another answer than the
+    draft. Each is as much as its bound, or less.
     """
     loop = a_round(None, None, None, None)
     loop.config = replace(loop.config, pairs=replace(loop.config.pairs, guard="stop", **bounds))
+    shutil.copytree(loop.dir.round(1).path, loop.dir.round(2).path)
+    loop.pair(1)
+    loop.guard(1)
+    assert decision(loop) == "trained"
     answers = [["a", "b", "b"], ["a", "b", "b"], ["b", "b", "b"], ["a", "b", "c"]]
     chains = [
         Chain(f"p-{i}", "x", [Answer(k, text, 1, "stop") for k, text in enumerate(texts, start=1)])
         for i, texts in enumerate(answers)
     ]
-    write_jsonl(loop.dir.round(1).answers, [chain.to_row() for chain in chains])
-    loop.pair(1)
-    guard = json.loads(loop.dir.round(1).guard.read_text())
+    write_jsonl(loop.dir.round(2).answers, [chain.to_row() for chain in chains])
+    loop.pair(2)
+    guard = json.loads(loop.dir.round(2).guard.read_text())
     assert guard["rule"] == {"whole": 4, "settled": 0.75, "changed": pytest.approx(2 / 3)}
     assert [name for name in ("min_settled", "min_changed") if name in " ".join(guard["findings"])] == found
     if found:
         with pytest.raises(RecipeError, match=f"`pairs.{found[0]}`"):
-            loop.guard(1)
+            loop.guard(2)
         skipped = a_round(guard="skip")
-        skipped.guard(1)
-        assert decision(skipped) == "skipped"
+        skipped.guard(2)
+        assert decision(skipped, 2) == "skipped"
     else:
-        loop.guard(1)
-        assert decision(loop) == "trained"
+        loop.guard(2)
+        assert decision(loop, 2) == "trained"
 
 
 def test_scorers_that_judge_see_a_best_over_worst_round(a_round):

@@ -119,19 +119,25 @@ def reasons(measured: dict[str, Any]) -> str:
     return "; ".join([*by_scores, *measured.get("findings", [])])
 
 
-def rule_findings(evidence: dict[str, Any], config: PairsConfig) -> list[str]:
-    """What of [`~aries.data.pairs.rule_evidence`] is below its bound, in words."""
+def rule_findings(evidence: dict[str, Any], first: dict[str, Any] | None, config: PairsConfig) -> list[str]:
+    """
+    What of [`~aries.data.pairs.rule_evidence`] has fallen below its bound since round 1, in words. `first` is round 1's, `None` in round 1
+    itself.
+    """
     found = []
-    if config.min_settled is not None and evidence["settled"] is not None and evidence["settled"] < config.min_settled:
-        found.append(
-            f"{evidence['settled']:.1%} of {evidence['whole']:,} chains settled, fewer than `pairs.min_settled` ({config.min_settled:g}): "
-            "refining goes astray"
-        )
-    if config.min_changed is not None and evidence["changed"] is not None and evidence["changed"] < config.min_changed:
-        found.append(
-            f"{evidence['changed']:.1%} of the settled chains end with another answer than their draft, fewer than `pairs.min_changed` "
-            f"({config.min_changed:g}): refining adds nothing"
-        )
+    for key, what, meaning in (
+        ("settled", "of the chains settled", "refining goes astray"),
+        (
+            "changed",
+            "of the settled chains end with another answer than their draft",
+            "refining adds less than it did",
+        ),
+    ):
+        bound, before, now = getattr(config, f"min_{key}"), (first or {}).get(key), evidence[key]
+        if bound is not None and before is not None and now is not None and now < bound * before:
+            found.append(
+                f"{now:.1%} {what}, and {before:.1%} in round 1: less than {bound:g} times as many (`pairs.min_{key}`), so {meaning}"
+            )
     return found
 
 

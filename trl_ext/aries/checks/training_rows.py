@@ -13,8 +13,8 @@ from ...recipe import RecipeError
 from ..config import AriesConfig
 from ..data.faults import FAULTS, share_finding
 from ..data.pairs import Selection, preference_rows, rule_evidence
-from ..data.records import read_jsonl, read_rows, write_json, write_jsonl
-from ..run_dir import RoundDir
+from ..data.records import read_json, read_jsonl, read_rows, write_json, write_jsonl
+from ..run_dir import RoundDir, RunDir
 from ..scoring.scores import read_chains
 from .gates import PairsMeasure, decide, rule_findings
 
@@ -66,6 +66,7 @@ def checked_rows(
     by_construction = config.pairs.selection == "best_over_worst" and judged is None
     if config.pairs.selection == "rule_based":
         evidence = rule_evidence(chains, dropped)
-        measured |= {"rule": evidence, "findings": rule_findings(evidence, config.pairs)}
+        first = read_json(RunDir(round_dir.path.parent).round(1).guard) if number > 1 else None
+        measured |= {"rule": evidence, "findings": rule_findings(evidence, first and first["rule"], config.pairs)}
     decision, by = decide(measured, config.pairs.guard), "scores" if judged is None else config.judging
     write_json(round_dir.guard, {"decision": decision, "by": by, "by_construction": by_construction, **measured})

@@ -43,11 +43,12 @@ class PairsConfig(Section):
     same in them, whatever else they say, instead of by `settled_similarity`. A chain whose draft agrees with the last
     answer gives no pair."""
     min_settled: Share | None = None
-    """For `"rule_based"`, smallest share of whole chains that settle. Below it, refining goes astray, and `guard` decides
-    about the round."""
+    """For `"rule_based"`, how much of round 1's share of settled chains a later round must have: with `0.9` and 80 % in
+    round 1, at least 72 %. Below it, refining goes astray, and `guard` decides about the round."""
     min_changed: Share | None = None
-    """For `"rule_based"`, smallest share of the settled chains whose last answer is another than the draft. Below it,
-    refining adds nothing, and `guard` decides about the round."""
+    """For `"rule_based"`, the same of the share of settled chains whose last answer is another than the draft. Below it,
+    refining adds less than it did, and `guard` decides about the round. `0.95` has stopped the rule in
+    time ([measured](evidence/small/by_rule.md))."""
     direct_weight: NonNegativeInt = 1
     """How often an epoch shows a pair's direct row. `0` leaves it out (our choice)."""
     refinement_weight: NonNegativeInt = 1
