@@ -23,7 +23,6 @@ ARMS = {
     "three agree, hot drafts": {"pairs": THREE} | HOT,
     "less changed, skipped": {"pairs": RULE | CHANGED, "scores": {}},  # without scores, only the rule can see anything
     "hot drafts, cold refinements": {"pairs": RULE} | APART,
-    "hot drafts, cold refinements, less changed, skipped": {"pairs": RULE | CHANGED, "scores": {}} | APART,
 }
 aries.ALL_METHODS |= ARMS
 
