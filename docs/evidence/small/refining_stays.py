@@ -33,7 +33,7 @@ ARMS = {
     "hot drafts": HOT,
     "more refining": MORE,
     "hot drafts, more refining": HOT | MORE,
-    "hot drafts, most refining": HOT | {"pairs": {"direct_weight": 1, "refinement_weight": 4}},
+    "twice the epochs": {"training": {"num_train_epochs": 4}},  # as many rows as "more refining" and a few more
     "refining only": {"pairs": {"direct_weight": 0}},
 }
 # An exact verifier sees no step of an edit but the last
@@ -54,6 +54,7 @@ TASKS = {
         "hot drafts",
         "more refining",
         "hot drafts, more refining",
+        "twice the epochs",
         "refining only",
         "ARIES, partial scores",
         *PARTIAL_ARMS,
