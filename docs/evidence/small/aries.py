@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from trl_ext.aries.data.records import read_json, read_jsonl
-from trl_ext.aries.policies import is_skipped
+from trl_ext.aries.policies import is_rolled_back, is_skipped
 from trl_ext.aries.run_dir import RoundDir
 from trl_ext.aries.scoring.evaluation import lost_turns
 
@@ -181,9 +181,11 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
     for number in range(ROUNDS + 1):
         path = output / f"round_{number:02d}"
         made = [model for model in (path / "model", path / "set_aside" / "model") if model.exists()]
-        if made:
+        # A round that was skipped or rolled back has the policy of the one before
+        kept = is_skipped(RoundDir(path)) or is_rolled_back(RoundDir(path))
+        if made and not kept:
             policy = made[0]
-        elif number > 0 and not is_skipped(RoundDir(path)):  # a skipped round keeps the policy of the one before
+        elif number > 0 and not kept:
             break
         guard, health, drops = (read_json(path / f"{name}.json") or {} for name in ("guard", "health", "drops"))
         cost = (read_json(path / "cost.json") or {}).get("generated_tokens", {})

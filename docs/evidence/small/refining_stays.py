@@ -33,7 +33,8 @@ ARMS = {
     "hot drafts": HOT,
     "more refining": MORE,
     "hot drafts, more refining": HOT | MORE,
-    "twice the epochs": {"training": {"num_train_epochs": 4}},  # as many rows as "more refining" and a few more
+    "more refining, rolled back": MORE | {"health": {"on_setback": "roll_back"}},
+    "twice the epochs": {"training": {"num_train_epochs": 4}},  # nearly as much training as "more refining"
     "refining only": {"pairs": {"direct_weight": 0}},
 }
 # An exact verifier sees no step of an edit but the last
@@ -54,6 +55,7 @@ TASKS = {
         "hot drafts",
         "more refining",
         "hot drafts, more refining",
+        "more refining, rolled back",
         "twice the epochs",
         "refining only",
         "ARIES, partial scores",
