@@ -24,7 +24,7 @@ OPTIONS = (
     "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
 )
-DEADLINE = 60.0
+DEADLINE = 300.0  # seconds until it must have said something
 
 
 class Browser:

@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on several t
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from trl_ext.terminal import quiet_imports  # noqa: E402
 
@@ -37,8 +37,9 @@ def pytest_sessionfinish():
 
 
 # The same examples in every run, and no clock. `pytest --hypothesis-profile=search` looks further
-settings.register_profile("suite", derandomize=True, database=None, deadline=None)
-settings.register_profile("search", database=None, deadline=None, max_examples=2_000)
+timeless = {"database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("suite", derandomize=True, **timeless)
+settings.register_profile("search", max_examples=2_000, **timeless)
 settings.load_profile("suite")
 
 

@@ -28,7 +28,7 @@ SEARCH = """(async () => {
     input.focus();
     input.value = "min_diversity";
     input.dispatchEvent(new Event("keyup"));
-    for (let waited = 0; waited < 200; waited++) {
+    for (let waited = 0; waited < 4000; waited++) {
         const links = [...document.querySelectorAll(".md-search-result__link")].map(link => link.href).join(" ");
         if (links) return links;
         await new Promise(resolve => setTimeout(resolve, 50));

@@ -56,12 +56,12 @@ def main(job: dict) -> None:
                 with suppress(psutil.NoSuchProcess):
                     worker.kill()
 
-    start = time.monotonic()
     with closing(engine):
         answer_task(engine, task, progress)
         # The lost worker's place is taken as soon as there is room for it
         cluster.add_node(num_cpus=1)
-        while len(engine._ready()) < 2 and time.monotonic() - start < 300:
+        start = time.monotonic()
+        while len(engine._ready()) < 2 and time.monotonic() - start < 900:
             engine._collect()
         result = {"notes": notes, "used": sorted(used), "ready": len(engine._ready())}
     Path(job["answers"] + ".notes").write_text(json.dumps(result))

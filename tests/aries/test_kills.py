@@ -6,7 +6,6 @@ disturbed: after the last kill, the same command ends with the same files, byte 
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -17,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.aries.test_signals import Run
 from tests.aries.tiny_run import EVALUATION_PROMPTS, MAX_TOKENS, PROMPTS, SLOTS, TURNS, command, recipe, results, run
 
 from trl_ext.aries.data.records import read_jsonl
 
 
-SECONDS = 300  # until a moment must have come
+SECONDS = 900  # until a moment must have come
 
 
 @dataclass
@@ -128,7 +128,8 @@ class KilledRun:
         """Start the run and kill it at this moment. `False` if it ended before: the moment was over."""
         has_come = moment.has_come(self.output, self.rng)
         with open(self.output.with_suffix(".log"), "a") as log:
-            process = subprocess.Popen(command(self.file), stdout=log, stderr=log)
+            started = Run(command(self.file), output=log)
+        process = started.process
         deadline = time.monotonic() + SECONDS
         while not has_come():
             time.sleep(0.0002)
@@ -143,12 +144,14 @@ class KilledRun:
             while not (found := children(process.pid, moment.stage)) and process.poll() is None:
                 time.sleep(0.0002)  # its log may be there before it is
             for pid in found:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended
+                    os.kill(pid, signal.SIGKILL)
             if process.wait() == 0:  # the stage had ended just before
                 return False
             assert process.returncode == 1
             log = self.output.with_suffix(".log").read_text()
             assert f"{moment.stage} was ended by SIGKILL" in log and "Traceback" not in log
+        started.wait_until_none_is_left()  # nothing writes any more
         self.kills[moment.name] += 1
         self.torn += (
             bool(list(self.output.rglob("*.tmp")))
@@ -216,7 +219,7 @@ def test_a_run_that_is_killed_in_every_stage(sorting, whole_run, tmp_path):
         assert results(killed.output) == results(whole_run[0])
         assert killed.spent() <= 1.1
         kills, torn, runs = kills + killed.kills.total(), torn + killed.torn, runs + 1
-        assert killed.kills.total() > 0
+        assert runs < 20, f"{kills} kills, {torn} in the middle of a write"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """
-Signals to real runs: how they end, how fast, and that nothing they started is left. Processes are found by a variable in their
-environment, which everything that a run starts inherits, and by their sessions, since vLLM's workers write their names over theirs.
+Signals to real runs, whose work would take longer than anyone waits: how they end, and that nothing they started is left. Processes are found
+by a variable in their environment, which everything that a run starts inherits, and by their sessions, since vLLM's workers write their names
+over theirs.
 """
 
 import os
@@ -10,26 +11,28 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
 from tests.aries.tiny_run import command, recipe
 
 
-SECONDS_TO_END = 10
+LONGEST_WAIT = 300  # seconds, so that a test that fails does not hang
+COPIES = 500  # of the prompts
 MARK = "TRL_EXT_TEST_RUN"
 
 
 class Run:
     """A command with a mark of its own."""
 
-    def __init__(self, arguments: list[str], **environment: str):
+    def __init__(self, arguments: list[str], output: IO[str] | int = subprocess.PIPE, **environment: str):
         self.mark = uuid.uuid4().hex
         self.sessions: set[int] = set()
         self.process = subprocess.Popen(
             arguments,
             env={**os.environ, MARK: self.mark, **environment},
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
@@ -54,22 +57,24 @@ class Run:
         return [command_line for session, command_line in processes.values() if session in self.sessions]
 
     def wait_for(self, condition) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 2 * LONGEST_WAIT
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
     def end(self, number: signal.Signals) -> tuple[int, str]:
-        """Send a signal to the command alone; its exit code and what it printed, after checking that all has ended in time."""
-        start = time.monotonic()
+        """Send a signal to the command alone; its exit code and what it printed, once all has ended."""
         self.process.send_signal(number)
-        printed, _ = self.process.communicate(timeout=60)
-        while (left := self.alive()) and time.monotonic() - start < SECONDS_TO_END:
-            time.sleep(0.05)
-        assert not left
-        assert time.monotonic() - start < SECONDS_TO_END
+        printed, _ = self.process.communicate(timeout=LONGEST_WAIT)
+        self.wait_until_none_is_left()
         return self.process.returncode, printed
+
+    def wait_until_none_is_left(self) -> None:
+        deadline = time.monotonic() + LONGEST_WAIT
+        while left := self.alive():
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
 
 
 def grows(file: Path):
@@ -78,19 +83,34 @@ def grows(file: Path):
     return lambda: file.exists() and file.stat().st_size > size
 
 
+def many_prompts(sorting: Path, directory: Path) -> dict[str, str | int]:
+    """Prompts that take many minutes to answer."""
+    rows = (sorting / "train.jsonl").read_text() * COPIES
+    (directory / "prompts.jsonl").write_text(rows)
+    return {"dataset": str(directory / "prompts.jsonl"), "per_round": rows.count("\n")}
+
+
 @pytest.mark.vllm
-def test_a_loop_that_is_asked_to_end(sorting, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "grown"), [(signal.SIGINT, "answers.jsonl.part"), (signal.SIGTERM, "logs/training.log")]
+)
+def test_a_loop_that_is_asked_to_end(number, grown, sorting, tmp_path):
     """SIGINT while answers are generated, SIGTERM while the policy is trained. That it then continues: test_kills.py."""
     output, file = tmp_path / "run", tmp_path / "r.yaml"
-    file.write_text(yaml.safe_dump(recipe(sorting, output, rounds=1)))
-    for number, grown in ((signal.SIGINT, "answers.jsonl.part"), (signal.SIGTERM, "logs/training.log")):
-        run = Run(command(file))
-        run.wait_for(grows(output / "round_01" / grown))
-        assert len(run.alive()) == 4, "the loop, its stage, and the servers for TRL and for vLLM"
-        code, printed = run.end(number)
-        assert code == 128 + number
-        assert f"interrupted ({number.name}): finished work is kept; the same command continues." in printed
-        assert "Traceback" not in printed
+    settings = recipe(sorting, output, rounds=1)
+    if number == signal.SIGINT:
+        settings["prompts"] = many_prompts(sorting, tmp_path)
+        del settings["sft"]
+    else:
+        settings["training"] |= {"max_steps": 100_000, "save_steps": 100}
+    file.write_text(yaml.safe_dump(settings))
+    run = Run(command(file))
+    run.wait_for(grows(output / "round_01" / grown))
+    run.wait_for(lambda: len(run.alive()) == 4)  # the loop, its stage, and the servers for TRL and for vLLM
+    code, printed = run.end(number)
+    assert code == 128 + number
+    assert f"interrupted ({number.name}): finished work is kept; the same command continues." in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.slow
@@ -100,6 +120,7 @@ def test_an_engine_with_processes_of_its_own(number, sorting, tmp_path):
     """With tensor parallelism, vLLM starts workers; on a CPU they must be told where to run."""
     output, file = tmp_path / "run", tmp_path / "r.yaml"
     settings = recipe(sorting, output, rounds=1)
+    settings["prompts"] = many_prompts(sorting, tmp_path)
     settings["generation"]["tensor_parallel_size"] = 2
     del settings["sft"]
     file.write_text(yaml.safe_dump(settings))

@@ -11,7 +11,7 @@ import torch
 
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds, of a launch
+TIMEOUT = 1800  # seconds, of a launch that hangs; it takes about one minute
 
 
 def run_module(module: str, *arguments: str, **environment: str) -> None:

@@ -253,7 +253,7 @@ def test_a_round_that_is_rolled_back_in_the_whole_loop(sorting, tmp_path):
             process = subprocess.Popen(command(killed_file), stdout=log, stderr=log)
         while not (killed / moment).exists():
             time.sleep(0.0002)
-            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert process.poll() is None or (killed / moment).exists(), (tmp_path / "log").read_text()
         process.kill()
         process.wait()
     run(killed_file)

@@ -51,7 +51,7 @@ def test_a_node_that_is_killed_loses_nothing(tiny_model_path, prompts, tmp_path)
     file.write_text(json.dumps(job | {"kill_after": PROMPTS // 4, "turns": TURNS}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-m", "tests.aries.ray_run", str(file)]
-    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=1800)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "ray.jsonl.notes").read_text())
     assert result["used"] == [1, 2] and result["ready"] == 2
@@ -69,7 +69,7 @@ def test_a_request_that_kills_its_workers_is_set_aside(tiny_model_path, prompts,
     file = tmp_path / "job.json"
     file.write_text(json.dumps(job | {"poison": f"{ids[3]}/1", "max_retries": 2}))
     script = [sys.executable, "-m", "tests.aries.ray_poison", str(file)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "ray.jsonl")
     assert [row["prompt_id"] for row in rows] == ids

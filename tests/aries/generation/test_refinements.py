@@ -4,7 +4,6 @@ What each strategy asks for next, by hand: an engine that answers from a script 
 
 import re
 import signal
-import time
 
 import pytest
 
@@ -57,13 +56,12 @@ def test_generated_text_is_data_not_template():
 
 def test_a_pattern_that_does_not_end_is_stopped_with_the_way_out(monkeypatch):
     """2^40 ways to split forty letters among the two repetitions: years, on the first answer that does not end in `b`."""
-    monkeypatch.setattr(refinements, "LONGEST_SECONDS", 0.2)
-    start = time.monotonic()
-    with pytest.raises(
-        RecipeError, match="`generation.answer_pattern` took more than 0.2 seconds on a text of 41 char.*write no"
-    ):
-        find_answer("a" * 40 + "c", re.compile("((?:a+)+)b"))
-    assert time.monotonic() - start < 10
+    with monkeypatch.context() as impatient:
+        impatient.setattr(refinements, "LONGEST_SECONDS", 0.2)
+        with pytest.raises(
+            RecipeError, match="`generation.answer_pattern` took more than 0.2 seconds on a text of 41 char.*write no"
+        ):
+            find_answer("a" * 40 + "c", re.compile("((?:a+)+)b"))
     assert find_answer("a" * 40 + "b", re.compile("((?:a+)+)b"))[0] == "a" * 40, "the next one is not stopped"
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 

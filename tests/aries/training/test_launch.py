@@ -179,7 +179,7 @@ def test_processes_that_end_with_the_loop(tmp_path):
         from tests.aries.launched_child import Job
         from trl_ext.aries.children import run_child
         from trl_ext.launch import Launch
-        run_child("{CHILD}", Job({{}}, 60), Path("{tmp_path}/child.log"), print, launch={TWO_PROCESSES})
+        run_child("{CHILD}", Job({{}}, 3600), Path("{tmp_path}/child.log"), print, launch={TWO_PROCESSES})
     """
     process = Run([sys.executable, "-c", code], PYTHONPATH=os.pathsep.join(sys.path))
     process.wait_for(lambda: len(process.alive()) == 4)  # the loop, the launcher and two processes
