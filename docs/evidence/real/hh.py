@@ -475,7 +475,7 @@ def main() -> None:
     parser.add_argument("--model", default="google/gemma-3-270m", help="a pretrained model, by path or name")
     parser.add_argument("--tokenizer", help="default: the model's")
     parser.add_argument("--hh", default="Anthropic/hh-rlhf", help="the dataset, or a JSONL file with its columns")
-    parser.add_argument("--output", type=Path, default=Path("build/evidence-hh"))
+    parser.add_argument("--output", type=Path, help="default: build/evidence-hh, or build/evidence-hh-small")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning_rate", type=float, help="default: the size's")
@@ -484,6 +484,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--tables", action="store_true", help="only the tables and figures of OUTPUT/hh.csv")
     args = parser.parse_args()
+    args.output = args.output or Path("build/evidence-hh-small" if args.small else "build/evidence-hh")
     results, data = args.output / "hh.csv", args.output / "pairs.json"
     size = SMALL if args.small else FULL
     if not args.tables:
