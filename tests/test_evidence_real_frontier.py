@@ -3,8 +3,11 @@ docs/evidence/real/tdpo_frontier.py at a size for a CPU: it runs from end to end
 measures agrees with a naive computation.
 """
 
+import os
 import random
+import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -15,6 +18,8 @@ from docs.evidence.real.distributions import sums_over_completions
 from docs.evidence.tables import read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+from tests.aries.test_children import is_alive, wait_until_dead
 
 
 POSITIVE, NEGATIVE = ("good", "great", "superb"), ("bad", "dull", "awful")
@@ -109,6 +114,23 @@ class NoPool:
         future = Future()
         future.set_result(function(**kwargs))
         return future
+
+
+def test_a_killed_experiment_leaves_no_run_behind(tmp_path):
+    """The shell ends with the run that started it, and writes the run's process id first."""
+    settings = [{"command": f"echo $PPID. > {tmp_path}/pid; while kill -0 $PPID; do sleep 0.1; done"}]
+    code = f"import os, pathlib; from docs.evidence.real.runs import run_all; run_all(os.system, {settings!r}, pathlib.Path({str(tmp_path)!r}))"
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    experiment = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
+    file = tmp_path / "pid"
+    while not (file.exists() and file.read_text().endswith(".\n")):
+        assert experiment.poll() is None
+        time.sleep(0.05)
+    run = int(float(file.read_text()))
+    assert is_alive(run)
+    experiment.kill()
+    experiment.wait()
+    assert wait_until_dead(run)
 
 
 class TestFrontier:

@@ -138,7 +138,6 @@ def run_recipe(file: Path, output: Path) -> str:
 
 def run(method: str, seed: int, *, model: str, sizes: dict[str, int], root: Path) -> list[Row]:
     """One run, and its policies measured: rows of the CSV."""
-    die_with_parent(os.getppid())  # a killed experiment leaves no run behind
     name = name_of({"method": method, "seed": seed})
     data, output = root / "data" / name, root / name
     prepare(data, seed, sizes)

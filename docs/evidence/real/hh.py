@@ -163,8 +163,10 @@ class Answers:
 
     def nll(self, model) -> float:
         """Mean over the tokens of the chosen answers."""
-        chosen = self.answers[: len(self.answers) // 2]
-        return float(-self.measure(model)["logps"][0].sum() / sum(map(len, chosen)))
+        half = len(self.answers) // 2
+        chosen = self.answers[:half]
+        logps = sums_over_completions(model, None, self.prompts[:half], chosen)["logps"]
+        return float(-logps.sum() / sum(map(len, chosen)))
 
 
 class Evaluate(TrainerCallback):

@@ -15,6 +15,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from trl_ext.processes import die_with_parent
+
 
 Row = dict[str, Any]
 
@@ -47,8 +49,14 @@ def run_all(run: Callable[..., list[Row]], settings: list[Row], folder: Path, *,
         raise ValueError("two runs have the same settings")
     missing = [(one, path) for one, path in zip(settings, paths, strict=True) if not path.exists()]
     print(f"{len(settings)} runs, {len(settings) - len(missing)} of them are in {folder}", flush=True)
-    # A process for each run: the next one starts with all memory free
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    # A process for each run: the next one starts with all memory free. A killed experiment leaves none behind
+    with ProcessPoolExecutor(
+        jobs,
+        mp_context=get_context("spawn"),
+        initializer=die_with_parent,
+        initargs=(os.getpid(),),
+        max_tasks_per_child=1,
+    ) as pool:
         started = time.monotonic()
         futures = {pool.submit(run, **one): path for one, path in missing}
         for number, future in enumerate(as_completed(futures), 1):

@@ -12,9 +12,11 @@ second call goes on with the runs that are missing.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from trl_ext.aries.data.records import read_json, read_jsonl
 from trl_ext.aries.policies import is_rolled_back, is_skipped
 from trl_ext.aries.run_dir import RoundDir
 from trl_ext.aries.scoring.evaluation import lost_turns
+from trl_ext.processes import die_with_parent
 
 from ..tables import write
 from . import editing
@@ -172,7 +175,8 @@ def run(task: str, method: str, seed: int, root: Path) -> list[dict]:
     file = output.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(recipe_of(task, method, data, output, seed, start), sort_keys=False))
     command = [sys.executable, "-m", "trl_ext.cli", "aries", "run", "--config", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    ends_with_us = partial(die_with_parent, os.getpid())
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=ends_with_us)
     file.with_suffix(".log").write_text(done.stdout + done.stderr)
     if done.returncode not in (0, 1):  # 1: its checks ended it, which is a result
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}; see {file.with_suffix('.log')}")
