@@ -67,6 +67,28 @@ def test_without_a_verifier(task):
         try_verifier(task)
 
 
+@pytest.mark.parametrize("task", [False], ids=["chat"], indirect=True)
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": [{"from": "human", "value": "q"}], "completion": [{"from": "gpt", "value": "a"}]}, "the text 'a'"),
+        ({"prompt": [{"role": "user", "content": "q"}], "completion": []}, "`answer`"),
+        ({"question": "q", "completion": "a"}, None),
+    ],
+    ids=["sharegpt", "empty", "no prompt"],
+)
+def test_sft_rows_are_tried_as_a_run_reads_them(task, row, expected):
+    """Turns of ShareGPT are messages, a row without an answer is left out, and an unusable one is named as a run would name it."""
+    Path("my-task/sft.jsonl").write_text(json.dumps(row | {"answer": "a"}) + "\n")
+    if expected is None:
+        with pytest.raises(RecipeError, match=r"sft\.jsonl, row 1: no column `prompt`"):
+            try_verifier(task)
+        return
+    console = Console(record=True, width=200)
+    assert try_verifier(task, console) == 0
+    assert expected in console.export_text()
+
+
 def test_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["aries", "init", str(tmp_path)]) == 2

@@ -19,8 +19,9 @@ from ...recipe import RecipeError
 from ...recipe_values import show
 from ...terminal import printable
 from ..config import AriesConfig, DatasetConfig
-from ..data.prompts import in_trl_form, load_prompts, load_rows
+from ..data.prompts import load_prompts, load_rows
 from ..data.records import Answer, Chain
+from ..data.sft import usable_sft_rows
 from .verifier import call_verifier, load_verifier, needed_columns
 
 
@@ -76,10 +77,10 @@ def rows_to_try(config: AriesConfig, needed: set[str]) -> tuple[str, Iterable[di
     """The first SFT rows, if they have the columns that the verifier needs, or else the first prompts."""
     dataset = (config.sft or {}).get("dataset")
     if dataset is not None:
-        entry = DatasetConfig(dataset, split=config.sft.get("split", "train"))
-        rows = [in_trl_form(row) for row in islice(load_rows(entry, "sft.dataset"), ROWS)]
-        if all(needed <= row.keys() for row in rows):
-            return dataset, rows
+        rows = list(islice(load_rows(DatasetConfig(dataset), "sft.dataset"), ROWS))
+        usable, _ = usable_sft_rows(rows, dataset)
+        if usable and all(needed <= row.keys() for row in rows):
+            return dataset, usable
     entries = config.prompts.entries()
     return entries[0].path, islice(load_prompts(entries, "prompts.dataset"), ROWS)
 
