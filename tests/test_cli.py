@@ -284,9 +284,10 @@ class TestAries:
         from trl_ext.recipe import apply_overrides, export_env, load_yaml
 
         monkeypatch.setenv("TRL_EXT_TEST", "0")
-        recipe = export_env(apply_overrides(load_yaml("r.yaml"), ["--rounds", "2"]))
+        monkeypatch.setenv("TRL_EXT_TEST_2", "0")
+        recipe = export_env(apply_overrides(load_yaml("r.yaml"), ["--rounds", "2", "--env.TRL_EXT_TEST_2", "a"]))
         copied = yaml.safe_load(recipe_text(recipe))
-        assert (copied["rounds"], copied["env"]) == (2, {"TRL_EXT_TEST": 1})
+        assert (copied["rounds"], copied["env"]) == (2, {"TRL_EXT_TEST": 1, "TRL_EXT_TEST_2": "a"})
 
     def test_a_failed_stage(self, calls, capfd):
         assert main(["aries", "run", "r.yaml", "--rounds", "9"]) == 1

@@ -42,11 +42,14 @@ class Recipe:
             What the file says.
         locations (`dict[tuple, str]`):
             `"file:line"` or `"command line"` for each path of keys and list indices.
+        env (`dict`, *optional*):
+            What [`export_env`] has taken out of the mapping.
     """
 
     path: Path | None
     mapping: dict
     locations: dict[tuple, str]
+    env: dict = dataclasses.field(default_factory=dict)
 
     def where(self, *keys: str | int) -> str:
         """Where `keys` was written, or else the closest section around it."""
@@ -175,7 +178,7 @@ def export_env(recipe: Recipe) -> Recipe:
             raise RecipeError(f"{recipe.where('env', name)}: `env.{name}` must be one value, got {show(value)}.")
     for name, value in env.items():
         os.environ[name] = str(value)
-    return dataclasses.replace(recipe, mapping={k: v for k, v in recipe.mapping.items() if k != "env"})
+    return dataclasses.replace(recipe, mapping={k: v for k, v in recipe.mapping.items() if k != "env"}, env=env)
 
 
 def _refuse_secrets(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..launch import Launch, recipe_launch
-from ..recipe import COMMAND_LINE, Recipe, RecipeError, load_yaml
+from ..recipe import COMMAND_LINE, Recipe, RecipeError
 from .checks.gates import decide, measure_policy, pair_lines, pairs_stop_message, policy_findings
 from .checks.overlap import count_overlap, overlap_lines
 from .checks.set_aside import degenerate, set_aside, take_back
@@ -114,8 +114,7 @@ def unknown_keys_first(config: AriesConfig, recipe: Recipe) -> Iterator[None]:
 def recipe_text(recipe: Recipe) -> str:
     """The text of the recipe file or, with overrides from the command line, of the merged recipe."""
     if COMMAND_LINE in recipe.locations.values():
-        env = load_yaml(recipe.path).at("env")  # taken out of the mapping when it was exported
-        mapping = recipe.mapping if env is None else {"env": env, **recipe.mapping}
+        mapping = {"env": recipe.env, **recipe.mapping} if recipe.env else recipe.mapping
         return yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True)
     return recipe.path.read_text(encoding="utf-8")
 
