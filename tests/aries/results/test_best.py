@@ -59,16 +59,19 @@ def test_without_scores_that_compare_rounds_there_is_none(tmp_path, settings):
     run, config = run_of(tmp_path, (10, 10), (15, 15), settings=settings)
     assert best_round(run, config) is None
     with pytest.raises(RecipeError, match="`--round best`"):
-        chosen_round(run, "best", [0, 1], "evaluated")
+        chosen_round(run, config, "best", [0, 1], "evaluated")
 
 
 def test_it_can_be_named(tmp_path, capsys):
-    run, _ = run_of(tmp_path, (10, 10), (15, 15), (5, 5))
-    assert chosen_round(run, "best", [0, 1, 2], "evaluated") == 1
-    assert chosen_round(run, None, [0, 1, 2], "evaluated") == 2
+    run, config = run_of(tmp_path, (10, 10), (15, 15), (5, 16))
+    assert chosen_round(run, config, "best", [0, 1, 2], "evaluated") == 1
+    assert chosen_round(run, config, None, [0, 1, 2], "evaluated") == 2
     output = tmp_path / "answers.json"
     assert main(["aries", "answers", str(run.path), "--round", "best", "--output", str(output)]) == 0
     assert "of round 1 in" in capsys.readouterr().out
+    by_y2 = ["--round", "best", "--evaluation.best_turn", "2", "--output", str(tmp_path / "by_y2.json")]
+    assert main(["aries", "answers", str(run.path), *by_y2]) == 0
+    assert "of round 2 in" in capsys.readouterr().out, "a key that may change later goes by the recipe of now"
     with pytest.raises(SystemExit):
         main(["aries", "answers", str(run.path), "--round", "worst", "--output", str(output)])
     assert "must be the number of a round, or best; got 'worst'" in capsys.readouterr().err

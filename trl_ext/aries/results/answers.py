@@ -28,7 +28,7 @@ def export_answers(config: AriesConfig, number: int | str | None, turn: int, fil
         check_new(path)
     run = RunDir(Path(config.output_dir))
     evaluated = [n for n in range(config.rounds + 1) if run.round(n).evaluation.exists()]
-    number = chosen_round(run, number, evaluated, "evaluated")
+    number = chosen_round(run, config, number, evaluated, "evaluated")
     if not 1 <= turn <= config.refinements.turns:
         raise RecipeError(
             f"`--turn` must be between 1, the direct answer, and {config.refinements.turns}; got {turn}."

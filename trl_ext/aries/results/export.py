@@ -71,7 +71,7 @@ def export(
     if best is not None and best.clear:
         say(f"Exporting the best round in place of the last: {best}. `--round {best.last}` exports the last one.")
         number = best.number
-    number = chosen_round(run, number, finished, "finished")
+    number = chosen_round(run, config, number, finished, "finished")
     check_policy(run, config, number)
     policy = policy_after(run, config, number)
     if policy.adapter is None and form is not None:

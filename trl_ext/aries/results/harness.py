@@ -32,7 +32,7 @@ def lm_eval(config: AriesConfig, number: int | str | None, tasks: str, args: Seq
         )
     run = RunDir(Path(config.output_dir))
     trained = [n for n in range(config.rounds + 1) if is_trained(run, config, n)]
-    number = chosen_round(run, number, trained, "trained")
+    number = chosen_round(run, config, number, trained, "trained")
     check_policy(run, config, number)
     policy, output = policy_after(run, config, number), str(run.round(number).lm_eval)
     command = lm_eval_command(policy, config.model, config.trust_remote_code, tasks, output)

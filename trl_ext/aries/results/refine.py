@@ -69,7 +69,7 @@ def run_settings(path: Path, number: int | str | None, scored: bool) -> dict[str
     config = run.read_config()
     config.output_dir = str(path)  # it may have been moved
     finished = [n for n in range(config.rounds + 1) if run.round(n).manifest.exists()]
-    number = chosen_round(run, number, finished, "finished")
+    number = chosen_round(run, config, number, finished, "finished")
     check_policy(run, config, number)
     policy, base = policy_after(run, config, number), config.model["model_name_or_path"]
     sections = asdict(config)

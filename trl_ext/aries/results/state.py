@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...recipe import RecipeError
+from ..config import AriesConfig
 from ..data.records import write_json
 from ..run_dir import RunDir, is_locked
 from .best import best_round
@@ -107,7 +108,7 @@ def read_state(run: RunDir, rounds: int, running: bool | None = None) -> RunStat
     return RunState("died", **heard)
 
 
-def chosen_round(run: RunDir, number: int | str | None, found: list[int], what: str) -> int:
+def chosen_round(run: RunDir, config: AriesConfig, number: int | str | None, found: list[int], what: str) -> int:
     """
     The round that `--round` names, a number or `"best"`, by default the last of those `found`, which are `what`: `"evaluated"`, `"trained"`, ...
 
@@ -117,7 +118,7 @@ def chosen_round(run: RunDir, number: int | str | None, found: list[int], what: 
     if not found:
         raise RecipeError(f"{run.path} has no {what} round yet. `trl-ext aries run {run.path}` continues it.")
     if number == "best":
-        best = best_round(run, run.read_config(), found)
+        best = best_round(run, config, found)
         if best is None:
             raise RecipeError(
                 f"`--round best`: {run.path} has no scores that compare rounds (a judge's compare the answers of a chain). Name a round: "
