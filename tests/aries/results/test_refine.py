@@ -295,6 +295,7 @@ def test_from_python(played, chat):
     prompts = [[{"role": "user", "content": text}] if chat else text for text, _ in SOLUTIONS]
     rows = trl_ext.refine(prompts, model="model", turns=2, quiet=True)
     assert [(row["prompt"], row["answer"]) for row in rows] == list(zip(prompts, ["1 2", "4"], strict=True))
+    assert trl_ext.refine(prompts, model="model", refinements={"turns": 2}, quiet=True) == rows
     assert not list(Path().glob("*.work"))
 
 

@@ -314,7 +314,7 @@ def refine(
     given = {
         "model": None if model is None else {"model_name_or_path": str(model)},
         "adapter": None if adapter is None else str(adapter),
-        "refinements": {**(refinements or {}), "turns": turns},
+        "refinements": {**(refinements or {}), **({} if turns is None else {"turns": turns})},
         "seed": seed,
         **{
             name: value
