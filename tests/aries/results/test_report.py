@@ -18,6 +18,7 @@ import pytest
 from tests.made_run import make_run
 
 from trl_ext.aries.data.records import write_json
+from trl_ext.aries.results.compare import cost_rows
 from trl_ext.aries.results.pages import decimals, visible
 from trl_ext.aries.results.report import figures, headline, report, shown_scores, write_report
 from trl_ext.aries.results.report_data import (
@@ -280,6 +281,20 @@ def test_tokens_per_second_and_memory_by_hand(tmp_path):
     write_report(run.path)
     text = flat_text(Page(run.report.read_text(encoding="utf-8")))
     assert "3.0 GB" in text and "generated per second" in text
+
+
+def test_discarded_answers_were_generated_too(tmp_path):
+    """As round 0 was rolled back, 600 answers' tokens of round 1 were generated twice, in 2 × 60 s: with the evaluations, 1200 in 120 s."""
+    run = make_run(tmp_path / "run", TEXTS, [BEFORE, AFTER])
+    tokens = {"drafts": 240, "refinements": 300, "evaluation": 20, "discarded": 600}
+    for number, found in enumerate([{"drafts": 0, "refinements": 0, "evaluation": 40}, tokens]):
+        write_json(run.round(number).cost, {"generated_tokens": found, "stages": []})
+    for event in ({"event": "start"}, {"event": "end", "seconds": 60.0}):
+        run.log_event(round=1, stage="drafts and refinements", **event)
+    assert [row["generated_per_second"] for row in token_table(read_run(run.path))] == [None, 10.0]
+    assert cost_rows([read_run(run.path)])["tokens discarded by rolling back"] == ["600"]
+    write_report(run.path)
+    assert "discarded" in flat_text(Page(run.report.read_text(encoding="utf-8")))
 
 
 def test_curves_go_on_from_round_to_round(tmp_path):

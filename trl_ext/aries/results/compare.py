@@ -222,10 +222,15 @@ def cost_rows(runs: list[RunRecord]) -> dict[str, list[str]]:
     rows["all stages"] = [duration(of_run["total"]) for of_run in times]
     if any(of_run["interrupted"] for of_run in times):
         rows["interrupted stages, not timed"] = [str(of_run["interrupted"]) for of_run in times]
-    for kind in ("drafts", "refinements", "evaluation"):
-        rows[f"tokens of {kind}"] = [
-            f"{sum(r.cost['generated_tokens'][kind] for r in run.rounds if r.cost):,}" for run in runs
-        ]
+    for kind, row in (
+        ("drafts", "tokens of drafts"),
+        ("refinements", "tokens of refinements"),
+        ("evaluation", "tokens of evaluation"),
+        ("discarded", "tokens discarded by rolling back"),
+    ):
+        counts = [sum(r.cost["generated_tokens"].get(kind, 0) for r in run.rounds if r.cost) for run in runs]
+        if kind != "discarded" or any(counts):
+            rows[row] = [f"{count:,}" for count in counts]
     return rows
 
 

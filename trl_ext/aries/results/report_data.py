@@ -280,9 +280,10 @@ def time_table(run: RunRecord) -> dict[str, Any]:
 def token_table(run: RunRecord) -> list[dict[str, Any]]:
     """
     For each round its generated tokens, and tokens per second of generation and training, `None` if they are not known. Answering round n's
-    prompts includes the evaluation of round n − 1's policy, and in the last round of its own.
+    prompts includes the evaluation of round n − 1's policy, what was `discarded` if that was rolled back, and in the last round the
+    evaluation of its own.
     """
-    generated = {round_.number: round_.cost["generated_tokens"] for round_ in run.rounds if round_.cost}
+    generated = {r.number: {"discarded": 0} | r.cost["generated_tokens"] for r in run.rounds if r.cost}
     rows = []
     for number, tokens in generated.items():
         stages = {stage["stage"]: stage for stage in stage_times(run.events, number)}
@@ -290,6 +291,7 @@ def token_table(run: RunRecord) -> list[dict[str, Any]]:
         answered = [
             tokens["drafts"],
             tokens["refinements"],
+            tokens["discarded"],
             *(tokens["evaluation"] for _ in range(number == run.resolved["rounds"])),
         ]
         answered += [generated[number - 1]["evaluation"]] if number - 1 in generated else []
