@@ -174,6 +174,16 @@ def test_settings_that_nobody_looks_at_before_the_training(check, sorting, tmp_p
             check(**{section: settings | {key: value}})
 
 
+@pytest.mark.parametrize("section", ["prompts", "evaluation"])
+def test_a_split_beside_a_mixture(check, sorting, section):
+    """Even the default one: a recipe that says `test` means it."""
+    files = {"prompts": "train.jsonl", "evaluation": "eval.jsonl"}
+    mixture = {"datasets": [{"path": str(sorting / files[section])}]}
+    check(**{section: mixture})
+    with pytest.raises(RecipeError, match=rf"r\.yaml:\d+: `{section}.split` is that of `{section}.dataset`"):
+        check(**{section: mixture | {"split": "test"}})
+
+
 def test_a_model_with_fewer_positions_than_the_engine_is_asked_for(model):
     with pytest.raises(RecipeError, match=r"r\.yaml:\d+: `generation.max_model_len` is 64, .*32 positions"):
         model(lambda path: edit_json(path / "config.json", max_position_embeddings=32))

@@ -212,7 +212,7 @@ def test_length_balance(selection, ratio, reason):
 
 
 def test_rule_based_does_not_look_at_the_scores_but_keeps_them_for_the_guard():
-    pair = select(chain("a", "b", "b"), [1.0, 0.0, 0.0], selection="rule_based", min_margin=0.5)
+    pair = select(chain("a", "b", "b"), [1.0, 0.0, 0.0], selection="rule_based")
     assert (pair.chosen.turn, pair.chosen_score, pair.rejected_score) == (3, 0.0, 1.0)
 
 

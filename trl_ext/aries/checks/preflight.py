@@ -83,6 +83,7 @@ def check_recipe(run: RunDir, config: AriesConfig, recipe: Recipe, conversationa
             need; or `scores.reward_model` names another kind of model.
     """
     check_trl_keys(config, recipe)
+    check_splits(recipe)
     check_launch(config, recipe)
     for key in ("use_dora", "lora_modules_to_save"):
         if config.model.get(key):
@@ -150,6 +151,19 @@ def check_trl_keys(config: AriesConfig, recipe: Recipe) -> None:
     for section, number in (("sft", 0), ("training", 1)):
         if recipe.at(section) is not None:
             trainer_keys(config, recipe, section, number)
+
+
+def check_splits(recipe: Recipe) -> None:
+    """
+    Raises:
+        [`RecipeError`]: a section has a `split` beside a mixture, whose datasets have their own.
+    """
+    for section in ("prompts", "evaluation"):
+        if recipe.at(section, "datasets") and recipe.at(section, "split") is not None:
+            raise RecipeError(
+                f"{recipe.where(section, 'split')}: `{section}.split` is that of `{section}.dataset`. Write a `split` in each entry of "
+                f"`{section}.datasets`: it is `train` in those that name none."
+            )
 
 
 def trainer_keys(config: AriesConfig, recipe: Recipe, section: str, number: int) -> dict[str, Any]:

@@ -83,6 +83,11 @@ class PairsConfig(Section):
                 "`pairs.pairs_per_prompt` above 1 ranks the answers by score: it needs `pairs.selection: best_over_worst`. The "
                 "rule has one pair per chain."
             )
+        for key in ("min_margin", "min_chosen_score", "max_rejected_score"):
+            if getattr(self, key) != getattr(PairsConfig, key) and self.selection != "best_over_worst":
+                raise ValueError(
+                    f"`pairs.{key}` is about scores, by which the rule does not select: it needs `pairs.selection: best_over_worst`."
+                )
         for key in ("min_settled", "min_changed", "agreement_pattern"):
             if getattr(self, key) is not None and self.selection != "rule_based":
                 raise ValueError(f"`pairs.{key}` is about the rule: it needs `pairs.selection: rule_based`.")

@@ -87,6 +87,9 @@ class OneScorer(Section):
             )
         if self.timeout is not None and self.verifier is None:
             raise ValueError("`timeout` belongs to a `verifier`. A judge has its own, `judge.timeout`.")
+        for key in ("reward_model_revision", "reward_model_backend", "batch_size"):
+            if self.reward_model is None and getattr(self, key) != getattr(OneScorer, key):
+                raise ValueError(f"`{key}` belongs to a `reward_model`, and none is named beside it.")
         return self
 
 
