@@ -48,7 +48,10 @@ def enter(config, works: bool = True, **inputs):
 def test_a_run_that_made_nothing_takes_the_corrected_recipe(config):
     """As when the check of the settings refused it."""
     enter(config, works=False)
+    run = RunDir(Path(config.output_dir))
+    run.overlap.touch()
     enter(replace(config, rounds=2), works=False)
+    assert not run.overlap.exists(), "it was counted in the data of the other recipe"
     assert json.loads(RunDir(Path(config.output_dir)).resolved.read_text())["rounds"] == 2
     enter(config)
     with pytest.raises(RecipeError, match="rounds: 3 -> 2"):
@@ -106,6 +109,42 @@ def test_an_input_that_changed_is_named(config, before, now, message):
     enter_with(config, {"prompts.dataset": before})
     with pytest.raises(RecipeError, match=f"other settings or data:\n  prompts.dataset: {message}"):
         enter_with(config, {"prompts.dataset": now})
+
+
+@pytest.mark.parametrize("made", [None, "round_00/manifest.json", "round_01/pairs.jsonl"])
+def test_scorers_may_change_until_something_is_made_from_their_scores(config, made):
+    """As a verifier is corrected that has failed on the first answers. What it has scored until then is scored again, and nothing else."""
+    run = RunDir(Path(config.output_dir))
+    enter_with(config, {"scores.verifier": "abc", "prompts.dataset": "abc"})
+    run.round(0).path.mkdir()
+    kept, scores = [run.round(1).answers, run.score_cache], [run.round(0).evaluation_scores, run.round(1).scores]
+    for file in (*kept, *scores, *([run.path / made] if made else [])):
+        file.touch()
+    corrected = replace(
+        config, scores=ScoresConfig(verifier="v.py:f", timeout=1.0), evaluation=EvaluationConfig("e.jsonl")
+    )
+    if made is None:
+        with pytest.raises(RecipeError, match="data:\n  prompts.dataset: p.jsonl has changed .*\nSet"):
+            enter_with(corrected, {"scores.verifier": "def", "prompts.dataset": "def"})
+        enter_with(corrected, {"scores.verifier": "def", "prompts.dataset": "abc"})
+        assert json.loads(run.resolved.read_text())["inputs"]["scores.verifier"] == "def"
+    else:
+        with pytest.raises(RecipeError, match="scores.verifier: v.py:f has changed"):
+            enter_with(corrected, {"scores.verifier": "def", "prompts.dataset": "abc"})
+    assert all(file.exists() for file in kept)
+    assert [file.exists() for file in scores] == [made is not None] * 2
+
+
+def test_how_one_of_several_scorers_is_asked_may_change(config):
+    def scored(weight: float, timeout: float | None) -> AriesConfig:
+        scorer = ScorerConfig(verifier="v.py:f", weight=weight, timeout=timeout)
+        return replace(config, scores=ScoresConfig(scorers=[scorer]))
+
+    enter(scored(1.0, timeout=None))
+    RunDir(Path(config.output_dir)).round(1).pairs.touch()
+    enter(scored(1.0, timeout=10.0))
+    with pytest.raises(RecipeError, match=r"data:\n  scores.scorers\[0\].weight: 1.0 -> 2.0\nSet"):
+        enter(scored(2.0, timeout=None))
 
 
 def test_an_input_that_an_earlier_version_did_not_look_at_is_taken_as_it_is(config):

@@ -6,6 +6,7 @@ A stage is done when its file exists under its final name. `manifest.json` close
 
 import fcntl
 import json
+import re
 import time
 import typing
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,10 @@ FIRST_FILES = {"run.lock", "resolved.json.tmp"}
 
 # How often and how long to wait for a process that only checks the lock
 LOOKS, SECONDS_OF_A_LOOK = 20, 0.1
+
+
+# Keys, in `resolved.json`, of who scores
+SCORING = re.compile(r"(inputs\.)?(evaluation\.)?scores\b")
 
 
 class ChangedSettings(RecipeError):
@@ -211,14 +216,19 @@ class RunDir:
             recorded = self._recorded()
             if any(self.path.glob("round_*/*")):  # a run that was refused by its check has made nothing
                 self._check_same(config, recorded, resolved)
+            else:
+                self.overlap.unlink(missing_ok=True)  # of the data of then
             if recorded == resolved and self.recipe.exists():
                 return
+            if self.may_score_again and any(map(SCORING.match, differing_keys(recorded, resolved))):
+                for scores in self.path.glob("round_*/*scores.jsonl"):
+                    scores.unlink()
         write_json(self.resolved, resolved)  # first, since this file marks the directory as a run's
         write_atomically(self.recipe, [recipe_text])
 
     def _check_same(self, config: AriesConfig, recorded: dict[str, Any], resolved: dict[str, Any]) -> None:
         settings, earlier = ({key: value for key, value in r.items() if key != "inputs"} for r in (resolved, recorded))
-        changed = differing_keys(earlier, settings) - OPERATIONAL_KEYS
+        changed = {key for key in differing_keys(earlier, settings) if not self._may_change(key)}
         # Rounds can be added if the finished ones do not depend on their number
         if config.rounds > recorded["rounds"] and config.prompts.per_round is not None:
             changed -= {"rounds"}
@@ -226,7 +236,7 @@ class RunDir:
         # An input that an earlier version did not record is accepted
         for key in sorted(recorded["inputs"].keys() & resolved["inputs"].keys()):
             before, now = recorded["inputs"][key], resolved["inputs"][key]
-            if before != now and key not in changed:
+            if before != now and key not in changed and not (self.may_score_again and SCORING.match(key)):
                 details.append(f"{key}: {lookup(settings, key) or 'what it names'} {input_change(before, now)}")
         if details:
             lines = "\n".join(f"  {line}" for line in details)
@@ -234,6 +244,15 @@ class RunDir:
                 f"{self.path} was made with other settings or data:\n{lines}\nSet another `output_dir` for the new ones, or go back "
                 f"to the old ones ({self.recipe}) to continue."
             )
+
+    @property
+    def may_score_again(self) -> bool:
+        """Whether nothing has been made from scores yet, so that others may take their place."""
+        return not (self.round(0).manifest.exists() or self.round(1).pairs.exists())
+
+    def _may_change(self, key: str) -> bool:
+        one_of_several = re.sub(r"\.scorers\[\d+\]", "", key)
+        return one_of_several in OPERATIONAL_KEYS or (self.may_score_again and SCORING.match(key) is not None)
 
     def _recorded(self) -> dict[str, Any]:
         """What the run was made with; keys that its version of this package did not have are at their defaults."""
@@ -282,11 +301,16 @@ def keep_templates(config: AriesConfig) -> AriesConfig:
 
 
 def differing_keys(old: Any, new: Any, prefix: str = "") -> set[str]:
-    """Dotted keys at which two resolved recipes differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return set() if old == new else {prefix}
-    keys = old.keys() | new.keys()
-    return set().union(*(differing_keys(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k) for k in keys))
+    """Dotted keys at which two resolved recipes differ, such as `scores.scorers[0].weight`."""
+    if old == new:
+        return set()
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return set().union(*(differing_keys(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k) for k in keys))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and isinstance(new[0], dict):
+        items = enumerate(zip(old, new, strict=True))
+        return set().union(*(differing_keys(*item, f"{prefix}[{index}]") for index, item in items))
+    return {prefix}
 
 
 def with_defaults(recorded: Any, cls: type) -> Any:
@@ -312,8 +336,11 @@ def with_defaults(recorded: Any, cls: type) -> Any:
 
 
 def lookup(mapping: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        mapping = mapping.get(key) if isinstance(mapping, dict) else None
+    for key in dotted.replace("[", ".[").split("."):
+        if isinstance(mapping, list) and key[0] == "[":
+            mapping = mapping[int(key[1:-1])]
+        else:
+            mapping = mapping.get(key) if isinstance(mapping, dict) else None
     return mapping
 
 
