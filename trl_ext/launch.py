@@ -51,8 +51,9 @@ def find_accelerate_config(name: str, recipe: Recipe) -> Path:
     Raises:
         [`RecipeError`]: there is no such file, and no configuration of this name.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
     around = [] if recipe.path is None else recipe.path.resolve().parents
     roots = [*around, Path.cwd() / "recipes", Path(__file__).parents[1] / "recipes"]
     directories = [root / "accelerate_configs" for root in roots]

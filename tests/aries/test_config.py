@@ -7,9 +7,12 @@ import sys
 import pytest
 from tests.aries.tiny_run import MINIMAL
 
-from trl_ext.aries.config import AriesConfig, DraftsConfig, sampling_by_turn
+from trl_ext.aries.config import AriesConfig, DatasetConfig, DraftsConfig, sampling_by_turn
 from trl_ext.aries.config.templates import EVALUATION_TEMPLATE, TEMPLATES
+from trl_ext.aries.data.prompts import load_rows
+from trl_ext.aries.results.refine import resolve
 from trl_ext.aries.training.settings import trainer_settings
+from trl_ext.launch import find_accelerate_config
 from trl_ext.recipe import Recipe, RecipeError, parse_section
 
 
@@ -99,6 +102,22 @@ def parse(**sections) -> AriesConfig:
 def test_refused(section, settings, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         parse(**{section: settings})
+
+
+def test_models_and_folders_are_found_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse(model={"model_name_or_path": "~/m", "use_peft": True}, scores={"reward_model": "~/rm"})
+    assert config.model == {"model_name_or_path": f"{tmp_path}/m", "use_peft": True}
+    assert config.scores.reward_model == f"{tmp_path}/rm"
+    assert parse(model={"model_name_or_path": "me/m"}).model["model_name_or_path"] == "me/m"
+    for name in ("ddp.yaml", "data/train.jsonl", "adapter/adapter_config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"prompt": "x", "base_model_name_or_path": "~/m"}\n')
+    assert find_accelerate_config("~/ddp.yaml", Recipe(None, {}, {})) == tmp_path / "ddp.yaml"
+    assert list(load_rows(DatasetConfig("~/data"), "prompts.dataset"))[0]["prompt"] == "x"
+    (tmp_path / "m").mkdir()
+    refined = resolve(None, None, ["last"], {"adapter": "~/adapter"})
+    assert (refined.model.model_name_or_path, refined.adapter) == (f"{tmp_path}/m", f"{tmp_path}/adapter")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

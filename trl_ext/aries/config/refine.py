@@ -12,14 +12,14 @@ from .data import Source
 from .generation import DraftsConfig, GenerationConfig, RefinementsConfig, check_room
 from .pairs import PairsConfig
 from .scores import ScoresConfig
-from .values import Share, check_pattern
+from .values import PathOrId, Share, check_pattern
 
 
 @section
 class RefineModelConfig(Section):
     """The model that answers and refines."""
 
-    model_name_or_path: str
+    model_name_or_path: PathOrId
     """A path, or an id on the Hub. Also `--model`."""
     model_revision: str | None = None
     """Branch, tag or commit on the Hub."""
@@ -54,7 +54,7 @@ class RefineConfig(Section):
     """Answers of a model to prompts, refined turn by turn, and the choice of one of each chain."""
 
     model: RefineModelConfig
-    adapter: str | None = None
+    adapter: PathOrId | None = None
     """A LoRA adapter on the model, as a path or an id on the Hub."""
     prompts: RefinePromptsConfig | None = None
     """Needed on the command line; in Python, prompts may also be a list."""

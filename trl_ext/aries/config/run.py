@@ -92,6 +92,11 @@ def own_keys(cls: type[Section]) -> Callable[[dict], dict]:
     return check
 
 
+def at_home(model: dict) -> dict:
+    """The section `model`, with `~` in its path as the home directory."""
+    return model | {"model_name_or_path": os.path.expanduser(model["model_name_or_path"])}
+
+
 def check_output_dir(path: str) -> str:
     if not path.strip():
         raise ValueError("is empty. Name a directory for the run, such as runs/my-run.")
@@ -109,7 +114,7 @@ class AriesConfig(Section):
     """The [run directory](run_directory.md): one that is empty or not there yet, outside everything that the recipe reads.
     Running the same recipe again continues it."""
     _: KW_ONLY
-    model: Annotated[dict[str, Any], AfterValidator(own_keys(ModelKeys))]
+    model: Annotated[dict[str, Any], AfterValidator(own_keys(ModelKeys)), AfterValidator(at_home)]
     """Keys of TRL's `ModelConfig`: `model_name_or_path`, which is required, `dtype`, `use_peft`, `lora_r`, `load_in_4bit`..."""
     prompts: PromptsConfig
     sft: Annotated[dict[str, Any], AfterValidator(own_keys(SftKeys))] | None = None

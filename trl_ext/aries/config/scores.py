@@ -10,7 +10,7 @@ from pydantic import AfterValidator, NonNegativeFloat, NonNegativeInt, PositiveF
 
 from ...recipe_checks import Section, section
 from .templates import JUDGE_TEMPLATE, check_judge_template
-from .values import EnvName, ServerUrl
+from .values import EnvName, PathOrId, ServerUrl
 
 
 def check_weight(weight: float) -> float:
@@ -59,7 +59,7 @@ class OneScorer(Section):
     verifier: str | None = None
     """`path/to/file.py:function` with TRL's reward-function signature, `(prompts, completions, **columns) ->
     list[float | None]`, or `trl.rewards:name`. Imported from that file only."""
-    reward_model: str | None = None
+    reward_model: PathOrId | None = None
     """A sequence-classification model with one output, as a path or Hub id: the paper's reward-model scoring. Its
     score is that output as it is, without a sigmoid."""
     reward_model_revision: str | None = None

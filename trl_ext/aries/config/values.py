@@ -2,6 +2,7 @@
 Types of values that several sections of a recipe have.
 """
 
+import os
 import re
 from typing import Annotated, TypeVar
 
@@ -14,6 +15,9 @@ T = TypeVar("T")
 
 # One value for all refinements, or a list with one for each
 OneOrEach = T | list[T]
+
+# A path, in which `~` is the home directory, or an id on the Hub
+PathOrId = Annotated[str, AfterValidator(os.path.expanduser)]
 
 # In [0, 1], and in (0, 1]
 Share = Annotated[float, Field(ge=0, le=1)]

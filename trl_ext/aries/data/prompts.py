@@ -2,6 +2,7 @@
 Prompts: a dataset in, the fresh prompts of one round out, each with an id that leads back to its row.
 """
 
+import os
 import random
 import sys
 from array import array
@@ -89,7 +90,8 @@ def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # 
     if is_file:
         source = builder_arguments(entry.path) | {"split": "train"}
     else:
-        source = {key: getattr(entry, key) for key in ("path", "name", "data_dir", "data_files", "split")}
+        source = {key: getattr(entry, key) for key in ("name", "data_dir", "data_files", "split")}
+        source["path"] = os.path.expanduser(entry.path)
     try:
         loaded = datasets.load_dataset(**source)
         return loaded if entry.columns is None else loaded.select_columns(entry.columns)

@@ -132,7 +132,7 @@ def resolve(
     settings = apply_overrides(Recipe(None, settings, {}), overrides).mapping
     adapter = settings.get("adapter")
     if adapter is not None and not settings.get("model"):
-        base = (read_json(Path(adapter) / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
+        base = (read_json(Path(adapter).expanduser() / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
         settings["model"] = {"model_name_or_path": base} if base else None
     if not settings.get("model"):
         raise RecipeError("`--model` is missing: a path or an id on the Hub. Or name the directory of a run first.")
