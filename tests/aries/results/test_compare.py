@@ -79,6 +79,9 @@ def test_what_is_not_compared(tmp_path, runs):
     """Other prompts, another verifier of the same name, a judge, no scores."""
     a, b, c = (read_run(run.path) for run in runs)
     assert obstacle(a, b) is None and "0 in common" in obstacle(a, c)
+    b.resolved["scores"]["timeout"] = 30.0
+    del b.resolved["scores"]["reward_model_backend"]  # as before this key existed
+    assert obstacle(a, b) is None, "the scores are the same"
     b.resolved["inputs"]["scores.verifier"] = "0" * 64
     assert "scorers" in obstacle(a, b)
     judge = {"scores": {"judge": {"base_url": "http://judge/v1", "model": "m"}}}

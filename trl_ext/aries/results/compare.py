@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...recipe import RecipeError
+from ..config import ScoresConfig
+from ..run_dir import with_defaults
 from ..scoring.evaluation import of_turn
 from .pages import write_page
 from .progress import RunProgress, duration
@@ -26,6 +28,8 @@ from .tables import interval_line
 
 # Settings that differ between any two runs
 PLACES = {"output_dir"}
+# Settings of a scorer that change no score
+HOW_ASKED = ("timeout", "batch_size")
 MOST_RUNS = len(string.ascii_uppercase)
 
 
@@ -101,14 +105,16 @@ def obstacle(first: RunRecord, other: RunRecord) -> str | None:
     return None
 
 
-def scorers(run: RunRecord) -> dict[str, Any]:
-    """The settings of the scorers, with the hashes of verifiers."""
+def scorers(run: RunRecord) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """What the settings of the scorers say about their scores, and the hashes of verifiers."""
     judging = run.resolved["evaluation"].get("scores")
     section = "evaluation.scores." if judging else "scores."
     hashes = {
         key.removeprefix(section): value for key, value in run.resolved["inputs"].items() if key.startswith(section)
     }
-    return (judging or run.resolved["scores"]) | hashes
+    scores = with_defaults(judging or run.resolved["scores"], ScoresConfig)
+    each = [{k: v for k, v in one.items() if k not in HOW_ASKED} for one in scores["scorers"] or [scores]]
+    return each, hashes
 
 
 def remarks(columns: list[Column]) -> list[str]:
