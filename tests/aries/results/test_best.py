@@ -7,6 +7,8 @@ from tests.made_run import make_run
 
 from trl_ext.aries.config import AriesConfig
 from trl_ext.aries.results.best import best_round
+from trl_ext.aries.results.compare import Column, remarks
+from trl_ext.aries.results.report_data import read_run
 from trl_ext.aries.results.state import chosen_round
 from trl_ext.aries.results.status import status
 from trl_ext.cli import main
@@ -46,6 +48,18 @@ def test_the_later_of_equals_and_chance(tmp_path):
     assert best.number == 2 and not best.clear and "not clearly more" in str(best)
     last_turn = best_round(run, replace(config, evaluation=replace(config.evaluation, best_turn=2)))
     assert last_turn.number == last_turn.last == 3 and last_turn.difference is None
+
+
+def test_how_many_prompts_it_is_about(tmp_path):
+    """Round 1 is right wherever it has a score, which is on 3 of 4 prompts."""
+    scores = [[[0.0]] * 4, [[1.0]] * 3 + [[None]], [[0.0]] * 4]
+    run = make_run(tmp_path / "run", [[["a", "b"]] * 4] * 3, [[row * 2 for row in of_round] for of_round in scores])
+    assert "round 1: y1 scores 1.000 [0.439, 1.000] on 3 of 4 prompts, not clearly more than" in str(
+        best_round(run, run.read_config())
+    )
+    assert remarks([Column(letter, read_run(run.path), None) for letter in "AB"]) == [
+        "B − A: paired over those of the 4 prompts that have both scores, with 95 % intervals."
+    ]
 
 
 @pytest.mark.parametrize(

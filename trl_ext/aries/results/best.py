@@ -28,6 +28,8 @@ class Best:
             The turn whose scores are compared: `evaluation.best_turn`.
         score (`float`), interval (`list[float]`, *optional*):
             Its mean score, with the 95 % interval.
+        scored (`int`), prompts (`int`):
+            How many of the prompts have a score.
         last (`int`), last_score (`float`, *optional*):
             The last round, and its mean score.
         difference (`float`, *optional*), difference_interval (`list[float]`, *optional*):
@@ -39,6 +41,8 @@ class Best:
     turn: int
     score: float
     interval: list[float] | None
+    scored: int
+    prompts: int
     last: int
     last_score: float | None = None
     difference: float | None = None
@@ -50,7 +54,8 @@ class Best:
         return self.difference_interval is not None and self.difference_interval[0] > 0
 
     def __str__(self) -> str:
-        found = f"{self.name}: y{self.turn} scores {self.score:.3f}{bracketed(self.interval)}"
+        some = "" if self.scored == self.prompts else f" on {self.scored:,} of {self.prompts:,} prompts"
+        found = f"{self.name}: y{self.turn} scores {self.score:.3f}{bracketed(self.interval)}{some}"
         if self.difference is None:
             return found
         return (
@@ -84,7 +89,9 @@ def best_round(run: RunDir, config: AriesConfig, among: Iterable[int] | None = N
     last = max(found)
     best = max(found, key=lambda number: (found[number]["score"], number))
     name = policy_name(best, config.sft is not None)
-    chosen = Best(best, name, turn, found[best]["score"], found[best].get("interval"), last)
+    score, interval, scored = (found[best].get(key) for key in ("score", "interval", "scored"))
+    prompts = read_json(run.round(best).metrics)["prompts"]
+    chosen = Best(best, name, turn, score, interval, scored, prompts, last)
     if best != last:
         chosen.last_score = found[last]["score"]
         columns = (of_turn(read_scores(run.round(number).evaluation_scores), turn) for number in (last, best))

@@ -127,8 +127,19 @@ def remarks(columns: list[Column]) -> list[str]:
     ]
     if compared:
         shown = ", ".join(f"{letter} − A" for letter in compared)
-        lines.append(f"{shown}: paired over the {len(first.run.prompts()):,} prompts, with 95 % intervals.")
+        prompts = f"{len(first.run.prompts()):,} prompts"
+        of = (
+            f"those of the {prompts} that have both scores"
+            if any(map(is_scored_in_part, columns))
+            else f"the {prompts}"
+        )
+        lines.append(f"{shown}: paired over {of}, with 95 % intervals.")
     return lines
+
+
+def is_scored_in_part(column: Column) -> bool:
+    evaluated = (round_.metrics for round_ in column.run.evaluated)
+    return any(turn["scored"] < metrics["prompts"] for metrics in evaluated for turn in metrics["turns"])
 
 
 def score_rows(columns: list[Column]) -> list[dict[str, Any]]:
