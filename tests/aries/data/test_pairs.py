@@ -1,9 +1,10 @@
+import time
 from itertools import product
 
 import pytest
 
 from trl_ext.aries.config import PairsConfig
-from trl_ext.aries.data.pairs import Pair, preference_rows, rule_evidence, select_pairs
+from trl_ext.aries.data.pairs import Pair, preference_rows, rule_evidence, select_pairs, similarity
 from trl_ext.aries.data.records import Answer, Chain
 from trl_ext.aries.data.templates import compile_template
 
@@ -110,6 +111,17 @@ def test_how_many_must_agree(texts, agreement, turn):
 def test_agreement_on_a_part_of_the_answers(texts, reason):
     found = select(chain(*texts), [None] * 3, selection="rule_based", agreement_pattern=r"####\s*(.*)")
     assert found == {reason: 1} if reason else found.chosen.turn == 3
+
+
+def test_similarity_of_answers_that_go_round_in_circles():
+    """Exactly, the first two take more than a minute. Matches begin at the 2000 words that are rare, or at the beginning."""
+    start = time.process_time()
+    circle = "a b " * 1500
+    assert similarity(circle, "a b c " * 1000) < 0.01
+    assert similarity(circle, circle) == 1
+    numbers = " ".join(map(str, range(2000)))
+    assert similarity(f"{numbers} {circle}", f"{numbers} c {circle}") == pytest.approx(2 * 2000 / 10_001)
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("selection", ["best_over_worst", "rule_based"])

@@ -23,6 +23,10 @@ from .templates import LONGEST_SECONDS, refinement_prompt
 from .time_limit import time_limit
 
 
+# Words up to which texts are compared exactly: with few different words, the time grows with the cube of their number
+EXACT_WORDS = 1000
+
+
 @dataclass
 class Pair:
     """A chosen and a rejected answer to the same prompt."""
@@ -174,8 +178,12 @@ def part(text: str, pattern: str) -> str | None:
 
 
 def similarity(text: str, other: str) -> float:
-    """Similarity of two texts in [0, 1]: difflib's ratio over their words."""
-    return SequenceMatcher(None, text.split(), other.split(), autojunk=False).ratio()
+    """
+    Similarity of two texts in [0, 1]: difflib's ratio over their words. In long texts, no match begins with a word that is more than 1 % of
+    the text: a policy that has broken down may repeat two words until `max_tokens`.
+    """
+    texts = text.split(), other.split()
+    return SequenceMatcher(None, *texts, autojunk=max(map(len, texts)) > EXACT_WORDS).ratio()
 
 
 def rule_evidence(chains: int, dropped: dict[str, int]) -> dict[str, Any]:

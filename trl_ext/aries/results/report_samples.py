@@ -7,15 +7,13 @@ import re
 from difflib import SequenceMatcher
 from typing import Any
 
+from ..data.pairs import EXACT_WORDS
 from .report_data import RoundRecord, RunRecord
 
 
 SAMPLES = 12
 # Characters of a text that are shown; what is left out is counted
 SHOWN_CHARACTERS = 4000
-
-# Words up to which a difference is exact: its time grows with their square
-EXACT_WORDS = 1000
 
 # Words, and single characters of scripts that put no spaces between them, each with the space before it
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
