@@ -215,7 +215,7 @@ def test_a_failed_command_is_continued(played, capsys):
     assert main(command) == 2, "other prompts"
     Path("prompts.jsonl").write_text("".join(Path("prompts.jsonl").read_text().splitlines(keepends=True)[:2]))
     assert main(command) == 0
-    assert played.steps == ["check", "answers", "scores", "scores"], "answered once"
+    assert played.steps == ["check", "answers", "scores", "check", "scores"], "answered once"
 
 
 def test_a_kill_after_the_output_was_written(played, monkeypatch):
@@ -244,6 +244,20 @@ def test_who_scores_may_change(played):
     assert main([*COMMAND, "--select", "verifier", "verifier.py:right"]) == 1
     assert main([*COMMAND, "--select", "rule", "--generation.max_num_seqs", "8"]) == 0
     assert played.steps == ["check", "answers", "scores"]
+
+
+def test_who_scores_is_checked_if_it_has_changed(played, monkeypatch, capsys):
+    """A language model would score with a new, random head."""
+
+    def refuse(name, revision, conversational):
+        raise ValueError(f"{name} is no reward model.")
+
+    monkeypatch.setattr(stages, "check_reward_model", refuse)
+    played.fails = ["scores"]
+    assert main([*COMMAND, "--select", "verifier", "verifier.py:right"]) == 1
+    assert main([*COMMAND, "--select", "reward_model", "lm"]) == 2
+    assert "lm is no reward model" in capsys.readouterr().err
+    assert played.steps == ["check", "answers", "scores", "check"]
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.tmp", "out.jsonl.work/mine"])

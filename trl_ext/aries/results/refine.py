@@ -178,9 +178,9 @@ def work_on(work: WorkDir, config: RefineConfig, progress: RefineProgress) -> No
             run_child("trl_ext.aries.stages.refine", message, log, update, env=env, on_note=progress.say)
 
     scorers = config.scores.each()
+    if scorers:  # also if the answers are there: others may have been named since
+        start("check", "check")
     if not work.answers.exists():
-        if scorers:
-            start("check", "check")
         if config.generation.base_urls is not None and not work.probe.exists():
             start("probe", "probe", env=one_gpu())
         start("answers", "drafts and refinements")
