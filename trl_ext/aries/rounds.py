@@ -284,8 +284,8 @@ class Rounds(Stages):
         if decision == "stopped":
             self.at = (number, "setback")
             raise stopped(self.dir, self.config, number, lost)
-        if decision == "rolled_back" and number < self.config.rounds:
-            lost = [*lost, rolled_back(self.dir, number)]
+        if decision == "rolled_back":
+            lost = [*lost, rolled_back(self.dir, self.config, number)]
         for line in lost:
             self.note(f"round {number}: {line}.", WARNING)
         chains = load_chains(read_jsonl(self.dir.evaluation_prompts), round_dir.evaluation)

@@ -10,12 +10,15 @@ import yaml
 from tests.aries.tiny_run import ON_CPU, command, recipe, results, run
 from tests.made_run import make_run
 
-from trl_ext.aries.checks.setback import decide_setback, discard_answers, discarded_tokens, stopped
+from trl_ext.aries.checks.setback import decide_setback, discard_answers, discarded_tokens, rolled_back, stopped
 from trl_ext.aries.config import AriesConfig, HealthConfig
 from trl_ext.aries.data.records import Answer, Chain, read_json, write_json, write_jsonl
 from trl_ext.aries.manifest import round_facts
 from trl_ext.aries.policies import answering_round, base_round, learning_rate_factor, policy_after, start_policy
 from trl_ext.aries.provenance import check_made, note_made
+from trl_ext.aries.results.progress import RunProgress
+from trl_ext.aries.results.state import chosen_round
+from trl_ext.aries.results.status import print_next
 from trl_ext.aries.rounds import Rounds
 from trl_ext.aries.training.settings import training_of
 from trl_ext.recipe import Recipe, RecipeError, parse_section
@@ -108,6 +111,21 @@ def test_what_a_run_goes_on_from(loop):
     facts = round_facts(run, config, 3)
     assert (facts["started_from_round"], facts["learning_rate_factor"], facts["setback"]) == (1, 0.5, "rolled_back")
     assert "learning_rate_factor" not in round_facts(run, config, 2)
+
+
+def test_a_last_round_that_is_rolled_back_is_not_the_result(loop, capsys):
+    """Named, it can still be exported."""
+    loop = loop("roll_back", rounds=2)
+    run, config = loop.dir, loop.config
+    assert chosen_round(run, config, None, [0, 1, 2], "finished") == 2
+    decide_setback(run, config, 2, LOST)
+    assert chosen_round(run, config, None, [0, 1, 2], "finished") == 1
+    assert chosen_round(run, config, 2, [0, 1, 2], "finished") == chosen_round(run, config, None, [2], "finished") == 2
+    assert rolled_back(run, config, 2) == "rolled back: the run's policy is that of round 1"
+    print_next(run, config, RunProgress(2), "1 s")
+    said = "".join(capsys.readouterr().out.split())
+    assert f"Rolledbacktoround1.Thetrainedpolicyis{policy_after(run, config, 1).adapter}." in said
+    assert str(run.round(1).evaluation) in said and str(run.round(2).path) not in said
 
 
 class TestDiscardedAnswers:

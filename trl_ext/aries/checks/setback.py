@@ -93,8 +93,10 @@ def stopped(run: RunDir, config: AriesConfig, number: int, found: list[str]) -> 
     )
 
 
-def rolled_back(run: RunDir, number: int) -> str:
+def rolled_back(run: RunDir, config: AriesConfig, number: int) -> str:
     """What to say of a round that is rolled back."""
+    if number == config.rounds:
+        return f"rolled back: the run's policy is that of round {base_round(run, number + 1)}"
     return (
         f"rolled back: the next round starts from the policy of round {base_round(run, number + 1)}, with the learning rate times "
         f"{learning_rate_factor(run, number + 1):g}"

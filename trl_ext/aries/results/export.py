@@ -50,7 +50,7 @@ def export(
 
     Args:
         number (`int` or `str`, *optional*):
-            The round, or `"best"`. Default: the last one, unless the best one is clearly better.
+            The round, or `"best"`. Default: the last one that was not rolled back, unless the best one is clearly better.
         output (`Path`):
             The directory to make. It must not exist, or be empty.
         form (`str`, *optional*):
@@ -71,7 +71,10 @@ def export(
     if best is not None and best.clear:
         say(f"Exporting the best round in place of the last: {best}. `--round {best.last}` exports the last one.")
         number = best.number
-    number = chosen_round(run, config, number, finished, "finished")
+    chosen = chosen_round(run, config, number, finished, "finished")
+    if number is None and chosen < finished[-1]:
+        say(f"Exporting round {chosen}, since round {finished[-1]} was rolled back.")
+    number = chosen
     check_policy(run, config, number)
     policy = policy_after(run, config, number)
     if policy.adapter is None and form is not None:

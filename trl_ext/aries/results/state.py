@@ -11,6 +11,7 @@ from typing import Any
 from ...recipe import RecipeError
 from ..config import AriesConfig
 from ..data.records import write_json
+from ..policies import base_round
 from ..run_dir import RunDir, is_locked
 from .best import best_round
 from .progress import StageProgress
@@ -110,7 +111,8 @@ def read_state(run: RunDir, rounds: int, running: bool | None = None) -> RunStat
 
 def chosen_round(run: RunDir, config: AriesConfig, number: int | str | None, found: list[int], what: str) -> int:
     """
-    The round that `--round` names, a number or `"best"`, by default the last of those `found`, which are `what`: `"evaluated"`, `"trained"`, ...
+    The round that `--round` names, a number or `"best"`, of those `found`, which are `what`: `"evaluated"`, `"trained"`, ... By default it is the last
+    one or, if that was rolled back, the one that it started from.
 
     Raises:
         [`RecipeError`]: it is not among them, there is none, or no scores say which one is best.
@@ -129,4 +131,7 @@ def chosen_round(run: RunDir, config: AriesConfig, number: int | str | None, fou
         raise RecipeError(
             f"`--round`: round {number} of {run.path} is not {what}; {', '.join(map(str, found))} can be named."
         )
-    return found[-1] if number is None else number
+    if number is None:
+        kept = base_round(run, found[-1] + 1)
+        return kept if kept in found else found[-1]
+    return number

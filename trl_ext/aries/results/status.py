@@ -8,7 +8,7 @@ from pathlib import Path
 from ..checks.overlap import prompts_kind
 from ..config import AriesConfig
 from ..data.records import read_json
-from ..policies import is_rolled_back, is_skipped, policy_after, product
+from ..policies import base_round, is_rolled_back, is_skipped, policy_after, product
 from ..run_dir import RunDir
 from ..scoring.round_metrics import round_warnings
 from .best import best_round
@@ -85,14 +85,17 @@ def print_results(run: RunDir, config: AriesConfig, progress: RunProgress) -> No
 
 def print_next(run: RunDir, config: AriesConfig, progress: RunProgress, elapsed: str) -> None:
     """Print what to do with a finished run."""
-    last, policy = run.round(config.rounds), policy_after(run, config, config.rounds)
+    kept = base_round(run, config.rounds + 1)  # an earlier one if the last was rolled back
+    last, policy = run.round(kept), policy_after(run, config, kept)
     other = "tdpo" if config.training.get("trainer", "dpo") == "dpo" else "dpo"
     # The command as it was called: `make` runs the environment's, which need not be on the path
     program = sys.argv[0] if Path(sys.argv[0]).name == "trl-ext" else "trl-ext"
     progress.say(
-        f"Finished in {elapsed}. The trained policy is {policy.adapter or policy.model}. Next, for example:\n"
+        f"Finished in {elapsed}. "
+        + (f"Rolled back to round {kept}. " if kept < config.rounds else "")
+        + f"The trained policy is {policy.adapter or policy.model}. Next, for example:\n"
         + (f"  {run.report}  # how it went, for a browser\n" if run.report.exists() else "")
-        + f"  less {last.pairs}  # what it learned from\n"
-        f"  less {last.evaluation}  # its answers, y1 to y{config.refinements.turns}\n"
+        + (f"  less {last.pairs}  # what it learned from\n" if last.pairs.exists() else "")
+        + f"  less {last.evaluation}  # its answers, y1 to y{config.refinements.turns}\n"
         f"  {program} aries run {run.path} --output_dir {run.path}-{other} --training.trainer {other}"
     )
