@@ -322,6 +322,74 @@ def test_questions_that_are_not_read_are_named(tokenizer, args):
     assert account.findings.warned == {"repeated": 1}
 
 
+@pytest.mark.parametrize("row", [{"task": "what runs ?"}, {"prompt": ""}], ids=["another column", "blank"])
+def test_answers_without_a_question_are_named(row, tokenizer, args):
+    rows = [{**row, "chosen": good, "rejected": bad} for good, bad in (("red", "blue"), ("yes", "no"))]
+    _, account = prepared_pairs(
+        Dataset.from_list([*rows, {**row, "chosen": "a b", "rejected": "a c"}]), tokenizer, args
+    )
+    assert account.findings.warned["no question"] == (3 if "prompt" in row else 2)
+
+
+def tool(name: str, **properties) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+def call(name: str, **arguments) -> dict:
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+TOOLS = [
+    {**MESSAGES[0], "chosen": [call("plus", one=1)], "tools": [tool("plus", one={"type": "number"})]},
+    {**MESSAGES[1], "chosen": [call("why", sky="blue")], "tools": [tool("why", sky={"type": "string"})]},
+]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_keys_that_other_rows_have(streamed, tmp_path, tokenizer, args):
+    """Arrow gives every row the keys of all rows, as nulls. Oracle: the rows as they were written, whose nulls are their own."""
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool }} {% endfor %}{% for message in messages %}{{ message }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}{'role': 'assistant'{% endif %}{{ nothing | default(option is defined) }}"
+    )
+    rows = [{**TOOLS[0], "chat_template_kwargs": {"option": 1}}, {**TOOLS[1], "chat_template_kwargs": {"other": 1}}]
+    dataset = Dataset.from_list([*rows, {**TOOLS[1], "tools": [], "chat_template_kwargs": None}])
+    assert "None" in str(dataset[0]["tools"]) and "None" in str(dataset[0]["chosen"])
+    prepared, account = prepared_pairs(dataset.to_iterable_dataset() if streamed else dataset, tokenizer, args)
+    rows.append({**TOOLS[1], "tools": None, "chat_template_kwargs": {}})
+    expected = ids(rows, tokenizer, args)
+    prepared = list(prepared)
+    assert {name: [row[name] for row in prepared] for name in TOKENS} == expected
+    own = [{**TOOLS[0], "chosen": [call("plus", one=None)]}, TOOLS[1]]
+    prepared, account = prepared_pairs(Dataset.from_list(own, on_mixed_types="use_json"), tokenizer, args)
+    assert {name: prepared[name][:] for name in TOKENS} == ids(own, tokenizer, args) and not account.conversion
+
+
+def test_empty_tools_of_a_stream(tokenizer, args):
+    """As a CSV file has them: no tools, rather than an error of the JSON parser."""
+    rows = [{**MESSAGES[0], "tools": json.dumps([tool("plus")])}, {**MESSAGES[1], "tools": ""}]
+    prepared = list(prepared_pairs(IterableDataset.from_generator(lambda: iter(rows)), tokenizer, args)[0])
+    expected = ids([rows[0], {**MESSAGES[1], "tools": None}], tokenizer, args)
+    assert {name: [row[name] for row in prepared] for name in TOKENS} == expected
+
+
+def test_a_template_without_tools(tokenizer, args):
+    """The tests' own template shows tools and drops tool calls, which would leave an empty answer; another shows neither."""
+    for template, warned in (
+        (tokenizer.chat_template, {}),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", {"tools": 1}),
+    ):
+        tokenizer.chat_template = template
+        rows = [TOOLS[0], {**MESSAGES[0], "tools": TOOLS[0]["tools"]}]
+        prepared, account = prepared_pairs(Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer, args)
+        assert len(prepared) == 1 and account.findings.dropped == {"role": 1} and account.findings.warned == warned
+        assert (
+            "first: row 1: roles user | assistant; the template drops the tool calls of `assistant`"
+            in (account.findings.drops[0])
+        )
+
+
 def test_later_rows_of_a_stream(tokenizer, args, monkeypatch):
     """Beyond the rows that are looked at, what cannot be used is left out, and what can is converted."""
     monkeypatch.setattr(pairs, "STREAMED_ROWS", 2)
