@@ -12,6 +12,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 from datasets import Dataset, IterableDataset, disable_progress_bars
+from PIL import Image
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -203,6 +204,15 @@ class TestFiles:
         path.write_text("\n".join(lines) + "\n")
         assert self.load(dataset_name=str(path)).to_list() == TEXT
 
+    @pytest.mark.parametrize("name", ["train.csv", "train.tsv"])
+    def test_words_that_pandas_reads_as_missing(self, tmp_path, name):
+        """In a file and in a directory of files."""
+        separator = "," if name.endswith(".csv") else "\t"
+        rows = [{"prompt": "a", "chosen": "None", "rejected": "N/A"}]
+        (tmp_path / name).write_text("\n".join(map(separator.join, (rows[0], rows[0].values()))))
+        for path in (tmp_path / name, tmp_path):
+            assert self.load(dataset_name=str(path)).to_list() == rows
+
     def test_a_mixture_of_shapes(self, tmp_path, tokenizer, args):
         """Each dataset in its own shape, the second without its first row, whose answers are equal."""
         orca, standard = CONVERTED["Orca"]
@@ -216,6 +226,15 @@ class TestFiles:
         prepared, account = prepared_pairs(train, tokenizer, args)
         expected = ids([*MESSAGES, *standard, *MESSAGES], tokenizer, args)
         assert {name: prepared[name][:] for name in TOKENS} == expected and not account.findings.dropped
+
+    def test_a_mixture_keeps_its_images(self, tmp_path, tokenizer):
+        """Of datasets whose other columns differ. Oracle: the pixels that were written."""
+        files = [str(tmp_path / f"{i}.parquet") for i in range(2)]
+        for number, (file, row) in enumerate(zip(files, MESSAGES, strict=True)):
+            image = Image.new("RGB", (1, 1), (number, 0, 0))
+            Dataset.from_list([{**row, "images": [image], "score" * (number + 1): 1}]).to_parquet(file)
+        train = self.load(tokenizer, datasets=[{"path": file} for file in files])
+        assert [row["images"][0].getpixel((0, 0))[0] for row in train] == [0, 1]
 
     def test_fractions_are_trl_s(self, tmp_path):
         """By hand: of 6 and 2 rows in equal shares, 2 and 2."""
@@ -320,9 +339,13 @@ def test_questions_that_are_not_read_are_named(tokenizer, args):
     ]
     _, account = prepared_pairs(Dataset.from_list(repeated), tokenizer, args)
     assert account.findings.warned == {"repeated": 1}
+    earlier = {"instruction": "what runs ?", "chosen": " red", "rejected": " blue"}
+    for history in ('[["why ?", "because ."]]', [user("why ?"), assistant("because .")]):  # not pairs of texts
+        _, account = prepared_pairs(Dataset.from_list([{**earlier, "history": history}]), tokenizer, args)
+        assert account.findings.warned["unread"] == 1 and "first: row 1: `history`" in str(account.findings.warnings)
 
 
-@pytest.mark.parametrize("row", [{"task": "what runs ?"}, {"prompt": ""}], ids=["another column", "blank"])
+@pytest.mark.parametrize("row", [{"task": "what runs ?"}, {"prompt": " "}], ids=["another column", "blank"])
 def test_answers_without_a_question_are_named(row, tokenizer, args):
     rows = [{**row, "chosen": good, "rejected": bad} for good, bad in (("red", "blue"), ("yes", "no"))]
     _, account = prepared_pairs(

@@ -266,10 +266,11 @@ def _judge(number: int, pair: Pair, columns: Columns, judge: Judge, row: dict[st
         if prompt is None and columns.prompt is None and not pair.is_conversational:
             prompt = ""  # TRL takes the common beginning
         usable = judge.row(number, prompt, [pair.chosen, pair.rejected], row)
-        unread = [name for name in QUESTIONS if name not in columns.read and is_filled(row.get(name))]
+        read = {*columns.read} - ({columns.history} - {*pair.done})  # a `history` in an unknown form is not read
+        unread = [name for name in QUESTIONS if name not in read and is_filled(row.get(name))]
         if usable and unread and columns.prompt is not None:
             judge.findings.warn("unread", number, f"`{unread[0]}`")
-        if usable and isinstance(prompt, str) and not _columns(pair, columns)["prompt"]:
+        if usable and isinstance(prompt, str) and not _columns(pair, columns)["prompt"].strip():
             judge.findings.warn("no question", number)
         return usable
     values = (pair.prompt, pair.chosen, pair.rejected)
