@@ -326,8 +326,9 @@ def test_what_would_train_on_something_else_is_left_out(kind, tokenizer, args):
 
 
 def test_questions_that_are_not_read_are_named(tokenizer, args):
-    _, account = prepared_pairs(Dataset.from_list([{**MESSAGES[0], "input": "dog"}, MESSAGES[1]]), tokenizer, args)
-    assert account.findings.warned == {"unread": 1} and "first: row 1: `input`" in account.findings.warnings[0]
+    for name in ("input", "context"):
+        _, account = prepared_pairs(Dataset.from_list([{**MESSAGES[0], name: "dog"}, MESSAGES[1]]), tokenizer, args)
+        assert account.findings.warned == {"unread": 1} and f"first: row 1: `{name}`" in account.findings.warnings[0]
     repeated = [
         {
             **MESSAGES[0],

@@ -440,7 +440,7 @@ def is_empty(answer: Any) -> bool:
 
 def _other_prompts(row: dict[str, Any]) -> list[str]:
     """Non-empty columns that may contain the prompt of a row whose `prompt` is empty."""
-    names = ("question", "instruction", "query", "input", "system", "messages", "conversations")
+    names = ("question", "instruction", "query", "input", "context", "system", "messages", "conversations")
     return [name for name in names if is_filled(row.get(name))]
 
 

@@ -35,7 +35,7 @@ from .judge import MOST_DROPPED, TOKENS, Findings, Judge
 logger = get_logger(__name__)
 
 # Columns that may contain a part of the question
-QUESTIONS = ("question", "instruction", "query", "input", "history")
+QUESTIONS = ("question", "instruction", "query", "input", "context", "history")
 
 # Rows of a stream that are judged before the training
 STREAMED_ROWS = 1000
