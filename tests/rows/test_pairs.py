@@ -191,7 +191,8 @@ class TestFiles:
         from trl_ext.scripts.preference import load_pairs
 
         datasets = kwargs.pop("datasets", [])
-        mixture = DatasetMixtureConfig(datasets=datasets, test_split_size=kwargs.pop("test_split_size", None))
+        options = {name: kwargs.pop(name) for name in ("test_split_size", "streaming") if name in kwargs}
+        mixture = DatasetMixtureConfig(datasets=datasets, **options)
         return load_pairs(ScriptArguments(**kwargs), mixture, evaluate=False, seed=0, processing_class=tokenizer)[0]
 
     @pytest.mark.parametrize("name", ["p.jsonl.gz", "p.ndjson", "p.ndjson.gz"])
@@ -226,6 +227,20 @@ class TestFiles:
         prepared, account = prepared_pairs(train, tokenizer, args)
         expected = ids([*MESSAGES, *standard, *MESSAGES], tokenizer, args)
         assert {name: prepared[name][:] for name in TOKENS} == expected and not account.findings.dropped
+
+    def test_a_streamed_mixture_has_one_form(self, tmp_path, tokenizer, args, monkeypatch):
+        """Columns that nothing reads may differ. Others would make all later rows unusable, and these are not counted."""
+        monkeypatch.setattr(pairs, "STREAMED_ROWS", 2)
+        argilla = [{"instruction": r["prompt"], **{k: r[k] for k in ("chosen", "rejected")}} for r in TEXT]
+        scored = write(tmp_path / "b.jsonl", [{**row, "score": 1} for row in TEXT])
+        files = [{"path": write(tmp_path / "a.jsonl", TEXT)}, {"path": scored}]
+        stream = self.load(tokenizer, datasets=files, streaming=True)
+        assert len(list(prepared_pairs(stream, tokenizer, args)[0])) == 4
+        files.append({"path": write(tmp_path / "c.jsonl", argilla)})
+        with pytest.raises(
+            RecipeError, match="`instruction`, `chosen`, `rejected` and `prompt`, `chosen`, `rejected`"
+        ):
+            self.load(tokenizer, datasets=files, streaming=True)
 
     def test_a_mixture_keeps_its_images(self, tmp_path, tokenizer):
         """Of datasets whose other columns differ. Oracle: the pixels that were written."""

@@ -335,6 +335,15 @@ def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Da
         whole = sum(fractions)
         total = min(len(part) * whole / fraction for part, fraction in zip(parts, fractions, strict=True) if fraction)
         parts = [part.select(range(round(f * total / whole))) for part, f in zip(parts, fractions, strict=True)]
+    if dataset_args.streaming:
+        from ..rows.formats import Columns
+
+        read = {tuple(Columns.of(part.column_names or list(next(iter(part), {}))).read) for part in parts}
+        if len(read) > 1:  # the first rows decide for all
+            shown = " and ".join(", ".join(f"`{name}`" for name in names) for names in sorted(read))
+            raise RecipeError(
+                f"the datasets have different columns, {shown}, and a stream is read in one form. Rename the columns, or turn streaming off."
+            )
     if not dataset_args.streaming and any(part.features != parts[0].features for part in parts):
         if processing_class is None:
             raise RecipeError(
