@@ -429,6 +429,15 @@ def test_a_template_without_tools(tokenizer, args):
         )
 
 
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
+def test_a_thought_that_the_template_does_not_write(key, tokenizer, args):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.thinking }} {{ m.content }} {% endfor %}"
+    rows = [{**MESSAGES[0], "chosen": [{**assistant("red"), key: "because it is"}]}, MESSAGES[1]]
+    _, account = prepared_pairs(Dataset.from_list(rows), tokenizer, args)
+    assert account.findings.warned == ({} if key == "thinking" else {"thought": 1})
+    assert all("first: row 1: `reasoning_content`" in line for line in account.findings.warnings)
+
+
 def test_later_rows_of_a_stream(tokenizer, args, monkeypatch):
     """Beyond the rows that are looked at, what cannot be used is left out, and what can is converted."""
     monkeypatch.setattr(pairs, "STREAMED_ROWS", 2)

@@ -26,6 +26,9 @@ MOST_DROPPED = 0.5
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
+# Keys of a message for its thought; most templates write one of them or none
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
 # Reason -> what is wrong with these rows, and how to fix it
 REASONS = {
     "empty answer": ("have an empty answer", "Remove them, or fill in both answers."),
@@ -118,6 +121,10 @@ WARNINGS = {
     "tools": (
         "have `tools` that the chat template does not show to the model",
         "Use a tokenizer whose template does, or put them into the system message.",
+    ),
+    "thought": (
+        "have a thought beside an answer that the chat template does not write",
+        "Rename its key to the one that the template reads, or put the thought into `content` as the model is to write it.",
     ),
     "two BOS": (
         "begin with two BOS tokens, one in the text and one that the tokenizer adds",
@@ -224,6 +231,7 @@ class Judge:
         self._tokenizer = tokenizer_of(processing_class)
         self._takes_parts = isinstance(processing_class, ProcessorMixin)
         self._probed: dict[str, str | None] = {}
+        self._unwritten: set[str] = set()  # keys of thoughts
         self._tools_are_read: bool | None = None  # decided by the first row that has some
         special = {token for token in self._tokenizer.all_special_tokens if len(token) > 1}
         template = self.template if isinstance(self.template, str) else str(self.template or "")
@@ -266,6 +274,10 @@ class Judge:
                 self.findings.warn("system column", number)
         elif is_filled(row.get("tools")) and self._tools_are_read is False:
             self.findings.warn("tools", number)
+        lasts = (answer[-1] for answer in answers if isinstance(answer, list))
+        thoughts = [key for last in lasts for key in self._unwritten if is_filled(last.get(key))]
+        if thoughts:
+            self.findings.warn("thought", number, f"`{thoughts[0]}`")
         if len(answers) == 2 and all(_repeats(prompt, answer) for answer in answers):
             self.findings.warn("repeated", number)
         return True
@@ -348,6 +360,8 @@ class Judge:
                 marks.append((f"`{message['role']}`", mark))
                 message = {**message, "content": mark}
             messages.append(message)
+        thoughts = {key: f"{key}mark" for key in messages[-1] if key in THOUGHTS and answer}
+        messages[-1] = {**messages[-1], **thoughts}
         try:
             rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
             if options["tools"] and self._tools_are_read is None:
@@ -359,6 +373,7 @@ class Judge:
                 self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         except Exception as error:  # the template's own code may raise anything
             return f"the template refuses them: {error}"
+        self._unwritten |= {key for key, mark in thoughts.items() if mark not in rendered}
         missing = [what for what, mark in marks if mark not in rendered]
         return f"the template drops {', '.join(missing)}" if missing else None
 
