@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from trl import DPOConfig, ModelConfig, get_peft_config
 
+from trl_ext import TDPOConfig
 from trl_ext.aries.config import GenerationConfig
 from trl_ext.doctor.memory import OVERHEAD, concurrency, engine_dtype, engine_memory, kv_bytes, training_memory
 from trl_ext.doctor.shape import model_shape, saved_bytes
@@ -83,6 +84,16 @@ class TestByHand:
         found = {item.what: item.bytes for item in estimate.items}
         assert (found["adapter"], found["gradients"], found["optimizer"]) == tuple(6_815_744 * n for n in (2, 2, 4))
         assert found["reference"] == 6_815_744 * 4
+
+    @pytest.mark.parametrize(("most", "tokens"), [(8192, 8192), (1000, 2048), (10**6, 131_072)])
+    def test_batches_by_tokens(self, shape_8b, most, tokens):
+        """Of 64 pairs of 2 × 1024 tokens, what a forward takes: `max_batch_tokens`, at least one pair, at most all."""
+        options = {"per_device_train_batch_size": 64, "max_length": 1024, "padding_free": True}
+        args = TDPOConfig(output_dir="out", use_cpu=True, bf16=False, max_batch_tokens=most, **options)
+        args.bf16 = True
+        estimate = training_memory(shape_8b, ModelConfig(**LORA), args, "bfloat16")
+        found = {item.what: item.bytes for item in estimate.items}
+        assert found["checkpoints"] == tokens * 32 * 4096 * 2
 
     def test_engine(self, shape_8b):
         """16.06 GB of weights, 13.6 MB of adapter, 2048 × 131,072 B of cache; 24 GB × 0.9 leaves room for 16 such sequences."""

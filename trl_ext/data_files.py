@@ -60,3 +60,9 @@ def builder_arguments(name: str) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise RecipeError(f"{name}: the file is empty.")
     return {**BUILDERS[data_suffix(path)], "data_files": str(path)}
+
+
+def directory_arguments(path: Path) -> dict[str, Any]:
+    """The arguments of `datasets.load_dataset` for a directory of data files."""
+    suffixes = {data_suffix(file) for file in path.rglob("*")} & BUILDERS.keys()
+    return {"path": str(path), **(AS_WRITTEN if suffixes and suffixes <= {".csv", ".tsv"} else {})}

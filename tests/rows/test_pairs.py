@@ -12,6 +12,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 from datasets import Dataset, IterableDataset, disable_progress_bars
+from PIL import Image
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
@@ -190,7 +191,8 @@ class TestFiles:
         from trl_ext.scripts.preference import load_pairs
 
         datasets = kwargs.pop("datasets", [])
-        mixture = DatasetMixtureConfig(datasets=datasets, test_split_size=kwargs.pop("test_split_size", None))
+        options = {name: kwargs.pop(name) for name in ("test_split_size", "streaming") if name in kwargs}
+        mixture = DatasetMixtureConfig(datasets=datasets, **options)
         return load_pairs(ScriptArguments(**kwargs), mixture, evaluate=False, seed=0, processing_class=tokenizer)[0]
 
     @pytest.mark.parametrize("name", ["p.jsonl.gz", "p.ndjson", "p.ndjson.gz"])
@@ -202,6 +204,15 @@ class TestFiles:
         lines = ["\t".join(TEXT[0]), *("\t".join(row.values()) for row in TEXT)]
         path.write_text("\n".join(lines) + "\n")
         assert self.load(dataset_name=str(path)).to_list() == TEXT
+
+    @pytest.mark.parametrize("name", ["train.csv", "train.tsv"])
+    def test_words_that_pandas_reads_as_missing(self, tmp_path, name):
+        """In a file and in a directory of files."""
+        separator = "," if name.endswith(".csv") else "\t"
+        rows = [{"prompt": "a", "chosen": "None", "rejected": "N/A"}]
+        (tmp_path / name).write_text("\n".join(map(separator.join, (rows[0], rows[0].values()))))
+        for path in (tmp_path / name, tmp_path):
+            assert self.load(dataset_name=str(path)).to_list() == rows
 
     def test_a_mixture_of_shapes(self, tmp_path, tokenizer, args):
         """Each dataset in its own shape, the second without its first row, whose answers are equal."""
@@ -216,6 +227,29 @@ class TestFiles:
         prepared, account = prepared_pairs(train, tokenizer, args)
         expected = ids([*MESSAGES, *standard, *MESSAGES], tokenizer, args)
         assert {name: prepared[name][:] for name in TOKENS} == expected and not account.findings.dropped
+
+    def test_a_streamed_mixture_has_one_form(self, tmp_path, tokenizer, args, monkeypatch):
+        """Columns that nothing reads may differ. Others would make all later rows unusable, and these are not counted."""
+        monkeypatch.setattr(pairs, "STREAMED_ROWS", 2)
+        argilla = [{"instruction": r["prompt"], **{k: r[k] for k in ("chosen", "rejected")}} for r in TEXT]
+        scored = write(tmp_path / "b.jsonl", [{**row, "score": 1} for row in TEXT])
+        files = [{"path": write(tmp_path / "a.jsonl", TEXT)}, {"path": scored}]
+        stream = self.load(tokenizer, datasets=files, streaming=True)
+        assert len(list(prepared_pairs(stream, tokenizer, args)[0])) == 4
+        files.append({"path": write(tmp_path / "c.jsonl", argilla)})
+        with pytest.raises(
+            RecipeError, match="`instruction`, `chosen`, `rejected` and `prompt`, `chosen`, `rejected`"
+        ):
+            self.load(tokenizer, datasets=files, streaming=True)
+
+    def test_a_mixture_keeps_its_images(self, tmp_path, tokenizer):
+        """Of datasets whose other columns differ. Oracle: the pixels that were written."""
+        files = [str(tmp_path / f"{i}.parquet") for i in range(2)]
+        for number, (file, row) in enumerate(zip(files, MESSAGES, strict=True)):
+            image = Image.new("RGB", (1, 1), (number, 0, 0))
+            Dataset.from_list([{**row, "images": [image], "score" * (number + 1): 1}]).to_parquet(file)
+        train = self.load(tokenizer, datasets=[{"path": file} for file in files])
+        assert [row["images"][0].getpixel((0, 0))[0] for row in train] == [0, 1]
 
     def test_fractions_are_trl_s(self, tmp_path):
         """By hand: of 6 and 2 rows in equal shares, 2 and 2."""
@@ -307,8 +341,9 @@ def test_what_would_train_on_something_else_is_left_out(kind, tokenizer, args):
 
 
 def test_questions_that_are_not_read_are_named(tokenizer, args):
-    _, account = prepared_pairs(Dataset.from_list([{**MESSAGES[0], "input": "dog"}, MESSAGES[1]]), tokenizer, args)
-    assert account.findings.warned == {"unread": 1} and "first: row 1: `input`" in account.findings.warnings[0]
+    for name in ("input", "context"):
+        _, account = prepared_pairs(Dataset.from_list([{**MESSAGES[0], name: "dog"}, MESSAGES[1]]), tokenizer, args)
+        assert account.findings.warned == {"unread": 1} and f"first: row 1: `{name}`" in account.findings.warnings[0]
     repeated = [
         {
             **MESSAGES[0],
@@ -320,6 +355,87 @@ def test_questions_that_are_not_read_are_named(tokenizer, args):
     ]
     _, account = prepared_pairs(Dataset.from_list(repeated), tokenizer, args)
     assert account.findings.warned == {"repeated": 1}
+    earlier = {"instruction": "what runs ?", "chosen": " red", "rejected": " blue"}
+    for history in ('[["why ?", "because ."]]', [user("why ?"), assistant("because .")]):  # not pairs of texts
+        _, account = prepared_pairs(Dataset.from_list([{**earlier, "history": history}]), tokenizer, args)
+        assert account.findings.warned["unread"] == 1 and "first: row 1: `history`" in str(account.findings.warnings)
+
+
+@pytest.mark.parametrize("row", [{"task": "what runs ?"}, {"prompt": " "}], ids=["another column", "blank"])
+def test_answers_without_a_question_are_named(row, tokenizer, args):
+    rows = [{**row, "chosen": good, "rejected": bad} for good, bad in (("red", "blue"), ("yes", "no"))]
+    _, account = prepared_pairs(
+        Dataset.from_list([*rows, {**row, "chosen": "a b", "rejected": "a c"}]), tokenizer, args
+    )
+    assert account.findings.warned["no question"] == (3 if "prompt" in row else 2)
+
+
+def tool(name: str, **properties) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+
+def call(name: str, **arguments) -> dict:
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+TOOLS = [
+    {**MESSAGES[0], "chosen": [call("plus", one=1)], "tools": [tool("plus", one={"type": "number"})]},
+    {**MESSAGES[1], "chosen": [call("why", sky="blue")], "tools": [tool("why", sky={"type": "string"})]},
+]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_keys_that_other_rows_have(streamed, tmp_path, tokenizer, args):
+    """Arrow gives every row the keys of all rows, as nulls. Oracle: the rows as they were written, whose nulls are their own."""
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}{{ tool }} {% endfor %}{% for message in messages %}{{ message }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}{'role': 'assistant'{% endif %}{{ nothing | default(option is defined) }}"
+    )
+    rows = [{**TOOLS[0], "chat_template_kwargs": {"option": 1}}, {**TOOLS[1], "chat_template_kwargs": {"other": 1}}]
+    dataset = Dataset.from_list([*rows, {**TOOLS[1], "tools": [], "chat_template_kwargs": None}])
+    assert "None" in str(dataset[0]["tools"]) and "None" in str(dataset[0]["chosen"])
+    prepared, account = prepared_pairs(dataset.to_iterable_dataset() if streamed else dataset, tokenizer, args)
+    rows.append({**TOOLS[1], "tools": None, "chat_template_kwargs": {}})
+    expected = ids(rows, tokenizer, args)
+    prepared = list(prepared)
+    assert {name: [row[name] for row in prepared] for name in TOKENS} == expected
+    own = [{**TOOLS[0], "chosen": [call("plus", one=None)]}, TOOLS[1]]
+    prepared, account = prepared_pairs(Dataset.from_list(own, on_mixed_types="use_json"), tokenizer, args)
+    assert {name: prepared[name][:] for name in TOKENS} == ids(own, tokenizer, args) and not account.conversion
+
+
+def test_empty_tools_of_a_stream(tokenizer, args):
+    """As a CSV file has them: no tools, rather than an error of the JSON parser."""
+    rows = [{**MESSAGES[0], "tools": json.dumps([tool("plus")])}, {**MESSAGES[1], "tools": ""}]
+    prepared = list(prepared_pairs(IterableDataset.from_generator(lambda: iter(rows)), tokenizer, args)[0])
+    expected = ids([rows[0], {**MESSAGES[1], "tools": None}], tokenizer, args)
+    assert {name: [row[name] for row in prepared] for name in TOKENS} == expected
+
+
+def test_a_template_without_tools(tokenizer, args):
+    """The tests' own template shows tools and drops tool calls, which would leave an empty answer; another shows neither."""
+    for template, warned in (
+        (tokenizer.chat_template, {}),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", {"tools": 1}),
+    ):
+        tokenizer.chat_template = template
+        rows = [TOOLS[0], {**MESSAGES[0], "tools": TOOLS[0]["tools"]}]
+        prepared, account = prepared_pairs(Dataset.from_list(rows, on_mixed_types="use_json"), tokenizer, args)
+        assert len(prepared) == 1 and account.findings.dropped == {"role": 1} and account.findings.warned == warned
+        assert (
+            "first: row 1: roles user | assistant; the template drops the tool calls of `assistant`"
+            in (account.findings.drops[0])
+        )
+
+
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
+def test_a_thought_that_the_template_does_not_write(key, tokenizer, args):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.thinking }} {{ m.content }} {% endfor %}"
+    rows = [{**MESSAGES[0], "chosen": [{**assistant("red"), key: "because it is"}]}, MESSAGES[1]]
+    _, account = prepared_pairs(Dataset.from_list(rows), tokenizer, args)
+    assert account.findings.warned == ({} if key == "thinking" else {"thought": 1})
+    assert all("first: row 1: `reasoning_content`" in line for line in account.findings.warnings)
 
 
 def test_later_rows_of_a_stream(tokenizer, args, monkeypatch):

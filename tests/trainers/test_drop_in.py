@@ -750,6 +750,7 @@ REFUSED_OF_ALL = [
         for loss_type in ("sigmoid", ["ipo", "sft"])
     ),
     ({"loss_type": ["sft"]}, "has no preference loss"),
+    *(({"train_sampling_strategy": by}, "`train_sampling_strategy=") for by in ("group_by_length", "batch_rebalance")),
     ({"loss_type": ["sigmoid", "sigmoyd"]}, "`loss_type='sigmoyd'`"),
 ]
 PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from tests.conftest import CHAT_TEMPLATE, FullLogits, first_batch, perturb, step_metrics, train_step
 from tests.rows.test_pairs import ids
 from tests.trainers.methods import LN_2, Method, Paper, augmented_sequences, response_logps
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import DPOConfig, DPOTrainer
 
@@ -272,6 +273,27 @@ def test_streaming_dataset(make_trainer, conversational_pairs):
     assert [row["augmented_prompt_ids"] for row in rows] == in_memory.train_dataset["augmented_prompt_ids"][:]
     streaming.train()
     assert streaming.state.log_history[0]["loss"] == LN_2
+
+
+@pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+def test_rows_with_more_tokens_than_positions(make_trainer, tiny_model_dir, caplog, truncation_mode):
+    """Lengths as the collator makes them. The tiny Llama has 256 positions, the other as many as the shortest row needs."""
+
+    def make(model=None):
+        options = {"max_length": 12, "truncation_mode": truncation_mode}
+        return make_trainer(SelfRefineDPOTrainer, SelfRefineDPOConfig, model=model, **options)
+
+    trainer, lengths = make(), []
+    for row in trainer.train_dataset:
+        answers = trainer.data_collator([row])["completion_attention_mask"].sum(dim=1)
+        lengths.append(len(row["augmented_prompt_ids"]) + answers.max().item())
+    assert "positions" not in caplog.text
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    model.config.max_position_embeddings = min(lengths)
+    make(model)
+    rows = sum(length > min(lengths) for length in lengths)
+    assert rows > 0 and f"{rows} of 8 rows of the train dataset have up to {max(lengths)} tokens with" in caplog.text
 
 
 def test_system_role_needs_messages(make_trainer, plain_text_pairs):

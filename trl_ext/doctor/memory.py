@@ -11,6 +11,7 @@ from trl import DPOConfig, ModelConfig
 
 from ..aries.config import GenerationConfig
 from ..kernels.position_kl import KEPT_GRADIENT_BYTES, TILE_ELEMENTS
+from ..trainers.token_level_config import TokenLevelConfig
 from .checks import gigabytes
 from .shape import BYTES, Shape
 
@@ -56,7 +57,7 @@ def training_memory(
     shape: Shape, model_args: ModelConfig, args: DPOConfig, dtype: str, has_ref_adapter: bool = False
 ) -> Estimate:
     """
-    The largest step of preference training: every sequence has `max_length` tokens.
+    The largest step of preference training: every sequence has `max_length` tokens, and a forward no more than `max_batch_tokens`.
 
     Args:
         shape ([`~doctor.shape.Shape`]), model_args ([`~trl.ModelConfig`]), args ([`~trl.DPOConfig`]):
@@ -97,6 +98,10 @@ def step_memory(shape: Shape, model_args: ModelConfig, args: DPOConfig) -> list[
     tokens = 2 * args.per_device_train_batch_size * length
     size = 2 if args.bf16 or args.fp16 else 4
     shown = f"2 × {args.per_device_train_batch_size} × {length} tokens"
+    most = args.max_batch_tokens if isinstance(args, TokenLevelConfig) else None
+    if most is not None and most < tokens:
+        tokens = max(most, 2 * length)  # one pair may have more
+        shown = f"{tokens} tokens at a time"
     kept = shape.saved_bytes * size // 2
     if args.gradient_checkpointing:
         inputs = Item(

@@ -295,6 +295,17 @@ def _check(migration: Migration, config_classes: tuple[type, ...], trainer: type
         if migration.recipe.get(key, accepted) != accepted:
             _leave_out(migration, key, f"`{key}: {migration.recipe[key]}` is not supported: {reason}")
     from ..trainers.tdpo_trainer import LOSS_TYPES as TRAINED_LOSSES
+    from ..trainers.tdpo_trainer import READ_LABEL_SMOOTHING
+
+    if "label_smoothing" in migration.recipe and not {*migration.recipe.get("loss_type", ())} & {
+        *READ_LABEL_SMOOTHING
+    }:
+        _leave_out(
+            migration,
+            "label_smoothing",
+            f"`label_smoothing: {migration.recipe['label_smoothing']}`: only {', '.join(READ_LABEL_SMOOTHING)} read it now. For labels that may "
+            "be flipped, set `loss_type: robust` beside it.",
+        )
 
     known_losses = (*TRAINED_LOSSES, "sft")
     refused = [name for name in migration.recipe.get("loss_type", ()) if name not in known_losses]

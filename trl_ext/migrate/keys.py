@@ -37,7 +37,6 @@ RENAMED = {
 # Old key -> old value -> new keys; other values are problems
 VALUES = {
     "use_flash_attention_2": {True: {"attn_implementation": "flash_attention_2"}, False: {}},
-    "group_by_length": {True: {"train_sampling_strategy": "group_by_length"}, False: {}},
     "adafactor": {True: {"optim": "adafactor"}, False: {}},
     "gradient_checkpointing_use_reentrant": {
         yes: {"gradient_checkpointing_kwargs": {"use_reentrant": yes}} for yes in (True, False)
@@ -51,6 +50,10 @@ NEUTRAL = {
         "training needs a reference. Remove the key, or use `trl.DPOTrainer`",
     ),
     "force_use_ref_model": (False, "with PEFT the reference is the model without its adapter, which needs no memory"),
+    "group_by_length": (
+        False,
+        "pairs have no single length. Remove it; `padding_free: true` computes no padding in any order",
+    ),
     "max_train_samples": (None, "cut the split: `datasets: [{path: ..., split: 'train[:5000]'}]`"),
     "max_eval_samples": (None, "cut the split of the evaluation data, or use `test_split_size`"),
     "base_model_revision": (None, "merge the adapter into its base, and name the result in `model_name_or_path`"),

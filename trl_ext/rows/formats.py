@@ -218,7 +218,7 @@ CONVERSIONS = {
     "repeated": "a prompt that both answers repeat is removed from them",
     "opening": "common messages before the first answer are read as part of the prompt",
     "dialogue": "dialogues of `Human:` and `Assistant:` (HH-RLHF) are split before their last answer",
-    "kwargs": "missing `chat_template_kwargs` are read as empty",
+    "nulls": "keys that are null because other rows have them are left out, as are empty `tools` and `chat_template_kwargs`",
 }
 
 

@@ -26,6 +26,9 @@ MOST_DROPPED = 0.5
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
+# Keys of a message for its thought; most templates write one of them or none
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
 # Reason -> what is wrong with these rows, and how to fix it
 REASONS = {
     "empty answer": ("have an empty answer", "Remove them, or fill in both answers."),
@@ -67,7 +70,8 @@ REASONS = {
     ),
     "role": (
         "have roles that the chat template drops or refuses",
-        "Use `system`, `user` and `assistant` in an order that the template accepts, and give each message a `content`.",
+        "Use `system`, `user` and `assistant` in an order that the template accepts, and give each message a `content`; for a template "
+        "without tool calls, write them out there.",
     ),
     "rendered turn": (
         "are text that already contains the chat template's tokens, so that Sr-DPO's prompt would be outside of the user's turn",
@@ -90,6 +94,10 @@ REASONS = {
 
 # The same for rows that are used all the same
 WARNINGS = {
+    "no question": (
+        "have an empty prompt: it is blank, or there is no column for it and their answers have no common beginning",
+        "If another column holds the question, rename it: `dataset.rename_column('task', 'prompt')`.",
+    ),
     "repeated": (
         "begin both answers with the whole question",
         "If the model is not meant to learn it, remove it: `dataset.map(lambda row: {'chosen': row['chosen'][len(row['prompt']):]})`.",
@@ -109,6 +117,14 @@ WARNINGS = {
     "rendered": (
         "are text that already contains the chat template's tokens",
         "Convert them to messages, which the template renders.",
+    ),
+    "tools": (
+        "have `tools` that the chat template does not show to the model",
+        "Use a tokenizer whose template does, or put them into the system message.",
+    ),
+    "thought": (
+        "have a thought beside an answer that the chat template does not write",
+        "Rename its key to the one that the template reads, or put the thought into `content` as the model is to write it.",
     ),
     "two BOS": (
         "begin with two BOS tokens, one in the text and one that the tokenizer adds",
@@ -215,6 +231,8 @@ class Judge:
         self._tokenizer = tokenizer_of(processing_class)
         self._takes_parts = isinstance(processing_class, ProcessorMixin)
         self._probed: dict[str, str | None] = {}
+        self._unwritten: set[str] = set()  # keys of thoughts
+        self._tools_are_read: bool | None = None  # decided by the first row that has some
         special = {token for token in self._tokenizer.all_special_tokens if len(token) > 1}
         template = self.template if isinstance(self.template, str) else str(self.template or "")
         self._own_tokens = [token for token in special if token in template]
@@ -254,6 +272,12 @@ class Judge:
                 self.findings.warn("plain text", number)
             if is_filled(row.get("system")):
                 self.findings.warn("system column", number)
+        elif is_filled(row.get("tools")) and self._tools_are_read is False:
+            self.findings.warn("tools", number)
+        lasts = (answer[-1] for answer in answers if isinstance(answer, list))
+        thoughts = [key for last in lasts for key in self._unwritten if is_filled(last.get(key))]
+        if thoughts:
+            self.findings.warn("thought", number, f"`{thoughts[0]}`")
         if len(answers) == 2 and all(_repeats(prompt, answer) for answer in answers):
             self.findings.warn("repeated", number)
         return True
@@ -314,8 +338,8 @@ class Judge:
 
     def _probe(self, prompt: Messages, answer: Messages, row: dict[str, Any]) -> str | None:
         """
-        What the template does wrong with this sequence of roles, or `None` if it renders all of them. Each text is replaced by a mark that can
-        be found in the rendered text; messages with tool calls stay as they are.
+        What the template does wrong with this sequence of roles, or `None` if it renders all of them. Each text, and the function's name in
+        each tool call, is replaced by a mark that can be found in the rendered text.
         """
         if self._takes_parts:  # templates of processors take parts; TRL makes them
             return None
@@ -328,18 +352,30 @@ class Judge:
     def _ask(self, prompt: Messages, answer: Messages, options: dict[str, Any]) -> str | None:
         messages, marks = [], []
         for index, message in enumerate([*prompt, *answer]):
-            if isinstance(message.get("content"), str) and not message.get("tool_calls"):
-                marks.append((message["role"], f"text{index}mark"))
-                message = {**message, "content": marks[-1][1]}
+            mark, calls = f"text{index}mark", _renamed(message.get("tool_calls"), f"text{index}mark")
+            if calls:
+                marks.append((f"the tool calls of `{message['role']}`", mark))
+                message = {**message, "tool_calls": calls}
+            elif isinstance(message.get("content"), str) and not message.get("tool_calls"):
+                marks.append((f"`{message['role']}`", mark))
+                message = {**message, "content": mark}
             messages.append(message)
+        thoughts = {key: f"{key}mark" for key in messages[-1] if key in THOUGHTS and answer}
+        messages[-1] = {**messages[-1], **thoughts}
         try:
             rendered = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+            if options["tools"] and self._tools_are_read is None:
+                without = {**options, "tools": None}
+                self._tools_are_read = rendered != self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, **without
+                )
             if not answer:
                 self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         except Exception as error:  # the template's own code may raise anything
             return f"the template refuses them: {error}"
-        missing = [role for role, mark in marks if mark not in rendered]
-        return f"the template drops {', '.join(f'`{role}`' for role in missing)}" if missing else None
+        self._unwritten |= {key for key, mark in thoughts.items() if mark not in rendered}
+        missing = [what for what, mark in marks if mark not in rendered]
+        return f"the template drops {', '.join(missing)}" if missing else None
 
     def ids(self, prepared: Any, numbers: Sequence[int], max_length: int | None) -> np.ndarray:
         """
@@ -419,7 +455,7 @@ def is_empty(answer: Any) -> bool:
 
 def _other_prompts(row: dict[str, Any]) -> list[str]:
     """Non-empty columns that may contain the prompt of a row whose `prompt` is empty."""
-    names = ("question", "instruction", "query", "input", "system", "messages", "conversations")
+    names = ("question", "instruction", "query", "input", "context", "system", "messages", "conversations")
     return [name for name in names if is_filled(row.get(name))]
 
 
@@ -440,6 +476,18 @@ def _kind(message: dict[str, Any]) -> list[str]:
     if message.get("tool_calls"):
         return [message["role"], json.dumps(message, default=str)]
     return [message["role"], *sorted(message)]
+
+
+def _renamed(calls: Any, name: str) -> list[dict[str, Any]] | None:
+    """Tool calls with another name of the function; `None` if they are not in a form that templates know."""
+    renamed = []
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or "name" not in function:
+            return None
+        function = {**function, "name": name}
+        renamed.append({**call, "function": function} if "function" in call else function)
+    return renamed or None
 
 
 def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

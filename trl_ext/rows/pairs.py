@@ -6,13 +6,13 @@ content. A dataset in TRL's form stays as it is.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from accelerate.logging import get_logger
-from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import DPOConfig, extract_prompt
@@ -35,7 +35,7 @@ from .judge import MOST_DROPPED, TOKENS, Findings, Judge
 logger = get_logger(__name__)
 
 # Columns that may contain a part of the question
-QUESTIONS = ("question", "instruction", "query", "input", "history")
+QUESTIONS = ("question", "instruction", "query", "input", "context", "history")
 
 # Rows of a stream that are judged before the training
 STREAMED_ROWS = 1000
@@ -153,12 +153,12 @@ def standard_rows(
     """Convert rows to TRL's form (unchanged if they have it, unless `always`), and say which can be used."""
     columns = Columns.of(dataset.column_names)
     account.format = columns.format
-    looked_at = _Dataset(columns, _read(dataset, columns))
+    looked_at = _Dataset(columns, (row for row, _ in _read(dataset, columns)))
     as_messages, cut_prompt = looked_at.as_messages, looked_at.cut_prompt
     usable, done = [], Counter()
-    for number, row in enumerate(_read(dataset, columns), start=1):
+    for number, (row, had_nulls) in enumerate(_read(dataset, columns), start=1):
         pair = read_pair(row, columns, as_messages, cut_prompt)
-        done.update(set(pair.done))
+        done.update({*pair.done, "nulls"} if had_nulls else set(pair.done))
         usable.append(_judge(number, pair, columns, judge, row))
     if not any(usable):
         return dataset, usable
@@ -168,33 +168,33 @@ def standard_rows(
             f"`dataset.map(lambda row: {{'prompt': row['{columns.system}'] + '\\n\\n' + row['{columns.prompt}']}})`, and remove "
             f"`{columns.system}`."
         )
-    if looked_at.no_options:
-        done["kwargs"] = looked_at.no_options
     account.converted.update(done)
     # TRL looks for messages in these columns too, in an order that differs from process to process
     gone = [name for name in ("messages", "completion") if name in dataset.column_names]
     if not (always or done or gone):
         return dataset, usable
-    features = Features(dataset.features)
+    read_features, features = dataset.features, Features(dataset.features)
     kind = List(Json()) if looked_at.messages or as_messages else Value("string")
     for column in ("prompt", "chosen", "rejected"):
         features[column] = kind
     if "chat_template_kwargs" in features:
         features["chat_template_kwargs"] = Json()
+    if isinstance(features.get("tools"), List | LargeList):
+        features["tools"] = List(Json())
     for column in gone:
         del features[column]
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
+        row = _plain(row, read_features)
         converted = _columns(read_pair(row, columns, as_messages, cut_prompt), columns)
         # Rows that are left out later must fit into the columns too
         fits, empty = (are_messages, []) if kind != Value("string") else (is_text, "")
         converted = {key: value if fits(value) else empty for key, value in converted.items()}
         if "chat_template_kwargs" in row:
             options = row["chat_template_kwargs"]
-            options = options.items() if isinstance(options, dict) else ()
-            converted["chat_template_kwargs"] = {key: value for key, value in options if value is not None}
+            converted["chat_template_kwargs"] = options if isinstance(options, dict) else {}
         if "tools" in row:
-            converted["tools"] = row["tools"] or None
+            converted["tools"] = row["tools"]
         return converted
 
     try:
@@ -208,7 +208,7 @@ class _Dataset:
     """Decisions that depend on the whole dataset, not on a single row."""
 
     def __init__(self, columns: Columns, rows: Iterable[dict[str, Any]]):
-        texts = repeated = systems = self.messages = self.no_options = 0
+        texts = repeated = systems = self.messages = 0
         for row in rows:
             pair = read_pair(row, columns)
             has_system = bool({"system", "history"} & set(pair.done))
@@ -216,19 +216,40 @@ class _Dataset:
             systems += has_system
             texts += isinstance(pair.prompt, str)
             repeated += repeats_prompt(pair)
-            options = row.get("chat_template_kwargs", {})
-            # Arrow gives every row all keys, as nulls
-            missing = options is None or (isinstance(options, dict) and None in options.values())
-            self.no_options += missing or row.get("tools") == ""
         self.as_messages = bool(self.messages or systems)
         self.cut_prompt = 2 * repeated > texts
 
 
-def _read(dataset: Dataset, columns: Columns):
-    """The columns that are read, as Python objects."""
+def _read(dataset: Dataset, columns: Columns) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The columns that are read, as Python objects, and whether nulls had to be left out."""
     others = ("system", "messages", "conversations", "completion", "tools", "chat_template_kwargs")
     names = [*columns.read, *QUESTIONS, *others]
-    return dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names])
+    for row in dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names]):
+        plain = _plain(row, dataset.features)
+        yield plain, plain != row
+
+
+def _plain(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
+    """A row without the nulls of [`without_nulls`], and with its template options as `template_options` reads them."""
+    row = {name: without_nulls(value, (features or {}).get(name)) for name, value in row.items()}
+    if row.get("chat_template_kwargs", {}) is None:
+        row["chat_template_kwargs"] = {}
+    if "tools" in row:
+        row["tools"] = row["tools"] or None
+    return row
+
+
+def without_nulls(value: Any, feature: Any) -> Any:
+    """
+    A value without the keys that are null because Arrow gives every row the keys of all rows: `{"city": "Paris", "day": null}` as the
+    arguments of a call. A message keeps its `content`, and a JSON column, whose rows have their own keys, its nulls.
+    """
+    if isinstance(feature, dict) and isinstance(value, dict):
+        is_kept = {"content"} if "role" in feature else set()
+        return {k: without_nulls(v, feature.get(k)) for k, v in value.items() if v is not None or k in is_kept}
+    if isinstance(feature, List | LargeList) and isinstance(value, list):
+        return [without_nulls(item, feature.feature) for item in value]
+    return value
 
 
 def _columns(pair: Pair, columns: Columns) -> dict[str, Any]:
@@ -245,9 +266,12 @@ def _judge(number: int, pair: Pair, columns: Columns, judge: Judge, row: dict[st
         if prompt is None and columns.prompt is None and not pair.is_conversational:
             prompt = ""  # TRL takes the common beginning
         usable = judge.row(number, prompt, [pair.chosen, pair.rejected], row)
-        unread = [name for name in QUESTIONS if name not in columns.read and is_filled(row.get(name))]
+        read = {*columns.read} - ({columns.history} - {*pair.done})  # a `history` in an unknown form is not read
+        unread = [name for name in QUESTIONS if name not in read and is_filled(row.get(name))]
         if usable and unread and columns.prompt is not None:
             judge.findings.warn("unread", number, f"`{unread[0]}`")
+        if usable and isinstance(prompt, str) and not _columns(pair, columns)["prompt"].strip():
+            judge.findings.warn("no question", number)
         return usable
     values = (pair.prompt, pair.chosen, pair.rejected)
     shown = next((value for value in values if form_fault(value) == pair.fault), pair.prompt or pair.chosen)
@@ -281,6 +305,7 @@ def _prepare_stream(
     max_dropped: float | None,
 ) -> IterableDataset:
     """Decide by the first rows; later rows that cannot be used are left out as they come."""
+    dataset = dataset.map(_plain, fn_kwargs={"features": dataset.features})
     head = list(dataset.take(STREAMED_ROWS))
     if not head:
         raise RecipeError("the stream has no rows. A preference dataset has one pair per row.")
@@ -296,8 +321,6 @@ def _prepare_stream(
     def convert(row: dict[str, Any]) -> dict[str, Any]:
         pair = read_pair(row, columns, looked_at.as_messages, looked_at.cut_prompt)
         row = {key: value for key, value in row.items() if key not in ("messages", "completion")}
-        if row.get("chat_template_kwargs", {}) is None:
-            row["chat_template_kwargs"] = {}
         return {**row, **_columns(pair, columns)}
 
     def can_use(row: dict[str, Any]) -> bool:

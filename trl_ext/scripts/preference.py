@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data_files import builder_arguments, is_data_file
+from ..data_files import builder_arguments, directory_arguments, is_data_file
 from ..model_files import broken_weights, folder_problem, load_problem
 from ..outputs import check_trainer_output
 from ..processes import die_with_launcher
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 # Columns that DPOTrainer reads
-PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
+PAIR_COLUMNS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "image", "images")
 
 
 def exit_code(run: Callable[[list[str]], None], argv: Sequence[str]) -> int:
@@ -306,9 +306,8 @@ def _load(script_args: "ScriptArguments"):
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(str(path))
         return {script_args.dataset_train_split: saved} if isinstance(saved, datasets.Dataset) else saved
-    return datasets.load_dataset(
-        str(path) if path.is_dir() else name, name=script_args.dataset_config, streaming=streaming
-    )
+    found = directory_arguments(path) if path.is_dir() else {"path": name}
+    return datasets.load_dataset(**found, name=script_args.dataset_config, streaming=streaming)
 
 
 def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Dataset | IterableDataset":
@@ -336,6 +335,15 @@ def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Da
         whole = sum(fractions)
         total = min(len(part) * whole / fraction for part, fraction in zip(parts, fractions, strict=True) if fraction)
         parts = [part.select(range(round(f * total / whole))) for part, f in zip(parts, fractions, strict=True)]
+    if dataset_args.streaming:
+        from ..rows.formats import Columns
+
+        read = {tuple(Columns.of(part.column_names or list(next(iter(part), {}))).read) for part in parts}
+        if len(read) > 1:  # the first rows decide for all
+            shown = " and ".join(", ".join(f"`{name}`" for name in names) for names in sorted(read))
+            raise RecipeError(
+                f"the datasets have different columns, {shown}, and a stream is read in one form. Rename the columns, or turn streaming off."
+            )
     if not dataset_args.streaming and any(part.features != parts[0].features for part in parts):
         if processing_class is None:
             raise RecipeError(

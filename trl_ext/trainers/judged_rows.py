@@ -86,6 +86,7 @@ class JudgedRows:
         self._max_dropped = max_dropped
         config = model_config(model, args)
         self._vocabulary = config.get_text_config().vocab_size
+        self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if processing_class is None:
             revision = (args.model_init_kwargs or {}).get("revision") if args and isinstance(model, str) else None
             trust = args is not None and args.trust_remote_code

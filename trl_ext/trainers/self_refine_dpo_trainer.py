@@ -6,21 +6,28 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
+from trl import DPOConfig
 from trl.data_utils import _tokenize, common_prefix_length, is_conversational
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import global_then_local_main_first, pad
 
 from ..losses.shifts import self_refine_shifts
+from ..rows.judge import TOKENS
 from .position_kl_head import CachedPrompts, takes_cached_prompts
 from .self_refine_dpo_config import SelfRefineDPOConfig
 from .tdpo_trainer import TokenLevelTrainer
 
+
+logger = get_logger(__name__)
 
 # Tensors that the collator adds for the refinement function
 AUGMENTED_TENSORS = (
@@ -75,6 +82,16 @@ def augment_prompt(prompt: str | list[dict], refinement_prompt: str, role: str =
     separator = " " if role == "user" else "\n\n"
     message["content"] = f"{refinement_prompt}{separator}{message['content']}"
     return messages
+
+
+def augmented_lengths(dataset: Dataset, args: DPOConfig) -> np.ndarray:
+    """The number of tokens of each row's augmented prompt and its longer answer, as far as truncation leaves it, `(len(dataset),)`."""
+    table = dataset.select_columns([*TOKENS, "augmented_prompt_ids"]).with_format("arrow")[:]
+    prompt, chosen, rejected, augmented = (pc.list_value_length(column).to_numpy() for column in table.columns)
+    answer = np.maximum(chosen, rejected)
+    if args.max_length is not None:
+        answer = np.minimum(answer, args.max_length - (prompt if args.truncation_mode == "keep_start" else 0))
+    return augmented + answer
 
 
 @dataclass
@@ -237,7 +254,15 @@ class SelfRefineDPOTrainer(TokenLevelTrainer):
             "role": self.refinement_prompt_role,
         }
         with global_then_local_main_first():
-            return dataset.map(tokenize_augmented_prompt, fn_kwargs=fn_kwargs, **map_kwargs)
+            dataset = dataset.map(tokenize_augmented_prompt, fn_kwargs=fn_kwargs, **map_kwargs)
+        if isinstance(dataset, Dataset) and self._positions is not None:
+            longest = augmented_lengths(dataset, args)
+            if rows := int((longest > self._positions).sum()):
+                logger.warning(
+                    f"{rows} of {len(dataset)} rows of the {dataset_name} dataset have up to {longest.max()} tokens with `refinement_prompt`, and the "
+                    f"model has {self._positions} positions. Lower `max_length`, which limits them without it, or the rows cannot be computed."
+                )
+        return dataset
 
     # Precomputed references: a second pass, over the augmented prompts
 

@@ -219,6 +219,12 @@ class ShiftedDPOTrainer(TokenBatches, JudgedRows, DPOTrainer):
         for name, (accepted, reason) in cls.refused_options.items():
             if getattr(args, name) != accepted:
                 raise ValueError(f"`{name}={getattr(args, name)!r}` is not supported by {cls.__name__}: {reason}")
+        by_length = args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        if by_length and args.remove_unused_columns:  # otherwise a column `length` would do
+            raise ValueError(
+                f"`train_sampling_strategy={args.train_sampling_strategy!r}` is not supported by {cls.__name__}: a pair has no `input_ids`, whose "
+                "length transformers takes. Leave it out; `padding_free=True` computes no padding in any order."
+            )
         if "aot" in args.loss_type and args.ld_alpha is not None:
             raise ValueError(
                 f"`loss_type='aot'` with `ld_alpha={args.ld_alpha}` is not supported by {cls.__name__}: AOT sorts the policy's log-"
