@@ -207,12 +207,12 @@ class TestFiles:
 
     @pytest.mark.parametrize("name", ["train.csv", "train.tsv"])
     def test_words_that_pandas_reads_as_missing(self, tmp_path, name):
-        """In a file and in a directory of files."""
+        """In a file and in a directory of files, alone and in a mixture."""
         separator = "," if name.endswith(".csv") else "\t"
         rows = [{"prompt": "a", "chosen": "None", "rejected": "N/A"}]
         (tmp_path / name).write_text("\n".join(map(separator.join, (rows[0], rows[0].values()))))
-        for path in (tmp_path / name, tmp_path):
-            assert self.load(dataset_name=str(path)).to_list() == rows
+        for path in map(str, (tmp_path / name, tmp_path)):
+            assert self.load(dataset_name=path).to_list() == self.load(datasets=[{"path": path}]).to_list() == rows
 
     def test_a_mixture_of_shapes(self, tmp_path, tokenizer, args):
         """Each dataset in its own shape, the second without its first row, whose answers are equal."""

@@ -317,10 +317,11 @@ def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Da
 
     parts = []
     for entry in dataset_args.datasets:
-        if is_data_file(entry.path):
-            part = datasets.load_dataset(
-                **builder_arguments(entry.path), split=entry.split, streaming=dataset_args.streaming
-            )
+        path = Path(entry.path).expanduser()
+        if is_data_file(entry.path) or path.is_dir():
+            found = builder_arguments(entry.path) if path.is_file() else directory_arguments(path)
+            given = {key: getattr(entry, key) for key in ("name", "data_dir", "data_files") if key not in found}
+            part = datasets.load_dataset(**found, **given, split=entry.split, streaming=dataset_args.streaming)
             parts.append(part if entry.columns is None else part.select_columns(entry.columns))
         else:
             whole = dataclasses.replace(entry, fraction=None)

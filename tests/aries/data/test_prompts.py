@@ -102,6 +102,14 @@ def test_parquet(tmp_path):
     assert list(prompts) == [{"prompt_id": "p-0000001", "prompt": "a"}]
 
 
+def test_words_that_pandas_reads_as_missing(tmp_path):
+    """In a CSV file and in a directory of them."""
+    (tmp_path / "train.csv").write_text("prompt,answer\nNone,N/A\n")
+    for path in (tmp_path / "train.csv", tmp_path):
+        [row] = load_prompts([DatasetConfig(str(path))], "prompts.dataset")
+        assert (row["prompt"], row["answer"]) == ("None", "N/A")
+
+
 def test_a_mixture_is_trl_s(tmp_path):
     """The same rows as TRL's `get_dataset`, fractions, columns and data files included."""
     from datasets import Dataset

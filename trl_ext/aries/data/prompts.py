@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...data_files import BUILDERS, builder_arguments, is_data_file
+from ...data_files import BUILDERS, builder_arguments, directory_arguments, is_data_file
 from ...recipe import RecipeError
 from ...rows.formats import SYSTEM, has_system, is_filled, looks_like_messages, read_text
 from ..config import DatasetConfig
@@ -90,8 +90,9 @@ def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # 
     if is_file:
         source = builder_arguments(entry.path) | {"split": "train"}
     else:
-        source = {key: getattr(entry, key) for key in ("name", "data_dir", "data_files", "split")}
-        source["path"] = os.path.expanduser(entry.path)
+        path = os.path.expanduser(entry.path)
+        source = directory_arguments(Path(path)) if os.path.isdir(path) else {"path": path}
+        source |= {key: getattr(entry, key) for key in ("name", "data_dir", "data_files", "split")}
     try:
         loaded = datasets.load_dataset(**source)
         return loaded if entry.columns is None else loaded.select_columns(entry.columns)
