@@ -102,6 +102,12 @@ def test_parquet(tmp_path):
     assert list(prompts) == [{"prompt_id": "p-0000001", "prompt": "a"}]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8-sig")
+    assert [row["prompt"] for row in load_prompts([DatasetConfig(str(file))], "prompts.dataset")] == ["a", "b"]
+
+
 def test_words_that_pandas_reads_as_missing(tmp_path):
     """In a CSV file and in a directory of them."""
     (tmp_path / "train.csv").write_text("prompt,answer\nNone,N/A\n")
