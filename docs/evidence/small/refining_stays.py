@@ -21,6 +21,10 @@ HERE = Path(__file__).parent
 DEFAULT = aries.FIRST
 HOT = {"drafts": {"temperature": 1.5}, "refinements": {"temperature": 1.0}}
 MORE = {"pairs": {"refinement_weight": 4}}  # the quickstart's direct weight is 2
+TWICE = {"training": {"num_train_epochs": 4}}  # nearly as much training as MORE
+SQUARED = {"training": {"objective": "squared", "objective_alpha": 0.941}}
+SQUARED_TWICE = {"training": SQUARED["training"] | TWICE["training"]}
+ROLLED_BACK = {"health": {"on_setback": "roll_back"}}
 # What an arm's recipe changes in the quickstart's, by section
 ARMS = {
     DEFAULT: {},
@@ -29,13 +33,21 @@ ARMS = {
     "neighbors, rejected drafts": {"pairs": {"refinement_rows": "neighbors", "drafts": "rejected"}},
     "both": {"pairs": {"refinement_rows": "both"}},
     "squared, 4 to 1": {"training": {"objective": "squared", "objective_alpha": 0.8}},
-    "squared, 16 to 1": {"training": {"objective": "squared", "objective_alpha": 0.941}},
+    "squared, 16 to 1": SQUARED,
+    "squared, 16 to 1, twice the epochs": SQUARED_TWICE,
+    "squared, 32 to 1, twice the epochs": {"training": SQUARED_TWICE["training"] | {"objective_alpha": 0.97}},
     "hot drafts": HOT,
     "more refining": MORE,
     "hot drafts, more refining": HOT | MORE,
-    "more refining, rolled back": MORE | {"health": {"on_setback": "roll_back"}},
-    "twice the epochs": {"training": {"num_train_epochs": 4}},  # nearly as much training as "more refining"
+    "twice the epochs": TWICE,
+    "more refining, twice the epochs, rolled back": MORE | TWICE | ROLLED_BACK,
     "refining only": {"pairs": {"direct_weight": 0}},
+}
+# For the task whose rounds lose
+ROLLED_BACK_ARMS = {
+    "squared, 16 to 1, twice the epochs, rolled back": SQUARED_TWICE | ROLLED_BACK,
+    "more refining, rolled back": MORE | ROLLED_BACK,
+    "twice the epochs, rolled back": TWICE | ROLLED_BACK,
 }
 # An exact verifier sees no step of an edit but the last
 PARTIAL_ARMS = {
@@ -54,15 +66,14 @@ TASKS = {
         "squared, 16 to 1",
         "hot drafts",
         "more refining",
-        "hot drafts, more refining",
-        "more refining, rolled back",
         "twice the epochs",
+        *ROLLED_BACK_ARMS,
         "refining only",
         "ARIES, partial scores",
         *PARTIAL_ARMS,
     ],
 }
-aries.ALL_METHODS |= ARMS | PARTIAL_ARMS
+aries.ALL_METHODS |= ARMS | ROLLED_BACK_ARMS | PARTIAL_ARMS
 
 
 def answers_table(rows: list[dict]) -> str:
