@@ -191,6 +191,11 @@ def test_the_objective_is_the_loops_and_alpha_the_trainers(training, alpha):
     assert not settings.config.keys() & {"objective", "objective_alpha", "trainer", "reference"}
 
 
+def test_earlier_rounds_need_refinement_rows():
+    with pytest.raises(RecipeError, match="`pairs.earlier_rounds` repeats refinement rows"):
+        parse(pairs={"earlier_rounds": 1, "refinement_weight": 0})
+
+
 @pytest.mark.parametrize("weight", ["refinement_weight", "direct_weight"])
 def test_an_objective_without_its_rows_is_refused(weight):
     with pytest.raises(RecipeError, match=f"`pairs.{weight}: 0` leaves"):

@@ -24,6 +24,7 @@ MORE = {"pairs": {"refinement_weight": 4}}  # the quickstart's direct weight is 
 TWICE = {"training": {"num_train_epochs": 4}}  # nearly as much training as MORE
 SQUARED = {"training": {"objective": "squared", "objective_alpha": 0.941}}
 SQUARED_TWICE = {"training": SQUARED["training"] | TWICE["training"]}
+EARLIER = {"pairs": {"earlier_rounds": 2}}
 ROLLED_BACK = {"health": {"on_setback": "roll_back"}}
 # What an arm's recipe changes in the quickstart's, by section
 ARMS = {
@@ -37,6 +38,8 @@ ARMS = {
     "squared, 16 to 1, twice the epochs": SQUARED_TWICE,
     "squared, 32 to 1, twice the epochs": {"training": SQUARED_TWICE["training"] | {"objective_alpha": 0.97}},
     "hot drafts": HOT,
+    "earlier rounds": EARLIER,
+    "earlier rounds, twice the epochs": EARLIER | TWICE,
     "more refining": MORE,
     "hot drafts, more refining": HOT | MORE,
     "twice the epochs": TWICE,
@@ -65,6 +68,8 @@ TASKS = {
         "rejected drafts",
         "squared, 16 to 1",
         "hot drafts",
+        "earlier rounds",
+        "earlier rounds, twice the epochs",
         "more refining",
         "twice the epochs",
         *ROLLED_BACK_ARMS,

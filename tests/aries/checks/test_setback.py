@@ -113,6 +113,19 @@ def test_what_a_run_goes_on_from(loop):
     assert "learning_rate_factor" not in round_facts(run, config, 2)
 
 
+def test_what_earlier_rounds_give(loop):
+    """A round that is rolled back gives its rows, and one that the guard skipped does not."""
+    loop = loop("roll_back")
+    run, config = loop.dir, replace(loop.config, pairs=replace(loop.config.pairs, earlier_rounds=2))
+    assert training_of(run, loop.config, 3).earlier == training_of(run, config, 1).earlier == []
+    assert training_of(run, config, 3).earlier == [run.round(1).pairs, run.round(2).pairs]
+    decide_setback(run, config, 2, LOST)
+    assert training_of(run, config, 3).earlier == [run.round(1).pairs, run.round(2).pairs]
+    run.round(2).pairs.touch()
+    write_json(run.round(2).guard, {"decision": "skipped"})
+    assert training_of(run, config, 3).earlier == [run.round(1).pairs]
+
+
 def test_a_last_round_that_is_rolled_back_is_not_the_result(loop, capsys):
     """Named, it can still be exported."""
     loop = loop("roll_back", rounds=2)

@@ -20,11 +20,11 @@ from trl_ext.aries.config import (
     ScoresConfig,
 )
 from trl_ext.aries.data.pairs import Pair, preference_rows
-from trl_ext.aries.data.records import Answer, Chain, to_line
+from trl_ext.aries.data.records import Answer, Chain, to_line, write_jsonl
 from trl_ext.aries.data.templates import compile_template
 from trl_ext.aries.policies import Policy
 from trl_ext.aries.training.settings import TrainerSettings, Training, trainer_settings
-from trl_ext.aries.training.train import check_step_0, make_trainer, repeat_by_weight
+from trl_ext.aries.training.train import check_step_0, make_trainer, repeat_by_weight, rows_of
 from trl_ext.aries.training.train import train as run_training
 from trl_ext.recipe import RecipeError
 from trl_ext.trainers.judged_rows import JudgedDPOTrainer
@@ -97,6 +97,18 @@ def silent(done: int, total: int) -> None:
 def train(training: Training) -> str:
     run_training(training, silent)
     return str(training.output)
+
+
+def test_earlier_rounds_give_their_refinement_rows(job, tmp_path):
+    """As often as their weights say, behind the round's own rows."""
+    own = [{"turn": 0, "n": 0, "weight": 2}, {"turn": 1, "n": 1, "weight": 1}]
+    earlier = [{"turn": 0, "n": 2, "weight": 1}, {"turn": 1, "n": 3, "weight": 2}, {"turn": 1, "n": 4, "weight": 0}]
+    training = job("policy")
+    write_jsonl(training.rows, own)
+    write_jsonl(tmp_path / "earlier.jsonl", earlier)
+    assert [row["n"] for row in rows_of(training)] == [0, 0, 1]
+    training.earlier = [tmp_path / "earlier.jsonl"] * 2
+    assert [row["n"] for row in rows_of(training)] == [0, 0, 1, 3, 3, 3, 3]
 
 
 def test_a_weight_is_how_often_an_epoch_shows_a_row():

@@ -59,6 +59,9 @@ class PairsConfig(Section):
     [the one that refines it](aries.md#refinement-rows); or `"both"` (our choice)."""
     drafts: Literal["both", "rejected", "chosen"] = "both"
     """Which drafts the refinement rows have. With `"rejected"`, no row teaches to leave a draft as it is (our choice)."""
+    earlier_rounds: NonNegativeInt = 0
+    """How many of the rounds before it a round learns refining from too. Their refinement rows are shown beside its own: drafts
+    of policies that left more to refine (our choice)."""
     learn: Literal["answer", "full_text"] = "answer"
     """With `generation.answer_pattern`, what a training row holds: `"answer"`, or `"full_text"`, all that was
     generated, including a thinking model's thought. The answer is refined and scored in either case."""
@@ -91,6 +94,10 @@ class PairsConfig(Section):
         for key in ("min_settled", "min_changed", "agreement_pattern"):
             if getattr(self, key) is not None and self.selection != "rule_based":
                 raise ValueError(f"`pairs.{key}` is about the rule: it needs `pairs.selection: rule_based`.")
+        if self.earlier_rounds and not self.refinement_weight:
+            raise ValueError(
+                "`pairs.earlier_rounds` repeats refinement rows, and `pairs.refinement_weight: 0` makes none."
+            )
         if self.direct_weight == self.refinement_weight == 0:
             raise ValueError(
                 "`pairs.direct_weight` and `pairs.refinement_weight` are both 0, so there is nothing to train on."

@@ -4,12 +4,12 @@ The settings of a training: the trainer, the keys of its config, the policies th
 In: the recipe and the run directory. Out: dataclasses; nothing is loaded, and neither torch nor TRL is imported.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import LOOP_KEYS, AriesConfig
-from ..policies import Policy, learning_rate_factor, policy_after, product, start_policy
+from ..policies import Policy, is_skipped, learning_rate_factor, policy_after, product, start_policy
 from ..run_dir import RunDir
 
 
@@ -46,6 +46,8 @@ class Training:
             `health.max_dropped`.
         learning_rate_factor (`float`, *optional*, defaults to `1.0`):
             What the learning rate is multiplied by, after rounds that were rolled back.
+        earlier (`list[Path]`, *optional*):
+            Rows of earlier rounds, of which it learns those for refining too.
     """
 
     settings: TrainerSettings
@@ -56,6 +58,7 @@ class Training:
     output: Path
     max_dropped: float | None
     learning_rate_factor: float = 1.0
+    earlier: list[Path] = field(default_factory=list)
 
 
 def trainer_settings(config: AriesConfig, number: int, output_dir: str) -> TrainerSettings:
@@ -87,6 +90,7 @@ def training_of(run: RunDir, config: AriesConfig, number: int) -> Training:
     else:
         policy = start_policy(run, config, number)
         reference = policy_after(run, config, 0) if config.loop.reference == "initial" else policy
+    earlier = map(run.round, range(max(1, number - config.pairs.earlier_rounds), number))
     return Training(
         trainer_settings(config, number, str(round_dir.training)),
         config.model,
@@ -96,4 +100,5 @@ def training_of(run: RunDir, config: AriesConfig, number: int) -> Training:
         output=product(round_dir, config),
         max_dropped=config.health.max_dropped,
         learning_rate_factor=learning_rate_factor(run, number),
+        earlier=[round_.pairs for round_ in earlier if not is_skipped(round_)],
     )

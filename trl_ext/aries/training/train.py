@@ -114,6 +114,12 @@ def diverged(where: str, output_dir: str) -> str:
     )
 
 
+def rows_of(training: Training) -> list[dict[str, Any]]:
+    """The rows of an epoch, with the refinement rows of earlier rounds behind the round's own."""
+    earlier = (row for path in training.earlier for row in read_jsonl(path) if row["turn"])
+    return repeat_by_weight([*read_jsonl(training.rows), *earlier])
+
+
 def repeat_by_weight(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Repeat each row as often as its `weight` says: the same epoch for every trainer, TRL's own included."""
     return [row for row in rows for _ in range(row.get("weight", 1))]
@@ -194,7 +200,7 @@ def make_trainer(training: Training, progress: Callable[[int, int], None]):
     if issubclass(trainer_class, ShiftedDPOTrainer):
         decide_packing(args, model, settings.config)
     ref_weights = kwargs["ref_model"].state_dict() if "ref_model" in kwargs else None
-    rows = repeat_by_weight(read_jsonl(training.rows))
+    rows = rows_of(training)
     columns = ("prompt", "completion") if is_sft else ("prompt", "chosen", "rejected")
     if settings.objective_alpha is not None:
         kwargs["objective_alpha"] = settings.objective_alpha
@@ -287,8 +293,7 @@ def train(training: Training, progress: Callable[[int, int], None]) -> None:
     trainer = make_trainer(training, progress)
     accelerator = trainer.accelerator
     check_launched(accelerator)
-    rows = len(repeat_by_weight(read_jsonl(training.rows)))
-    counts = {"rows": rows, "trained_rows": len(trainer.train_dataset)}
+    counts = {"rows": len(rows_of(training)), "trained_rows": len(trainer.train_dataset)}
     if settings.trainer != "sft" and training.reference == training.policy:
         trainer.add_callback(CheckStep0(trainer))
     output_dir = Path(settings.config["output_dir"])
