@@ -51,6 +51,7 @@ ROLLED_BACK_ARMS = {
     "squared, 16 to 1, twice the epochs, rolled back": SQUARED_TWICE | ROLLED_BACK,
     "more refining, rolled back": MORE | ROLLED_BACK,
     "twice the epochs, rolled back": TWICE | ROLLED_BACK,
+    "earlier rounds, twice the epochs, rolled back": EARLIER | TWICE | ROLLED_BACK,
 }
 # An exact verifier sees no step of an edit but the last
 PARTIAL_ARMS = {
