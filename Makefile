@@ -131,7 +131,6 @@ evidence-by-rule: $(STAMP) ## Selection by rule, and what keeps it from collapsi
 
 evidence-real-frontier: $(STAMP) ## TDPO's frontier on Gemma 3 270M, for a GPU; run again to continue
 	$(BIN)/python -m docs.evidence.real.tdpo_frontier $(ARGS)
-	$(BIN)/python -m docs.evidence.real.tdpo_frontier_figure
 
 evidence-real-aries: $(STAMP) $(MODEL) ## ARIES and its parts on Gemma 3 270M, best on a GPU; run again to continue
 	$(BIN)/python -m docs.evidence.real.aries $(ARGS)

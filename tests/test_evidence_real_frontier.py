@@ -225,7 +225,6 @@ class TestFrontier:
         assert dpo["seq_kl_rejected"] != tdpo["seq_kl_rejected"]
         assert len(read(tmp_path / "rows.csv", texts=["method"])) == len(rows)
 
-        tdpo_frontier_figure.main(["--csv", str(tmp_path / "rows.csv")])
         assert (tmp_path / "rows.svg").exists()
         last = f"| TDPO2, α = 0.5 | 0.1 | {tdpo['reward']:.3f} | {tdpo['kl']:.2f} | {tdpo['seq_kl_chosen']:.2f} |"
         assert last in capsys.readouterr().out

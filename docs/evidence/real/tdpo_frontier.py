@@ -2,16 +2,17 @@
 TDPO's frontier on a pretrained model: reward against KL for DPO, TDPO1 and TDPO2. `make evidence-real-frontier`.
 
     python -m docs.evidence.real.tdpo_frontier --model google/gemma-3-270m --jobs 4
+    python -m docs.evidence.real.tdpo_frontier --model google/gemma-3-270m --small  # for a CPU
 
-In: a pretrained causal LM. Out: `tdpo_frontier.csv`, a row per run and evaluation. The stage before the runs writes into `--output`: the SFT model, which
+In: a pretrained causal LM. Out: `tdpo_frontier.csv`, a row per run and evaluation, its figure, and its tables on standard output. The stage before the runs writes into `--output`: the SFT model, which
 every run starts from and has as its reference, samples of it, and the pairs. A second call continues the first. The trainers are
 TRL's DPOTrainer and this package's TDPOTrainer; all methods see the pairs of a seed in the same order.
 """
 
 import argparse
+import copy
 import functools
 import json
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from transformers import TrainerCallback
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from trl_ext import TDPOConfig, TDPOTrainer
 
 from ..tables import write
+from . import tdpo_frontier_figure
 from .distributions import sums_over_completions
 from .film_reviews import (
     analyzer,
@@ -64,11 +67,28 @@ class Sizes:
     openings: int = 1000  # of each seed
     held_out: int = 512
     batch: int = 32  # pairs
+    steps: int = 96
     every: int = 12  # steps between evaluations
     early: int = 3  # and between those before the first of them, when DPO's KL grows fastest
+    learning_rate: float = 1e-5
+    lora_r: int | None = None  # by default, all weights are trained
+    bf16_on_cpu: bool = False  # autocast, in training and in measuring
 
 
 TINY = Sizes(sft_openings=24, sft_epochs=1, openings=8, held_out=8, batch=2, every=1, early=1)
+# LoRA spares the gradient of 262,144 embeddings, which takes longer than all else
+SMALL = Sizes(
+    sft_openings=384,
+    openings=192,
+    held_out=96,
+    batch=16,
+    steps=16,
+    every=8,
+    early=2,
+    learning_rate=5e-5,
+    lora_r=16,
+    bf16_on_cpu=True,
+)
 
 
 def quiet() -> None:
@@ -76,11 +96,16 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def options(**own) -> dict:
+def lowered(sizes: Sizes) -> torch.autocast:
+    """The precision of what is sampled and measured: without effect on a GPU."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=sizes.bf16_on_cpu)
+
+
+def options(sizes: Sizes, **own) -> dict:
     """What every training has."""
     cuda = torch.cuda.is_available()
     return {
-        "bf16": cuda,  # autocast; the weights stay in float32, where small updates do not vanish
+        "bf16": cuda or sizes.bf16_on_cpu,  # autocast; the weights stay in float32, where small updates do not vanish
         "use_cpu": not cuda,
         "gradient_checkpointing": False,
         "max_length": MAX_LENGTH,
@@ -111,7 +136,8 @@ def make_reference(seed: int, *, model_path: str, folder: Path, sizes: Sizes) ->
     model, tokenizer = load_model(model_path), load_tokenizer(model_path)
     generator, openings = random.Random(seed), openings_of("sft", sizes)
     prompts = prompt_ids(tokenizer, [shown_reviews(opening, generator) for opening in openings])
-    texts = [first_sentences(text_of(tokenizer, ids)) for ids in sample(model, prompts, seed, top_p=0.95)]
+    with lowered(sizes):
+        texts = [first_sentences(text_of(tokenizer, ids)) for ids in sample(model, prompts, seed, top_p=0.95)]
     reviews = [
         {"prompt": opening, "completion": text}
         for opening, text in zip(openings, texts, strict=True)
@@ -122,6 +148,7 @@ def make_reference(seed: int, *, model_path: str, folder: Path, sizes: Sizes) ->
         model=model,
         args=SFTConfig(
             **options(
+                sizes,
                 output_dir=str(folder / "trainer"),
                 learning_rate=2e-5,
                 num_train_epochs=sizes.sft_epochs,
@@ -136,7 +163,8 @@ def make_reference(seed: int, *, model_path: str, folder: Path, sizes: Sizes) ->
     trainer.save_model(str(folder / "reference"))
     model = load_model(folder / "reference")
     shown = openings_of("held_out", sizes)
-    texts = [text_of(tokenizer, ids) for ids in sample(model, prompt_ids(tokenizer, shown), seed)]
+    with lowered(sizes):
+        texts = [text_of(tokenizer, ids) for ids in sample(model, prompt_ids(tokenizer, shown), seed)]
     return [
         {"opening": opening, "continuation": text, "reward": reward(text)}
         for opening, text in zip(shown, texts, strict=True)
@@ -150,7 +178,9 @@ def pairs_of(part: str, *, folder: Path, sizes: Sizes) -> list[Row]:
     openings = openings_of(part, sizes)
     if part == "held_out":
         openings = openings[: sizes.held_out // 2]
-    pairs = make_pairs(model, tokenizer, openings, seed=999 if part == "held_out" else int(part.removeprefix("seed_")))
+    seed = 999 if part == "held_out" else int(part.removeprefix("seed_"))
+    with lowered(sizes):
+        pairs = make_pairs(model, tokenizer, openings, seed=seed)
     print(f"{part}: {len(pairs)} pairs of {len(openings)} openings", flush=True)
     return list({pair["prompt"]: pair for pair in pairs}.values()) if part == "held_out" else pairs
 
@@ -160,12 +190,13 @@ def pairs_in(folder: Path, part: str) -> list[Row]:
 
 
 class Evaluate(TrainerCallback):
-    """Measure the policy at the start and every so many steps, on a copy that no trainer has wrapped."""
+    """Measure the policy at the start and every so many steps, without what a trainer has wrapped it in."""
 
     def __init__(self, folder: Path, sizes: Sizes):
         self.sizes, self.rows = sizes, []
         self.tokenizer = load_tokenizer(folder / "reference")
-        self.policy, self.reference = (load_model(folder / "reference") for _ in range(2))
+        self.reference = load_model(folder / "reference")
+        self.copy = None if sizes.lora_r else load_model(folder / "reference")
         self.openings, pairs = openings_of("held_out", sizes), pairs_in(folder, "held_out")
         self.prompts = prompt_ids(self.tokenizer, [pair["prompt"] for pair in pairs])
         self.sides = {
@@ -179,20 +210,26 @@ class Evaluate(TrainerCallback):
             self.evaluate(state.global_step, model)
 
     def evaluate(self, step: int, model) -> None:
-        self.policy.load_state_dict(model.state_dict())
+        if isinstance(model, PeftModel):
+            policy = copy.deepcopy(model).merge_and_unload()
+            policy.requires_grad_(True)  # autocast keeps the bfloat16 copies of no other weights
+        else:
+            policy = self.copy
+            policy.load_state_dict(model.state_dict())
+        with lowered(self.sizes):
+            self.rows.append({"step": step, **self.measure(policy, step)})
+
+    def measure(self, policy: PreTrainedModel, step: int) -> dict[str, float]:
         sums = {
-            side: sums_over_completions(self.policy, self.reference, self.prompts, completions, rows=128)
+            side: sums_over_completions(policy, self.reference, self.prompts, completions, rows=128)
             for side, completions in self.sides.items()
         }
         chosen, rejected = (sums[side]["logps"] - sums[side]["ref_logps"] for side in ("chosen", "rejected"))
-        self.rows.append(
-            {
-                "step": step,
-                **measure(self.policy, self.reference, self.tokenizer, self.openings, seed=step),
-                **{f"seq_kl_{side}": float(of["seq_kl"].mean()) for side, of in sums.items()},
-                "accuracy": float((chosen > rejected).double().mean()),
-            }
-        )
+        return {
+            **measure(policy, self.reference, self.tokenizer, self.openings, seed=step),
+            **{f"seq_kl_{side}": float(of["seq_kl"].mean()) for side, of in sums.items()},
+            "accuracy": float((chosen > rejected).double().mean()),
+        }
 
 
 def train(
@@ -202,9 +239,9 @@ def train(
     torch.set_num_threads(threads)
     quiet()
     callback = Evaluate(folder, sizes)
-    policy, reference = (load_model(folder / "reference") for _ in range(2))
     own = METHODS[method]
     settings = options(
+        sizes,
         output_dir=str(folder / "trainer"),
         beta=beta,
         seed=seed,
@@ -217,9 +254,11 @@ def train(
         max_grad_norm=10.0,
         **(own or {}),
     )
+    lora = sizes.lora_r and LoraConfig(r=sizes.lora_r, lora_alpha=2 * sizes.lora_r, target_modules="all-linear")
     trainer = (DPOTrainer if own is None else TDPOTrainer)(
-        model=policy,
-        ref_model=reference,
+        model=load_model(folder / "reference"),
+        ref_model=None if lora else load_model(folder / "reference"),
+        peft_config=lora,
         args=(DPOConfig if own is None else TDPOConfig)(**settings),
         train_dataset=datasets.Dataset.from_list(pairs_in(folder, f"seed_{seed}")),
         processing_class=callback.tokenizer,
@@ -238,20 +277,23 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--betas", type=float, nargs="+", default=[0.1, 0.3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--learning_rate", type=float, default=1e-5)
+    parser.add_argument("--steps", type=int, help="default: the size's")
+    parser.add_argument("--learning_rate", type=float, help="default: the size's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each takes about 15 GB of a GPU")
-    parser.add_argument("--tiny", action="store_true", help="a few examples of everything, to try the script on a CPU")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="LoRA and 16 steps, for a CPU")
+    size.add_argument("--tiny", action="store_true", help="a few examples of everything, to try the script on a CPU")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("build/evidence/tdpo_frontier"),
-        help="for the reference, the pairs and the runs",
+        "--output", type=Path, help="for the reference, the pairs and the runs; default: in build/evidence"
     )
-    parser.add_argument("--csv", type=Path, default=HERE / "tdpo_frontier.csv")
+    parser.add_argument("--csv", type=Path, help="default: tdpo_frontier.csv, or tdpo_frontier_small.csv")
     args = parser.parse_args(argv)
     analyzer()  # raises at once if it is not installed
-    folder, sizes, started = args.output, TINY if args.tiny else Sizes(), time.monotonic()
+    name = "tdpo_frontier_small" if args.small else "tdpo_frontier"
+    args.output, args.csv = args.output or Path("build/evidence") / name, args.csv or HERE / f"{name}.csv"
+    sizes = SMALL if args.small else TINY if args.tiny else Sizes()
+    args.steps, args.learning_rate = args.steps or sizes.steps, args.learning_rate or sizes.learning_rate
+    folder, started = args.output, time.monotonic()
     made_with, settings = folder / "settings.json", {"model": str(args.model), "sizes": repr(sizes)}
     if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
         raise ValueError(f"{folder} has runs with other settings: see {made_with}. Give another --output")
@@ -268,11 +310,12 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for seed in range(args.seeds)
         for method in args.methods
     ]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, torch.get_num_threads() // args.jobs)
     run = functools.partial(train, folder=folder, sizes=sizes, threads=threads)
     rows = run_all(run, settings, folder / "runs", jobs=args.jobs)
     write(rows, args.csv)
     print(f"{args.csv}: {len(rows)} rows, {time.monotonic() - started:.0f} s", flush=True)
+    tdpo_frontier_figure.main(["--csv", str(args.csv)])
     return rows
 
 

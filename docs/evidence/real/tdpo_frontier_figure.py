@@ -16,7 +16,7 @@ from ..tables import cell, grouped, read, t_interval, table
 
 
 HERE = Path(__file__).parent
-COLORS = (GRAY, "#d1642a", "#5b9fe0", "#1b4f8a")
+COLORS = {"DPO": GRAY, "TDPO1": "#d1642a", "TDPO2, α = 0.3": "#5b9fe0", "TDPO2, α = 0.5": "#1b4f8a"}
 BUDGETS = (1.0, 2.0, 4.0, 8.0)  # nats
 COLUMNS = {  # of the last table: name, heading, digits
     "reward": ("reward", 3),
@@ -50,7 +50,7 @@ def read_runs(path: Path) -> dict[tuple[str, float], dict[float, list[dict]]]:
 
 
 def tables(runs: dict[tuple[str, float], dict[float, list[dict]]]) -> str:
-    budgets = [f"{budget:g} nats" for budget in BUDGETS]
+    budgets = [f"{budget:g} {'nat' if budget == 1 else 'nats'}" for budget in BUDGETS]
     at = {
         of: {seed: [reward_at(run, budget) for budget in BUDGETS] for seed, run in seeds.items()}
         for of, seeds in runs.items()
@@ -116,9 +116,8 @@ def draw(runs: dict[tuple[str, float], dict[float, list[dict]]], path: Path) -> 
         )
     ]
     for ax, (title, x, y, beta) in zip(axes.flat, panels, strict=False):
-        for color, (method, seeds) in zip(
-            COLORS, ((method, seeds) for (method, b), seeds in runs.items() if b == beta), strict=False
-        ):
+        for method, seeds in ((method, seeds) for (method, b), seeds in runs.items() if b == beta):
+            color = COLORS[method]
             points = [
                 {name: [row[name] for row in rows] for name in (x, y)} for rows in zip(*seeds.values(), strict=True)
             ]
@@ -134,7 +133,8 @@ def draw(runs: dict[tuple[str, float], dict[float, list[dict]]], path: Path) -> 
         ax.spines[["top", "right"]].set_visible(False)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    axes.flat[0].legend(fontsize=8, frameon=False)
+    for ax in axes.flat[: len(betas[:2])]:
+        ax.legend(fontsize=8, frameon=False)
     save(figure, path, transparent=False)
 
 
