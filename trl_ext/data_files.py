@@ -49,20 +49,19 @@ def is_data_file(name: str) -> bool:
     return False
 
 
-def builder_arguments(name: str) -> dict[str, Any]:
+def source_arguments(name: str) -> dict[str, Any]:
     """
-    The arguments of `datasets.load_dataset` for a local data file.
+    The arguments of `datasets.load_dataset` for a local data file, which is `data_files`, a directory of data files, or a dataset on the Hub.
 
     Raises:
-        [`RecipeError`]: the file is empty, on which the builders fail.
+        [`RecipeError`]: as in [`is_data_file`]; or the file is empty, on which the builders fail.
     """
     path = Path(name).expanduser()
-    if path.stat().st_size == 0:
-        raise RecipeError(f"{name}: the file is empty.")
-    return {**BUILDERS[data_suffix(path)], "data_files": str(path)}
-
-
-def directory_arguments(path: Path) -> dict[str, Any]:
-    """The arguments of `datasets.load_dataset` for a directory of data files."""
-    suffixes = {data_suffix(file) for file in path.rglob("*")} & BUILDERS.keys()
-    return {"path": str(path), **(AS_WRITTEN if suffixes and suffixes <= {".csv", ".tsv"} else {})}
+    if is_data_file(name):
+        if path.stat().st_size == 0:
+            raise RecipeError(f"{name}: the file is empty.")
+        return {**BUILDERS[data_suffix(path)], "data_files": str(path)}
+    if os.path.isdir(path):
+        suffixes = {data_suffix(file) for file in path.rglob("*")} & BUILDERS.keys()
+        return {"path": str(path), **(AS_WRITTEN if suffixes and suffixes <= {".csv", ".tsv"} else {})}
+    return {"path": name}

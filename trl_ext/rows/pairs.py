@@ -173,7 +173,7 @@ def standard_rows(
     gone = [name for name in ("messages", "completion") if name in dataset.column_names]
     if not (always or done or gone):
         return dataset, usable
-    read_features, features = dataset.features, Features(dataset.features)
+    padded, features = padded_columns(dataset.features), Features(dataset.features)
     kind = List(Json()) if looked_at.messages or as_messages else Value("string")
     for column in ("prompt", "chosen", "rejected"):
         features[column] = kind
@@ -185,7 +185,7 @@ def standard_rows(
         del features[column]
 
     def convert(row: dict[str, Any]) -> dict[str, Any]:
-        row = _plain(row, read_features)
+        row = _plain(row, padded)
         converted = _columns(read_pair(row, columns, as_messages, cut_prompt), columns)
         # Rows that are left out later must fit into the columns too
         fits, empty = (are_messages, []) if kind != Value("string") else (is_text, "")
@@ -224,14 +224,29 @@ def _read(dataset: Dataset, columns: Columns) -> Iterator[tuple[dict[str, Any], 
     """The columns that are read, as Python objects, and whether nulls had to be left out."""
     others = ("system", "messages", "conversations", "completion", "tools", "chat_template_kwargs")
     names = [*columns.read, *QUESTIONS, *others]
-    for row in dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names]):
-        plain = _plain(row, dataset.features)
+    read = dataset.select_columns([name for name in dict.fromkeys(names) if name in dataset.column_names])
+    padded = padded_columns(read.features)
+    for row in read:
+        plain = _plain(row, padded)
         yield plain, plain != row
 
 
-def _plain(row: dict[str, Any], features: Features | None) -> dict[str, Any]:
+def padded_columns(features: Features | None) -> dict[str, Any]:
+    """The columns to which Arrow may add keys: with others than the two of a message. Most have none, and `without_nulls` takes time."""
+
+    def is_padded(feature: Any) -> bool:
+        if isinstance(feature, List | LargeList):
+            return is_padded(feature.feature)
+        return isinstance(feature, dict) and (
+            not feature.keys() <= {"role", "content"} or any(map(is_padded, feature.values()))
+        )
+
+    return {name: feature for name, feature in (features or {}).items() if is_padded(feature)}
+
+
+def _plain(row: dict[str, Any], padded: dict[str, Any]) -> dict[str, Any]:
     """A row without the nulls of [`without_nulls`], and with its template options as `template_options` reads them."""
-    row = {name: without_nulls(value, (features or {}).get(name)) for name, value in row.items()}
+    row = row | {name: without_nulls(row[name], feature) for name, feature in padded.items()}
     if row.get("chat_template_kwargs", {}) is None:
         row["chat_template_kwargs"] = {}
     if "tools" in row:
@@ -305,7 +320,7 @@ def _prepare_stream(
     max_dropped: float | None,
 ) -> IterableDataset:
     """Decide by the first rows; later rows that cannot be used are left out as they come."""
-    dataset = dataset.map(_plain, fn_kwargs={"features": dataset.features})
+    dataset = dataset.map(_plain, fn_kwargs={"padded": padded_columns(dataset.features)})
     head = list(dataset.take(STREAMED_ROWS))
     if not head:
         raise RecipeError("the stream has no rows. A preference dataset has one pair per row.")

@@ -6,14 +6,13 @@ are errors, a dataset may be a local file, and errors in options, checkpoint, mo
 loaded.
 """
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data_files import builder_arguments, directory_arguments, is_data_file
+from ..data_files import is_data_file, source_arguments
 from ..model_files import broken_weights, folder_problem, load_problem
 from ..outputs import check_trainer_output
 from ..processes import die_with_launcher
@@ -300,33 +299,25 @@ def _load(script_args: "ScriptArguments"):
     name, streaming = script_args.dataset_name, script_args.dataset_streaming
     path = Path(name).expanduser()
     if is_data_file(name):
-        splits = datasets.load_dataset(**builder_arguments(name), streaming=streaming)
+        splits = datasets.load_dataset(**source_arguments(name), streaming=streaming)
         # A file has one split, whatever it is called
         return {script_args.dataset_train_split: splits["train"]}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = datasets.load_from_disk(str(path))
         return {script_args.dataset_train_split: saved} if isinstance(saved, datasets.Dataset) else saved
-    found = directory_arguments(path) if path.is_dir() else {"path": name}
-    return datasets.load_dataset(**found, name=script_args.dataset_config, streaming=streaming)
+    return datasets.load_dataset(**source_arguments(name), name=script_args.dataset_config, streaming=streaming)
 
 
 def _mixture(dataset_args: "DatasetMixtureConfig", processing_class: Any) -> "Dataset | IterableDataset":
     """A mixture as TRL's `get_dataset` makes it. Datasets with different columns are converted to TRL's form first."""
     import datasets
-    from trl import get_dataset
 
     parts = []
     for entry in dataset_args.datasets:
-        path = Path(entry.path).expanduser()
-        if is_data_file(entry.path) or path.is_dir():
-            found = builder_arguments(entry.path) if path.is_file() else directory_arguments(path)
-            given = {key: getattr(entry, key) for key in ("name", "data_dir", "data_files") if key not in found}
-            part = datasets.load_dataset(**found, **given, split=entry.split, streaming=dataset_args.streaming)
-            parts.append(part if entry.columns is None else part.select_columns(entry.columns))
-        else:
-            whole = dataclasses.replace(entry, fraction=None)
-            single = dataclasses.replace(dataset_args, datasets=[whole], test_split_size=None)
-            parts.append(get_dataset(single)["train"])
+        given = {key: getattr(entry, key) for key in ("name", "data_dir", "data_files")}
+        source = given | source_arguments(entry.path)
+        part = datasets.load_dataset(**source, split=entry.split, streaming=dataset_args.streaming)
+        parts.append(part if entry.columns is None else part.select_columns(entry.columns))
     fractions = [entry.fraction for entry in dataset_args.datasets]
     if any(fraction is not None for fraction in fractions):
         if None in fractions:

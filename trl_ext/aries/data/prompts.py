@@ -2,7 +2,6 @@
 Prompts: a dataset in, the fresh prompts of one round out, each with an id that leads back to its row.
 """
 
-import os
 import random
 import sys
 from array import array
@@ -11,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...data_files import BUILDERS, builder_arguments, directory_arguments, is_data_file
+from ...data_files import BUILDERS, is_data_file, source_arguments
 from ...recipe import RecipeError
 from ...rows.formats import SYSTEM, has_system, is_filled, looks_like_messages, read_text
 from ..config import DatasetConfig
@@ -87,12 +86,8 @@ def load_dataset(entry: DatasetConfig, is_file: bool) -> "datasets.Dataset":  # 
     """An entry as `datasets` reads it."""
     import datasets
 
-    if is_file:
-        source = builder_arguments(entry.path) | {"split": "train"}
-    else:
-        path = os.path.expanduser(entry.path)
-        source = directory_arguments(Path(path)) if os.path.isdir(path) else {"path": path}
-        source |= {key: getattr(entry, key) for key in ("name", "data_dir", "data_files", "split")}
+    given = {key: getattr(entry, key) for key in ("name", "data_dir", "data_files", "split")}
+    source = source_arguments(entry.path) | ({"split": "train"} if is_file else given)
     try:
         loaded = datasets.load_dataset(**source)
         return loaded if entry.columns is None else loaded.select_columns(entry.columns)

@@ -76,9 +76,8 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
         [`RecipeError`]: it is not a JSON object in UTF-8; the message names file and line.
     """
     try:
-        row = json.loads(
-            line.decode("utf-8-sig" if number == 1 else "utf-8")
-        )  # a file may begin with a byte-order mark
+        # A file may begin with a byte-order mark
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeError as error:
         raise RecipeError(f"{path}:{number}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
